@@ -1,0 +1,76 @@
+"""Spherical K-means over many embeddings: faiss where it is installed, else torch; the only importer of faiss here.
+
+Shape suffixes: N embeddings, D width, K clusters.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+
+import numpy as np
+import torch
+
+from clusterns_ray.clustering.kmeans import member_statistics
+from clusterns_ray.errors import DataError
+
+
+def spherical_kmeans(z_ND: np.ndarray, k: int, *, seed: int, iterations: int = 25) -> np.ndarray:
+    """Cluster directions: unit centroids that (locally) maximise the summed cosine of each row with its centroid.
+
+    Args:
+        z_ND: float32 embeddings of any length; rows are normalised here.
+        seed: the result is a function of it (and of the backend).
+
+    Returns:
+        float32 (K, D), unit rows.
+
+    Raises:
+        DataError: fewer rows than clusters.
+    """
+    if len(z_ND) < k:
+        raise DataError(f"K-means: {k} clusters asked from {len(z_ND)} embeddings. Use at most {len(z_ND)} clusters.")
+    n_ND = np.ascontiguousarray(z_ND, dtype=np.float32)
+    n_ND = n_ND / np.maximum(np.linalg.norm(n_ND, axis=1, keepdims=True), 1e-8)
+    if importlib.util.find_spec("faiss") is not None:
+        return _faiss_kmeans(n_ND, k, seed, iterations)
+    return _torch_kmeans(n_ND, k, seed, iterations)
+
+
+def _faiss_kmeans(n_ND: np.ndarray, k: int, seed: int, iterations: int) -> np.ndarray:
+    import faiss
+
+    kmeans = faiss.Kmeans(
+        n_ND.shape[1], k, niter=iterations, spherical=True, seed=seed % 2**31, min_points_per_centroid=1
+    )
+    kmeans.train(n_ND)
+    return np.asarray(kmeans.centroids)
+
+
+def _torch_kmeans(n_ND: np.ndarray, k: int, seed: int, iterations: int) -> np.ndarray:
+    """Lloyd's iterations on the sphere; an empty cluster restarts at the row farthest from its centroid."""
+    rows_ND = torch.from_numpy(n_ND)
+    first_K = torch.randperm(len(rows_ND), generator=torch.Generator().manual_seed(seed))[:k]
+    centroids_KD = rows_ND[first_K]
+    for _ in range(iterations):
+        cosine_N, nearest_N = (rows_ND @ centroids_KD.T).max(dim=1)
+        sums_KD, counts_K = member_statistics(rows_ND, nearest_N, k)
+        empty = (counts_K == 0).nonzero().squeeze(1)
+        sums_KD[empty] = rows_ND[cosine_N.argsort()[: len(empty)]]
+        centroids_KD = torch.nn.functional.normalize(sums_KD, dim=1)
+    return centroids_KD.numpy()
+
+
+def faiss_conflict() -> str | None:
+    """What to say when both faiss wheels are installed, which overwrite one another; None when all is well."""
+    wheels = []
+    for distribution in importlib.metadata.distributions():
+        name = (distribution.metadata["Name"] or "").lower().replace("_", "-")
+        if name.startswith("faiss-"):
+            wheels.append(f"{name} {distribution.version}")
+    if len(wheels) < 2:
+        return None
+    return (
+        f"{' and '.join(sorted(wheels))} are both installed and write the same module `faiss`, so either may be broken. "
+        "Uninstall both, then install one: pip install 'clusterns-ray[cpu]' or 'clusterns-ray[gpu]'."
+    )

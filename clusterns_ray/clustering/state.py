@@ -1,0 +1,82 @@
+"""The centroids of a run and the gate that starts them; equal on every worker, whole in a checkpoint.
+
+Shape suffixes: B rows of the global batch, b rows of this worker, D width, K clusters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clusterns_ray import distributed
+from clusterns_ray.clustering.kmeans import (
+    COSINE_EPS,
+    UpdateRule,
+    assign,
+    farthest_chain_by_row,
+    member_statistics,
+    update_centroids,
+)
+
+
+class Clustering:
+    """``centroids_KD`` in float32, or None until the gate opens."""
+
+    def __init__(self, num_clusters: int, start_cosine: float, rate: float, update: UpdateRule):
+        self.num_clusters = num_clusters
+        self.start_cosine = start_cosine
+        self.rate = rate
+        self.rule = update
+        self.centroids_KD: Tensor | None = None
+
+    @property
+    def started(self) -> bool:
+        return self.centroids_KD is not None
+
+    def should_start(self, mean_cosine: Tensor, rows: int) -> bool:
+        """Whether this step creates the centroids. Reads one number from the device, until clustering has started."""
+        if self.started or not 0 < self.num_clusters <= rows:
+            return False
+        return bool(mean_cosine <= self.start_cosine)
+
+    @torch.no_grad()
+    def create_from_batch(self, z1_BD: Tensor, z2_BD: Tensor, first: int) -> None:
+        """First centroids: a chain of far rows of one global batch (see ``farthest_chain``), raw z1."""
+        n1_BD = F.normalize(z1_BD.float(), dim=-1, eps=COSINE_EPS)
+        n2_BD = F.normalize(z2_BD.float(), dim=-1, eps=COSINE_EPS)
+        order_K = farthest_chain_by_row(
+            lambda row: n2_BD @ n1_BD[row], len(z1_BD), self.num_clusters, first % len(z1_BD)
+        )
+        self.set_centroids(z1_BD[order_K.to(z1_BD.device)])
+
+    def set_centroids(self, centroids_KD: Tensor) -> None:
+        """Worker 0's centroids become everybody's: a near tie may be seen otherwise by another machine."""
+        self.centroids_KD = distributed.broadcast(centroids_KD.detach().float().clone().contiguous())
+
+    @torch.no_grad()
+    def update(self, z1_bD: Tensor) -> Tensor:
+        """Move the centroids by the whole global batch; each worker brings its rows.
+
+        One all-reduce of K x (D + 1) float32 numbers: sums and counts. A batch that is not finite moves nothing.
+
+        Returns:
+            ``counts_K``: float32, rows of the global batch in each cluster.
+        """
+        assert self.centroids_KD is not None
+        nearest_b, _ = assign(z1_bD.float(), self.centroids_KD)
+        sums_KD, counts_K = member_statistics(z1_bD.float(), nearest_b, self.num_clusters)
+        packed = distributed.all_reduce_sum(torch.cat([sums_KD, counts_K[:, None]], dim=1))
+        sums_KD, counts_K = packed[:, :-1], packed[:, -1]
+        moved_KD = update_centroids(self.centroids_KD, sums_KD, counts_K, self.rate, self.rule)
+        self.centroids_KD = torch.where(packed.isfinite().all(), moved_KD, self.centroids_KD)
+        return counts_K
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"centroids_KD": self.centroids_KD}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        centroids_KD = state["centroids_KD"]
+        self.centroids_KD = None if centroids_KD is None else centroids_KD.to(device)

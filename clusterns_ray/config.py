@@ -1,0 +1,423 @@
+"""The configuration: one frozen tree, read from YAML, changed by ``section.key=value``, resolved once.
+
+Unknown keys and impossible values are errors that name the key. Every field is documented beneath it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from clusterns_ray.errors import ConfigError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class EncoderConfig(Section):
+    name: str = "bert-base-uncased"
+    """A hub id, a directory, or `package:PYTHON_PACKAGE/SUBDIR` (weights that a pip package carries)."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    num_layers: int | None = Field(None, ge=1)
+    """Keep the first N layers; all of them if unset."""
+    pooling: Literal["cls", "mean", "mask", "first_last", "top2"] = "cls"
+    """How token states become one embedding; `mask` needs a prompt that holds the mask token."""
+    head: Literal["mlp", "none"] = "mlp"
+    """A linear layer with tanh over the pooled state, in training only; the exported model has none."""
+    dropout: float | None = Field(None, gt=0, lt=1)
+    """Replaces every dropout probability of the model; its own if unset."""
+    max_length: int = Field(32, ge=4)
+    """Tokens a sentence is cut to in training, special ones included; finished encoders read longer text."""
+    prompt: str | None = None
+    """A template around the sentence, such as `This sentence of "{sentence}" means [MASK].`"""
+
+    @model_validator(mode="after")
+    def _prompt_and_pooling(self):
+        if self.prompt is not None and self.prompt.count("{sentence}") != 1:
+            raise ValueError(
+                f"encoder.prompt is {self.prompt!r}: it must hold {{sentence}} exactly once, where the text goes"
+            )
+        if self.pooling == "mask" and self.prompt is None:
+            raise ValueError(
+                "encoder.pooling is mask, but encoder.prompt is not set, so there is no mask token to read; "
+                "set a prompt with the model's mask token, or use cls or mean"
+            )
+        return self
+
+
+class DataConfig(Section):
+    corpus: str | list[str] | None = None
+    """Text to learn from: a path, a glob, a list of them, an s3:// or gs:// URL, hf://NAME[:split], or `demo`.
+    If unset, the sentences of `documents`."""
+    text_column: str = "text"
+    """The column or field that holds the text, in csv, jsonl and parquet."""
+    limit: int | None = Field(None, ge=1)
+    """Use the first N usable sentences."""
+    order: Literal["random", "length_grouped"] = "length_grouped"
+    """`random`: the paper's. `length_grouped`: batches of sentences alike in length, so that length does not
+    give the positive away."""
+    documents: str | list[str] | None = None
+    """Whole documents (.jsonl, .md, .txt: paths, globs or directories), for a structure-graded dev set."""
+    cache_dir: str | None = None
+    """Where tokenised shards are kept; `STORAGE_PATH/cache` if unset."""
+
+
+class LossConfig(Section):
+    temperature: float = Field(0.05, gt=0)
+    """Divides every cosine in InfoNCE."""
+    hard_negatives: bool = True
+    """Put the second nearest centroid into the denominator."""
+    hard_negative_columns: Literal["batch", "own", "not_own_cluster"] = "batch"
+    """Whose hard negatives a row sees: every row's (the authors'), its own, or all but its own cluster's centroid."""
+    hard_negative_weight: float = Field(0.0, ge=-20, le=20)
+    """A logit added to a row's own hard negative."""
+    bml_weight: float = Field(1e-3, ge=0)
+    """Weight of the Bidirectional Margin Loss on in-batch false negatives; 0 turns it off."""
+    bml_alpha: float = Field(0.0, ge=0)
+    """A false negative's cosine should stay this far below the positive's, or farther."""
+    bml_beta: float = Field(0.3, ge=0)
+    """A false negative's cosine should not fall more than this below the positive's."""
+    bml_reduction: Literal["all_pairs", "false_negatives"] = "all_pairs"
+    """Mean over all pairs of the batch (the authors') or over the false negatives alone."""
+
+    @model_validator(mode="after")
+    def _margins(self):
+        if self.bml_weight > 0 and self.bml_alpha > self.bml_beta:
+            raise ValueError(
+                f"loss.bml_alpha is {self.bml_alpha} and loss.bml_beta {self.bml_beta}: the margins cross, as a false "
+                "negative should stay between beta and alpha below the positive; make alpha <= beta"
+            )
+        return self
+
+
+class ClusteringConfig(Section):
+    num_clusters: int = Field(128, ge=0)
+    """K; 0 is plain SimCSE."""
+    start_cosine: float = Field(0.4, ge=-1, le=1)
+    """Clustering starts at the first step whose mean cosine between the views of all rows is at most this."""
+    rate: float = Field(1e-3, gt=0, le=1)
+    """How far one batch moves a centroid."""
+    update: Literal["mean", "sum", "replace_sum"] = "mean"
+    """`mean`: towards the members' mean. `sum`: the authors' code and published settings. `replace_sum`: to the sum."""
+    init: Literal["farthest_chain", "kmeans"] = "farthest_chain"
+    """First centroids: rows of the batch, each far from the one before (the authors'), or spherical K-means over a
+    sample of the corpus."""
+
+    @field_validator("num_clusters")
+    @classmethod
+    def _second_nearest(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("1 cluster has no second nearest centroid; use 2 or more, or 0 for plain SimCSE")
+        return value
+
+
+class TrainConfig(Section):
+    global_batch_size: int = Field(256, ge=2)
+    """Sentences in a step over all workers; what the result depends on, whatever the number of workers."""
+    shards: int = Field(8, ge=1)
+    """Pieces the global batch is cut into by length, each with its own random stream; the number of workers must
+    divide it. Part of the result's identity, as the batch size is."""
+    epochs: int = Field(1, ge=1)
+    """Passes over the corpus."""
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after this many steps; the schedule then ends there too."""
+    learning_rate: float = Field(5e-5, gt=0)
+    """Peak learning rate of AdamW."""
+    warmup_ratio: float = Field(0.0, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises linearly from 0."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls to 0 after the warm-up."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled decay, on weight matrices; not on biases and norms."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of matrix products: auto is bf16 on a GPU that has it, else fp32. Weights and centroids stay fp32."""
+
+
+class EvaluationConfig(Section):
+    sts: str | None = None
+    """A directory of TASK/SUBSET.jsonl files, or `structure`: pairs graded by the documents' structure.
+    If unset, nothing is selected: the last step's model is exported."""
+    dev: str = "STSB/dev"
+    """The set that selects, as TASK/SUBSET; `STRUCTURE/dev` where sts is `structure`."""
+    every_steps: int = Field(125, ge=1)
+    """Steps between dev evaluations; the last step is always evaluated."""
+    patience: int | None = Field(3, ge=1)
+    """Stop after this many evaluations without a better score; unset never stops early."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _structure_dev(cls, values: Any):
+        if isinstance(values, Mapping) and values.get("sts") == "structure":
+            return {"dev": "STRUCTURE/dev", **values}
+        return values
+
+    @field_validator("dev")
+    @classmethod
+    def _task_and_subset(cls, value: str) -> str:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
+            raise ValueError("must be TASK/SUBSET, such as STSB/dev")
+        return value
+
+
+class RuntimeConfig(Section):
+    num_workers: int | tuple[int, int] = 0
+    """0: in this process, without Ray. N: that many Ray workers. [min, max]: as many as the cluster has, elastic."""
+    use_gpu: bool | None = None
+    """One GPU a worker; if unset, GPUs are used where this machine has them."""
+    cpus_per_worker: int = Field(1, ge=1)
+    """CPUs reserved for each worker, which is also how many threads it computes with."""
+    storage_path: str = "runs"
+    """Where runs live; on a cluster a directory that every node sees."""
+    name: str = "clusterns"
+    """The run's name; its files are in STORAGE_PATH/NAME. The same command again resumes it."""
+    max_failures: int = Field(3, ge=-1)
+    """How often Ray restarts the workers after a failure; -1 without end."""
+    start_timeout_s: float = Field(600.0, gt=0)
+    """Seconds to wait for the workers to start (a cluster may have to add nodes) before giving up."""
+    step_timeout_s: float = Field(600.0, gt=0)
+    """Seconds a worker waits for the others in one exchange before it fails rather than hang."""
+    checkpoint_every_steps: int | None = Field(None, ge=1)
+    """Steps between checkpoints; `evaluation.every_steps` if unset."""
+    keep: int = Field(2, ge=1)
+    """How many of the newest checkpoints stay; the best model is kept apart from them."""
+    log_every_steps: int = Field(10, ge=1)
+    """Steps between lines of metrics.jsonl; the only ordinary steps on which the host waits for the device."""
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", value):
+            raise ValueError("must be a file name: letters, digits, dots, dashes, underscores")
+        return value
+
+    @field_validator("num_workers")
+    @classmethod
+    def _workers(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        if isinstance(value, int):
+            if value < 0:
+                raise ValueError("must be 0 (in this process) or more, or [min, max]")
+        elif not 1 <= value[0] <= value[1]:
+            raise ValueError("[min, max] needs 1 <= min <= max")
+        return value
+
+    def worker_counts(self) -> range:
+        """Every number of workers this run may have; in-process counts as one."""
+        low, high = self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers, self.num_workers)
+        return range(max(low, 1), max(high, 1) + 1)
+
+
+class Config(Section):
+    """The whole configuration of a run."""
+
+    seed: int = Field(42, ge=0)
+    """Seeds the order of the data, dropout, the head, and the first centroid."""
+    encoder: EncoderConfig = EncoderConfig()
+    data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
+    clustering: ClusteringConfig = ClusteringConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    @model_validator(mode="after")
+    def _batch_shards_workers_clusters(self):
+        batch, shards, k = self.train.global_batch_size, self.train.shards, self.clustering.num_clusters
+        if batch % shards:
+            raise ValueError(
+                f"train.global_batch_size is {batch}, which train.shards ({shards}) does not divide; the shards of a "
+                f"batch are of one size. Use a batch of {nearest_multiple(batch, shards)}, or shards that divide {batch}"
+            )
+        for workers in self.runtime.worker_counts():
+            if shards % workers:
+                raise ValueError(
+                    f"runtime.num_workers allows {workers} workers, which does not divide train.shards ({shards}); every "
+                    f"worker takes the same number of shards. Set train.shards to a multiple of "
+                    f"{math.lcm(*self.runtime.worker_counts())}, or use {_divisors(shards)} workers"
+                )
+        if k > batch:
+            raise ValueError(
+                f"clustering.num_clusters is {k}, more than train.global_batch_size ({batch}); the first centroids are "
+                f"rows of one batch. Use at most {batch} clusters, or a larger batch"
+            )
+        if self.data.corpus is None and self.data.documents is None:
+            raise ValueError(
+                "data.corpus is not set, so there is nothing to learn from; give a path, a glob, a URL, hf://NAME, "
+                "or `demo` for the packaged sample"
+            )
+        if self.evaluation.sts == "structure" and self.data.documents is None and self.data.corpus != "demo":
+            raise ValueError(
+                "evaluation.sts is structure, but data.documents is not set; pairs are graded by where their sentences "
+                "stand in a document, so name the documents, or give evaluation.sts a directory"
+            )
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """All values as plain YAML types."""
+        return self.model_dump(mode="json")
+
+    def identity(self) -> dict[str, Any]:
+        """The values a result depends on: all but where and on how many workers it runs, and how it is watched."""
+        values = self.resolved()
+        del values["runtime"]
+        del values["data"]["cache_dir"]
+        return values
+
+    def fingerprint(self) -> str:
+        """Short hash of :meth:`identity`: the same run whatever the machine."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def nearest_multiple(value: int, of: int) -> int:
+    """The multiple of ``of`` next to ``value``, at least ``of``."""
+    return max(of, round(value / of) * of)
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file and apply ``section.key=value`` overrides.
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown key, or an impossible value.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot read the configuration {str(path)!r}: {error.strerror}. Give the path of a YAML file; "
+            "experiments/quickstart.yaml is one to start from."
+        ) from None
+    return parse_config(text, overrides, source=str(path))
+
+
+def parse_config(text: str, overrides: Iterable[str] = (), source: str = "configuration") -> Config:
+    """:func:`load_config` from a string."""
+    try:
+        values = yaml.load(text, Loader=_Loader) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not YAML: {error}. Mend the line it names.") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source} holds {type(values).__name__}, not `section: {{key: value}}`.")
+    for override in overrides:
+        apply_override(values, override)
+    return make_config(_expand_variables(values, source), source)
+
+
+def make_config(values: Mapping[str, Any], source: str = "configuration") -> Config:
+    """Validate a tree of plain values, with messages that name keys as the user writes them."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_describe(error, source)) from None
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one ``section.key=value`` in a tree of plain values; the value is read as YAML."""
+    path, equals, raw = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {override!r} is not section.key=value, such as train.learning_rate=3e-5.")
+    node = values
+    for key in keys[:-1]:
+        if node.get(key) is None:
+            node[key] = {}
+        node = node[key]
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {override!r}: {key!r} is a value, not a section.")
+    try:
+        node[keys[-1]] = yaml.load(raw, Loader=_Loader)
+    except yaml.YAMLError:
+        node[keys[-1]] = raw
+
+
+def _expand_variables(value: Any, source: str, key: str = "") -> Any:
+    """Replace ``${NAME}`` in every text by the environment variable NAME."""
+    if isinstance(value, dict):
+        return {k: _expand_variables(v, source, f"{key}.{k}" if key else str(k)) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_expand_variables(item, source, key) for item in value]
+    if not isinstance(value, str):
+        return value
+
+    def look_up(match: re.Match[str]) -> str:
+        if match[1] not in os.environ:
+            raise ConfigError(
+                f"{source}: {key} is {value!r}, but the environment variable {match[1]} is not set. "
+                f"Set it, or give the value with --set {key}=..."
+            )
+        return os.environ[match[1]]
+
+    return re.sub(r"\$\{(\w+)\}", look_up, value)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as everybody expects and YAML 1.1 does not."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf)$|^\.(nan|NaN)$"),
+    list("-+0123456789."),
+)
+# Integers win over the wider pattern above, as resolvers are tried in order.
+for _first in "-+0123456789":
+    _Loader.yaml_implicit_resolvers[_first].sort(key=lambda item: item[0] != "tag:yaml.org,2002:int")
+
+
+def known_keys() -> list[str]:
+    """Every ``section.key`` there is."""
+    keys = []
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            keys += [f"{name}.{key}" for key in section.model_fields]
+        else:
+            keys.append(name)
+    return keys
+
+
+def _describe(error: ValidationError, source: str) -> str:
+    import difflib
+
+    lines = []
+    for item in error.errors():
+        location = [str(part) for part in item["loc"] if not str(part).startswith(("function-", "tuple", "list"))]
+        key = ".".join(location)
+        if item["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.6)
+            hint = f"did you mean {close[0]}?" if close else f"the keys there are: {_siblings(location)}."
+            lines.append(f"unknown key {key}: {hint}")
+            continue
+        reason = item["msg"].removeprefix("Value error, ")
+        reason = reason[:1].lower() + reason[1:] if item["type"] != "value_error" else reason
+        if (item["type"] == "value_error" and isinstance(item["input"], dict)) or not location:
+            lines.append(reason + ".")
+        else:
+            lines.append(f"{key} is {item['input']!r}: {reason}.")
+    return f"{source}: " + "\n  ".join(dict.fromkeys(lines))
+
+
+def _siblings(location: list[str]) -> str:
+    prefix = ".".join(location[:-1])
+    names = [key for key in known_keys() if key.startswith(prefix + ".")] if prefix else list(Config.model_fields)
+    return ", ".join(names) or ", ".join(Config.model_fields)
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML, readable by :func:`load_config`."""
+    return yaml.safe_dump(config.resolved(), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,181 @@
+"""``prepare``: text to tokenised shards, and documents to a structure-graded dev set; both once, then reused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from clusterns_ray.config import Config
+from clusterns_ray.data.corpus import ReadCounts, list_sources, read_sentences
+from clusterns_ray.data.documents import Document, document_sentences, list_documents, read_documents
+from clusterns_ray.data.structure import write_structure_dev
+from clusterns_ray.data.tokens import TokenStore, prepare_tokens, reuse_tokens
+from clusterns_ray.models import resolve_model
+
+STRUCTURE_PAIRS = 2000
+STRUCTURE_SEED = 0
+"""Not the run's seed: runs of different seeds have to be judged by the same pairs."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What training reads."""
+
+    tokens_dir: Path
+    sts_dir: str | None
+    """the dev set's directory, absolute; None without one"""
+    manifest: dict[str, Any]
+    reused: bool
+
+
+def cache_directory(config: Config) -> Path:
+    """Where prepared data is kept: ``data.cache_dir``, else ``STORAGE_PATH/cache``."""
+    return Path(config.data.cache_dir or Path(config.runtime.storage_path) / "cache").expanduser().resolve()
+
+
+def documents_of(config: Config) -> str | list[str] | None:
+    """What names the documents, where sentences or the dev set come from documents."""
+    return config.data.documents or ("demo" if config.data.corpus == "demo" else None)
+
+
+def corpus_is_documents(config: Config) -> bool:
+    return config.data.corpus is None or config.data.corpus == "demo"
+
+
+def prepare(
+    config: Config,
+    note: Callable[[str], None] = lambda text: None,
+    progress: Callable[[int], None] | None = None,
+) -> Prepared:
+    """Make, or find again, the token shards and the dev set that ``config`` asks for.
+
+    Args:
+        note: told in words what is done.
+        progress: called with the number of sentences tokenised.
+
+    Raises:
+        ConfigError, DataError: the encoder, the corpus or the documents cannot be used.
+    """
+    cache = cache_directory(config)
+    documents: list[Document] | None = None
+
+    def read() -> list[Document]:
+        nonlocal documents
+        if documents is None:
+            note(f"Reading documents from {documents_of(config)}")
+            spec = documents_of(config)
+            assert spec is not None
+            documents = list(read_documents(spec, config.data.text_column))
+        return documents
+
+    tokenizer = load_tokenizer(config)
+    fingerprint = corpus_fingerprint(config, tokenizer)
+    tokens_dir = cache / f"tokens-{_short_hash(fingerprint)}"
+    store = reuse_tokens(tokens_dir, fingerprint)
+    reused = store is not None
+    if store is None:
+        note(f"Tokenising {config.data.corpus or config.data.documents}")
+        counts = ReadCounts()
+        if corpus_is_documents(config):
+            sentences = _count(_document_rows(read()), counts, config.data.limit)
+        else:
+            assert config.data.corpus is not None
+            sentences = read_sentences(
+                config.data.corpus, text_column=config.data.text_column, limit=config.data.limit, counts=counts
+            )
+        store = prepare_tokens(
+            sentences,
+            tokenizer,
+            max_length=config.encoder.max_length,
+            prompt=config.encoder.prompt,
+            directory=tokens_dir,
+            fingerprint=fingerprint,
+            counts=counts,
+            progress=progress,
+        )
+    sts_dir = config.evaluation.sts
+    if sts_dir == "structure":
+        identity = {"documents": documents_fingerprint(config), "pairs": STRUCTURE_PAIRS, "seed": STRUCTURE_SEED}
+        directory = cache / f"structure-{_short_hash(identity)}"
+        if not (directory / "STRUCTURE" / "dev.jsonl").is_file():
+            note("Grading pairs of sentences by where they stand in their documents")
+            write_structure_dev(read(), directory, pairs=STRUCTURE_PAIRS, seed=STRUCTURE_SEED)
+        sts_dir = str(directory)
+    elif sts_dir is not None:
+        sts_dir = str(Path(sts_dir).expanduser().resolve())
+    return Prepared(tokens_dir, sts_dir, store.manifest, reused)
+
+
+def load_tokenizer(config: Config) -> Any:
+    """The encoder's tokenizer, without its weights."""
+    from clusterns_ray.tokenization import load_tokenizer
+
+    return load_tokenizer(resolve_model(config.encoder.name), revision=config.encoder.revision)
+
+
+def corpus_fingerprint(config: Config, tokenizer: Any) -> dict[str, Any]:
+    """What the token shards depend on; files by path, size and time of change."""
+    return {
+        "corpus": documents_fingerprint(config)
+        if corpus_is_documents(config)
+        else [asdict(source) for source in list_sources(config.data.corpus or "")],
+        "text_column": config.data.text_column,
+        "limit": config.data.limit,
+        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "max_length": config.encoder.max_length,
+        "prompt": config.encoder.prompt,
+    }
+
+
+def documents_fingerprint(config: Config) -> list[dict[str, Any]]:
+    spec = documents_of(config)
+    assert spec is not None
+    found = []
+    for file in list_documents(spec):
+        stat = None if file == "demo" else Path(file).stat()
+        found.append(
+            {
+                "path": file if stat is None else str(Path(file).resolve()),
+                "size": stat and stat.st_size,
+                "mtime_ns": stat and stat.st_mtime_ns,
+            }
+        )
+    return found
+
+
+def describe(store: TokenStore | dict[str, Any]) -> str:
+    """One line on what a corpus holds, and what was left out of it."""
+    manifest = store.manifest if isinstance(store, TokenStore) else store
+    counts = manifest["counts"]
+    parts = [f"{manifest['rows']:,} sentences, {manifest['tokens']:,} tokens (mean {manifest['mean_length']:.1f})"]
+    for key, text in (
+        ("empty", "{:,} empty rows skipped"),
+        ("cut", "{:,} over-long rows cut"),
+        ("truncated", "{:,} sentences cut to max_length"),
+        ("without_tokens", "{:,} rows without tokens skipped"),
+    ):
+        if counts.get(key):
+            parts.append(text.format(counts[key]))
+    return "; ".join(parts)
+
+
+def _document_rows(documents: list[Document]) -> Iterator[str]:
+    for document in documents:
+        yield from document_sentences(document)
+
+
+def _count(sentences: Iterator[str], counts: ReadCounts, limit: int | None) -> Iterator[str]:
+    for sentence in sentences:
+        if limit is not None and counts.kept >= limit:
+            return
+        counts.rows += 1
+        counts.kept += 1
+        yield sentence
+
+
+def _short_hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,449 @@
+"""A Hugging Face encoder with pooling, an optional prompt and a training head; sentences in, vectors out.
+
+Shape suffixes: B sentences, T tokens, D embedding width, L layers + 1 (the embedding layer is the first).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clusterns_ray.errors import ConfigError
+from clusterns_ray.models import resolve_model
+from clusterns_ray.tokenization import cannot_load, load_tokenizer, tokenize
+
+if TYPE_CHECKING:
+    from clusterns_ray.config import EncoderConfig
+
+SETTINGS_FILE = "clusterns.json"
+"""What a directory written by :meth:`Encoder.save` needs besides the transformer: pooling, length, prompt."""
+
+LONGEST_ENCODED = 512
+"""Tokens that a newly trained encoder reads at most, unless the encoder it came from says otherwise."""
+
+HIDDEN_STATE_POOLINGS = ("first_last", "top2")
+
+
+class Encoder(nn.Module):
+    """Sentences to embeddings.
+
+    >>> encoder = Encoder.load("runs/quickstart/model")
+    >>> encoder.encode(["A first sentence.", "And a second."]).shape
+    (2, 384)
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        tokenizer: Any,
+        *,
+        pooling: str = "mean",
+        max_length: int = 128,
+        prompt: str | None = None,
+        normalize: bool = False,
+        head: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.pooling = pooling
+        self.max_length = max_length
+        self.prompt = prompt
+        self.normalize = normalize
+        self.head = head
+        if pooling == "mask":
+            _check_mask_prompt(prompt, tokenizer)
+        # The pooler is not read, so it gets no gradient; it stays, so that the exported model is complete.
+        for parameter in (getattr(backbone, "pooler", None) and backbone.pooler.parameters()) or ():  # type: ignore
+            parameter.requires_grad_(False)
+
+    # ---- making one -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, name: str | os.PathLike, *, pooling: str | None = None, max_length: int | None = None) -> Encoder:
+        """Load a finished encoder: a run's ``model/``, a transformers or sentence-transformers directory, a hub id,
+        or ``package:PYTHON_PACKAGE/SUBDIR``.
+
+        Pooling, length and normalisation come from the directory where it says so; a plain transformer is pooled
+        by the mean of its token states, at 128 tokens.
+
+        Raises:
+            ConfigError: it cannot be found or loaded.
+        """
+        source = resolve_model(str(name))
+        settings = {"pooling": "mean", "max_length": 128, **_stored_settings(source)}
+        if pooling is not None:
+            settings["pooling"] = pooling
+        if max_length is not None:
+            settings["max_length"] = max_length
+        backbone, tokenizer = load_transformer(source)
+        limit = longest_input(backbone, tokenizer)
+        settings["max_length"] = min(settings["max_length"], limit) if limit else settings["max_length"]
+        return cls(backbone, tokenizer, **settings).eval()
+
+    @classmethod
+    def for_training(cls, config: EncoderConfig, seed: int) -> Encoder:
+        """The encoder a run starts from, with the training head; the head is drawn from ``seed``.
+
+        ``config.max_length`` is for training; finished embeddings read as much as the model can (at most
+        :data:`LONGEST_ENCODED` tokens), as published STS scores are taken without cutting.
+        """
+        source = resolve_model(config.name)
+        backbone, tokenizer = load_transformer(
+            source,
+            revision=config.revision,
+            num_layers=config.num_layers,
+            dropout=config.dropout,
+        )
+        limit = longest_input(backbone, tokenizer)
+        if limit and config.max_length > limit:
+            raise ConfigError(
+                f"encoder.max_length is {config.max_length}, but {config.name} reads at most {limit} tokens. "
+                f"Set encoder.max_length to {limit} or less."
+            )
+        if not has_dropout(backbone):
+            raise ConfigError(
+                f"{config.name} has no dropout, so the two views of a sentence would be equal and there would be "
+                "nothing to learn. Set encoder.dropout, for example to 0.1."
+            )
+        width = backbone.config.hidden_size
+        head = None
+        if config.head == "mlp":
+            head = nn.Sequential(nn.Linear(width, width), nn.Tanh())
+            generator = torch.Generator().manual_seed(seed)
+            nn.init.normal_(head[0].weight, std=0.02, generator=generator)
+            nn.init.zeros_(head[0].bias)
+        return cls(
+            backbone,
+            tokenizer,
+            pooling=config.pooling,
+            max_length=min(_stored_settings(source).get("max_length", LONGEST_ENCODED), limit or LONGEST_ENCODED),
+            prompt=config.prompt,
+            head=head,
+        )
+
+    @property
+    def width(self) -> int:
+        """D, the number of values in an embedding."""
+        return self.backbone.config.hidden_size  # type: ignore[union-attr, return-value]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    # ---- tensors ----------------------------------------------------------------------------------------------
+
+    def forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
+        """Embeddings (B x D), without the training head."""
+        output = self.backbone(
+            input_ids=input_ids_BT,
+            attention_mask=attention_mask_BT,
+            output_hidden_states=self.pooling in HIDDEN_STATE_POOLINGS,
+        )
+        mask_token = self.tokenizer.mask_token_id if self.pooling == "mask" else None
+        z_BD = pool(
+            output.last_hidden_state,
+            getattr(output, "hidden_states", None),
+            attention_mask_BT,
+            self.pooling,
+            is_mask_BT=None if mask_token is None else input_ids_BT == mask_token,
+        )
+        return nn.functional.normalize(z_BD, dim=-1) if self.normalize else z_BD
+
+    def project(self, z_BD: Tensor) -> Tensor:
+        """Through the training head, where there is one."""
+        return z_BD if self.head is None else self.head(z_BD)
+
+    # ---- sentences --------------------------------------------------------------------------------------------
+
+    def tokenize(self, sentences: Sequence[str]) -> list[list[int]]:
+        """Token ids with the prompt and the special tokens, cut to ``max_length``."""
+        return tokenize(sentences, self.tokenizer, self.max_length, self.prompt)[0]
+
+    def encode(self, sentences: Sequence[str], *, batch_size: int = 64) -> np.ndarray:
+        """Embeddings of sentences, in the order given.
+
+        Inside they are sorted by length, so that little is computed for padding; dropout is off.
+
+        Returns:
+            float32 array (n, D).
+        """
+        if isinstance(sentences, str):
+            raise TypeError("Encoder.encode takes a list of sentences, and got one str; wrap it: encode([text]).")
+        ids = self.tokenize(sentences)
+        embeddings = np.empty((len(ids), self.width), dtype=np.float32)
+        for rows in length_batches([len(row) for row in ids], batch_size):
+            embeddings[rows] = self.encode_ids([ids[row] for row in rows]).cpu().numpy()
+        return embeddings
+
+    @torch.inference_mode()
+    def encode_ids(self, ids: Sequence[Sequence[int]]) -> Tensor:
+        """One padded batch of token ids to float32 embeddings (n x D), dropout off."""
+        was_training = self.training
+        self.eval()
+        try:
+            input_ids_BT, mask_BT = pad(ids, self.tokenizer.pad_token_id)
+            return self(input_ids_BT.to(self.device), mask_BT.to(self.device)).float()
+        finally:
+            self.train(was_training)
+
+    # ---- writing one ------------------------------------------------------------------------------------------
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Write a directory that transformers and sentence-transformers load as it is; the head is left out.
+
+        With a prompt, whose end stands after the sentence, sentence-transformers has no module that applies it:
+        such a directory is for :meth:`Encoder.load` and transformers.
+        """
+        path = Path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        self.backbone.save_pretrained(path)  # type: ignore[operator]
+        self.tokenizer.save_pretrained(path)
+        settings = {
+            "pooling": self.pooling,
+            "max_length": self.max_length,
+            "prompt": self.prompt,
+            "normalize": self.normalize,
+        }
+        _write_json(path / SETTINGS_FILE, settings)
+        if self.prompt is None:
+            _write_sentence_transformers(
+                path, self.pooling, self.width, self.max_length, self.backbone.config, self.normalize
+            )
+
+
+def pool(
+    last_BTD: Tensor,
+    hidden_L: tuple[Tensor, ...] | None,
+    attention_mask_BT: Tensor,
+    pooling: str,
+    is_mask_BT: Tensor | None = None,
+) -> Tensor:
+    """Token states to one vector a sentence (B x D).
+
+    ``cls``: the first token. ``mean``: over real tokens. ``mask``: at the mask token. ``first_last``: mean over
+    tokens of the average of the embedding layer and the last layer (as SimCSE's ``avg_first_last``). ``top2``: the
+    same of the last two layers.
+    """
+    if pooling == "cls":
+        return last_BTD[:, 0]
+    if pooling == "mask":
+        assert is_mask_BT is not None
+        position_B = is_mask_BT.to(torch.int64).argmax(dim=1)
+        return last_BTD[torch.arange(len(last_BTD), device=last_BTD.device), position_B]
+    if pooling == "mean":
+        states_BTD = last_BTD
+    elif pooling in HIDDEN_STATE_POOLINGS:
+        assert hidden_L is not None
+        other = hidden_L[0] if pooling == "first_last" else hidden_L[-2]
+        states_BTD = (other + hidden_L[-1]) / 2
+    else:
+        raise ConfigError(f"encoder.pooling is {pooling!r}; it must be cls, mean, mask, first_last or top2.")
+    weight_BT1 = attention_mask_BT.unsqueeze(-1).to(states_BTD.dtype)
+    return (states_BTD * weight_BT1).sum(dim=1) / weight_BT1.sum(dim=1).clamp(min=1e-9)
+
+
+def pad(ids: Sequence[Sequence[int]], pad_token_id: int | None) -> tuple[Tensor, Tensor]:
+    """Rows of token ids to ``(input_ids, attention_mask)``, int64, padded to the longest row."""
+    longest = max(map(len, ids))
+    input_ids = np.full((len(ids), longest), pad_token_id or 0, dtype=np.int64)
+    mask = np.zeros((len(ids), longest), dtype=np.int64)
+    for row, values in enumerate(ids):
+        input_ids[row, : len(values)] = values
+        mask[row, : len(values)] = 1
+    return torch.from_numpy(input_ids), torch.from_numpy(mask)
+
+
+def length_batches(lengths: Sequence[int], batch_size: int) -> Iterator[np.ndarray]:
+    """Row numbers in batches of sentences alike in length, the longest first (so that memory fails early)."""
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+# ---- finding and loading transformers ---------------------------------------------------------------------------
+
+
+def load_transformer(
+    source: str, *, revision: str | None = None, num_layers: int | None = None, dropout: float | None = None
+) -> tuple[nn.Module, Any]:
+    """``(backbone, tokenizer)`` from a directory or the hub, in float32.
+
+    Raises:
+        ConfigError: it cannot be loaded, or has fewer layers than asked for.
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    # A checkpoint may lack weights (a masked language model has no pooler): their draw must not differ by worker.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            config = transformers.AutoConfig.from_pretrained(source, revision=revision)
+            _shorten(config, num_layers, source)
+            _override_dropout(config, dropout)
+            backbone = transformers.AutoModel.from_pretrained(
+                source, revision=revision, config=config, dtype=torch.float32
+            )
+        except ConfigError:
+            raise
+        except (OSError, ValueError) as error:
+            raise cannot_load(source, error) from error
+        finally:
+            transformers.utils.logging.set_verbosity(verbosity)
+    return backbone, load_tokenizer(source, revision=revision)
+
+
+def _shorten(config: Any, num_layers: int | None, source: str) -> None:
+    if num_layers is None:
+        return
+    if num_layers > config.num_hidden_layers:
+        raise ConfigError(
+            f"encoder.num_layers is {num_layers}, but {source} has {config.num_hidden_layers} layers. "
+            f"Use at most {config.num_hidden_layers}, or leave it unset."
+        )
+    config.num_hidden_layers = num_layers
+    if isinstance(getattr(config, "layer_types", None), list):
+        config.layer_types = config.layer_types[:num_layers]
+
+
+def _dropout_keys(config: Any) -> list[str]:
+    skip = ("classifier", "classif", "qa_", "summary", "final")
+    return [
+        key
+        for key, value in config.to_dict().items()
+        if "dropout" in key and isinstance(value, (int, float)) and not any(word in key for word in skip)
+    ]
+
+
+def _override_dropout(config: Any, dropout: float | None) -> None:
+    if dropout is not None:
+        for key in _dropout_keys(config):
+            setattr(config, key, dropout)
+
+
+def has_dropout(backbone: nn.Module) -> bool:
+    """Whether any dropout of the model is on in training, as the two views differ by nothing else."""
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in backbone.modules())
+
+
+def longest_input(backbone: Any, tokenizer: Any) -> int | None:
+    """Tokens the model can read at once, or None where neither it nor its tokenizer says."""
+    positions = getattr(backbone.config, "max_position_embeddings", None)
+    if positions and getattr(backbone.config, "model_type", "") in ("roberta", "xlm-roberta", "camembert", "mpnet"):
+        positions -= 2  # Their positions start behind the padding index.
+    limits = [n for n in (positions, tokenizer.model_max_length) if n and n < 1_000_000]
+    return min(limits) if limits else None
+
+
+def _check_mask_prompt(prompt: str | None, tokenizer: Any) -> None:
+    ids = tokenizer(prompt or "", add_special_tokens=False)["input_ids"]
+    if tokenizer.mask_token_id is None or ids.count(tokenizer.mask_token_id) != 1:
+        raise ConfigError(
+            f"encoder.pooling is mask, so encoder.prompt must hold the mask token {tokenizer.mask_token!r} exactly once; "
+            f"it is {prompt!r}."
+        )
+
+
+def _stored_settings(source: str) -> dict[str, Any]:
+    path = Path(source)
+    if (path / SETTINGS_FILE).is_file():
+        return json.loads((path / SETTINGS_FILE).read_text())
+    if not (path / "modules.json").is_file():
+        return {}
+    settings: dict[str, Any] = {}
+    for module in json.loads((path / "modules.json").read_text()):
+        kind = module["type"].rsplit(".", 1)[-1]
+        if kind == "Transformer":
+            file = path / module["path"] / "sentence_bert_config.json"
+            length = json.loads(file.read_text()).get("max_seq_length") if file.is_file() else None
+            if length is None:
+                tokenizer = path / module["path"] / "tokenizer_config.json"
+                length = json.loads(tokenizer.read_text()).get("model_max_length") if tokenizer.is_file() else None
+            if length:
+                settings["max_length"] = int(length)
+        elif kind == "Pooling":
+            pooling = json.loads((path / module["path"] / "config.json").read_text())
+            settings["pooling"] = _pooling_name(pooling, source)
+        elif kind == "Normalize":
+            settings["normalize"] = True
+        else:
+            raise ConfigError(
+                f"{source}: its sentence-transformers module {kind} is not one of Transformer, Pooling and Normalize, "
+                "so it would be encoded wrongly here. Give Encoder.load a plain encoder."
+            )
+    return settings
+
+
+def _pooling_name(config: dict[str, Any], source: str) -> str:
+    mode = config.get("pooling_mode")
+    if mode is None:
+        on = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
+        mode = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}.get(on[0]) if len(on) == 1 else on
+    if mode not in ("mean", "cls"):
+        raise ConfigError(f"{source}: its pooling {mode!r} is not supported here; mean and cls are.")
+    return mode
+
+
+def _write_sentence_transformers(
+    path: Path, pooling: str, width: int, max_length: int, config: Any, normalize: bool
+) -> None:
+    # The module names and keys of sentence-transformers 2 to 5, which 6 reads as well.
+    modules = [("", "Transformer")]
+    transformer = {"max_seq_length": max_length, "do_lower_case": False}
+    if pooling in HIDDEN_STATE_POOLINGS:
+        modules.append(("1_LayerPooling", "WeightedLayerPooling"))
+        _write_layer_weights(path / "1_LayerPooling", pooling, width, config.num_hidden_layers)
+        transformer["config_args"] = {"output_hidden_states": True}
+    modules.append((f"{len(modules)}_Pooling", "Pooling"))
+    (path / modules[-1][0]).mkdir(exist_ok=True)
+    _write_json(
+        path / modules[-1][0] / "config.json",
+        {
+            "word_embedding_dimension": width,
+            "pooling_mode_cls_token": pooling == "cls",
+            "pooling_mode_mean_tokens": pooling != "cls",
+            "pooling_mode_max_tokens": False,
+            "pooling_mode_mean_sqrt_len_tokens": False,
+        },
+    )
+    if normalize:
+        modules.append((f"{len(modules)}_Normalize", "Normalize"))
+        (path / modules[-1][0]).mkdir(exist_ok=True)
+    _write_json(path / "sentence_bert_config.json", transformer)
+    _write_json(
+        path / "modules.json",
+        [
+            {"idx": i, "name": str(i), "path": folder, "type": f"sentence_transformers.models.{kind}"}
+            for i, (folder, kind) in enumerate(modules)
+        ],
+    )
+    _write_json(path / "config_sentence_transformers.json", {"similarity_fn_name": "cosine"})
+
+
+def _write_layer_weights(path: Path, pooling: str, width: int, layers: int) -> None:
+    from safetensors.torch import save_file
+
+    start = 0 if pooling == "first_last" else layers - 1
+    weights = torch.zeros(layers + 1 - start)
+    weights[0] += 1
+    weights[-1] += 1
+    path.mkdir(exist_ok=True)
+    save_file({"layer_weights": weights}, path / "model.safetensors")
+    _write_json(
+        path / "config.json",
+        {"word_embedding_dimension": width, "layer_start": start, "num_hidden_layers": layers},
+    )
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

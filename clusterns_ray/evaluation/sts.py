@@ -1,0 +1,193 @@
+"""Semantic textual similarity: Spearman's correlation of cosines with graded pairs.
+
+Layout: ``DIRECTORY/TASK/SUBSET.jsonl``, one ``{"sentence1", "sentence2", "score"}`` a line. Protocol: the score of
+a task is taken over all pairs of its subsets together ("all"), as in SimCSE's evaluation; sentences are encoded once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clusterns_ray.errors import ConfigError, DataError
+
+TASKS = {
+    "STS12": None,
+    "STS13": None,
+    "STS14": None,
+    "STS15": None,
+    "STS16": None,
+    "STSB": "test",
+    "SICKR": "test",
+}
+"""The seven tests; None: all subsets of the task."""
+
+Embed = Callable[[Sequence[str]], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The graded pairs of one subset."""
+
+    name: str
+    """TASK/SUBSET"""
+    sentences1: list[str]
+    sentences2: list[str]
+    scores: np.ndarray
+    """float64 (n)"""
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def sentences(self) -> list[str]:
+        """Every sentence once, in order of first appearance."""
+        return list(dict.fromkeys([*self.sentences1, *self.sentences2]))
+
+
+def read_pairs(directory: str | Path, name: str) -> Pairs:
+    """Read ``TASK/SUBSET``.
+
+    Raises:
+        ConfigError: there is no such file.
+        DataError: a line is not a graded pair, or all grades are the same.
+    """
+    path = Path(directory) / f"{name}.jsonl"
+    check_pairs_exist(directory, name)
+    first, second, scores = [], [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            score = float(row["score"])
+            if not (isinstance(row["sentence1"], str) and isinstance(row["sentence2"], str)) or score != score:
+                raise ValueError
+        except (ValueError, KeyError, TypeError):
+            raise DataError(
+                f"{path}:{number}: {line[:80]!r} is not a graded pair. Each line must be a JSON object with the texts "
+                '"sentence1" and "sentence2" and the number "score".'
+            ) from None
+        first.append(row["sentence1"])
+        second.append(row["sentence2"])
+        scores.append(score)
+    if len(set(scores)) < 2:
+        raise DataError(
+            f"{path}: {len(scores)} pairs with {len(set(scores))} different grades; a correlation needs at least two. "
+            "Give a set whose scores differ."
+        )
+    return Pairs(name, first, second, np.asarray(scores, dtype=np.float64))
+
+
+def check_pairs_exist(directory: str | Path, name: str) -> None:
+    """Refuse a directory without ``TASK/SUBSET.jsonl``, naming what it does hold."""
+    if (Path(directory) / f"{name}.jsonl").is_file():
+        return
+    if not Path(directory).is_dir():
+        raise ConfigError(
+            f"STS directory {str(directory)!r} is not there. Give a directory of TASK/SUBSET.jsonl files "
+            "(evaluation.sts, or --sts)."
+        )
+    there = sorted(str(p.relative_to(directory).with_suffix("")) for p in Path(directory).glob("*/*.jsonl"))
+    raise ConfigError(
+        f"{str(directory)!r} has no {name}.jsonl. It holds: {', '.join(there) or 'no TASK/SUBSET.jsonl at all'}."
+    )
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's rank correlation with average ranks for ties, in [-1, 1]; NaN where one side is constant."""
+    from scipy.stats import rankdata
+
+    ranks_a, ranks_b = rankdata(a), rankdata(b)
+    ranks_a, ranks_b = ranks_a - ranks_a.mean(), ranks_b - ranks_b.mean()
+    norm = np.sqrt((ranks_a @ ranks_a) * (ranks_b @ ranks_b))
+    return float(ranks_a @ ranks_b / norm) if norm else float("nan")
+
+
+def pearson(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson's correlation, in [-1, 1]."""
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def pair_cosines(pairs: Sequence[Pairs], embed: Embed) -> list[np.ndarray]:
+    """Cosine of each pair of each subset (float64); every different sentence is encoded once."""
+    sentences = list(dict.fromkeys(sentence for subset in pairs for sentence in subset.sentences()))
+    z_ND = embed(sentences).astype(np.float64)
+    z_ND /= np.maximum(np.linalg.norm(z_ND, axis=1, keepdims=True), 1e-8)
+    row = {sentence: number for number, sentence in enumerate(sentences)}
+    return [
+        np.einsum(
+            "nd,nd->n",
+            z_ND[[row[s] for s in subset.sentences1]],
+            z_ND[[row[s] for s in subset.sentences2]],
+        )
+        for subset in pairs
+    ]
+
+
+def score_pairs(pairs: Pairs, embed: Embed) -> float:
+    """Spearman x 100 of one subset; what selects when it is the dev set."""
+    return 100 * spearman(pair_cosines([pairs], embed)[0], pairs.scores)
+
+
+def task_subsets(directory: str | Path, task: str) -> list[str]:
+    """Names TASK/SUBSET of a task's test subsets in a directory; empty where it has none."""
+    subset = TASKS[task]
+    files = sorted((Path(directory) / task).glob("*.jsonl" if subset is None else f"{subset}.jsonl"))
+    return [f"{task}/{file.stem}" for file in files]
+
+
+def evaluate_sts(directory: str | Path, embed: Embed, extra: Sequence[str] = ()) -> dict[str, Any]:
+    """The seven test tasks, as far as they are in ``directory``, and any further TASK/SUBSET named in ``extra``.
+
+    Returns:
+        ``tasks``: for each task Spearman "all", mean and weighted mean over subsets, Pearson and pairs (x 100);
+        ``missing``: tasks that are not there; ``average``: of Spearman "all" over all seven, None unless all are
+        there; ``extra``: Spearman of the further subsets.
+
+    Raises:
+        ConfigError: not a directory, or none of the tasks is in it.
+    """
+    if not Path(directory).is_dir():
+        raise ConfigError(
+            f"STS directory {str(directory)!r} is not there. Give a directory of TASK/SUBSET.jsonl files."
+        )
+    names = {task: task_subsets(directory, task) for task in TASKS}
+    if not any(names.values()) and not extra:
+        raise ConfigError(
+            f"{str(directory)!r} holds none of {', '.join(TASKS)}. Give a directory of TASK/SUBSET.jsonl files."
+        )
+    subsets = [read_pairs(directory, name) for task in TASKS for name in names[task]]
+    further = [read_pairs(directory, name) for name in extra]
+    cosines = dict(zip([p.name for p in [*subsets, *further]], pair_cosines([*subsets, *further], embed), strict=True))
+    tasks = {}
+    for task in TASKS:
+        if names[task]:
+            parts = [p for p in subsets if p.name in names[task]]
+            tasks[task] = _score_task(parts, [cosines[p.name] for p in parts])
+    missing = [task for task in TASKS if task not in tasks]
+    average = None if missing else float(np.mean([task["spearman"] for task in tasks.values()]))
+    return {
+        "tasks": tasks,
+        "missing": missing,
+        "average": average,
+        "extra": {p.name: 100 * spearman(cosines[p.name], p.scores) for p in further},
+    }
+
+
+def _score_task(parts: list[Pairs], cosines: list[np.ndarray]) -> dict[str, Any]:
+    predicted, gold = np.concatenate(cosines), np.concatenate([p.scores for p in parts])
+    each = np.array([spearman(c, p.scores) for c, p in zip(cosines, parts, strict=True)])
+    pairs = np.array([len(p) for p in parts])
+    return {
+        "spearman": 100 * spearman(predicted, gold),
+        "spearman_mean": 100 * float(each.mean()),
+        "spearman_weighted_mean": 100 * float((each * pairs).sum() / pairs.sum()),
+        "pearson": 100 * pearson(predicted, gold),
+        "pairs": int(pairs.sum()),
+        "subsets": {p.name.split("/")[1]: 100 * float(score) for p, score in zip(parts, each, strict=True)},
+    }

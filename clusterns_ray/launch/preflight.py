@@ -1,0 +1,110 @@
+"""What can be known to be wrong before anything slow or costly starts; takes well under two seconds, without torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from clusterns_ray.config import Config, load_config
+from clusterns_ray.data.corpus import list_sources
+from clusterns_ray.data.documents import list_documents
+from clusterns_ray.data.prepare import corpus_is_documents, documents_of
+from clusterns_ray.errors import ConfigError
+from clusterns_ray.evaluation.sts import check_pairs_exist
+from clusterns_ray.models import local_model_config, resolve_model
+
+
+def run_directory(config: Config) -> Path:
+    """``STORAGE_PATH/NAME``, absolute: a worker's working directory is not the caller's."""
+    return Path(config.runtime.storage_path).expanduser().resolve() / config.runtime.name
+
+
+def check_request(config: Config) -> None:
+    """Refuse what cannot work.
+
+    Raises:
+        ConfigError, DataError: with the value, the reason and the remedy.
+    """
+    check_data(config)
+    check_encoder(config)
+    check_storage(config)
+    check_name(config)
+
+
+def check_data(config: Config) -> None:
+    if documents_of(config):
+        list_documents(documents_of(config) or "")
+    if not corpus_is_documents(config):
+        list_sources(config.data.corpus or "")
+    if config.evaluation.sts == "hf":
+        raise ConfigError(
+            "evaluation.sts is hf, but the hub's sets cannot choose a step yet. Give a directory of TASK/SUBSET.jsonl "
+            "files, or `structure` with data.documents."
+        )
+    if config.evaluation.sts not in (None, "structure"):
+        check_pairs_exist(Path(config.evaluation.sts).expanduser(), config.evaluation.dev)
+
+
+def check_encoder(config: Config) -> None:
+    """The encoder's directory, and the limits that its config.json tells without loading it."""
+    model = local_model_config(resolve_model(config.encoder.name))
+    layers = model and (model.get("num_hidden_layers") or model.get("n_layers"))
+    if layers and config.encoder.num_layers and config.encoder.num_layers > layers:
+        raise ConfigError(
+            f"encoder.num_layers is {config.encoder.num_layers}, but {config.encoder.name} has {layers} layers. "
+            f"Use at most {layers}, or leave it unset."
+        )
+
+
+def check_storage(config: Config) -> None:
+    path = config.runtime.storage_path
+    if re.match(r"[a-z0-9]+://", path):
+        raise ConfigError(
+            f"runtime.storage_path is {path!r}: runs are written to a file system, not to an object store. Give a "
+            "directory that every node sees."
+        )
+    directory = Path(path).expanduser().resolve()
+    existing = next(parent for parent in [directory, *directory.parents] if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"runtime.storage_path is {path!r}, but {str(existing)!r} is not a directory that can be written. "
+            "Choose another one."
+        )
+
+
+def check_name(config: Config) -> None:
+    """A name in use belongs to one configuration: the same resumes, another is refused."""
+    saved = run_directory(config) / "config.yaml"
+    if not saved.is_file():
+        return
+    other = load_config(saved)
+    if other.fingerprint() == config.fingerprint():
+        return
+    differences = _differences(other.identity(), config.identity())
+    raise ConfigError(
+        f"runtime.name is {config.runtime.name!r}, which {str(saved.parent)!r} already holds with another configuration: "
+        + "; ".join(f"{key} was {before!r} and is now {after!r}" for key, before, after in differences[:5])
+        + (f"; and {len(differences) - 5} more" if len(differences) > 5 else "")
+        + ". Choose another runtime.name, or go back to those values to resume it."
+    )
+
+
+def warn_of_faiss(note: Callable[[str], None]) -> None:
+    """Say so when both faiss wheels are installed; neither is fine too."""
+    from clusterns_ray.clustering.backend import faiss_conflict
+
+    conflict = faiss_conflict()
+    if conflict:
+        note(conflict)
+
+
+def _differences(before: dict, after: dict, prefix: str = "") -> list[tuple[str, object, object]]:
+    found: list[tuple[str, object, object]] = []
+    for key in after:
+        if isinstance(after[key], dict):
+            found += _differences(before.get(key, {}), after[key], f"{prefix}{key}.")
+        elif before.get(key) != after[key]:
+            found.append((prefix + key, before.get(key), after[key]))
+    return found

@@ -1,0 +1,266 @@
+"""A configuration to a finished run: in this process, or on Ray workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from clusterns_ray.config import Config, dump_config, make_config
+from clusterns_ray.data.prepare import Prepared, describe, prepare
+from clusterns_ray.errors import ClusterNSError, ConfigError
+from clusterns_ray.launch.preflight import check_request, run_directory, warn_of_faiss
+
+Watch = Callable[[dict[str, Any]], None]
+
+
+def train(config: Config, watch: Watch = lambda event: None) -> dict[str, Any]:
+    """Train, or resume, the run that ``config`` names.
+
+    A finished run is left as it is. An unfinished one goes on from its newest checkpoint.
+
+    Args:
+        watch: told of what happens, in this process (see ``clusterns_ray.training.loop.Watch``).
+
+    Returns:
+        What ``result.json`` holds.
+
+    Raises:
+        ConfigError, DataError: the request cannot work; nothing was started.
+        ClusterNSError: the run failed; its checkpoints are kept.
+    """
+
+    def note(text: str) -> None:
+        watch({"event": "note", "text": text})
+
+    check_request(config)
+    run_dir = run_directory(config)
+    finished = run_dir / "result.json"
+    if finished.is_file():
+        note(
+            f"{config.runtime.name!r} is finished already, and left as it is. Choose another runtime.name to train anew."
+        )
+        return json.loads(finished.read_text(encoding="utf-8"))
+    warn_of_faiss(note)
+    prepared = prepare(config, note, lambda rows: watch({"event": "tokenised", "rows": rows}))
+    note(("Corpus, as prepared before: " if prepared.reused else "Corpus: ") + describe(prepared.manifest))
+    run_dir.mkdir(parents=True, exist_ok=True)
+    save_config(config, run_dir)
+    if config.runtime.num_workers == 0:
+        return _train_here(config, prepared, run_dir, watch)
+    return _train_on_ray(config, prepared, run_dir, watch)
+
+
+def save_config(config: Config, run_dir: Path) -> None:
+    """Write ``config.yaml`` before anything else, as it is what makes a name taken."""
+    from clusterns_ray.training.checkpoint import write_atomic
+
+    write_atomic(run_dir / "config.yaml", dump_config(config))
+
+
+def _train_here(config: Config, prepared: Prepared, run_dir: Path, watch: Watch) -> dict[str, Any]:
+    import torch
+
+    from clusterns_ray.training.loop import train_worker
+
+    device = torch.device("cuda" if _wants_gpu(config) else "cpu")
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        return train_worker(
+            config,
+            tokens_dir=prepared.tokens_dir,
+            sts_dir=prepared.sts_dir,
+            run_dir=run_dir,
+            device=device,
+            watch=watch,
+        )
+
+
+def _wants_gpu(config: Config) -> bool:
+    import torch
+
+    if config.runtime.use_gpu and not torch.cuda.is_available():
+        raise ConfigError(
+            "runtime.use_gpu is true, but torch sees no GPU here. Set it to false, or install a torch with CUDA and the "
+            "GPU's driver."
+        )
+    return torch.cuda.is_available() if config.runtime.use_gpu is None else config.runtime.use_gpu
+
+
+def _train_on_ray(config: Config, prepared: Prepared, run_dir: Path, watch: Watch) -> dict[str, Any]:
+    # Train waits this long between looks at its workers, and each report waits for a look.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    import ray
+
+    started_ray = not ray.is_initialized()
+    if started_ray:
+        _start_ray(config, watch)
+    try:
+        return _fit(config, prepared, run_dir, watch)
+    finally:
+        if started_ray:
+            ray.shutdown()
+
+
+def _start_ray(config: Config, watch: Watch) -> None:
+    """Join the cluster that RAY_ADDRESS names, else start Ray on this machine."""
+    import logging
+
+    import ray
+
+    # The driver's directory is not shipped to the workers: the package is installed where they run.
+    options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**options)
+        return
+    cpus, needed = os.cpu_count() or 1, config.runtime.worker_counts()[-1] * config.runtime.cpus_per_worker
+    if needed > cpus:
+        text = f"{needed} CPUs are asked for on a machine with {cpus}: the workers share them and run slower."
+        watch({"event": "note", "text": text})
+    ray.init(num_cpus=max(cpus, needed), include_dashboard=False, **options)
+
+
+def _fit(config: Config, prepared: Prepared, run_dir: Path, watch: Watch) -> dict[str, Any]:
+    """Run ``fit`` in a thread, and meanwhile show here what worker 0 tells; a deadline for the start."""
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    use_gpu = config.runtime.use_gpu
+    if use_gpu is None:
+        use_gpu = ray.cluster_resources().get("GPU", 0) > 0
+    mailbox = ray.remote(num_cpus=0)(_Mailbox).remote()
+    workers = config.runtime.num_workers
+    trainer = TorchTrainer(
+        _ray_worker,
+        train_loop_config={
+            "config": config.resolved(),
+            "tokens_dir": str(prepared.tokens_dir),
+            "sts_dir": prepared.sts_dir,
+            "run_dir": str(run_dir),
+            "mailbox": mailbox,
+        },
+        torch_config=TorchConfig(timeout_s=int(config.runtime.step_timeout_s)),
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": config.runtime.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+        ),
+        # What Ray keeps of an attempt is apart from the run: our checkpoints are what a run resumes from.
+        run_config=RunConfig(
+            name=f"{config.runtime.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+            storage_path=str(run_dir / "ray"),
+            failure_config=FailureConfig(max_failures=config.runtime.max_failures),
+        ),
+    )
+    outcome: dict[str, Any] = {}
+
+    def fit() -> None:
+        try:
+            outcome["result"] = trainer.fit()
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=fit, daemon=True, name="fit")
+    thread.start()
+    deadline = time.monotonic() + config.runtime.start_timeout_s
+    waiting = True
+    while True:
+        alive = thread.is_alive()
+        for event in _take(mailbox):
+            waiting = False
+            watch(event)
+        if not alive:
+            break
+        if waiting and time.monotonic() > deadline:
+            raise ClusterNSError(
+                f"No worker started within runtime.start_timeout_s ({config.runtime.start_timeout_s:.0f} s). Asked for: "
+                f"{workers} workers with {config.runtime.cpus_per_worker} CPU{' and 1 GPU' if use_gpu else ''} each; the "
+                f"cluster has {_resources()}. Ask for less, add nodes, or raise the time-out."
+            )
+        time.sleep(0.2)
+    return _outcome(outcome, run_dir)
+
+
+def _outcome(outcome: dict[str, Any], run_dir: Path) -> dict[str, Any]:
+    if "error" in outcome:
+        raise ClusterNSError(
+            f"The workers failed: {_innermost(outcome['error'])} The run resumes from its newest checkpoint in "
+            f"{str(run_dir / 'checkpoints')!r} when the same command is given again."
+        ) from outcome["error"]
+    value = outcome["result"].return_value
+    if value is None:
+        raise ClusterNSError(f"The run ended without a result: {outcome['result'].error or 'no reason given'}.")
+    if "error" in value:
+        raise ClusterNSError(value["error"])
+    return value["result"]
+
+
+def _innermost(error: BaseException) -> str:
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        error = next(iter(failures.values()))
+    text = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{text[-1]}" + ("" if text[-1].endswith(".") else ".")
+
+
+def _resources() -> str:
+    import ray
+
+    found = ray.cluster_resources()
+    return f"{found.get('CPU', 0):.0f} CPUs and {found.get('GPU', 0):.0f} GPUs"
+
+
+class _Mailbox:
+    """An actor between worker 0 and the driver, so that progress is shown where the command was given."""
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+
+    def put(self, event: dict[str, Any]) -> None:
+        self.events.append(event)
+
+    def take(self) -> list[dict[str, Any]]:
+        events, self.events = self.events, []
+        return events
+
+
+def _take(mailbox: Any) -> list[dict[str, Any]]:
+    import ray
+
+    try:
+        return ray.get(mailbox.take.remote(), timeout=30)
+    except ray.exceptions.GetTimeoutError:
+        return []
+
+
+def _ray_worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """What each Ray worker runs. Errors that a restart would meet again are returned, not raised."""
+    import ray.train
+    import torch
+    from ray.train.torch import get_device
+
+    from clusterns_ray.training.loop import train_worker
+
+    config = make_config(settings["config"])
+    device = get_device()
+    assert isinstance(device, torch.device)
+    if device.type == "cpu":
+        torch.set_num_threads(config.runtime.cpus_per_worker)
+    try:
+        result = train_worker(
+            config,
+            tokens_dir=settings["tokens_dir"],
+            sts_dir=settings["sts_dir"],
+            run_dir=settings["run_dir"],
+            device=device,
+            watch=settings["mailbox"].put.remote,
+            report=ray.train.report,
+        )
+    except ClusterNSError as error:
+        return {"error": str(error)}
+    return {"result": result}

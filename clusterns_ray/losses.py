@@ -1,0 +1,220 @@
+"""The losses of ClusterNS: tensors in, tensors out; no config, no module, no process group.
+
+Shape suffixes: B rows of the global batch, b rows of this worker, D embedding width, K clusters.
+Every term is written for *local rows x global columns* (b x B, b x K) as the worker's share of the
+global mean, so the shares of all workers add up to the loss of the whole batch. The single-process
+functions at the end are the case b = B.
+
+Source: Deng et al., "Clustering-Aware Negative Sampling for Unsupervised Sentence Representation",
+Findings of ACL 2023, equations 2 to 6, and the authors' implementation where the text is silent.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from clusterns_ray.clustering.kmeans import cosine_matrix, nearest_two
+from clusterns_ray.errors import ConfigError
+
+HardNegativeColumns = Literal["batch", "own", "not_own_cluster"]
+BMLReduction = Literal["all_pairs", "false_negatives"]
+
+
+class ClusterNSLoss(NamedTuple):
+    """``loss = info_nce + bml_weight * bml``; all are scalars with gradients."""
+
+    loss: Tensor
+    info_nce: Tensor
+    """InfoNCE, with the hard negatives in its denominator where they are on."""
+    bml: Tensor
+    """Bidirectional Margin Loss before its weight; 0 where the weight is 0."""
+
+
+class Clusters(NamedTuple):
+    """Which clusters the rows of a batch belong to."""
+
+    nearest_b: Tensor
+    """int64, cluster of each local row"""
+    second_b: Tensor
+    """int64, second nearest centroid of each local row: its hard negative"""
+    nearest_B: Tensor
+    """int64, cluster of every row of the global batch"""
+    hard_counts_K: Tensor
+    """how many rows of the global batch have each centroid as their hard negative"""
+
+
+def info_nce_share(
+    cos_bB: Tensor, positive_b: Tensor, temperature: float, hard_logits_bK: Tensor | None = None
+) -> Tensor:
+    """This worker's share of InfoNCE: the sum of its rows' losses over the number of global rows.
+
+    Args:
+        cos_bB: ``cos(z1_i, z2_j)``, local rows against all columns.
+        positive_b: int64 column of each row's positive.
+        hard_logits_bK: further logits for the denominator, already divided by the temperature.
+    """
+    logits_bB = cos_bB / temperature
+    positive_logit_b = logits_bB.gather(1, positive_b[:, None]).squeeze(1)
+    if hard_logits_bK is None:
+        denominator_b = torch.logsumexp(logits_bB, dim=1)
+    else:
+        denominator_b = torch.logsumexp(torch.cat([logits_bB, hard_logits_bK], dim=1), dim=1)
+    return (denominator_b - positive_logit_b).sum() / cos_bB.shape[1]
+
+
+def hard_negative_logits(
+    cos_bK: Tensor, clusters: Clusters, temperature: float, columns: HardNegativeColumns, weight: float
+) -> Tensor:
+    """Logits (b x K) of the hard negatives in the denominator of each row.
+
+    The authors' denominator holds the hard negative of *every* row j, ``sum_j exp(cos(z1_i, c_hn(j)) / t)``.
+    Those are only K different vectors, so it equals ``sum_k n_k exp(cos(z1_i, c_k) / t)`` with n_k the number of
+    rows whose hard negative is k: ``log n_k`` is added to the logit of centroid k, exactly.
+    ``weight`` is a logit added to row i's own hard negative alone.
+    """
+    own_bK = torch.zeros_like(cos_bK).scatter_(1, clusters.second_b[:, None], 1.0)
+    if columns == "own":
+        copies_bK = torch.zeros_like(cos_bK)
+        others = 0.0
+    else:
+        copies_bK = clusters.hard_counts_K.to(cos_bK.dtype).expand_as(cos_bK)
+        others = 1.0
+        if columns == "not_own_cluster":
+            copies_bK = copies_bK.scatter(1, clusters.nearest_b[:, None], 0.0)
+        elif columns != "batch":
+            raise ConfigError(f"loss.hard_negative_columns is {columns!r}; it must be batch, own or not_own_cluster.")
+    # Of the n_k copies of row i's own hard negative, one is its own and carries e^weight.
+    copies_bK = (copies_bK - others * own_bK) + math.exp(weight) * own_bK
+    return cos_bK / temperature + copies_bK.log()
+
+
+def bidirectional_margin_terms(cos_bB: Tensor, positive_b: Tensor, mask_bB: Tensor, alpha: float, beta: float):
+    """``relu(d m + alpha) + relu(-d m - beta)`` with ``d_ij = cos_ij - cos_i,positive``: b x B, each pair apart."""
+    gap_bB = (cos_bB - cos_bB.gather(1, positive_b[:, None])) * mask_bB
+    return torch.relu(gap_bB + alpha) + torch.relu(-gap_bB - beta)
+
+
+def bidirectional_margin_share(
+    cos_bB: Tensor,
+    positive_b: Tensor,
+    mask_bB: Tensor,
+    pairs: Tensor | float,
+    alpha: float,
+    beta: float,
+    reduction: BMLReduction,
+) -> Tensor:
+    """This worker's share of the Bidirectional Margin Loss.
+
+    Args:
+        mask_bB: bool, true where row i and column j are different rows of one cluster.
+        pairs: number of true entries in the *global* mask; used by ``false_negatives`` alone.
+        reduction: ``all_pairs``, the authors': mean over all B x B entries of ``d m``, so each unmasked entry adds
+            the constant ``relu(alpha)``; ``false_negatives``: mean over the masked entries, 0 without any.
+    """
+    terms_bB = bidirectional_margin_terms(cos_bB, positive_b, mask_bB, alpha, beta)
+    if reduction == "all_pairs":
+        return terms_bB.sum() / cos_bB.shape[1] ** 2
+    if reduction == "false_negatives":
+        return (terms_bB * mask_bB).sum() / torch.as_tensor(pairs, device=cos_bB.device).clamp(min=1)
+    raise ConfigError(f"loss.bml_reduction is {reduction!r}; it must be all_pairs or false_negatives.")
+
+
+def clusterns_loss_share(
+    cos_bB: Tensor,
+    cos_bK: Tensor,
+    positive_b: Tensor,
+    clusters: Clusters,
+    *,
+    temperature: float,
+    hard_negatives: bool = True,
+    hard_negative_columns: HardNegativeColumns = "batch",
+    hard_negative_weight: float = 0.0,
+    bml_weight: float,
+    bml_alpha: float,
+    bml_beta: float,
+    bml_reduction: BMLReduction = "all_pairs",
+) -> ClusterNSLoss:
+    """This worker's share of the ClusterNS loss; the shares of all workers add up to the global loss.
+
+    Args:
+        cos_bB: ``cos(z1_i, z2_j)``, local rows against all columns.
+        cos_bK: ``cos(z1_i, c_k)`` with the *updated*, detached centroids.
+        positive_b: int64 column of each row's positive.
+        clusters: assignment of the rows to the updated centroids.
+    """
+    hard_logits_bK = None
+    if hard_negatives:
+        hard_logits_bK = hard_negative_logits(
+            cos_bK, clusters, temperature, hard_negative_columns, hard_negative_weight
+        )
+    info_nce = info_nce_share(cos_bB, positive_b, temperature, hard_logits_bK)
+    if bml_weight == 0:
+        return ClusterNSLoss(info_nce, info_nce, torch.zeros_like(info_nce))
+    mask_bB = false_negative_mask(clusters.nearest_b, clusters.nearest_B, positive_b)
+    sizes_K = torch.bincount(clusters.nearest_B, minlength=cos_bK.shape[1])
+    pairs = (sizes_K * (sizes_K - 1)).sum()
+    bml = bidirectional_margin_share(cos_bB, positive_b, mask_bB, pairs, bml_alpha, bml_beta, bml_reduction)
+    return ClusterNSLoss(info_nce + bml_weight * bml, info_nce, bml)
+
+
+def false_negative_mask(nearest_b: Tensor, nearest_B: Tensor, positive_b: Tensor) -> Tensor:
+    """``m_ij`` (b x B, bool): different rows that share a cluster, and so may mean the same."""
+    return (nearest_b[:, None] == nearest_B[None, :]).scatter(1, positive_b[:, None], False)
+
+
+# ---- the single-process meaning of what the workers compute together --------------------------------------------
+
+
+def info_nce(z1_BD: Tensor, z2_BD: Tensor, temperature: float) -> Tensor:
+    """InfoNCE in one direction, z1 -> z2: logits ``cos(z1_i, z2_j) / temperature``, label i, mean over rows."""
+    return info_nce_share(cosine_matrix(z1_BD, z2_BD), _diagonal(z1_BD), temperature)
+
+
+def bidirectional_margin(cos_BB: Tensor, mask_BB: Tensor, alpha: float, beta: float, reduction: BMLReduction) -> Tensor:
+    """Bidirectional Margin Loss of a whole batch; see :func:`bidirectional_margin_share`."""
+    return bidirectional_margin_share(cos_BB, _diagonal(cos_BB), mask_BB, mask_BB.sum(), alpha, beta, reduction)
+
+
+def clusterns_loss(
+    z1_BD: Tensor,
+    z2_BD: Tensor,
+    centroids_KD: Tensor,
+    *,
+    temperature: float,
+    hard_negatives: bool = True,
+    hard_negative_columns: HardNegativeColumns = "batch",
+    hard_negative_weight: float = 0.0,
+    bml_weight: float,
+    bml_alpha: float,
+    bml_beta: float,
+    bml_reduction: BMLReduction = "all_pairs",
+) -> ClusterNSLoss:
+    """The ClusterNS loss of a whole batch against centroids that were already updated with it.
+
+    Gradients reach ``z1`` and ``z2``, never the centroids. float32 or float64.
+    """
+    cos_BK = cosine_matrix(z1_BD, centroids_KD.detach())
+    nearest_B, second_B = nearest_two(cos_BK.detach())
+    counts_K = torch.bincount(second_B, minlength=len(centroids_KD))
+    return clusterns_loss_share(
+        cosine_matrix(z1_BD, z2_BD),
+        cos_BK,
+        _diagonal(z1_BD),
+        Clusters(nearest_B, second_B, nearest_B, counts_K),
+        temperature=temperature,
+        hard_negatives=hard_negatives,
+        hard_negative_columns=hard_negative_columns,
+        hard_negative_weight=hard_negative_weight,
+        bml_weight=bml_weight,
+        bml_alpha=bml_alpha,
+        bml_beta=bml_beta,
+        bml_reduction=bml_reduction,
+    )
+
+
+def _diagonal(rows: Tensor) -> Tensor:
+    return torch.arange(len(rows), device=rows.device)

@@ -1,0 +1,104 @@
+"""Sentences to token ids, with or without a prompt around them; the same in preparation, training and use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from clusterns_ray.errors import ConfigError
+
+
+def load_tokenizer(source: str, *, revision: str | None = None) -> Any:
+    """The tokenizer of a resolved model (see ``models.resolve_model``), without its weights.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision)
+    except (OSError, ValueError) as error:
+        raise cannot_load(source, error) from error
+
+
+def cannot_load(source: str, error: Exception) -> ConfigError:
+    """What to say when transformers cannot load ``source``."""
+    return ConfigError(
+        f"encoder {source!r} cannot be loaded: {str(error).strip().splitlines()[0]} Check the name and the revision; "
+        "without a network give a directory or package:PYTHON_PACKAGE/SUBDIR."
+    )
+
+
+def tokenize(
+    sentences: Sequence[str], tokenizer: Any, max_length: int, prompt: str | None = None
+) -> tuple[list[list[int]], int]:
+    """Token ids of each sentence with special tokens, and how many sentences were truncated.
+
+    With a prompt, the prompt is filled in and tokenised as one text, as tokens may span its seams. A sentence
+    that is too long is cut before it is filled in, so that the end of the prompt survives.
+
+    Args:
+        sentences: n strings.
+        tokenizer: a fast Hugging Face tokenizer.
+        max_length: most tokens of a sentence, special tokens included; the tokens of the bare prompt come on
+            top, so a row has at most ``max_length`` plus that many.
+        prompt: text that holds ``{sentence}`` once.
+
+    Returns:
+        n lists of ids, not padded; number of sentences truncated.
+
+    Raises:
+        ConfigError: no fast tokenizer, ``max_length`` without room for a token, or not one ``{sentence}``.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConfigError(
+            f"the tokenizer is a {type(tokenizer).__name__}, which is not a fast one, and only fast ones "
+            "report where text was cut; use a model that has a tokenizer.json"
+        )
+    budget = max_length - tokenizer.num_special_tokens_to_add(False)
+    if budget < 1:
+        raise ConfigError(
+            f"max_length is {max_length}, but {max_length - budget} of these are special tokens, which "
+            f"leaves no room for text; set it to {max_length - budget + 1} or more"
+        )
+    if not sentences:
+        return [], 0
+    if prompt is None:
+        encoded = _encode(tokenizer, list(sentences), truncation=True, max_length=max_length)
+        full = (i for i, ids in enumerate(encoded["input_ids"]) if len(ids) == max_length)
+        truncated = sum(bool(encoded.encodings[i].overflowing) for i in full)
+        return encoded["input_ids"], truncated
+    if prompt.count("{sentence}") != 1:
+        raise ConfigError(
+            f"prompt is {prompt!r}, which holds {{sentence}} {prompt.count('{sentence}')} times, but the "
+            "sentence goes in one place; write {sentence} exactly once"
+        )
+    head, tail = prompt.split("{sentence}")
+    most = max_length + len(_encode(tokenizer, [head + tail], add_special_tokens=False)["input_ids"][0])
+    rows = _encode(tokenizer, [head + text + tail for text in sentences])["input_ids"]
+    pending = [i for i, ids in enumerate(rows) if len(ids) > most]
+    if not pending:
+        return rows, 0
+    truncated = len(pending)
+    alone = _encode(tokenizer, [sentences[i] for i in pending], add_special_tokens=False, return_offsets_mapping=True)
+    spans = dict(zip(pending, alone["offset_mapping"], strict=True))
+    keep = {i: min(budget, len(spans[i])) for i in pending}
+    # Tokens that span a seam, or share a character, can leave a row a little too long; it then gives up as
+    # many tokens again.
+    while pending:
+        texts = [head + _first_tokens(sentences[i], spans[i], keep[i]) + tail for i in pending]
+        for i, ids in zip(pending, _encode(tokenizer, texts)["input_ids"], strict=True):
+            rows[i] = ids
+            keep[i] -= len(ids) - most
+        pending = [i for i in pending if len(rows[i]) > most]
+    return rows, truncated
+
+
+def _encode(tokenizer: Any, texts: list[str], **options: Any) -> Any:
+    return tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False, **options)
+
+
+def _first_tokens(text: str, spans: list[tuple[int, int]], count: int) -> str:
+    """The start of ``text`` that its first ``count`` tokens cover."""
+    return text[: spans[count - 1][1]] if count > 0 else ""

@@ -1,0 +1,1 @@
+"""One run: the loop, its objective, its optimiser, its checkpoints. Knows nothing of Ray."""

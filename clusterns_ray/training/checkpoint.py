@@ -1,0 +1,148 @@
+"""Checkpoints and exported models that are whole or not there.
+
+A checkpoint is a directory ``checkpoints/step-00000040`` with ``state.pt`` and ``manifest.json`` (sizes and
+SHA-256). It is written beside its place, flushed to disk, and renamed into it, so that a crash at any moment
+leaves the one before. A damaged one is passed over, with a warning, for the one before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clusterns_ray.errors import CheckpointError
+
+FORMAT = 1
+
+
+def save_checkpoint(directory: Path, step: int, state: dict[str, Any], fingerprint: str, keep: int) -> Path:
+    """Write the state after ``step`` steps and drop all but the newest ``keep``.
+
+    Args:
+        directory: the run's ``checkpoints``.
+        state: tensors and plain values, as ``torch.load(weights_only=True)`` reads them.
+        fingerprint: of the configuration the state belongs to.
+    """
+
+    def write(path: Path) -> None:
+        torch.save(state, path / "state.pt")
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "fingerprint": fingerprint,
+            "files": {"state.pt": {"bytes": (path / "state.pt").stat().st_size, "sha256": _sha256(path / "state.pt")}},
+        }
+        (path / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+    for leftover in directory.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    final = directory / f"step-{step:08d}"
+    replace_directory(final, write)
+    for old in list_checkpoints(directory)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def load_newest(directory: Path, fingerprint: str, warn: Callable[[str], None]) -> tuple[int, dict[str, Any]] | None:
+    """``(step, state)`` of the newest whole checkpoint, on the CPU, or None where there is none.
+
+    Raises:
+        CheckpointError: checkpoints are there and every one is damaged or of another configuration.
+    """
+    candidates = list_checkpoints(directory)
+    for path in candidates:
+        try:
+            step = verify(path, fingerprint)
+            return step, torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        except (CheckpointError, OSError, RuntimeError) as error:
+            warn(f"Checkpoint {path.name} is passed over: {error}")
+    if candidates:
+        raise CheckpointError(
+            f"None of the {len(candidates)} checkpoints in {str(directory)!r} can be used (see the warnings above). "
+            "Remove that directory to start the run anew, or restore it from a copy."
+        )
+    return None
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Directories of checkpoints, the newest first."""
+    return sorted(directory.glob("step-????????"), reverse=True)
+
+
+def verify(path: Path, fingerprint: str) -> int:
+    """The step of a whole checkpoint of this configuration; else CheckpointError."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        files, step, stamp = manifest["files"], manifest["step"], manifest["fingerprint"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"its manifest.json cannot be read ({error})") from None
+    if stamp != fingerprint:
+        raise CheckpointError(f"it belongs to another configuration ({stamp}, not {fingerprint})")
+    for name, expected in files.items():
+        file = path / Path(name).name
+        if not file.is_file() or file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+            raise CheckpointError(f"{name} is missing or damaged")
+    return step
+
+
+def replace_directory(final: Path, write: Callable[[Path], None]) -> None:
+    """Make ``final`` what ``write(temporary)`` wrote: flushed to disk first, then put in place by renaming."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(final)
+    temporary = final.parent / f".{final.name}.new-{uuid.uuid4().hex[:8]}"
+    temporary.mkdir()
+    try:
+        write(temporary)
+        for file in temporary.rglob("*"):
+            _flush(file)
+        if final.exists():
+            aside = final.parent / f".{final.name}.old-{uuid.uuid4().hex[:8]}"
+            final.rename(aside)
+            temporary.rename(final)
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            temporary.rename(final)
+        _flush(final.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def remove_leftovers(final: Path) -> None:
+    """Remove what a killed :func:`replace_directory` left; if it died between its renames, put the old one back."""
+    for old in final.parent.glob(f".{final.name}.old-*"):
+        old.rename(final) if not final.exists() else shutil.rmtree(old, ignore_errors=True)
+    for new in final.parent.glob(f".{final.name}.new-*"):
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a text file in one step."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    temporary.write_text(text, encoding="utf-8")
+    _flush(temporary)
+    os.replace(temporary, path)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

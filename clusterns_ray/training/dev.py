@@ -1,0 +1,44 @@
+"""The dev set, encoded by all workers together: what chooses the best step, and nothing else does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from clusterns_ray import distributed
+from clusterns_ray.encoder import Encoder, length_batches
+from clusterns_ray.evaluation.sts import read_pairs, score_pairs
+
+
+class DevSet:
+    """Graded pairs, tokenised once."""
+
+    def __init__(self, directory: str | Path, name: str, encoder: Encoder):
+        self.pairs = read_pairs(directory, name)
+        self.ids = encoder.tokenize(self.pairs.sentences())
+
+    def score(self, encoder: Encoder) -> float:
+        """Spearman x 100, the same number on every worker."""
+        embeddings = encode_together(encoder, self.ids)
+        return distributed.broadcast_object(score_pairs(self.pairs, lambda _: embeddings))
+
+
+def encode_together(encoder: Encoder, ids: list[list[int]], *, project: bool = False) -> np.ndarray:
+    """Embeddings of tokenised sentences, each batch on one of the workers; all of them on every worker.
+
+    The batches do not depend on the number of workers. Without dropout; through the training head if ``project``.
+
+    Returns:
+        float32 (n, D).
+    """
+    embeddings_ND = torch.zeros(len(ids), encoder.width, device=encoder.device)
+    batches = list(length_batches([len(row) for row in ids], 64))
+    for rows in batches[distributed.rank() :: distributed.world_size()]:
+        z_BD = encoder.encode_ids([ids[row] for row in rows])
+        with torch.inference_mode():
+            z_BD = encoder.project(z_BD) if project else z_BD
+        embeddings_ND[torch.from_numpy(rows).to(encoder.device)] = z_BD.clone()
+    # Each row is not zero on one worker alone, so the sum is exact.
+    return distributed.all_reduce_sum(embeddings_ND).cpu().numpy()

@@ -1,0 +1,366 @@
+"""One run, from top to bottom: data, step, evaluation, checkpoint, export. The same on any number of workers."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from clusterns_ray import distributed
+from clusterns_ray.clustering.backend import spherical_kmeans
+from clusterns_ray.clustering.kmeans import cosine_matrix, member_statistics, update_centroids
+from clusterns_ray.clustering.state import Clustering
+from clusterns_ray.config import Config
+from clusterns_ray.data.batches import BatchOrder, permute, stream_key
+from clusterns_ray.data.tokens import TokenStore
+from clusterns_ray.encoder import Encoder
+from clusterns_ray.errors import NonFiniteError
+from clusterns_ray.training.checkpoint import load_newest, replace_directory, save_checkpoint, write_atomic
+from clusterns_ray.training.dev import DevSet, encode_together
+from clusterns_ray.training.exclusive import exclusive
+from clusterns_ray.training.layout import Layout, lay_out
+from clusterns_ray.training.metrics import MetricsLog, step_metrics
+from clusterns_ray.training.model_card import model_card
+from clusterns_ray.training.objective import Objective, Shard, TwoViews
+from clusterns_ray.training.optim import Optimizer, learning_rate
+
+Watch = Callable[[dict[str, Any]], None]
+"""Told of what happens: ``{"event": "start" | "step" | "evaluation" | "note" | "done", ...}``."""
+
+Report = Callable[[dict[str, Any]], None]
+"""Called by every worker after an evaluation; where Ray (or a sweep's scheduler) hears of the run."""
+
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+@dataclass
+class Progress:
+    """What changes besides weights, optimiser and centroids."""
+
+    step: int = 0
+    """steps done"""
+    best_step: int = 0
+    best_score: float | None = None
+    score_before: float | None = None
+    evaluations_without_gain: int = 0
+    clustering_started_at: int | None = None
+    seconds: float = 0.0
+    """spent in steps and evaluations, over all resumptions"""
+
+
+def train_worker(
+    config: Config,
+    *,
+    tokens_dir: str | Path,
+    sts_dir: str | Path | None,
+    run_dir: str | Path,
+    device: torch.device,
+    watch: Watch,
+    report: Report = lambda metrics: None,
+) -> dict[str, Any]:
+    """Train on this worker, alone or as one of a process group, resuming from the newest checkpoint of ``run_dir``.
+
+    Returns:
+        What ``result.json`` holds; the same on every worker.
+
+    Raises:
+        NonFiniteError: gradients stay NaN or infinite.
+        CheckpointError: checkpoints are there but none can be used.
+    """
+    with exclusive(Path(run_dir), distributed.rank() == 0):
+        return _train(Run(config, Path(tokens_dir), sts_dir, Path(run_dir), device, watch, report))
+
+
+def _train(run: Run) -> dict[str, Any]:
+    config = run.config
+    run.restore()
+    run.warm_up_reducer()
+    run.watch({"event": "start", "step": run.progress.step, "total_steps": run.total_steps, "rows": len(run.tokens)})
+    if run.dev and run.progress.score_before is None:
+        run.progress.score_before = run.dev.score(run.encoder)
+        run.record({"event": "evaluation", "step": 0, "epoch": 0.0, "sts_dev": run.progress.score_before})
+
+    while run.progress.step < run.total_steps and not run.out_of_patience():
+        began = time.perf_counter()
+        step = run.progress.step
+        layout, shards = run.batch(step)
+
+        z1_bD, z2_bD = run.model(shards)
+        step_loss = run.objective(z1_bD, z2_bD, layout)
+        rate = learning_rate(step, run.total_steps, config.train)
+        grad_norm = run.optimizer.step(step_loss.to_backward, rate)
+
+        run.progress.step = step + 1
+        run.note_start_of_clustering()
+        if run.due(config.runtime.log_every_steps):
+            run.log_step(step_loss, layout, rate, grad_norm)
+        if run.due(config.evaluation.every_steps):
+            run.evaluate()
+        run.progress.seconds += time.perf_counter() - began
+        if run.due(run.checkpoint_every):
+            run.save()
+
+    return run.finish()
+
+
+class Run:
+    """The parts of a run, and what the loop asks of them."""
+
+    def __init__(
+        self,
+        config: Config,
+        tokens_dir: Path,
+        sts_dir: str | Path | None,
+        run_dir: Path,
+        device: torch.device,
+        watch: Watch,
+        report: Report,
+    ):
+        self.config, self.run_dir, self.device, self.report = config, run_dir, device, report
+        self.is_main = distributed.rank() == 0
+        self.watch: Watch = watch if self.is_main else lambda event: None
+        self.tokens = TokenStore.open(tokens_dir)
+        self.order = BatchOrder(
+            config.seed,
+            len(self.tokens),
+            config.train.global_batch_size,
+            config.train.shards,
+            config.data.order,
+            self.tokens.lengths,
+        )
+        epoch_steps = self.order.steps_per_epoch * config.train.epochs
+        self.total_steps = min(epoch_steps, config.train.max_steps or epoch_steps)
+        self.checkpoint_every = config.runtime.checkpoint_every_steps or config.evaluation.every_steps
+
+        precision = resolve_precision(config.train.precision, device)
+        self.encoder = Encoder.for_training(config.encoder, stream_key("head", config.seed)).to(device).train()
+        self.views = TwoViews(self.encoder, precision)
+        self.model = distributed.data_parallel(self.views)
+        self.optimizer = Optimizer(self.views, config.train, precision, device)
+        c = config.clustering
+        self.clustering = Clustering(c.num_clusters, c.start_cosine, c.rate, c.update)
+        self.objective = Objective(
+            config.loss,
+            self.clustering,
+            first_centroid=stream_key("first_centroid", config.seed),
+            initial_centroids=self.sample_centroids if c.init == "kmeans" else None,
+        )
+        self.dev = DevSet(sts_dir, config.evaluation.dev, self.encoder) if sts_dir else None
+        self.progress = Progress()
+        self.metrics: MetricsLog | None = None
+        self.last_log = (time.perf_counter(), 0)
+
+    # ---- one step -----------------------------------------------------------------------------------------------
+
+    def batch(self, step: int) -> tuple[Layout, list[Shard]]:
+        """The global batch of a step, and this worker's shards of it on the device."""
+        epoch, step_in_epoch = divmod(step, self.order.steps_per_epoch)
+        rows = self.order.sample_ids(epoch, step_in_epoch)
+        layout = lay_out(rows, self.tokens.lengths(rows), self.config.train.shards)
+        return layout, [self.shard(layout, shard, step) for shard in layout.hands[layout.rank]]
+
+    def shard(self, layout: Layout, shard: int, step: int) -> Shard:
+        input_ids, mask = self.tokens.tokens(layout.shard_rows(shard), self.encoder.tokenizer.pad_token_id or 0)
+        return Shard(
+            torch.from_numpy(input_ids).to(self.device, non_blocking=True),
+            torch.from_numpy(mask).to(self.device, non_blocking=True),
+            stream_key("dropout", self.config.seed, step, shard),
+        )
+
+    def due(self, every: int) -> bool:
+        return self.progress.step % every == 0 or self.progress.step == self.total_steps
+
+    def out_of_patience(self) -> bool:
+        patience = self.config.evaluation.patience
+        return patience is not None and self.progress.evaluations_without_gain >= patience
+
+    def warm_up_reducer(self) -> None:
+        """Let DDP settle its buckets before the first step, on a gradient that is thrown away.
+
+        DDP reorders its buckets after the first backward pass, and with three workers or more the order decides
+        how a sum rounds: a resumed run has to sum as the first one did.
+        """
+        if self.model is self.views:
+            return
+        ids = torch.full((1, 4), self.encoder.tokenizer.cls_token_id or 0, device=self.device)
+        z1_bD, z2_bD = self.model([Shard(ids, torch.ones_like(ids), 0)])
+        (z1_bD.sum() + z2_bD.sum()).backward()
+        self.optimizer.adamw.zero_grad(set_to_none=True)
+
+    def sample_centroids(self) -> torch.Tensor:
+        """First centroids by spherical K-means over a seeded sample of the corpus, at the scale of the embeddings."""
+        k = self.config.clustering.num_clusters
+        n = min(len(self.tokens), max(256 * k, 4096))
+        rows = permute(np.arange(n), len(self.tokens), stream_key("kmeans", self.config.seed))
+        input_ids, mask = self.tokens.tokens(np.sort(rows), 0)
+        ids = [row[: int(length)].tolist() for row, length in zip(input_ids, mask.sum(axis=1), strict=True)]
+        z_ND = encode_together(self.encoder, ids, project=True)
+        directions_KD = np.zeros((k, z_ND.shape[1]), dtype=np.float32)
+        if self.is_main:
+            directions_KD = spherical_kmeans(z_ND, k, seed=stream_key("kmeans_init", self.config.seed))
+        z, centroids_KD = torch.from_numpy(z_ND), torch.from_numpy(directions_KD)
+        sums_KD, counts_K = member_statistics(z, cosine_matrix(z, centroids_KD).argmax(dim=1), k)
+        return update_centroids(centroids_KD, sums_KD, counts_K, rate=1.0, rule="mean").to(self.device)
+
+    # ---- what is told -------------------------------------------------------------------------------------------
+
+    def record(self, event: dict[str, Any]) -> None:
+        """Into ``metrics.jsonl`` and to whoever watches; on worker 0 alone."""
+        if self.is_main and self.metrics:
+            self.metrics.append({key: value for key, value in event.items() if key != "event"})
+        self.watch(event)
+
+    def log_step(self, step_loss: Any, layout: Layout, rate: float, grad_norm: torch.Tensor) -> None:
+        values = step_metrics(step_loss, layout.size)
+        skipped, in_a_row = self.optimizer.skipped.tolist()
+        if in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise NonFiniteError(
+                f"The last {int(in_a_row)} gradients before step {self.progress.step} were NaN or infinite, so the weights "
+                f"stand still. Lower train.learning_rate ({self.config.train.learning_rate}), raise loss.temperature "
+                f"({self.config.loss.temperature}), or set train.precision to fp32. The checkpoints before it are whole."
+            )
+        now = time.perf_counter()
+        (then, step), self.last_log = self.last_log, (now, self.progress.step)
+        batch = self.config.train.global_batch_size
+        self.record(
+            {
+                "event": "step",
+                "step": self.progress.step,
+                "epoch": self.epoch(),
+                **values,
+                "learning_rate": rate,
+                "grad_norm": float(grad_norm),
+                "skipped_steps": int(skipped),
+                "sentences_per_second": round((self.progress.step - step) * batch / (now - then), 2),
+            }
+        )
+
+    def note_start_of_clustering(self) -> None:
+        if self.clustering.started and self.progress.clustering_started_at is None:
+            self.progress.clustering_started_at = self.progress.step
+            self.watch(
+                {
+                    "event": "note",
+                    "text": f"Clustering starts after step {self.progress.step} with "
+                    f"{self.clustering.num_clusters} centroids.",
+                }
+            )
+
+    def epoch(self) -> float:
+        return round(self.progress.step / self.order.steps_per_epoch, 4)
+
+    # ---- evaluation, export, checkpoint -------------------------------------------------------------------------
+
+    def evaluate(self) -> None:
+        """Score the dev set on all workers; export the model when it is the best so far."""
+        if not self.dev:
+            return
+        paused = time.perf_counter()
+        score = self.dev.score(self.encoder)
+        best = self.progress.best_score is None or score > self.progress.best_score
+        if best:
+            self.progress.best_score, self.progress.best_step = score, self.progress.step
+            self.progress.evaluations_without_gain = 0
+            self.export()
+        else:
+            self.progress.evaluations_without_gain += 1
+        self.record(
+            {"event": "evaluation", "step": self.progress.step, "epoch": self.epoch(), "sts_dev": score, "best": best}
+        )
+        self.report({"step": self.progress.step, "sts_dev": score, "best_sts_dev": self.progress.best_score})
+        then, step = self.last_log
+        self.last_log = (then + time.perf_counter() - paused, step)
+
+    def export(self) -> None:
+        """Write ``model/`` (and the centroids beside it) in one step each; worker 0 alone."""
+        if not self.is_main:
+            return
+
+        def write(path: Path) -> None:
+            self.encoder.save(path)
+            (path / "README.md").write_text(model_card(self.config, asdict(self.progress)), encoding="utf-8")
+
+        replace_directory(self.run_dir / "model", write)
+        if self.clustering.centroids_KD is not None:
+            temporary = self.run_dir / ".centroids.npy"
+            np.save(temporary, self.clustering.centroids_KD.cpu().numpy())
+            temporary.replace(self.run_dir / "centroids.npy")
+
+    def save(self) -> None:
+        """Write a checkpoint of everything that changes; worker 0 alone, as all workers hold the same."""
+        if not self.is_main:
+            return
+        state = {
+            "encoder": self.encoder.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "clustering": self.clustering.state_dict(),
+            "progress": asdict(self.progress),
+        }
+        save_checkpoint(
+            self.run_dir / "checkpoints",
+            self.progress.step,
+            state,
+            self.config.fingerprint(),
+            self.config.runtime.keep,
+        )
+
+    def restore(self) -> None:
+        """Take up the newest whole checkpoint, which worker 0 chooses for all."""
+
+        def warn(text: str) -> None:
+            self.watch({"event": "note", "text": text})
+
+        directory, fingerprint = self.run_dir / "checkpoints", self.config.fingerprint()
+        found = load_newest(directory, fingerprint, warn)
+        step = distributed.broadcast_object(found[0] if found else 0)
+        if (found[0] if found else 0) != step:
+            raise RuntimeError(f"worker {distributed.rank()} does not see the checkpoint of step {step} in {directory}")
+        if found:
+            state = found[1]
+            self.encoder.load_state_dict(state["encoder"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.clustering.load_state_dict(state["clustering"], self.device)
+            self.progress = Progress(**state["progress"])
+        if self.is_main:
+            self.metrics = MetricsLog(self.run_dir / "metrics.jsonl", self.progress.step if found else -1)
+        self.last_log = (time.perf_counter(), self.progress.step)
+
+    def finish(self) -> dict[str, Any]:
+        """Export if nothing was selected, write ``result.json``, and say how it went."""
+        progress = self.progress
+        if self.dev is None:
+            progress.best_step = progress.step
+            self.export()
+        result = {
+            "best_step": progress.best_step,
+            "sts_dev": progress.best_score,
+            "sts_dev_before": progress.score_before,
+            "dev": self.config.evaluation.dev if self.dev else None,
+            "steps": progress.step,
+            "stopped_early": progress.step < self.total_steps,
+            "clustering_started_at": progress.clustering_started_at,
+            "seconds": round(progress.seconds, 1),
+            "num_workers": distributed.world_size(),
+            "model": str((self.run_dir / "model").resolve()),
+            "fingerprint": self.config.fingerprint(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
+        if self.is_main:
+            write_atomic(self.run_dir / "result.json", json.dumps(result, indent=2) + "\n")
+        self.watch({"event": "done", **result})
+        return result
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """``auto`` to bf16 on a GPU that computes in it, else fp32."""
+    if precision != "auto":
+        return precision
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"

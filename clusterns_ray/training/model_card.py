@@ -1,0 +1,45 @@
+"""The README of an exported model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from clusterns_ray.config import Config
+
+
+def model_card(config: Config, progress: dict[str, Any]) -> str:
+    """Markdown: how to load the model, how it was trained, and what was measured."""
+    method = (
+        f"ClusterNS with {config.clustering.num_clusters} clusters"
+        if config.clustering.num_clusters
+        else "SimCSE (ClusterNS with num_clusters 0)"
+    )
+    before, after = progress["score_before"], progress["best_score"]
+    measured = (
+        f"Spearman x 100 on {config.evaluation.dev}, which also chose the step: {before:.2f} before training, "
+        f"**{after:.2f}** after step {progress['best_step']}."
+        if after is not None and before is not None
+        else "No dev set was given, so this is the model of the last step."
+    )
+    return f"""---
+library_name: sentence-transformers
+tags: [sentence-transformers, sentence-similarity, feature-extraction, clusterns]
+base_model: {config.encoder.name}
+---
+
+# A sentence encoder trained without labels
+
+{method}, from `{config.encoder.name}`, on `{config.data.corpus or config.data.documents}`.
+
+{measured}
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("PATH_OF_THIS_DIRECTORY")
+embeddings = model.encode(["A first sentence.", "And a second."])
+```
+
+Pooling: {config.encoder.pooling}; trained on sentences of up to {config.encoder.max_length} tokens; seed {config.seed};
+{progress["step"]} steps of {config.train.global_batch_size} sentences; learning rate {config.train.learning_rate}.
+"""

@@ -1,0 +1,149 @@
+"""One step's computation: the two views of this worker's shards, and the loss of the whole batch.
+
+Shape suffixes: B rows of the global batch, b rows of this worker, D width, K clusters, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from clusterns_ray import distributed
+from clusterns_ray.clustering.kmeans import cosine_matrix, nearest_two
+from clusterns_ray.clustering.state import Clustering
+from clusterns_ray.config import LossConfig
+from clusterns_ray.encoder import Encoder
+from clusterns_ray.losses import ClusterNSLoss, Clusters, clusterns_loss_share, info_nce_share
+from clusterns_ray.training.layout import Layout
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Shard(NamedTuple):
+    """The unit of padding, of randomness and of distribution."""
+
+    input_ids_BT: Tensor
+    attention_mask_BT: Tensor
+    dropout_key: int
+    """seeds dropout, so that it does not depend on which worker computes the shard, nor after what"""
+
+
+class TwoViews(nn.Module):
+    """Both views of every shard: two dropout draws of one forward pass. The part with gradients, so DDP wraps it."""
+
+    def __init__(self, encoder: Encoder, precision: str):
+        super().__init__()
+        self.encoder = encoder
+        self.dtype = DTYPES[precision]
+
+    def forward(self, shards: list[Shard]) -> tuple[Tensor, Tensor]:
+        """``(z1_bD, z2_bD)`` in float32, the shards' rows one after the other."""
+        views = []
+        for shard in shards:
+            torch.manual_seed(shard.dropout_key)
+            device = shard.input_ids_BT.device.type
+            with torch.autocast(device, self.dtype) if self.dtype != torch.float32 else nullcontext():
+                z = self.encoder(shard.input_ids_BT.repeat(2, 1), shard.attention_mask_BT.repeat(2, 1))
+                z = self.encoder.project(z)
+            views.append(z.float().chunk(2))
+        return torch.cat([z1 for z1, _ in views]), torch.cat([z2 for _, z2 in views])
+
+
+class StepLoss(NamedTuple):
+    """Everything is a tensor on the device, so that an ordinary step does not wait for it."""
+
+    to_backward: Tensor
+    """scalar whose gradient, averaged over the workers, is that of the global loss"""
+    shares: Tensor
+    """this worker's shares of the values named in ``SHARE_NAMES``; over all workers they add up to them"""
+    counts_K: Tensor | None
+    """rows of the global batch in each cluster, or None before clustering has started"""
+
+
+SHARE_NAMES = ("loss", "info_nce", "bml", "mean_cosine", "hard_negative_cosine")
+
+
+class Objective:
+    """The loss of a step, and the centroids it moves."""
+
+    def __init__(
+        self,
+        loss: LossConfig,
+        clustering: Clustering,
+        first_centroid: int,
+        initial_centroids: Callable[[], Tensor] | None = None,
+    ):
+        """
+        Args:
+            first_centroid: where the chain of first centroids begins, a number taken modulo the batch's rows.
+            initial_centroids: makes them otherwise, on all workers together, in place of the chain.
+        """
+        self.loss = loss
+        self.clustering = clustering
+        self.first_centroid = first_centroid
+        self.initial_centroids = initial_centroids
+
+    def __call__(self, z1_bD: Tensor, z2_bD: Tensor, layout: Layout) -> StepLoss:
+        """Loss of this worker's rows against the whole batch.
+
+        Order: keys are gathered; until clustering has started the loss is InfoNCE, also in the very step that
+        creates the centroids; after that the centroids move first, and hard negatives, false negatives and loss
+        are taken from the moved ones.
+        """
+        positive_b = layout.positive_b(z1_bD.device)
+        z2_BD = layout.gather(z2_bD)
+        cos_bB = cosine_matrix(z1_bD, z2_BD)
+        mean_cosine = cos_bB.detach().sum() / layout.size**2
+
+        counts_K = None
+        hard_negative_cosine = torch.zeros_like(mean_cosine)
+        if self.clustering.started:
+            counts_K = self.clustering.update(z1_bD.detach())
+            cos_bK = cosine_matrix(z1_bD, self.clustering.centroids_KD)
+            clusters = self._assign(cos_bK.detach(), layout)
+            terms = self._clusterns(cos_bB, cos_bK, positive_b, clusters)
+            own_b = cos_bK.detach().gather(1, clusters.second_b[:, None])
+            hard_negative_cosine = own_b.sum() / layout.size
+        else:
+            info_nce = info_nce_share(cos_bB, positive_b, self.loss.temperature)
+            terms = ClusterNSLoss(info_nce, info_nce, torch.zeros_like(info_nce))
+            if self.clustering.num_clusters:
+                self._start_clustering(mean_cosine, z1_bD, z2_BD, layout)
+
+        shares = torch.stack([*(term.detach() for term in terms), mean_cosine, hard_negative_cosine])
+        return StepLoss(terms.loss * distributed.world_size(), shares, counts_K)
+
+    def _assign(self, cos_bK: Tensor, layout: Layout) -> Clusters:
+        nearest_b, second_b = nearest_two(cos_bK)
+        nearest_B, second_B = layout.gather(torch.stack([nearest_b, second_b], dim=1)).unbind(dim=1)
+        return Clusters(nearest_b, second_b, nearest_B, torch.bincount(second_B, minlength=cos_bK.shape[1]))
+
+    def _clusterns(self, cos_bB: Tensor, cos_bK: Tensor, positive_b: Tensor, clusters: Clusters) -> ClusterNSLoss:
+        return clusterns_loss_share(
+            cos_bB,
+            cos_bK,
+            positive_b,
+            clusters,
+            temperature=self.loss.temperature,
+            hard_negatives=self.loss.hard_negatives,
+            hard_negative_columns=self.loss.hard_negative_columns,
+            hard_negative_weight=self.loss.hard_negative_weight,
+            bml_weight=self.loss.bml_weight,
+            bml_alpha=self.loss.bml_alpha,
+            bml_beta=self.loss.bml_beta,
+            bml_reduction=self.loss.bml_reduction,
+        )
+
+    def _start_clustering(self, mean_cosine_share: Tensor, z1_bD: Tensor, z2_BD: Tensor, layout: Layout) -> None:
+        mean_cosine = distributed.all_reduce_sum(mean_cosine_share.clone())
+        if not self.clustering.should_start(mean_cosine, layout.size):
+            return
+        if self.initial_centroids is not None:
+            self.clustering.set_centroids(self.initial_centroids())
+        else:
+            z1_BD = layout.gather(z1_bD.detach())
+            self.clustering.create_from_batch(z1_BD, z2_BD.detach(), self.first_centroid)

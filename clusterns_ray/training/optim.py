@@ -1,0 +1,93 @@
+"""Fused AdamW with clipping, a schedule that is a function of the step, and no step on gradients that are not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clusterns_ray.config import TrainConfig
+
+
+def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
+    """Learning rate of step ``step`` (0-based): a linear rise over ``warmup_ratio`` of the steps, then a fall to 0.
+
+    As in transformers' schedules, the first step after the warm-up has the peak rate and the last step 1/n of it.
+    """
+    warmup = round(config.warmup_ratio * total_steps)
+    if step < warmup:
+        return config.learning_rate * step / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    if config.schedule == "linear":
+        return config.learning_rate * (1 - progress)
+    if config.schedule == "cosine":
+        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    return config.learning_rate
+
+
+class Optimizer:
+    """AdamW whose step is skipped, on the device, when the gradient is not finite on any worker.
+
+    DDP averages gradients, so one worker's NaN is every worker's NaN, and all skip together without asking.
+    fp16 scales the loss up and halves the scale after such a step; other precisions count it (`skipped`).
+    """
+
+    def __init__(self, module: nn.Module, config: TrainConfig, precision: str, device: torch.device):
+        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.max_grad_norm = config.max_grad_norm
+        self.adamw = torch.optim.AdamW(
+            decay_groups(module.named_parameters(), config.weight_decay), lr=config.learning_rate, fused=True
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.skipped = torch.zeros(2, device=device)
+        """steps skipped since the run began, and in a row up to now"""
+
+    def step(self, loss: Tensor, rate: float) -> Tensor:
+        """Backward, clip, and one update with learning rate ``rate``.
+
+        Returns:
+            The gradient norm before clipping, 0-d, on the device.
+        """
+        self.adamw.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.adamw)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        not_finite = (~norm.isfinite()).float()
+        self.skipped = (self.skipped + not_finite) * torch.stack([torch.ones_like(not_finite), not_finite])
+        for group in self.adamw.param_groups:
+            group["lr"] = rate
+        if self.scaler.is_enabled():
+            self.scaler.step(self.adamw)
+            self.scaler.update()
+        else:
+            # What a gradient scaler tells a fused optimiser, without its wait for the device.
+            self.adamw.found_inf = not_finite  # type: ignore[attr-defined]
+            self.adamw.grad_scale = None  # type: ignore[attr-defined]
+            self.adamw.step()
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "adamw": self.adamw.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "skipped": self.skipped,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.adamw.load_state_dict(state["adamw"])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.skipped = state["skipped"].to(self.skipped.device)
+
+
+def decay_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices; none for biases and the scales of norms, which are vectors."""
+    trainable = [parameter for _, parameter in parameters if parameter.requires_grad]
+    return [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
