@@ -1,4 +1,7 @@
-"""The ``clusterns`` command: one verb a job, no logic. Exit codes: 0 done, 1 the job failed, 2 the request was wrong."""
+"""The ``clusterns`` command: one verb a job, no logic.
+
+Exit codes: 0 done, 1 the job failed, 2 the request was wrong.
+"""
 
 from __future__ import annotations
 

@@ -29,15 +29,15 @@ class EncoderConfig(Section):
     """A hub id, a directory, or `package:PYTHON_PACKAGE/SUBDIR` (weights that a pip package carries)."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
-    num_layers: int | None = Field(None, ge=1)
+    num_layers: int | None = Field(default=None, ge=1)
     """Keep the first N layers; all of them if unset."""
     pooling: Literal["cls", "mean", "mask", "first_last", "top2"] = "cls"
     """How token states become one embedding; `mask` needs a prompt that holds the mask token."""
     head: Literal["mlp", "none"] = "mlp"
     """A linear layer with tanh over the pooled state, in training only; the exported model has none."""
-    dropout: float | None = Field(None, gt=0, lt=1)
+    dropout: float | None = Field(default=None, gt=0, lt=1)
     """Replaces every dropout probability of the model; its own if unset."""
-    max_length: int = Field(32, ge=4)
+    max_length: int = Field(default=32, ge=4)
     """Tokens a sentence is cut to in training, special ones included; finished encoders read longer text."""
     prompt: str | None = None
     """A template around the sentence, such as `This sentence of "{sentence}" means [MASK].`"""
@@ -62,7 +62,7 @@ class DataConfig(Section):
     If unset, the sentences of `documents`."""
     text_column: str = "text"
     """The column or field that holds the text, in csv, jsonl and parquet."""
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
     """Use the first N usable sentences."""
     order: Literal["random", "length_grouped"] = "length_grouped"
     """`random`: the paper's. `length_grouped`: batches of sentences alike in length, so that length does not
@@ -74,19 +74,19 @@ class DataConfig(Section):
 
 
 class LossConfig(Section):
-    temperature: float = Field(0.05, gt=0)
+    temperature: float = Field(default=0.05, gt=0)
     """Divides every cosine in InfoNCE."""
     hard_negatives: bool = True
     """Put the second nearest centroid into the denominator."""
     hard_negative_columns: Literal["batch", "own", "not_own_cluster"] = "batch"
     """Whose hard negatives a row sees: every row's (the authors'), its own, or all but its own cluster's centroid."""
-    hard_negative_weight: float = Field(0.0, ge=-20, le=20)
+    hard_negative_weight: float = Field(default=0.0, ge=-20, le=20)
     """A logit added to a row's own hard negative."""
-    bml_weight: float = Field(1e-3, ge=0)
+    bml_weight: float = Field(default=1e-3, ge=0)
     """Weight of the Bidirectional Margin Loss on in-batch false negatives; 0 turns it off."""
-    bml_alpha: float = Field(0.0, ge=0)
+    bml_alpha: float = Field(default=0.0, ge=0)
     """A false negative's cosine should stay this far below the positive's, or farther."""
-    bml_beta: float = Field(0.3, ge=0)
+    bml_beta: float = Field(default=0.3, ge=0)
     """A false negative's cosine should not fall more than this below the positive's."""
     bml_reduction: Literal["all_pairs", "false_negatives"] = "all_pairs"
     """Mean over all pairs of the batch (the authors') or over the false negatives alone."""
@@ -102,11 +102,11 @@ class LossConfig(Section):
 
 
 class ClusteringConfig(Section):
-    num_clusters: int = Field(128, ge=0)
+    num_clusters: int = Field(default=128, ge=0)
     """K; 0 is plain SimCSE."""
-    start_cosine: float = Field(0.4, ge=-1, le=1)
+    start_cosine: float = Field(default=0.4, ge=-1, le=1)
     """Clustering starts at the first step whose mean cosine between the views of all rows is at most this."""
-    rate: float = Field(1e-3, gt=0, le=1)
+    rate: float = Field(default=1e-3, gt=0, le=1)
     """How far one batch moves a centroid."""
     update: Literal["mean", "sum", "replace_sum"] = "mean"
     """`mean`: towards the members' mean. `sum`: the authors' code and published settings. `replace_sum`: to the sum."""
@@ -123,24 +123,24 @@ class ClusteringConfig(Section):
 
 
 class TrainConfig(Section):
-    global_batch_size: int = Field(256, ge=2)
+    global_batch_size: int = Field(default=256, ge=2)
     """Sentences in a step over all workers; what the result depends on, whatever the number of workers."""
-    shards: int = Field(8, ge=1)
+    shards: int = Field(default=8, ge=1)
     """Pieces the global batch is cut into by length, each with its own random stream; the number of workers must
     divide it. Part of the result's identity, as the batch size is."""
-    epochs: int = Field(1, ge=1)
+    epochs: int = Field(default=1, ge=1)
     """Passes over the corpus."""
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
     """Stop after this many steps; the schedule then ends there too."""
-    learning_rate: float = Field(5e-5, gt=0)
+    learning_rate: float = Field(default=5e-5, gt=0)
     """Peak learning rate of AdamW."""
-    warmup_ratio: float = Field(0.0, ge=0, lt=1)
+    warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
     """Share of the steps in which the learning rate rises linearly from 0."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate falls to 0 after the warm-up."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's decoupled decay, on weight matrices; not on biases and norms."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of matrix products: auto is bf16 on a GPU that has it, else fp32. Weights and centroids stay fp32."""
@@ -152,9 +152,9 @@ class EvaluationConfig(Section):
     If unset, nothing is selected: the last step's model is exported."""
     dev: str = "STSB/dev"
     """The set that selects, as TASK/SUBSET; `STRUCTURE/dev` where sts is `structure`."""
-    every_steps: int = Field(125, ge=1)
+    every_steps: int = Field(default=125, ge=1)
     """Steps between dev evaluations; the last step is always evaluated."""
-    patience: int | None = Field(3, ge=1)
+    patience: int | None = Field(default=3, ge=1)
     """Stop after this many evaluations without a better score; unset never stops early."""
 
     @model_validator(mode="before")
@@ -177,23 +177,23 @@ class RuntimeConfig(Section):
     """0: in this process, without Ray. N: that many Ray workers. [min, max]: as many as the cluster has, elastic."""
     use_gpu: bool | None = None
     """One GPU a worker; if unset, GPUs are used where this machine has them."""
-    cpus_per_worker: int = Field(1, ge=1)
+    cpus_per_worker: int = Field(default=1, ge=1)
     """CPUs reserved for each worker, which is also how many threads it computes with."""
     storage_path: str = "runs"
     """Where runs live; on a cluster a directory that every node sees."""
     name: str = "clusterns"
     """The run's name; its files are in STORAGE_PATH/NAME. The same command again resumes it."""
-    max_failures: int = Field(3, ge=-1)
+    max_failures: int = Field(default=3, ge=-1)
     """How often Ray restarts the workers after a failure; -1 without end."""
-    start_timeout_s: float = Field(600.0, gt=0)
+    start_timeout_s: float = Field(default=600.0, gt=0)
     """Seconds to wait for the workers to start (a cluster may have to add nodes) before giving up."""
-    step_timeout_s: float = Field(600.0, gt=0)
+    step_timeout_s: float = Field(default=600.0, gt=0)
     """Seconds a worker waits for the others in one exchange before it fails rather than hang."""
-    checkpoint_every_steps: int | None = Field(None, ge=1)
+    checkpoint_every_steps: int | None = Field(default=None, ge=1)
     """Steps between checkpoints; `evaluation.every_steps` if unset."""
-    keep: int = Field(2, ge=1)
+    keep: int = Field(default=2, ge=1)
     """How many of the newest checkpoints stay; the best model is kept apart from them."""
-    log_every_steps: int = Field(10, ge=1)
+    log_every_steps: int = Field(default=10, ge=1)
     """Steps between lines of metrics.jsonl; the only ordinary steps on which the host waits for the device."""
 
     @field_validator("name")
@@ -222,7 +222,7 @@ class RuntimeConfig(Section):
 class Config(Section):
     """The whole configuration of a run."""
 
-    seed: int = Field(42, ge=0)
+    seed: int = Field(default=42, ge=0)
     """Seeds the order of the data, dropout, the head, and the first centroid."""
     encoder: EncoderConfig = EncoderConfig()
     data: DataConfig = DataConfig()
@@ -237,14 +237,15 @@ class Config(Section):
         batch, shards, k = self.train.global_batch_size, self.train.shards, self.clustering.num_clusters
         if batch % shards:
             raise ValueError(
-                f"train.global_batch_size is {batch}, which train.shards ({shards}) does not divide; the shards of a "
-                f"batch are of one size. Use a batch of {nearest_multiple(batch, shards)}, or shards that divide {batch}"
+                f"train.global_batch_size is {batch}, which train.shards ({shards}) does not divide; the shards "
+                f"of a batch are of one size. Use a batch of {nearest_multiple(batch, shards)}, or shards that divide "
+                f"{batch}"
             )
         for workers in self.runtime.worker_counts():
             if shards % workers:
                 raise ValueError(
-                    f"runtime.num_workers allows {workers} workers, which does not divide train.shards ({shards}); every "
-                    f"worker takes the same number of shards. Set train.shards to a multiple of "
+                    f"runtime.num_workers allows {workers} workers, which does not divide train.shards ({shards}); "
+                    f"every worker takes the same number of shards. Set train.shards to a multiple of "
                     f"{math.lcm(*self.runtime.worker_counts())}, or use {_divisors(shards)} workers"
                 )
         if k > batch:

@@ -41,7 +41,7 @@ class Encoder(nn.Module):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Any,
         tokenizer: Any,
         *,
         pooling: str = "mean",
@@ -51,7 +51,7 @@ class Encoder(nn.Module):
         head: nn.Module | None = None,
     ):
         super().__init__()
-        self.backbone = backbone
+        self.backbone: Any = backbone
         self.tokenizer = tokenizer
         self.pooling = pooling
         self.max_length = max_length
@@ -61,8 +61,8 @@ class Encoder(nn.Module):
         if pooling == "mask":
             _check_mask_prompt(prompt, tokenizer)
         # The pooler is not read, so it gets no gradient; it stays, so that the exported model is complete.
-        for parameter in (getattr(backbone, "pooler", None) and backbone.pooler.parameters()) or ():  # type: ignore
-            parameter.requires_grad_(False)
+        if getattr(backbone, "pooler", None) is not None:
+            backbone.pooler.requires_grad_(False)
 
     # ---- making one -------------------------------------------------------------------------------------------
 
@@ -116,10 +116,10 @@ class Encoder(nn.Module):
         width = backbone.config.hidden_size
         head = None
         if config.head == "mlp":
-            head = nn.Sequential(nn.Linear(width, width), nn.Tanh())
-            generator = torch.Generator().manual_seed(seed)
-            nn.init.normal_(head[0].weight, std=0.02, generator=generator)
-            nn.init.zeros_(head[0].bias)
+            linear = nn.Linear(width, width)
+            nn.init.normal_(linear.weight, std=0.02, generator=torch.Generator().manual_seed(seed))
+            nn.init.zeros_(linear.bias)
+            head = nn.Sequential(linear, nn.Tanh())
         return cls(
             backbone,
             tokenizer,
@@ -132,7 +132,7 @@ class Encoder(nn.Module):
     @property
     def width(self) -> int:
         """D, the number of values in an embedding."""
-        return self.backbone.config.hidden_size  # type: ignore[union-attr, return-value]
+        return self.backbone.config.hidden_size
 
     @property
     def device(self) -> torch.device:
@@ -204,7 +204,7 @@ class Encoder(nn.Module):
         """
         path = Path(directory)
         path.mkdir(parents=True, exist_ok=True)
-        self.backbone.save_pretrained(path)  # type: ignore[operator]
+        self.backbone.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
         settings = {
             "pooling": self.pooling,
@@ -273,7 +273,7 @@ def length_batches(lengths: Sequence[int], batch_size: int) -> Iterator[np.ndarr
 
 def load_transformer(
     source: str, *, revision: str | None = None, num_layers: int | None = None, dropout: float | None = None
-) -> tuple[nn.Module, Any]:
+) -> tuple[Any, Any]:
     """``(backbone, tokenizer)`` from a directory or the hub, in float32.
 
     Raises:
@@ -349,8 +349,8 @@ def _check_mask_prompt(prompt: str | None, tokenizer: Any) -> None:
     ids = tokenizer(prompt or "", add_special_tokens=False)["input_ids"]
     if tokenizer.mask_token_id is None or ids.count(tokenizer.mask_token_id) != 1:
         raise ConfigError(
-            f"encoder.pooling is mask, so encoder.prompt must hold the mask token {tokenizer.mask_token!r} exactly once; "
-            f"it is {prompt!r}."
+            f"encoder.pooling is mask, so encoder.prompt must hold the mask token {tokenizer.mask_token!r} exactly "
+            f"once; it is {prompt!r}."
         )
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 
 def progress_watch():
@@ -82,7 +85,7 @@ class Bar:
             TimeRemainingColumn(),
             TextColumn("{task.fields[text]}"),
         )
-        self.task: Any = None
+        self.task: TaskID | None = None
         self.dev = ""
         self.text = ""
 
@@ -93,22 +96,26 @@ class Bar:
         elif kind == "tokenised":
             if self.task is None:
                 self._begin("tokenising", None, 0)
-            self.progress.update(self.task, completed=event["rows"])
+            self._update(completed=event["rows"])
         elif kind == "start":
             self.close()
             self._begin("training", event["total_steps"], event["step"])
         elif kind == "step":
             self.text = step_text(event)
-            self.progress.update(self.task, completed=event["step"], text=f"{self.text}  {self.dev}")
+            self._update(completed=event["step"], text=f"{self.text}  {self.dev}")
         elif kind == "evaluation":
             self.dev = f"dev {event['sts_dev']:.2f}"
-            self.progress.update(self.task, text=f"{self.text}  {self.dev}")
+            self._update(text=f"{self.text}  {self.dev}")
         elif kind == "done":
             self.close()
 
     def _begin(self, description: str, total: int | None, completed: int) -> None:
         self.task = self.progress.add_task(description, total=total, completed=completed, text="")
         self.progress.start()
+
+    def _update(self, **values: Any) -> None:
+        if self.task is not None:
+            self.progress.update(self.task, **values)
 
     def close(self) -> None:
         if self.task is not None:

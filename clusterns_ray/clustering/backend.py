@@ -71,6 +71,6 @@ def faiss_conflict() -> str | None:
     if len(wheels) < 2:
         return None
     return (
-        f"{' and '.join(sorted(wheels))} are both installed and write the same module `faiss`, so either may be broken. "
+        f"{' and '.join(sorted(wheels))} are both installed and write the same module `faiss`, so one is broken. "
         "Uninstall both, then install one: pip install 'clusterns-ray[cpu]' or 'clusterns-ray[gpu]'."
     )

@@ -29,7 +29,7 @@ class Clustering:
         self.num_clusters = num_clusters
         self.start_cosine = start_cosine
         self.rate = rate
-        self.rule = update
+        self.rule: UpdateRule = update
         self.centroids_KD: Tensor | None = None
 
     @property

@@ -150,7 +150,7 @@ def evaluate_sts(directory: str | Path, embed: Embed, extra: Sequence[str] = ())
         there; ``extra``: Spearman of the further subsets.
 
     Raises:
-        ConfigError: not a directory, or none of the tasks is in it.
+        ConfigError: none of the tasks is in it.
     """
     if not Path(directory).is_dir():
         raise ConfigError(

@@ -50,7 +50,7 @@ def check_data(config: Config) -> None:
 def check_encoder(config: Config) -> None:
     """The encoder's directory, and the limits that its config.json tells without loading it."""
     model = local_model_config(resolve_model(config.encoder.name))
-    layers = model and (model.get("num_hidden_layers") or model.get("n_layers"))
+    layers = (model or {}).get("num_hidden_layers") or (model or {}).get("n_layers")
     if layers and config.encoder.num_layers and config.encoder.num_layers > layers:
         raise ConfigError(
             f"encoder.num_layers is {config.encoder.num_layers}, but {config.encoder.name} has {layers} layers. "
@@ -84,7 +84,7 @@ def check_name(config: Config) -> None:
         return
     differences = _differences(other.identity(), config.identity())
     raise ConfigError(
-        f"runtime.name is {config.runtime.name!r}, which {str(saved.parent)!r} already holds with another configuration: "
+        f"runtime.name is {config.runtime.name!r}, which {str(saved.parent)!r} holds already with another config: "
         + "; ".join(f"{key} was {before!r} and is now {after!r}" for key, before, after in differences[:5])
         + (f"; and {len(differences) - 5} more" if len(differences) > 5 else "")
         + ". Choose another runtime.name, or go back to those values to resume it."

@@ -41,9 +41,7 @@ def train(config: Config, watch: Watch = lambda event: None) -> dict[str, Any]:
     run_dir = run_directory(config)
     finished = run_dir / "result.json"
     if finished.is_file():
-        note(
-            f"{config.runtime.name!r} is finished already, and left as it is. Choose another runtime.name to train anew."
-        )
+        note(f"{config.runtime.name!r} is finished, and left as it is. Choose another runtime.name to train anew.")
         return json.loads(finished.read_text(encoding="utf-8"))
     warn_of_faiss(note)
     prepared = prepare(config, note, lambda rows: watch({"event": "tokenised", "rows": rows}))
@@ -84,8 +82,8 @@ def _wants_gpu(config: Config) -> bool:
 
     if config.runtime.use_gpu and not torch.cuda.is_available():
         raise ConfigError(
-            "runtime.use_gpu is true, but torch sees no GPU here. Set it to false, or install a torch with CUDA and the "
-            "GPU's driver."
+            "runtime.use_gpu is true, but torch sees no GPU here. Set it to false, or install a torch with CUDA and "
+            "the GPU's driver."
         )
     return torch.cuda.is_available() if config.runtime.use_gpu is None else config.runtime.use_gpu
 
@@ -178,9 +176,9 @@ def _fit(config: Config, prepared: Prepared, run_dir: Path, watch: Watch) -> dic
             break
         if waiting and time.monotonic() > deadline:
             raise ClusterNSError(
-                f"No worker started within runtime.start_timeout_s ({config.runtime.start_timeout_s:.0f} s). Asked for: "
-                f"{workers} workers with {config.runtime.cpus_per_worker} CPU{' and 1 GPU' if use_gpu else ''} each; the "
-                f"cluster has {_resources()}. Ask for less, add nodes, or raise the time-out."
+                f"No worker started within runtime.start_timeout_s ({config.runtime.start_timeout_s:.0f} s). Asked for "
+                f"{workers} workers with {config.runtime.cpus_per_worker} CPU{' and 1 GPU' if use_gpu else ''} each; "
+                f"the cluster has {_resources()}. Ask for less, add nodes, or raise the time-out."
             )
         time.sleep(0.2)
     return _outcome(outcome, run_dir)
@@ -231,10 +229,11 @@ class _Mailbox:
 
 def _take(mailbox: Any) -> list[dict[str, Any]]:
     import ray
+    from ray.exceptions import GetTimeoutError
 
     try:
         return ray.get(mailbox.take.remote(), timeout=30)
-    except ray.exceptions.GetTimeoutError:
+    except GetTimeoutError:
         return []
 
 

@@ -49,6 +49,7 @@ class Progress:
     best_step: int = 0
     best_score: float | None = None
     score_before: float | None = None
+    last_score: float | None = None
     evaluations_without_gain: int = 0
     clustering_started_at: int | None = None
     seconds: float = 0.0
@@ -222,9 +223,10 @@ class Run:
         skipped, in_a_row = self.optimizer.skipped.tolist()
         if in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise NonFiniteError(
-                f"The last {int(in_a_row)} gradients before step {self.progress.step} were NaN or infinite, so the weights "
-                f"stand still. Lower train.learning_rate ({self.config.train.learning_rate}), raise loss.temperature "
-                f"({self.config.loss.temperature}), or set train.precision to fp32. The checkpoints before it are whole."
+                f"The last {int(in_a_row)} gradients before step {self.progress.step} were NaN or infinite, so the "
+                f"weights stand still. Lower train.learning_rate ({self.config.train.learning_rate}), raise "
+                f"loss.temperature ({self.config.loss.temperature}), or set train.precision to fp32. The checkpoints "
+                "before it are whole."
             )
         now = time.perf_counter()
         (then, step), self.last_log = self.last_log, (now, self.progress.step)
@@ -263,7 +265,7 @@ class Run:
         if not self.dev:
             return
         paused = time.perf_counter()
-        score = self.dev.score(self.encoder)
+        score = self.progress.last_score = self.dev.score(self.encoder)
         best = self.progress.best_score is None or score > self.progress.best_score
         if best:
             self.progress.best_score, self.progress.best_step = score, self.progress.step
@@ -342,6 +344,7 @@ class Run:
             "best_step": progress.best_step,
             "sts_dev": progress.best_score,
             "sts_dev_before": progress.score_before,
+            "sts_dev_last": progress.last_score,
             "dev": self.config.evaluation.dev if self.dev else None,
             "steps": progress.step,
             "stopped_early": progress.step < self.total_steps,

@@ -101,7 +101,7 @@ class Objective:
 
         counts_K = None
         hard_negative_cosine = torch.zeros_like(mean_cosine)
-        if self.clustering.started:
+        if self.clustering.centroids_KD is not None:
             counts_K = self.clustering.update(z1_bD.detach())
             cos_bK = cosine_matrix(z1_bD, self.clustering.centroids_KD)
             clusters = self._assign(cos_bK.detach(), layout)

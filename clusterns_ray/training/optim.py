@@ -1,4 +1,4 @@
-"""Fused AdamW with clipping, a schedule that is a function of the step, and no step on gradients that are not finite."""
+"""Fused AdamW: clipping, a schedule that is a function of the step, no update from a gradient that is not finite."""
 
 from __future__ import annotations
 

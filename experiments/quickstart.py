@@ -1,0 +1,85 @@
+"""The tour of ``make demo``: train experiments/quickstart.yaml, then look at what was learnt.
+
+Prints the dev score before and after, the clusters with example sentences, nearest neighbours before and after, and
+where the model is. Takes the same ``section.key=value`` arguments as ``clusterns train --set``.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from clusterns_ray import Encoder, load_config, train
+from clusterns_ray.data.prepare import prepare
+from clusterns_ray.data.tokens import TokenStore
+from clusterns_ray.errors import ClusterNSError
+from clusterns_ray.progress import progress_watch
+
+CLUSTERS_SHOWN = 6
+QUERIES = 3
+
+
+def main(overrides: list[str]) -> None:
+    config = load_config(Path(__file__).with_suffix(".yaml"), overrides)
+    watch = progress_watch()
+    try:
+        result = train(config, watch)
+    finally:
+        watch.close()
+    store = TokenStore.open(prepare(config).tokens_dir)
+    sentences = list(dict.fromkeys(store.texts(np.arange(len(store)))))
+
+    print(f"\nEncoding {len(sentences):,} sentences with the encoder before and after training ...", flush=True)
+    before = unit(Encoder.for_training(config.encoder, seed=0).encode(sentences))
+    after = unit(Encoder.load(result["model"]).encode(sentences))
+
+    centroids = Path(result["model"]).parent / "centroids.npy"
+    if centroids.is_file():
+        show_clusters(sentences, after, unit(np.load(centroids)))
+    show_neighbours(sentences, before, after, config.seed)
+
+    gain = result["sts_dev"] - result["sts_dev_before"]
+    print("\nDev set graded by document structure, not by people (Spearman x 100):")
+    print(f"  {result['sts_dev_before']:.2f} before, {result['sts_dev']:.2f} after ({gain:+.2f})")
+    print(f"The encoder, for transformers and sentence-transformers: {result['model']}")
+
+
+def unit(z_ND: np.ndarray) -> np.ndarray:
+    return z_ND / np.maximum(np.linalg.norm(z_ND, axis=1, keepdims=True), 1e-8)
+
+
+def show_clusters(sentences: list[str], z_ND: np.ndarray, centroids_KD: np.ndarray) -> None:
+    """The largest clusters, each by the sentences nearest to its members' mean."""
+    nearest_N = (z_ND @ centroids_KD.T).argmax(axis=1)
+    sizes_K = np.bincount(nearest_N, minlength=len(centroids_KD))
+    print(f"\n{(sizes_K > 0).sum()} of {len(sizes_K)} clusters hold sentences. The largest, by their most typical ones:")
+    for cluster in np.argsort(-sizes_K)[:CLUSTERS_SHOWN]:
+        members = np.flatnonzero(nearest_N == cluster)
+        typical = members[np.argsort(-(z_ND[members] @ unit(z_ND[members].mean(axis=0, keepdims=True))[0]))[:3]]
+        print(f"\n  cluster {cluster}, {sizes_K[cluster]:,} sentences")
+        for row in typical:
+            print(f"    {shorten(sentences[row])}")
+
+
+def show_neighbours(sentences: list[str], before: np.ndarray, after: np.ndarray, seed: int) -> None:
+    print("\nNearest neighbours of a few sentences, before and after:")
+    for row in np.random.default_rng(seed).choice(len(sentences), QUERIES, replace=False):
+        print(f"\n  {shorten(sentences[row])}")
+        for label, z_ND in (("before", before), ("after", after)):
+            cosine_N = z_ND @ z_ND[row]
+            cosine_N[row] = -np.inf
+            for neighbour in np.argsort(-cosine_N)[:2]:
+                print(f"    {label:6} {cosine_N[neighbour]:.2f}  {shorten(sentences[neighbour])}")
+
+
+def shorten(sentence: str, width: int = 100) -> str:
+    return sentence if len(sentence) <= width else sentence[: width - 3].rstrip() + "..."
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ClusterNSError as error:
+        sys.exit(f"error: {error}")
