@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from clusterns_ray.clustering.kmeans import cosine_matrix, nearest_two
+from clusterns_ray.clustering.kmeans import cluster_sizes, cosine_matrix, nearest_two
 from clusterns_ray.errors import ConfigError
 
 HardNegativeColumns = Literal["batch", "own", "not_own_cluster"]
@@ -155,7 +155,7 @@ def clusterns_loss_share(
     if bml_weight == 0:
         return ClusterNSLoss(info_nce, info_nce, torch.zeros_like(info_nce))
     mask_bB = false_negative_mask(clusters.nearest_b, clusters.nearest_B, positive_b)
-    sizes_K = torch.bincount(clusters.nearest_B, minlength=cos_bK.shape[1])
+    sizes_K = cluster_sizes(clusters.nearest_B, cos_bK.shape[1])
     pairs = (sizes_K * (sizes_K - 1)).sum()
     bml = bidirectional_margin_share(cos_bB, positive_b, mask_bB, pairs, bml_alpha, bml_beta, bml_reduction)
     return ClusterNSLoss(info_nce + bml_weight * bml, info_nce, bml)
@@ -199,7 +199,7 @@ def clusterns_loss(
     """
     cos_BK = cosine_matrix(z1_BD, centroids_KD.detach())
     nearest_B, second_B = nearest_two(cos_BK.detach())
-    counts_K = torch.bincount(second_B, minlength=len(centroids_KD))
+    counts_K = cluster_sizes(second_B, len(centroids_KD))
     return clusterns_loss_share(
         cosine_matrix(z1_BD, z2_BD),
         cos_BK,

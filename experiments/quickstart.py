@@ -54,7 +54,9 @@ def show_clusters(sentences: list[str], z_ND: np.ndarray, centroids_KD: np.ndarr
     """The largest clusters, each by the sentences nearest to its members' mean."""
     nearest_N = (z_ND @ centroids_KD.T).argmax(axis=1)
     sizes_K = np.bincount(nearest_N, minlength=len(centroids_KD))
-    print(f"\n{(sizes_K > 0).sum()} of {len(sizes_K)} clusters hold sentences. The largest, by their most typical ones:")
+    print(
+        f"\n{(sizes_K > 0).sum()} of {len(sizes_K)} clusters hold sentences. The largest, by their most typical ones:"
+    )
     for cluster in np.argsort(-sizes_K)[:CLUSTERS_SHOWN]:
         members = np.flatnonzero(nearest_N == cluster)
         typical = members[np.argsort(-(z_ND[members] @ unit(z_ND[members].mean(axis=0, keepdims=True))[0]))[:3]]

@@ -81,10 +81,16 @@ def nearest_two(cos_BK: Tensor) -> tuple[Tensor, Tensor]:
     return nearest_B, second_B
 
 
+def cluster_sizes(assigned_B: Tensor, k: int) -> Tensor:
+    """How many rows are assigned to each of ``k`` centroids: int64 (K). Unlike ``bincount``, never waits for a GPU."""
+    return assigned_B.new_zeros(k).scatter_add_(0, assigned_B, torch.ones_like(assigned_B))
+
+
 def member_statistics(z_BD: Tensor, nearest_B: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Sum and number of the rows of each cluster: ``(sums_KD, counts_K)``, both in the dtype of ``z``.
 
-    They add up over workers, which is why they, and not means, are all-reduced.
+    ``z`` is float32 or float64: a narrower type cannot count. Sums and counts add up over workers, as means do not,
+    which is why they are what is all-reduced.
     """
     sums_KD = z_BD.new_zeros(k, z_BD.shape[1]).index_add_(0, nearest_B, z_BD)
     counts_K = z_BD.new_zeros(k).index_add_(0, nearest_B, z_BD.new_ones(len(z_BD)))

@@ -17,6 +17,12 @@ from clusterns_ray import distributed
 from clusterns_ray.data.batches import cut_shards, deal_shards
 
 
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A tensor on ``device``; the host does not wait for the copy."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 @dataclass(frozen=True)
 class Layout:
     """One global batch on one worker."""
@@ -44,7 +50,7 @@ class Layout:
 
     def positive_b(self, device: torch.device) -> Tensor:
         """int64: the column of each local row's positive, which is its own canonical number."""
-        return torch.from_numpy(self.canonical(self.rank)).to(device, non_blocking=True)
+        return to_device(self.canonical(self.rank), device)
 
     def gather(self, local: Tensor) -> Tensor:
         """The rows of all workers in canonical order: ``(b, ...) -> (B, ...)``; gradients flow back."""
@@ -58,7 +64,7 @@ class Layout:
         for rank, count in enumerate(counts):
             source[self.canonical(rank)] = rank * longest + np.arange(count)
         gathered = distributed.all_gather_rows(local)
-        return gathered.index_select(0, torch.from_numpy(source).to(local.device, non_blocking=True))
+        return gathered.index_select(0, to_device(source, local.device))
 
 
 def lay_out(

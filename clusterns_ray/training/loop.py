@@ -25,7 +25,7 @@ from clusterns_ray.errors import NonFiniteError
 from clusterns_ray.training.checkpoint import load_newest, replace_directory, save_checkpoint, write_atomic
 from clusterns_ray.training.dev import DevSet, encode_together
 from clusterns_ray.training.exclusive import exclusive
-from clusterns_ray.training.layout import Layout, lay_out
+from clusterns_ray.training.layout import Layout, lay_out, to_device
 from clusterns_ray.training.metrics import MetricsLog, step_metrics
 from clusterns_ray.training.model_card import model_card
 from clusterns_ray.training.objective import Objective, Shard, TwoViews
@@ -170,8 +170,8 @@ class Run:
     def shard(self, layout: Layout, shard: int, step: int) -> Shard:
         input_ids, mask = self.tokens.tokens(layout.shard_rows(shard), self.encoder.tokenizer.pad_token_id or 0)
         return Shard(
-            torch.from_numpy(input_ids).to(self.device, non_blocking=True),
-            torch.from_numpy(mask).to(self.device, non_blocking=True),
+            to_device(input_ids, self.device),
+            to_device(mask, self.device),
             stream_key("dropout", self.config.seed, step, shard),
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from clusterns_ray.training.objective import SHARE_NAMES, StepLoss
 
 
 class MetricsLog:
-    """Appends to ``metrics.jsonl``; on resume forgets what came after the checkpoint, as it will come again."""
+    """Appends to ``metrics.jsonl``, what is not finite as null.
+
+    On resume it forgets what came after the checkpoint, as that will come again.
+    """
 
     def __init__(self, path: Path, step: int):
         self.path = path
@@ -21,8 +25,9 @@ class MetricsLog:
             write_atomic(path, "".join(line + "\n" for line in kept))
 
     def append(self, record: dict[str, Any]) -> None:
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(finite) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

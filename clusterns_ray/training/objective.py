@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from clusterns_ray import distributed
-from clusterns_ray.clustering.kmeans import cosine_matrix, nearest_two
+from clusterns_ray.clustering.kmeans import cluster_sizes, cosine_matrix, nearest_two
 from clusterns_ray.clustering.state import Clustering
 from clusterns_ray.config import LossConfig
 from clusterns_ray.encoder import Encoder
@@ -43,13 +43,13 @@ class TwoViews(nn.Module):
     def forward(self, shards: list[Shard]) -> tuple[Tensor, Tensor]:
         """``(z1_bD, z2_bD)`` in float32, the shards' rows one after the other."""
         views = []
-        for shard in shards:
-            torch.manual_seed(shard.dropout_key)
-            device = shard.input_ids_BT.device.type
-            with torch.autocast(device, self.dtype) if self.dtype != torch.float32 else nullcontext():
+        device = shards[0].input_ids_BT.device.type
+        # One context for all shards, as it casts each weight once.
+        with torch.autocast(device, self.dtype) if self.dtype != torch.float32 else nullcontext():
+            for shard in shards:
+                torch.manual_seed(shard.dropout_key)
                 z = self.encoder(shard.input_ids_BT.repeat(2, 1), shard.attention_mask_BT.repeat(2, 1))
-                z = self.encoder.project(z)
-            views.append(z.float().chunk(2))
+                views.append(self.encoder.project(z).float().chunk(2))
         return torch.cat([z1 for z1, _ in views]), torch.cat([z2 for _, z2 in views])
 
 
@@ -120,7 +120,7 @@ class Objective:
     def _assign(self, cos_bK: Tensor, layout: Layout) -> Clusters:
         nearest_b, second_b = nearest_two(cos_bK)
         nearest_B, second_B = layout.gather(torch.stack([nearest_b, second_b], dim=1)).unbind(dim=1)
-        return Clusters(nearest_b, second_b, nearest_B, torch.bincount(second_B, minlength=cos_bK.shape[1]))
+        return Clusters(nearest_b, second_b, nearest_B, cluster_sizes(second_B, cos_bK.shape[1]))
 
     def _clusterns(self, cos_bB: Tensor, cos_bK: Tensor, positive_b: Tensor, clusters: Clusters) -> ClusterNSLoss:
         return clusterns_loss_share(
