@@ -5,7 +5,6 @@ Shape suffixes: B sentences, T tokens, D embedding width, L layers + 1 (the embe
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,20 +14,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clusterns_ray.backbone import has_dropout, load_transformer, longest_input
 from clusterns_ray.errors import ConfigError
+from clusterns_ray.model_files import (
+    HIDDEN_STATE_POOLINGS,
+    read_settings,
+    write_sentence_transformers,
+    write_settings,
+)
 from clusterns_ray.models import resolve_model
-from clusterns_ray.tokenization import cannot_load, load_tokenizer, tokenize
+from clusterns_ray.tokenization import tokenize
 
 if TYPE_CHECKING:
     from clusterns_ray.config import EncoderConfig
 
-SETTINGS_FILE = "clusterns.json"
-"""What a directory written by :meth:`Encoder.save` needs besides the transformer: pooling, length, prompt."""
-
 LONGEST_ENCODED = 512
 """Tokens that a newly trained encoder reads at most, unless the encoder it came from says otherwise."""
-
-HIDDEN_STATE_POOLINGS = ("first_last", "top2")
 
 
 class Encoder(nn.Module):
@@ -78,7 +79,7 @@ class Encoder(nn.Module):
             ConfigError: it cannot be found or loaded.
         """
         source = resolve_model(str(name))
-        settings = {"pooling": "mean", "max_length": 128, **_stored_settings(source)}
+        settings = {"pooling": "mean", "max_length": 128, **read_settings(source)}
         if pooling is not None:
             settings["pooling"] = pooling
         if max_length is not None:
@@ -124,7 +125,7 @@ class Encoder(nn.Module):
             backbone,
             tokenizer,
             pooling=config.pooling,
-            max_length=min(_stored_settings(source).get("max_length", LONGEST_ENCODED), limit or LONGEST_ENCODED),
+            max_length=min(read_settings(source).get("max_length", LONGEST_ENCODED), limit or LONGEST_ENCODED),
             prompt=config.prompt,
             head=head,
         )
@@ -212,9 +213,9 @@ class Encoder(nn.Module):
             "prompt": self.prompt,
             "normalize": self.normalize,
         }
-        _write_json(path / SETTINGS_FILE, settings)
+        write_settings(path, settings)
         if self.prompt is None:
-            _write_sentence_transformers(
+            write_sentence_transformers(
                 path, self.pooling, self.width, self.max_length, self.backbone.config, self.normalize
             )
 
@@ -268,83 +269,6 @@ def length_batches(lengths: Sequence[int], batch_size: int) -> Iterator[np.ndarr
         yield order[start : start + batch_size]
 
 
-# ---- finding and loading transformers ---------------------------------------------------------------------------
-
-
-def load_transformer(
-    source: str, *, revision: str | None = None, num_layers: int | None = None, dropout: float | None = None
-) -> tuple[Any, Any]:
-    """``(backbone, tokenizer)`` from a directory or the hub, in float32.
-
-    Raises:
-        ConfigError: it cannot be loaded, or has fewer layers than asked for.
-    """
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    verbosity = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
-    # A checkpoint may lack weights (a masked language model has no pooler): their draw must not differ by worker.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        try:
-            config = transformers.AutoConfig.from_pretrained(source, revision=revision)
-            _shorten(config, num_layers, source)
-            _override_dropout(config, dropout)
-            backbone = transformers.AutoModel.from_pretrained(
-                source, revision=revision, config=config, dtype=torch.float32
-            )
-        except ConfigError:
-            raise
-        except (OSError, ValueError) as error:
-            raise cannot_load(source, error) from error
-        finally:
-            transformers.utils.logging.set_verbosity(verbosity)
-    return backbone, load_tokenizer(source, revision=revision)
-
-
-def _shorten(config: Any, num_layers: int | None, source: str) -> None:
-    if num_layers is None:
-        return
-    if num_layers > config.num_hidden_layers:
-        raise ConfigError(
-            f"encoder.num_layers is {num_layers}, but {source} has {config.num_hidden_layers} layers. "
-            f"Use at most {config.num_hidden_layers}, or leave it unset."
-        )
-    config.num_hidden_layers = num_layers
-    if isinstance(getattr(config, "layer_types", None), list):
-        config.layer_types = config.layer_types[:num_layers]
-
-
-def _dropout_keys(config: Any) -> list[str]:
-    skip = ("classifier", "classif", "qa_", "summary", "final")
-    return [
-        key
-        for key, value in config.to_dict().items()
-        if "dropout" in key and isinstance(value, (int, float)) and not any(word in key for word in skip)
-    ]
-
-
-def _override_dropout(config: Any, dropout: float | None) -> None:
-    if dropout is not None:
-        for key in _dropout_keys(config):
-            setattr(config, key, dropout)
-
-
-def has_dropout(backbone: nn.Module) -> bool:
-    """Whether any dropout of the model is on in training, as the two views differ by nothing else."""
-    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in backbone.modules())
-
-
-def longest_input(backbone: Any, tokenizer: Any) -> int | None:
-    """Tokens the model can read at once, or None where neither it nor its tokenizer says."""
-    positions = getattr(backbone.config, "max_position_embeddings", None)
-    if positions and getattr(backbone.config, "model_type", "") in ("roberta", "xlm-roberta", "camembert", "mpnet"):
-        positions -= 2  # Their positions start behind the padding index.
-    limits = [n for n in (positions, tokenizer.model_max_length) if n and n < 1_000_000]
-    return min(limits) if limits else None
-
-
 def _check_mask_prompt(prompt: str | None, tokenizer: Any) -> None:
     ids = tokenizer(prompt or "", add_special_tokens=False)["input_ids"]
     if tokenizer.mask_token_id is None or ids.count(tokenizer.mask_token_id) != 1:
@@ -352,98 +276,3 @@ def _check_mask_prompt(prompt: str | None, tokenizer: Any) -> None:
             f"encoder.pooling is mask, so encoder.prompt must hold the mask token {tokenizer.mask_token!r} exactly "
             f"once; it is {prompt!r}."
         )
-
-
-def _stored_settings(source: str) -> dict[str, Any]:
-    path = Path(source)
-    if (path / SETTINGS_FILE).is_file():
-        return json.loads((path / SETTINGS_FILE).read_text())
-    if not (path / "modules.json").is_file():
-        return {}
-    settings: dict[str, Any] = {}
-    for module in json.loads((path / "modules.json").read_text()):
-        kind = module["type"].rsplit(".", 1)[-1]
-        if kind == "Transformer":
-            file = path / module["path"] / "sentence_bert_config.json"
-            length = json.loads(file.read_text()).get("max_seq_length") if file.is_file() else None
-            if length is None:
-                tokenizer = path / module["path"] / "tokenizer_config.json"
-                length = json.loads(tokenizer.read_text()).get("model_max_length") if tokenizer.is_file() else None
-            if length:
-                settings["max_length"] = int(length)
-        elif kind == "Pooling":
-            pooling = json.loads((path / module["path"] / "config.json").read_text())
-            settings["pooling"] = _pooling_name(pooling, source)
-        elif kind == "Normalize":
-            settings["normalize"] = True
-        else:
-            raise ConfigError(
-                f"{source}: its sentence-transformers module {kind} is not one of Transformer, Pooling and Normalize, "
-                "so it would be encoded wrongly here. Give Encoder.load a plain encoder."
-            )
-    return settings
-
-
-def _pooling_name(config: dict[str, Any], source: str) -> str:
-    mode = config.get("pooling_mode")
-    if mode is None:
-        on = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
-        mode = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}.get(on[0]) if len(on) == 1 else on
-    if mode not in ("mean", "cls"):
-        raise ConfigError(f"{source}: its pooling {mode!r} is not supported here; mean and cls are.")
-    return mode
-
-
-def _write_sentence_transformers(
-    path: Path, pooling: str, width: int, max_length: int, config: Any, normalize: bool
-) -> None:
-    # The module names and keys of sentence-transformers 2 to 5, which 6 reads as well.
-    modules = [("", "Transformer")]
-    transformer = {"max_seq_length": max_length, "do_lower_case": False}
-    if pooling in HIDDEN_STATE_POOLINGS:
-        modules.append(("1_LayerPooling", "WeightedLayerPooling"))
-        _write_layer_weights(path / "1_LayerPooling", pooling, width, config.num_hidden_layers)
-        transformer["config_args"] = {"output_hidden_states": True}
-    modules.append((f"{len(modules)}_Pooling", "Pooling"))
-    (path / modules[-1][0]).mkdir(exist_ok=True)
-    _write_json(
-        path / modules[-1][0] / "config.json",
-        {
-            "word_embedding_dimension": width,
-            "pooling_mode_cls_token": pooling == "cls",
-            "pooling_mode_mean_tokens": pooling != "cls",
-            "pooling_mode_max_tokens": False,
-            "pooling_mode_mean_sqrt_len_tokens": False,
-        },
-    )
-    if normalize:
-        modules.append((f"{len(modules)}_Normalize", "Normalize"))
-        (path / modules[-1][0]).mkdir(exist_ok=True)
-    _write_json(path / "sentence_bert_config.json", transformer)
-    _write_json(
-        path / "modules.json",
-        [
-            {"idx": i, "name": str(i), "path": folder, "type": f"sentence_transformers.models.{kind}"}
-            for i, (folder, kind) in enumerate(modules)
-        ],
-    )
-    _write_json(path / "config_sentence_transformers.json", {"similarity_fn_name": "cosine"})
-
-
-def _write_layer_weights(path: Path, pooling: str, width: int, layers: int) -> None:
-    from safetensors.torch import save_file
-
-    start = 0 if pooling == "first_last" else layers - 1
-    weights = torch.zeros(layers + 1 - start)
-    weights[0] += 1
-    weights[-1] += 1
-    path.mkdir(exist_ok=True)
-    save_file({"layer_weights": weights}, path / "model.safetensors")
-    _write_json(
-        path / "config.json",
-        {"word_embedding_dimension": width, "layer_start": start, "num_hidden_layers": layers},
-    )
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -9,6 +9,8 @@ from pathlib import Path
 # Before anything imports huggingface_hub: no test may need a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Before anything imports torch: on tiny tensors threads wait for one another more than they compute.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from helpers import make_tiny_model, write_corpus, write_pairs

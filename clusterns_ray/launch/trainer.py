@@ -92,6 +92,8 @@ def _train_on_ray(config: Config, prepared: Prepared, run_dir: Path, watch: Watc
     # Train waits this long between looks at its workers, and each report waits for a look.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's default for a local start, said without its warning.
     import ray
 
     started_ray = not ray.is_initialized()

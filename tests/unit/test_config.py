@@ -379,7 +379,7 @@ def test_fingerprint_is_a_short_stable_hash() -> None:
     "overrides",
     [
         [],
-        ["train.learning_rate=1e-5", "clustering.rate=1e-3", "runtime.num_workers=[1, 4]", "evaluation.patience=null"],
+        ["train.learning_rate=1e-5", "clustering.rate=1e-3", "runtime.num_workers=[1, 2]", "evaluation.patience=null"],
         [
             'encoder.prompt=This sentence: "{sentence}" means — [MASK].',
             "encoder.pooling=mask",

@@ -1,0 +1,120 @@
+"""The small files beside a transformer's weights: how token states become an embedding, ours and those of
+sentence-transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clusterns_ray.errors import ConfigError
+
+SETTINGS_FILE = "clusterns.json"
+"""What a directory written by ``Encoder.save`` needs besides the transformer: pooling, length, prompt."""
+
+HIDDEN_STATE_POOLINGS = ("first_last", "top2")
+"""Poolings that read more than the last layer."""
+
+
+def write_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Write what :func:`read_settings` reads."""
+    _write_json(path / SETTINGS_FILE, settings)
+
+
+def read_settings(source: str) -> dict[str, Any]:
+    """Pooling, length, prompt and normalisation as a model directory states them; empty for a plain transformer."""
+    path = Path(source)
+    if (path / SETTINGS_FILE).is_file():
+        return json.loads((path / SETTINGS_FILE).read_text())
+    if not (path / "modules.json").is_file():
+        return {}
+    settings: dict[str, Any] = {}
+    for module in json.loads((path / "modules.json").read_text()):
+        kind = module["type"].rsplit(".", 1)[-1]
+        if kind == "Transformer":
+            file = path / module["path"] / "sentence_bert_config.json"
+            length = json.loads(file.read_text()).get("max_seq_length") if file.is_file() else None
+            if length is None:
+                tokenizer = path / module["path"] / "tokenizer_config.json"
+                length = json.loads(tokenizer.read_text()).get("model_max_length") if tokenizer.is_file() else None
+            if length:
+                settings["max_length"] = int(length)
+        elif kind == "Pooling":
+            pooling = json.loads((path / module["path"] / "config.json").read_text())
+            settings["pooling"] = _pooling_name(pooling, source)
+        elif kind == "Normalize":
+            settings["normalize"] = True
+        else:
+            raise ConfigError(
+                f"{source}: its sentence-transformers module {kind} is not one of Transformer, Pooling and Normalize, "
+                "so it would be encoded wrongly here. Give Encoder.load a plain encoder."
+            )
+    return settings
+
+
+def _pooling_name(config: dict[str, Any], source: str) -> str:
+    mode = config.get("pooling_mode")
+    if mode is None:
+        on = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
+        mode = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}.get(on[0]) if len(on) == 1 else on
+    if mode not in ("mean", "cls"):
+        raise ConfigError(f"{source}: its pooling {mode!r} is not supported here; mean and cls are.")
+    return mode
+
+
+def write_sentence_transformers(
+    path: Path, pooling: str, width: int, max_length: int, config: Any, normalize: bool
+) -> None:
+    """Describe an encoder for sentence-transformers, which then loads the directory as it is."""
+    # The module names and keys of sentence-transformers 2 to 5, which 6 reads as well.
+    modules = [("", "Transformer")]
+    transformer = {"max_seq_length": max_length, "do_lower_case": False}
+    if pooling in HIDDEN_STATE_POOLINGS:
+        modules.append(("1_LayerPooling", "WeightedLayerPooling"))
+        _write_layer_weights(path / "1_LayerPooling", pooling, width, config.num_hidden_layers)
+        transformer["config_args"] = {"output_hidden_states": True}
+    modules.append((f"{len(modules)}_Pooling", "Pooling"))
+    (path / modules[-1][0]).mkdir(exist_ok=True)
+    _write_json(
+        path / modules[-1][0] / "config.json",
+        {
+            "word_embedding_dimension": width,
+            "pooling_mode_cls_token": pooling == "cls",
+            "pooling_mode_mean_tokens": pooling != "cls",
+            "pooling_mode_max_tokens": False,
+            "pooling_mode_mean_sqrt_len_tokens": False,
+        },
+    )
+    if normalize:
+        modules.append((f"{len(modules)}_Normalize", "Normalize"))
+        (path / modules[-1][0]).mkdir(exist_ok=True)
+    _write_json(path / "sentence_bert_config.json", transformer)
+    _write_json(
+        path / "modules.json",
+        [
+            {"idx": i, "name": str(i), "path": folder, "type": f"sentence_transformers.models.{kind}"}
+            for i, (folder, kind) in enumerate(modules)
+        ],
+    )
+    _write_json(path / "config_sentence_transformers.json", {"similarity_fn_name": "cosine"})
+
+
+def _write_layer_weights(path: Path, pooling: str, width: int, layers: int) -> None:
+    from safetensors.torch import save_file
+
+    start = 0 if pooling == "first_last" else layers - 1
+    weights = torch.zeros(layers + 1 - start)
+    weights[0] += 1
+    weights[-1] += 1
+    path.mkdir(exist_ok=True)
+    save_file({"layer_weights": weights}, path / "model.safetensors")
+    _write_json(
+        path / "config.json",
+        {"word_embedding_dimension": width, "layer_start": start, "num_hidden_layers": layers},
+    )
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

