@@ -11,9 +11,9 @@ import pytest
 import torch
 from helpers import ARCHITECTURES, WIDTH, make_tiny_model, sentences
 
-from clusterns_ray import encoder as encoder_module
-from clusterns_ray.config import EncoderConfig
+from clusterns_ray import backbone as backbone_module
 from clusterns_ray.backbone import has_dropout, longest_input
+from clusterns_ray.config import EncoderConfig
 from clusterns_ray.encoder import Encoder, length_batches, pad, pool
 from clusterns_ray.errors import ConfigError
 
@@ -89,7 +89,7 @@ def test_order_is_kept_and_batches_do_not_matter(tiny_models: Models, kind: str)
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_mask_pooling_reads_the_mask_token_of_the_prompt(tiny_models: Models, kind: str) -> None:
-    backbone, tokenizer = encoder_module.load_transformer(str(tiny_models(kind)))
+    backbone, tokenizer = backbone_module.load_transformer(str(tiny_models(kind)))
     prompt = f'this sentence : "{{sentence}}" means {tokenizer.mask_token} .'
     encoder = Encoder(backbone, tokenizer, pooling="mask", prompt=prompt, max_length=32).eval()
     z = encoder.encode(TEXTS, batch_size=4)
@@ -100,7 +100,7 @@ def test_mask_pooling_reads_the_mask_token_of_the_prompt(tiny_models: Models, ki
 
 @pytest.mark.parametrize("prompt", ["{sentence} means", "[MASK] {sentence} [MASK]", None])
 def test_mask_pooling_needs_one_mask_token(tiny_model: Path, prompt: str | None) -> None:
-    backbone, tokenizer = encoder_module.load_transformer(str(tiny_model))
+    backbone, tokenizer = backbone_module.load_transformer(str(tiny_model))
     with pytest.raises(ConfigError, match=r"mask token '\[MASK\]' exactly once") as caught:
         Encoder(backbone, tokenizer, pooling="mask", prompt=prompt)
     assert repr(prompt) in str(caught.value)
@@ -390,7 +390,7 @@ def test_pooling_of_a_sentence_transformers_directory(
 
 
 def test_normalisation_of_a_sentence_transformers_directory_is_kept(tiny_model: Path, tmp_path: Path) -> None:
-    backbone, tokenizer = encoder_module.load_transformer(str(tiny_model))
+    backbone, tokenizer = backbone_module.load_transformer(str(tiny_model))
     Encoder(backbone, tokenizer, normalize=True, max_length=20).save(tmp_path)
     (tmp_path / "clusterns.json").unlink()
     again = Encoder.load(tmp_path)

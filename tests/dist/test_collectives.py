@@ -1,0 +1,160 @@
+"""Collectives over real processes: what every rank gets, and where gradients go."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from spawn import RanksFailed, run_ranks
+
+from clusterns_ray import distributed
+from clusterns_ray.training.layout import Layout, lay_out
+
+ROWS, WIDTH = 3, 2
+every_size = pytest.mark.parametrize("ranks", [2, 4])
+
+
+def rows_of(rank: int, count: int = ROWS) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(100 + rank)
+    return torch.randn(count, WIDTH, generator=generator, dtype=torch.float64)
+
+
+def loss_of(rank: int, gathered: torch.Tensor) -> torch.Tensor:
+    """Another loss on every rank, each over the rows of all ranks, and not linear."""
+    weights = torch.randn(gathered.shape, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+    return (weights * gathered**3).sum()
+
+
+def gather_rows() -> dict[str, Any]:
+    rank = distributed.rank()
+    rows = rows_of(rank).requires_grad_()
+    gathered = distributed.all_gather_rows(rows)
+    loss_of(rank, gathered).backward()
+    whole_numbers = distributed.all_gather_rows(torch.tensor([[2**40 + rank, rank]]))
+    columns = distributed.all_gather_rows(rows.detach().T)  # not contiguous
+    return {"gathered": gathered.detach(), "grad": rows.grad, "int64": whole_numbers, "columns": columns}
+
+
+@every_size
+def test_gathered_rows_come_in_order_of_rank_and_their_gradients_are_summed_over_ranks(ranks: int):
+    results = run_ranks(gather_rows, ranks)
+
+    leaves = [rows_of(rank).requires_grad_() for rank in range(ranks)]
+    together = torch.cat(leaves)
+    sum(loss_of(rank, together) for rank in range(ranks)).backward()
+    for rank, result in enumerate(results):
+        assert torch.equal(result["gathered"], together.detach())
+        assert leaves[rank].grad.norm() > 0.1
+        torch.testing.assert_close(result["grad"], leaves[rank].grad, rtol=1e-12, atol=1e-12)
+        assert result["int64"].tolist() == [[2**40 + other, other] for other in range(ranks)]
+        assert torch.equal(result["columns"], torch.cat([leaf.detach().T for leaf in leaves]))
+
+
+def odd_layout(rank: int | None, ranks: int) -> Layout:
+    """13 rows in 4 shards: ranks whose shares differ by a row."""
+    lengths = np.array([9, 3, 7, 5, 8, 3, 6, 4, 9, 5, 7, 2, 6])
+    return lay_out(100 + np.arange(13), lengths, 4, rank=rank, workers=ranks)
+
+
+def gather_odd_batch() -> dict[str, Any]:
+    layout = odd_layout(None, distributed.world_size())
+    rows = rows_of(0, 13)[layout.canonical(layout.rank)].requires_grad_()
+    gathered = layout.gather(rows)
+    loss_of(distributed.rank(), gathered).backward()
+    return {"rank": layout.rank, "gathered": gathered.detach(), "grad": rows.grad}
+
+
+@every_size
+def test_an_odd_batch_is_gathered_in_canonical_order_with_its_gradients(ranks: int):
+    shares = [len(odd_layout(rank, ranks).canonical(rank)) for rank in range(ranks)]
+    assert len(set(shares)) > 1, "the shares are to differ"
+
+    results = run_ranks(gather_odd_batch, ranks)
+
+    whole = rows_of(0, 13).requires_grad_()
+    sum(loss_of(rank, whole) for rank in range(ranks)).backward()
+    for rank, result in enumerate(results):
+        assert result["rank"] == rank
+        assert torch.equal(result["gathered"], whole.detach())
+        expected = whole.grad[odd_layout(rank, ranks).canonical(rank)]
+        torch.testing.assert_close(result["grad"], expected, rtol=1e-12, atol=1e-12)
+
+
+def reduce_and_broadcast() -> dict[str, Any]:
+    rank = distributed.rank()
+    total = torch.tensor([1.5, 10.0 * rank])
+    returned = distributed.all_reduce_sum(total)
+    first = distributed.broadcast(torch.tensor([rank + 7]))
+    value = distributed.broadcast_object({"rank": rank, "text": "é" * (rank + 1), "none": None})
+    distributed.barrier()
+    return {
+        "place": (rank, distributed.world_size(), distributed.grouped()),
+        "total": total,
+        "in_place": returned is total,
+        "first": first,
+        "value": value,
+    }
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_sums_and_broadcasts_are_the_same_everywhere(ranks: int):
+    for rank, result in enumerate(run_ranks(reduce_and_broadcast, ranks)):
+        assert result["place"] == (rank, ranks, ranks > 1)
+        assert result["total"].tolist() == [1.5 * ranks, 10.0 * sum(range(ranks))]
+        assert result["in_place"]
+        assert result["first"].tolist() == [7]
+        assert result["value"] == {"rank": 0, "text": "é", "none": None}
+
+
+def parameters_of_a_wrapped_module() -> tuple[bool, torch.Tensor | None]:
+    layer = torch.nn.Linear(WIDTH, 1, bias=False).double()
+    torch.nn.init.ones_(layer.weight)
+    wrapped = distributed.data_parallel(layer)
+    wrapped(rows_of(distributed.rank())).sum().backward()
+    return wrapped is layer, layer.weight.grad
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_data_parallel_averages_gradients_and_leaves_a_lone_worker_alone(ranks: int):
+    expected = torch.stack([rows_of(rank).sum(dim=0) for rank in range(ranks)]).mean(dim=0)
+    for same_module, gradient in run_ranks(parameters_of_a_wrapped_module, ranks):
+        assert same_module == (ranks == 1)
+        torch.testing.assert_close(gradient, expected[None], rtol=1e-12, atol=1e-12)
+
+
+# ---- the helper itself ------------------------------------------------------------------------------------------
+
+
+def one_rank_is_late(seconds: float) -> int:
+    if distributed.rank() == 1:
+        time.sleep(seconds)
+    distributed.barrier()
+    return os.getpid()
+
+
+def one_rank_fails(how: str) -> None:
+    if distributed.rank() == 1:
+        if how == "raise":
+            raise RuntimeError("no luck")
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def test_a_deadline_ends_ranks_that_hang():
+    began = time.monotonic()
+    with pytest.raises(RanksFailed, match="not done after 2 s"):
+        run_ranks(one_rank_is_late, 2, 60.0, deadline_s=2)
+    assert time.monotonic() - began < 15
+
+
+@pytest.mark.parametrize(("how", "told"), [("raise", "RuntimeError: no luck"), ("kill", r"\{1: -9\}")])
+def test_a_rank_that_fails_ends_the_others(how: str, told: str):
+    began = time.monotonic()
+    with pytest.raises(RanksFailed, match=told):
+        run_ranks(one_rank_fails, 2, how)
+    assert time.monotonic() - began < 15

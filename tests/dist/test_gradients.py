@@ -1,0 +1,281 @@
+"""The averaged gradients of 2 and 4 ranks against those of one process, and those against the pure loss."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from spawn import run_ranks, small_config
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from clusterns_ray import distributed
+from clusterns_ray.clustering.kmeans import assign, member_statistics, update_centroids
+from clusterns_ray.clustering.state import Clustering
+from clusterns_ray.config import Config, LossConfig
+from clusterns_ray.data.prepare import prepare
+from clusterns_ray.losses import clusterns_loss, info_nce
+from clusterns_ray.training.loop import Run
+from clusterns_ray.training.objective import Objective
+
+TOLERANCE = 1e-6
+TEMPERATURE = 0.2  # a colder one magnifies the rounding of float32
+K, RATE, FIRST = 6, 0.5, 11
+BATCH = 52  # no tensor of this model has two sides of 52
+STEPS = {"full": 1, "odd": 5}  # 297 rows are 5 batches of 52, and one of 37: shards of 10, 9, 9 and 9 rows
+
+
+class Case(NamedTuple):
+    columns: str
+    reduction: str
+    update: str
+    weight: float
+
+    def loss(self) -> LossConfig:
+        return LossConfig(
+            temperature=TEMPERATURE,
+            hard_negative_columns=self.columns,
+            hard_negative_weight=self.weight,
+            bml_weight=1.0,
+            bml_alpha=0.05,
+            bml_beta=0.2,
+            bml_reduction=self.reduction,
+        )
+
+
+PLAIN = LossConfig(temperature=TEMPERATURE, bml_weight=0.0)
+CLUSTERED = {
+    f"{columns}-{reduction}-{update}": Case(columns, reduction, update, 1.5)
+    for columns, reduction, update in product(
+        ("batch", "own", "not_own_cluster"), ("all_pairs", "false_negatives"), ("mean", "sum")
+    )
+} | {"no_weight": Case("batch", "all_pairs", "mean", 0.0)}
+CASES = ["plain", *CLUSTERED]
+Gradients = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def setup(tiny_model: Path, corpus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path, Path]:
+    storage = tmp_path_factory.mktemp("gradients")
+    config = small_config(
+        tiny_model,
+        corpus_file,
+        None,
+        storage,
+        data={"limit": 297, "order": "random"},
+        train={"global_batch_size": BATCH},
+    )
+    return config, prepare(config).tokens_dir, storage
+
+
+@pytest.fixture(scope="module")
+def by_ranks(setup: tuple[Config, Path, Path]) -> dict[int, list[dict[str, Any]]]:
+    """What every rank found, for 1, 2 and 4 ranks."""
+    return {ranks: run_ranks(all_cases, ranks, *setup) for ranks in (1, 2, 4)}
+
+
+# ---- on the ranks -----------------------------------------------------------------------------------------------
+
+
+def make_run(config: Config, tokens_dir: Path, run_dir: Path) -> Run:
+    return Run(config, tokens_dir, None, run_dir, torch.device("cpu"), lambda event: None, lambda metrics: None)
+
+
+def all_cases(config: Config, tokens_dir: Path, run_dir: Path) -> dict[str, Any]:
+    """Gradients by case and batch, with those of the pure loss where this rank holds the whole batch."""
+    run = make_run(config, tokens_dir, run_dir)
+    found: dict[str, Any] = {"gradients": {}, "pure": {}}
+    for batch, step in STEPS.items():
+        for name in CASES:
+            objective = objective_of(run, name)
+            found["gradients"][name, batch] = step_gradients(run, objective, step)
+            if distributed.world_size() == 1:
+                found["pure"][name, batch] = pure_gradients(run, name, step)
+    found["unscaled"] = step_gradients(run, objective_of(run, "plain"), 1, divide_by=distributed.world_size())
+    gather, distributed.all_gather_rows = distributed.all_gather_rows, gather_with_gradient_of_own_rows_alone
+    found["own_rows_alone"] = step_gradients(run, objective_of(run, "plain"), 1)
+    distributed.all_gather_rows = gather
+
+    z1_bD, z2_bD = (z.detach() for z in run.views(run.batch(1)[1]))
+    found["views_apart"] = float((z1_bD - z2_bD).norm() / z1_bD.norm())
+    found["shares"] = {
+        batch: len(z) for batch, step in STEPS.items() for z in [run.batch(step)[0].positive_b(run.device)]
+    }
+    return found
+
+
+def objective_of(run: Run, name: str) -> Objective:
+    """The objective of a case; where it clusters, batch 0 has created the centroids."""
+    if name == "plain":
+        return Objective(PLAIN, Clustering(0, 1.0, RATE, "mean"), FIRST)
+    case = CLUSTERED[name]
+    objective = Objective(case.loss(), Clustering(K, 1.0, RATE, case.update), FIRST)
+    layout, shards = run.batch(0)
+    with torch.no_grad():
+        objective(*run.views(shards), layout)
+    assert objective.clustering.started
+    return objective
+
+
+def step_gradients(run: Run, objective: Objective, step: int, divide_by: int = 1) -> Gradients:
+    layout, shards = run.batch(step)
+    z1_bD, z2_bD = run.model(shards)
+    return gradients_of(run, objective(z1_bD, z2_bD, layout).to_backward / divide_by)
+
+
+def gradients_of(run: Run, loss: torch.Tensor) -> Gradients:
+    run.views.zero_grad(set_to_none=True)
+    loss.backward()
+    return {name: p.grad.clone() for name, p in run.views.named_parameters() if p.grad is not None}
+
+
+def pure_gradients(run: Run, name: str, step: int) -> Gradients:
+    """From the pure functions over the whole batch in float64, behind the same float32 encoder."""
+    z1_BD, z2_BD = (z.double() for z in run.views(run.batch(step)[1]))
+    if name == "plain":
+        return gradients_of(run, info_nce(z1_BD, z2_BD, PLAIN.temperature))
+    case, loss = CLUSTERED[name], CLUSTERED[name].loss()
+    centroids_KD = objective_of(run, name).clustering.centroids_KD
+    assert centroids_KD is not None
+    centroids_KD, members_BD = centroids_KD.double(), z1_BD.detach()
+    statistics = member_statistics(members_BD, assign(members_BD, centroids_KD)[0], K)
+    moved_KD = update_centroids(centroids_KD, *statistics, RATE, case.update)
+    settings = loss.model_dump()
+    return gradients_of(run, clusterns_loss(z1_BD, z2_BD, moved_KD, **settings).loss)
+
+
+def gather_with_gradient_of_own_rows_alone(rows: torch.Tensor) -> torch.Tensor:
+    """The usual mistake: a plain all-gather, with this rank's own rows put back so that they carry gradients."""
+    gathered = rows.new_empty(distributed.world_size() * len(rows), *rows.shape[1:])
+    torch.distributed.all_gather_into_tensor(gathered, rows.detach().contiguous())
+    chunks = list(gathered.chunk(distributed.world_size()))
+    chunks[distributed.rank()] = rows
+    return torch.cat(chunks)
+
+
+# ---- comparisons ------------------------------------------------------------------------------------------------
+
+
+def norm(gradients: Gradients) -> float:
+    return math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
+
+
+def distance(a: Gradients, b: Gradients) -> float:
+    """Norm of the difference, relative to the norm of ``b``."""
+    assert a.keys() == b.keys()
+    return norm({name: a[name].double() - b[name].double() for name in b}) / norm(b)
+
+
+@pytest.mark.parametrize("batch", STEPS)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_averaged_gradients_equal_those_of_one_process(by_ranks, ranks: int, name: str, batch: str):
+    alone = by_ranks[1][0]["gradients"][name, batch]
+    assert norm(alone) > 1e-4
+    for found in by_ranks[ranks]:
+        assert distance(found["gradients"][name, batch], alone) < TOLERANCE
+
+
+@pytest.mark.parametrize("batch", STEPS)
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_of_one_process_equal_those_of_the_pure_loss(by_ranks, name: str, batch: str):
+    found = by_ranks[1][0]
+    assert norm(found["pure"][name, batch]) > 1e-4
+    assert distance(found["gradients"][name, batch], found["pure"][name, batch]) < TOLERANCE
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_comparison_notices_wrong_scales_and_lost_gradients(by_ranks, ranks: int):
+    alone = by_ranks[1][0]["gradients"]["plain", "full"]
+    for found in by_ranks[ranks]:
+        assert distance(found["unscaled"], alone) == pytest.approx(1 - 1 / ranks, abs=1e-3)
+        assert distance(found["own_rows_alone"], alone) > 0.01
+
+
+def test_the_cases_test_what_they_say(by_ranks):
+    """Dropout is on, the odd batch is odd, every setting changes the gradient."""
+    alone = by_ranks[1][0]
+    assert alone["views_apart"] > 0.01
+    for ranks in (2, 4):
+        assert len({found["shares"]["full"] for found in by_ranks[ranks]}) == 1
+        assert len({found["shares"]["odd"] for found in by_ranks[ranks]}) == 2
+    for batch in STEPS:
+        for first, second in (
+            ("plain", "no_weight"),
+            ("no_weight", "batch-all_pairs-mean"),
+            ("batch-all_pairs-mean", "own-all_pairs-mean"),
+            ("batch-all_pairs-mean", "not_own_cluster-all_pairs-mean"),
+            ("batch-all_pairs-mean", "batch-false_negatives-mean"),
+            ("batch-all_pairs-mean", "batch-all_pairs-sum"),
+        ):
+            gradients = alone["gradients"]
+            assert distance(gradients[first, batch], gradients[second, batch]) > 1e-3, (first, second, batch)
+
+
+# ---- several steps ----------------------------------------------------------------------------------------------
+
+
+def five_steps(config: Config, tokens_dir: Path, run_dir: Path) -> dict[str, Any]:
+    run = make_run(config, tokens_dir, run_dir)
+    run.warm_up_reducer()
+    objective = Objective(CLUSTERED["batch-all_pairs-mean"].loss(), Clustering(K, 1.0, RATE, "mean"), FIRST)
+    centroids = []
+    for step in range(6):
+        layout, shards = run.batch(step)
+        run.optimizer.step(objective(*run.model(shards), layout).to_backward, 1e-3)
+        assert objective.clustering.centroids_KD is not None
+        centroids.append(objective.clustering.centroids_KD.clone())
+    return {"centroids": centroids, "weights": [p.detach().clone() for p in run.views.parameters()]}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_centroids_and_weights_are_bit_identical_on_all_ranks(setup: tuple[Config, Path, Path], ranks: int):
+    results = run_ranks(five_steps, ranks, *setup)
+    first = results[0]
+    moves = [float((b - a).norm()) for a, b in pairwise(first["centroids"])]
+    assert len(moves) == 5 and min(moves) > 1e-3
+    for other in results[1:]:
+        for kind in ("centroids", "weights"):
+            assert all(torch.equal(a, b) for a, b in zip(first[kind], other[kind], strict=True)), kind
+
+
+# ---- memory -----------------------------------------------------------------------------------------------------
+
+
+class Shapes(TorchDispatchMode):
+    """The shapes of every tensor that is made, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.seen |= {tuple(leaf.shape) for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)}
+        return result
+
+
+def shapes_of_two_steps(config: Config, tokens_dir: Path, run_dir: Path) -> set[tuple[int, ...]]:
+    """Of a step that creates the centroids, and of one that uses them."""
+    run = make_run(config, tokens_dir, run_dir)
+    objective = Objective(CLUSTERED["not_own_cluster-false_negatives-mean"].loss(), Clustering(K, 1.0, RATE, "mean"), 0)
+    with Shapes() as shapes:
+        for step in range(2):
+            layout, shards = run.batch(step)
+            run.optimizer.step(objective(*run.model(shards), layout).to_backward, 1e-3)
+    assert objective.clustering.started
+    return shapes.seen
+
+
+def test_no_worker_makes_a_matrix_of_batch_by_batch(setup: tuple[Config, Path, Path]):
+    def quadratic(shapes: set[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        return [shape for shape in shapes if shape.count(BATCH) > 1 or BATCH**2 in shape]
+
+    assert quadratic(run_ranks(shapes_of_two_steps, 1, *setup)[0]) == [(BATCH, BATCH)]
+    for shapes in run_ranks(shapes_of_two_steps, 4, *setup):
+        assert (BATCH // 4, BATCH) in shapes
+        assert not quadratic(shapes)

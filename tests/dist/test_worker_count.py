@@ -1,0 +1,124 @@
+"""Whole runs do not depend on the number of workers, and a killed one resumes to the same bits."""
+
+from __future__ import annotations
+
+import os
+import signal
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from spawn import RanksFailed, run_ranks, small_config
+
+from clusterns_ray.config import Config
+from clusterns_ray.data.prepare import prepare
+from clusterns_ray.training.checkpoint import list_checkpoints
+from clusterns_ray.training.loop import train_worker
+from clusterns_ray.training.metrics import read_metrics
+
+STEPS = 20
+
+
+class Job(NamedTuple):
+    config: Config
+    tokens_dir: Path
+    run_dir: Path
+
+    def named(self, name: str) -> Job:
+        return self._replace(run_dir=self.run_dir.with_name(name))
+
+
+def train_here(job: Job, kill_at_step: int | None = None) -> dict[str, Any]:
+    def watch(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == kill_at_step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return train_worker(
+        job.config,
+        tokens_dir=job.tokens_dir,
+        sts_dir=job.config.evaluation.sts,
+        run_dir=job.run_dir,
+        device=torch.device("cpu"),
+        watch=watch,
+    )
+
+
+@pytest.fixture
+def make_job(tiny_model: Path, corpus_file: Path, sts_dir: Path, tmp_path: Path):
+    def make(**sections: dict[str, Any]) -> Job:
+        config = small_config(tiny_model, corpus_file, sts_dir, tmp_path, **sections)
+        return Job(config, prepare(config).tokens_dir, tmp_path / "run")
+
+    return make
+
+
+def losses(job: Job) -> list[float]:
+    return [record["loss"] for record in read_metrics(job.run_dir / "metrics.jsonl") if "loss" in record]
+
+
+RUNS = {
+    "length_grouped": {},
+    # 297 rows: 9 batches of 32, and one of 9, whose shards have 3, 2, 2 and 2 rows; two epochs.
+    "random_with_odd_last_batches": {"data": {"limit": 297, "order": "random"}},
+    # 290 rows: two rows are too few for 4 shards, and join the batch before, which has 34; two epochs.
+    "enlarged_last_batches": {"data": {"limit": 290}, "train": {"epochs": 2, "max_steps": None}},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_1_2_and_4_workers_make_the_same_run(make_job, name: str):
+    job = make_job(**RUNS[name])
+    jobs = {ranks: job.named(f"on-{ranks}") for ranks in (1, 2, 4)}
+    results = {ranks: run_ranks(train_here, ranks, jobs[ranks]) for ranks in jobs}
+
+    alone, curve = results[1][0], losses(jobs[1])
+    steps = 18 if name == "enlarged_last_batches" else STEPS
+    assert alone["steps"] == steps == len(curve)
+    assert 2 < alone["clustering_started_at"] < steps - 5
+    assert min(abs(b - a) for a, b in pairwise(curve)) > 1e-4, "the losses hardly change"
+    assert alone["sts_dev"] != alone["sts_dev_before"]
+    for ranks in (2, 4):
+        result = results[ranks][0]
+        assert all(other | {"seconds": 0} == result | {"seconds": 0} for other in results[ranks])
+        assert result["num_workers"] == ranks
+        assert losses(jobs[ranks]) == pytest.approx(curve, rel=1e-5)
+        assert result["sts_dev"] == pytest.approx(alone["sts_dev"], abs=0.01)
+        assert result["sts_dev_last"] == pytest.approx(alone["sts_dev_last"], abs=0.01)
+        for key in ("best_step", "clustering_started_at", "steps", "fingerprint"):
+            assert result[key] == alone[key], key
+
+
+def final_state(job: Job) -> dict[str, torch.Tensor]:
+    """Weights, head included, and centroids after the last step."""
+    newest = list_checkpoints(job.run_dir / "checkpoints")[0]
+    state = torch.load(newest / "state.pt", weights_only=True)
+    assert state["progress"]["step"] == STEPS
+    return {**state["encoder"], "centroids": state["clustering"]["centroids_KD"]}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_killed_run_resumes_to_the_same_bits(make_job, ranks: int):
+    """Killed two steps after a checkpoint, with clustering under way."""
+    job = make_job(runtime={"checkpoint_every_steps": 7})
+    whole, broken = job.named("whole"), job.named("broken")
+    result = run_ranks(train_here, ranks, whole)[0]
+    assert result["clustering_started_at"] < 14
+
+    with pytest.raises(RanksFailed, match=r"\{0: -9"):
+        run_ranks(train_here, ranks, broken, 16)
+    assert [path.name for path in list_checkpoints(broken.run_dir / "checkpoints")] == [
+        "step-00000014",
+        "step-00000007",
+    ]
+    assert not (broken.run_dir / "result.json").exists()
+    resumed = run_ranks(train_here, ranks, broken)[0]
+
+    expected, found = final_state(whole), final_state(broken)
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert losses(broken) == losses(whole) and len(losses(whole)) == STEPS
+    assert resumed["best_step"] == result["best_step"] and resumed["sts_dev"] == result["sts_dev"]
+    models = [(run.run_dir / "model" / "model.safetensors").read_bytes() for run in (whole, broken)]
+    assert models[0] == models[1]

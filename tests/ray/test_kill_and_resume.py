@@ -1,0 +1,90 @@
+"""SIGKILL at moments nobody chose, then the same command: the very bits of a run that was left alone."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def check_same_run(run, undisturbed) -> None:
+    assert run.losses() == undisturbed.losses()
+    assert len(run.losses()) == run.steps
+    assert run.weights() == undisturbed.weights()
+    for key in ("best_step", "sts_dev", "sts_dev_before", "sts_dev_last", "clustering_started_at", "steps"):
+        assert run.result()[key] == undisturbed.result()[key], key
+    hidden = {path.relative_to(run.directory) for path in run.directory.rglob(".*")} - {Path(".lock")}
+    assert [path for path in hidden if path.parts[0] != "ray"] == [], "left over"
+
+
+def writing(run) -> bool:
+    """Whether a checkpoint is being written; so that no test waits in vain, also late in the run."""
+    late = run.checkpointed() >= run.steps - 4 * run.checkpoint_every
+    return late or any(run.directory.glob("checkpoints/.step-*"))
+
+
+def test_in_one_process_killed_three_times(make_run, alone):
+    """Twice at any moment, then while a checkpoint is being written."""
+    run = make_run("killed-alone")
+    reached = []
+    for number in range(3):
+        command, before = run.start(), run.checkpointed()
+        command.until(lambda before=before: run.checkpointed() > before)
+        if number < 2:
+            time.sleep(random.uniform(0, 0.2))
+        else:
+            command.until(lambda: writing(run))
+        command.kill()
+        reached.append(run.checkpointed())
+        assert not run.finished()
+    assert run.checkpoint_every <= reached[0] < reached[1] < reached[2] < run.steps
+    said = run.train()
+    assert said.code == 0, said.err
+    assert f"Training from step {reached[2]}: {run.steps} steps" in said.out
+    check_same_run(run, alone[0])
+
+
+def test_on_ray_the_driver_killed_twice(make_run, on_two_workers, ray_directory):
+    """Once at any moment, once while a checkpoint is being written; each time the command is given again at once."""
+    run = make_run("killed-driver", "runtime.num_workers=2")
+
+    command = run.start()
+    command.until(run.checkpointed)
+    time.sleep(random.uniform(0, 0.5))
+    orphans = ray_directory.processes("RayTrainWorker")
+    command.kill()
+    assert len(orphans) == 2 and not run.finished()
+
+    command, first = run.start(), run.checkpointed()
+    command.until(lambda: run.checkpointed() > first)
+    orphans += ray_directory.processes("RayTrainWorker")
+    command.until(lambda: writing(run))
+    command.kill()
+    assert len(orphans) >= 4 and not run.finished()
+
+    said = run.train()
+    assert (said.code, said.err) == (0, "")
+    assert "Training from step" in said.out
+    check_same_run(run, on_two_workers[0])
+    assert [orphan for orphan in orphans if orphan.is_running()] == []
+
+
+def test_on_ray_a_worker_killed(make_run, on_two_workers, ray_directory):
+    run = make_run("killed-worker", "runtime.num_workers=2")
+    command = run.start()
+    command.until(run.checkpointed)
+    workers = ray_directory.processes("RayTrainWorker")
+    assert len(workers) == 2
+    os.kill(random.choice(workers).pid, signal.SIGKILL)
+    assert not run.finished()
+
+    said = command.wait()
+    assert said.code == 0, said.err
+    assert "Training: " in said.out and "Training from step" in said.out, "the workers were not restarted"
+    check_same_run(run, on_two_workers[0])

@@ -1,0 +1,104 @@
+"""``clusterns train`` on local Ray workers: what it makes, what it says, and how it ends when it cannot work."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clusterns_ray.encoder import Encoder
+
+pytestmark = pytest.mark.slow
+
+
+def test_two_workers_make_the_run_of_one_process(alone, on_two_workers):
+    (one, one_said), (two, two_said) = alone, on_two_workers
+    assert (one_said.code, two_said.code) == (0, 0), one_said.err + two_said.err
+    assert (one.result()["num_workers"], two.result()["num_workers"]) == (1, 2)
+    assert 1 < two.result()["clustering_started_at"] == one.result()["clustering_started_at"] < one.steps / 2
+    steps, losses = zip(*two.losses())
+    assert list(steps) == list(range(1, one.steps + 1)) == [step for step, _ in one.losses()]
+    assert max(losses) > 1.5 * min(losses)
+    assert losses == pytest.approx([loss for _, loss in one.losses()], rel=1e-5)
+    assert two.result()["fingerprint"] == one.result()["fingerprint"]
+
+
+def test_progress_is_shown_where_the_command_was_given_and_nothing_else(on_two_workers):
+    run, said = on_two_workers
+    assert said.err == ""
+    lines = said.out.splitlines()
+    assert f"Training: {run.steps} steps over 300 sentences." in lines
+    assert [int(step) for step in re.findall(rf"^step (\d+)/{run.steps}  loss \d", said.out, re.M)] == [
+        *range(1, run.steps + 1)
+    ]
+    assert [int(step) for step in re.findall(r"^step (\d+)  dev \d", said.out, re.M)] == [*range(0, run.steps + 1, 20)]
+    assert lines[-1] == f"Wrote {run.directory / 'model'}"
+    known = r"(Tokenising|  300 sentences|Corpus|Training|Clustering starts|step \d|STSB/dev|Wrote|2 CPUs are asked)"
+    assert [line for line in lines if not re.match(known, line)] == []
+
+
+def test_the_model_is_one_that_transformers_loads(on_two_workers):
+    import torch
+    import transformers
+
+    directory = on_two_workers[0].directory / "model"
+    model = transformers.AutoModel.from_pretrained(directory).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    text = "The baker finds a lamp."
+    with torch.no_grad():
+        theirs = model(**tokenizer([text], return_tensors="pt")).last_hidden_state[0, 0].numpy()
+    assert np.linalg.norm(theirs) > 0.1
+    np.testing.assert_allclose(Encoder.load(directory).encode([text])[0], theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_finished_run_is_left_as_it_is(on_two_workers, ray_directory):
+    def state(directory: Path) -> dict[str, tuple[int, int]]:
+        files = [path for path in directory.rglob("*") if path.is_file()]
+        return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+    run = on_two_workers[0]
+    before, sessions = state(run.directory), len(ray_directory.sessions())
+    assert before and sessions
+    again = run.train()
+    assert again.code == 0, again.err
+    assert "'two' is finished, and left as it is." in again.out
+    assert "Training" not in again.out
+    assert state(run.directory) == before
+    assert len(ray_directory.sessions()) == sessions, "it started Ray for nothing"
+
+
+def test_elastic_workers_start_and_finish(make_run, on_two_workers):
+    run = make_run("elastic", "runtime.num_workers=[1, 2]")
+    said = run.train()
+    assert (said.code, said.err) == (0, "")
+    assert run.result()["steps"] == run.steps and run.result()["num_workers"] in (1, 2)
+    assert [loss for _, loss in run.losses()] == pytest.approx(
+        [loss for _, loss in on_two_workers[0].losses()], rel=1e-5
+    )
+
+
+def test_an_error_that_a_restart_would_meet_again_ends_the_run_at_once(make_run):
+    run = make_run("absurd", "runtime.num_workers=2", "train.learning_rate=1e30")
+    said = run.train()
+    assert said.code == 1
+    assert said.err.startswith("failed: The last 10 gradients before step 11 were NaN or infinite"), said.err
+    assert "train.learning_rate (1e+30)" in said.err and "Traceback" not in said.err
+    assert said.out.count("Training") == 1, "it was tried again"
+    assert not run.finished()
+
+
+def test_workers_that_cannot_start_end_the_command(make_run, ray_directory):
+    """Two GPUs are asked for where Ray sees none."""
+    run = make_run("impossible", "runtime.num_workers=2", "runtime.use_gpu=true", "runtime.start_timeout_s=15")
+    began = time.monotonic()
+    said = run.train(90)
+    assert said.code in (1, 2)
+    assert 15 < time.monotonic() - began < 60
+    assert "No worker started within runtime.start_timeout_s (15 s)" in said.err
+    assert "2 workers with 1 CPU and 1 GPU each" in said.err and "0 GPUs" in said.err
+    assert "Traceback" not in said.err
+    time.sleep(1)
+    assert ray_directory.processes("RayTrainWorker") == []

@@ -1,0 +1,459 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers import sentences, write_pairs
+from typer.testing import CliRunner, Result
+
+from clusterns_ray.cli import app
+from clusterns_ray.evaluation.sts import TASKS
+
+HEAVY = ("torch", "ray", "transformers", "faiss", "scipy", "pyarrow", "datasets")
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, tiny_model: Path, corpus_file: Path) -> Path:
+    """A configuration that would train two steps in no time."""
+    path = tmp_path / "run.yaml"
+    values = {
+        "encoder": {"name": str(tiny_model), "num_layers": 1},
+        "data": {"corpus": str(corpus_file), "limit": 64},
+        "clustering": {"num_clusters": 4, "start_cosine": 1.0},
+        "train": {"global_batch_size": 16, "shards": 4, "max_steps": 2},
+        "runtime": {"storage_path": str(tmp_path / "runs"), "name": "first", "use_gpu": False},
+    }
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture
+def clusterns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Result]:
+    """The command, in this process."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str | Path) -> Result:
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+    return call
+
+
+def run_command(*arguments: str | Path, cwd: Path) -> tuple[subprocess.CompletedProcess[str], float]:
+    """The command, in a process of its own, and how long it took."""
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "clusterns_ray.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=os.environ | {"PYTHONPROFILEIMPORTTIME": "1"},
+        timeout=60,
+    )
+    return done, time.monotonic() - began
+
+
+def imported(stderr: str) -> set[str]:
+    """Top-level packages that ``-X importtime`` saw."""
+    names = {line.rsplit("|", 1)[1].strip() for line in stderr.splitlines() if line.startswith("import time:")}
+    return {name.split(".")[0] for name in names}
+
+
+def said(stderr: str) -> list[str]:
+    return [line for line in stderr.splitlines() if not line.startswith("import time:")]
+
+
+def check_refusal(result: Result, *parts: str) -> None:
+    """Exit code 2, one message, no traceback, and the message holds every part."""
+    assert isinstance(result.exception, SystemExit), f"a traceback: {result.exception!r}"
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    assert result.stderr.count("error: ") == 1 and result.stderr.startswith("error: ")
+    assert result.stdout == "", "something was begun before it was refused"
+    assert [part for part in parts if part not in result.stderr] == [], result.stderr
+
+
+# ---- it starts at once --------------------------------------------------------------------------------------------
+
+
+def test_import_is_fast_and_light(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; t = time.perf_counter(); import clusterns_ray; print(time.perf_counter() - t, *sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    seconds, *modules = done.stdout.split()
+    assert "clusterns_ray" in modules
+    assert float(seconds) < 1
+    assert set(HEAVY) & set(modules) == set()
+    assert "pydantic" not in modules and "yaml" not in modules
+
+
+def test_help_is_fast_and_light(tmp_path: Path) -> None:
+    done, seconds = run_command("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for verb in ("train", "prepare", "evaluate"):
+        assert verb in done.stdout
+    found = imported(done.stderr)
+    assert {"clusterns_ray", "typer"} <= found, "the list of imports was not read"
+    assert set(HEAVY) & found == set()
+    assert seconds < 1.5, "more than a second, on a machine that has nothing else to do"
+
+
+def test_public_names_are_found_where_they_are() -> None:
+    import clusterns_ray
+    from clusterns_ray.encoder import Encoder
+
+    assert clusterns_ray.Encoder is Encoder
+    for name in clusterns_ray.__all__:
+        assert callable(getattr(clusterns_ray, name))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = clusterns_ray.nothing
+
+
+def test_a_wrong_request_is_refused_quickly_and_without_ray(config_file: Path, tmp_path: Path) -> None:
+    done, seconds = run_command("train", config_file, "--set", "data.corpus=none.txt", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    lines = said(done.stderr)
+    assert len(lines) == 1 and lines[0].startswith("error: ") and "none.txt" in lines[0]
+    assert seconds < 2
+    assert "pydantic" in imported(done.stderr)
+    assert {"ray", "torch", "transformers"} & imported(done.stderr) == set()
+
+
+def test_a_name_in_use_is_refused_quickly_and_without_ray(config_file: Path, tmp_path: Path) -> None:
+    taken(config_file, tmp_path)
+    done, seconds = run_command("train", config_file, "--set", "runtime.num_workers=2", "--set", "seed=1", cwd=tmp_path)
+    assert done.returncode == 2
+    lines = said(done.stderr)
+    assert len(lines) == 1 and "seed was 42 and is now 1" in lines[0]
+    assert seconds < 2
+    assert {"ray", "torch", "transformers"} & imported(done.stderr) == set()
+
+
+# ---- train: what is refused ---------------------------------------------------------------------------------------
+
+
+def taken(config_file: Path, tmp_path: Path) -> Path:
+    """The directory of a run that has begun."""
+    from clusterns_ray.config import dump_config, load_config
+
+    run = tmp_path / "runs" / "first"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(dump_config(load_config(config_file)))
+    return run
+
+
+REFUSED: dict[str, tuple[list[str], list[str]]] = {
+    "unknown key": (["encoder.pooolling=cls"], ["unknown key encoder.pooolling", "did you mean encoder.pooling?"]),
+    "clusters beyond the batch": (["clustering.num_clusters=17"], ["num_clusters is 17", "(16)", "Use at most 16"]),
+    "batch and shards": (["train.global_batch_size=18"], ["is 18", "train.shards (4)", "Use a batch of 16"]),
+    "workers and shards": (["runtime.num_workers=3"], ["3 workers", "train.shards (4)", "1, 2, 4 workers"]),
+    "missing corpus": (["data.corpus=/none/at/all.txt"], ["/none/at/all.txt", "no such file", "check the path"]),
+    "glob without match": (["data.corpus=/none/*.txt"], ["/none/*.txt", "no file matches", "check the path"]),
+    "one of several": (["data.corpus=[/none/a.txt, /none/b.txt]"], ["/none/a.txt", "no such file"]),
+    "a directory as corpus": (["data.corpus=."], ["directory", "name its files"]),
+    "no corpus": (["data.corpus=null"], ["data.corpus is not set", "nothing to learn from"]),
+    "missing documents": (
+        ["data.documents=/none/docs", "evaluation.sts=structure"],
+        ["'/none/docs'", "Check the path"],
+    ),
+    "no documents": (["evaluation.sts=structure"], ["evaluation.sts is structure", "data.documents is not set"]),
+    "missing STS directory": (["evaluation.sts=/none/sts"], ["'/none/sts'", "is not there", "TASK/SUBSET.jsonl"]),
+    "sts from the hub": (["evaluation.sts=hf"], ["evaluation.sts is hf", "Give a directory"]),
+    "package": (["encoder.name=package:nobody_has_this/m"], ["'nobody_has_this'", "pip install nobody-has-this"]),
+    "directory without a model": (["encoder.name=."], ["config.json", "save_pretrained"]),
+    "path without a model": (["encoder.name=runs/old/model"], ["'runs/old/model'", "no such directory"]),
+    "too many layers": (["encoder.num_layers=9"], ["encoder.num_layers is 9", "has 3 layers", "Use at most 3"]),
+    "object store": (["runtime.storage_path=s3://bucket/x"], ["'s3://bucket/x'", "file system", "Give a directory"]),
+    "file as storage": (["runtime.storage_path=run.yaml/x"], ["'run.yaml/x'", "not a directory", "Choose another"]),
+    "malformed override": (["train.max_steps"], ["'train.max_steps'", "section.key=value"]),
+    "override below a value": (["encoder.name.x=1"], ["'encoder.name.x=1'", "'name' is a value"]),
+    "unset variable": (["data.corpus=${SURELY_NOT_SET}/a"], ["SURELY_NOT_SET", "Set it", "--set data.corpus="]),
+    "prompt": (["encoder.prompt=hello"], ["encoder.prompt is 'hello'", "{sentence}"]),
+    "mask": (["encoder.pooling=mask"], ["encoder.pooling is mask", "encoder.prompt is not set"]),
+}
+
+
+@pytest.mark.parametrize("verb", ["train", "prepare"])
+@pytest.mark.parametrize("case", REFUSED)
+def test_train_and_prepare_refuse(clusterns: Callable[..., Result], config_file: Path, case: str, verb: str) -> None:
+    overrides, parts = REFUSED[case]
+    options = [part for override in overrides for part in ("--set", override)]
+    check_refusal(clusterns(verb, config_file, *options), *parts)
+    assert sorted(path.name for path in config_file.parent.iterdir()) == ["run.yaml"], "it left something behind"
+
+
+@pytest.mark.parametrize("value", ["[]", "''"])
+def test_an_empty_corpus_names_its_key(clusterns: Callable[..., Result], config_file: Path, value: str) -> None:
+    """And is not taken for the current directory."""
+    check_refusal(clusterns("train", config_file, "--set", f"data.corpus={value}"), "data.corpus")
+
+
+def test_dev_set_that_is_not_there(clusterns: Callable[..., Result], config_file: Path, sts_dir: Path) -> None:
+    options = ["--set", f"evaluation.sts={sts_dir}", "--set", "evaluation.dev=STSB/test"]
+    check_refusal(clusterns("train", config_file, *options), str(sts_dir), "STSB/test.jsonl", "It holds: STSB/dev")
+
+
+def test_no_such_configuration(clusterns: Callable[..., Result]) -> None:
+    check_refusal(clusterns("train", "none.yaml"), "'none.yaml'", "No such file", "quickstart.yaml")
+
+
+def test_configuration_that_is_not_yaml(clusterns: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("train: {shards: [}\n")
+    check_refusal(clusterns("train", "bad.yaml"), "bad.yaml is not YAML", "line 1", "Mend")
+    (tmp_path / "bad.yaml").write_text("just words\n")
+    check_refusal(clusterns("train", "bad.yaml"), "bad.yaml holds str", "section: {key: value}")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_storage_that_cannot_be_written(clusterns: Callable[..., Result], config_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    result = clusterns("train", config_file, "--set", "runtime.storage_path=locked/runs")
+    check_refusal(result, "'locked/runs'", str(tmp_path / "locked"), "Choose another")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc")
+@pytest.mark.parametrize("key", ["runtime.storage_path", "data.cache_dir"])
+def test_storage_that_fails_when_it_is_written(clusterns: Callable[..., Result], config_file: Path, key: str) -> None:
+    """/proc looks writable to root, and is not."""
+    result = clusterns("train", config_file, "--set", f"{key}=/proc/none")
+    assert result.exit_code == 2, f"a traceback: {result.exception!r}"
+    assert "/proc/none" in result.stderr and "Traceback" not in result.output
+
+
+def test_a_gpu_that_is_not_there(
+    clusterns: Callable[..., Result], config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = clusterns("train", config_file, "--set", "runtime.use_gpu=true")
+    assert result.exit_code == 2
+    assert "runtime.use_gpu is true" in result.stderr and "Set it to false" in result.stderr
+
+
+def test_a_hub_name_without_a_network(clusterns: Callable[..., Result], config_file: Path) -> None:
+    result = clusterns("train", config_file, "--set", "encoder.name=nobody-here/no-such-model")
+    assert result.exit_code == 2
+    assert result.stderr.count("error: ") == 1 and "Traceback" not in result.output
+    assert "'nobody-here/no-such-model' cannot be loaded" in result.stderr and "without a network" in result.stderr
+
+
+def test_bad_text_is_refused_with_its_line(clusterns: Callable[..., Result], config_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"A good line here.\nA caf\xe9 line.\n")
+    result = clusterns("train", config_file, "--set", "data.corpus=latin.txt")
+    assert result.exit_code == 2 and "Traceback" not in result.output
+    assert "latin.txt:2" in result.stderr and "0xe9" in result.stderr and "re-encode" in result.stderr
+    (tmp_path / "few.csv").write_text("a,b\n1,2\n")
+    result = clusterns("train", config_file, "--set", "data.corpus=few.csv")
+    assert result.exit_code == 2 and "'text'" in result.stderr
+    (tmp_path / "empty.txt").write_text("\n\n")
+    result = clusterns("train", config_file, "--set", "data.corpus=empty.txt")
+    assert result.exit_code == 2 and result.stderr.startswith("error: ")
+
+
+def test_a_corpus_smaller_than_a_batch_has_shards(clusterns: Callable[..., Result], config_file: Path) -> None:
+    result = clusterns("train", config_file, "--set", "data.limit=3")
+    assert result.exit_code == 2
+    assert "3 rows" in result.stderr and "4 shards" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["train"], ["frobnicate"], ["train", "a.yaml", "--nothing"]])
+def test_misuse_of_the_command(clusterns: Callable[..., Result], arguments: list[str]) -> None:
+    result = clusterns(*arguments)
+    assert result.exit_code == 2 and "Usage:" in result.output and "Traceback" not in result.output
+
+
+# ---- names --------------------------------------------------------------------------------------------------------
+
+
+def test_a_name_in_use_by_another_configuration(
+    clusterns: Callable[..., Result], config_file: Path, tmp_path: Path
+) -> None:
+    run = taken(config_file, tmp_path)
+    before = (run / "config.yaml").read_text()
+    options = ["--set", "loss.temperature=0.1", "--set", "train.max_steps=3"]
+    result = clusterns("train", config_file, *options)
+    check_refusal(
+        result,
+        "runtime.name is 'first'",
+        str(run),
+        "loss.temperature was 0.05 and is now 0.1",
+        "train.max_steps was 2 and is now 3",
+        "Choose another runtime.name",
+    )
+    assert (run / "config.yaml").read_text() == before
+    options = [
+        part
+        for value in ("epochs=2", "max_steps=9", "shards=2", "weight_decay=1", "max_grad_norm=3", "warmup_ratio=0.5")
+        for part in ("--set", f"train.{value}")
+    ]
+    check_refusal(clusterns("train", config_file, *options), "and 1 more")
+
+
+def test_another_machine_is_not_another_configuration(
+    clusterns: Callable[..., Result], config_file: Path, tmp_path: Path
+) -> None:
+    run = taken(config_file, tmp_path)
+    result = json.dumps({"sts_dev": None, "model": str(run / "model"), "steps": 2, "best_step": 2})
+    (run / "result.json").write_text(result)
+    done = clusterns("train", config_file, "--set", "runtime.num_workers=2", "--set", "runtime.keep=5")
+    assert done.exit_code == 0, done.output
+
+
+def test_train_then_the_finished_name_is_left_as_it_is(
+    clusterns: Callable[..., Result], config_file: Path, sts_dir: Path, tmp_path: Path
+) -> None:
+    options = ["--set", f"evaluation.sts={sts_dir}", "--set", "evaluation.every_steps=1"]
+    first = clusterns("train", config_file, *options)
+    assert first.exit_code == 0, (first.output, first.exception)
+    run = tmp_path / "runs" / "first"
+    assert first.stdout.rstrip().endswith(f"Wrote {run}/model")
+    assert "STSB/dev (Spearman x 100)" in first.stdout and "before" in first.stdout
+    assert (run / "model" / "config.json").is_file() and (run / "config.yaml").is_file()
+    stamps = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    assert len(stamps) > 5
+    second = clusterns("train", config_file, *options)
+    assert second.exit_code == 0
+    assert "'first' is finished, and left as it is" in second.stdout and "another runtime.name" in second.stdout
+    assert stamps == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+
+
+def test_prepare_writes_once(clusterns: Callable[..., Result], config_file: Path, tmp_path: Path) -> None:
+    first = clusterns("prepare", config_file)
+    assert first.exit_code == 0, first.output
+    assert "64 sentences" in first.stdout
+    *_, last = first.stdout.splitlines()
+    assert last.startswith("Wrote ") and Path(last.removeprefix("Wrote ")).is_dir()
+    again = clusterns("prepare", config_file).stdout.splitlines()
+    assert again[-1] == last.replace("Wrote", "Found")
+    assert not (tmp_path / "runs" / "first").exists()
+
+
+# ---- evaluate -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def seven_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("seven")
+    for number, (task, subset) in enumerate(TASKS.items()):
+        write_pairs(path / task / f"{subset or 'one'}.jsonl", count=12, seed=number)
+    write_pairs(path / "STSB" / "dev.jsonl", count=12, seed=20)
+    return path
+
+
+def test_evaluate_all_seven(
+    clusterns: Callable[..., Result], tiny_model: Path, seven_tests: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "scores.json"
+    result = clusterns("evaluate", tiny_model, "--sts", seven_tests, "--dev", "STSB/dev", "--json", out)
+    assert result.exit_code == 0, (result.output, result.exception)
+    values: dict[str, Any] = json.loads(out.read_text())
+    assert list(values["tasks"]) == list(TASKS) and values["missing"] == []
+    each = [task["spearman"] for task in values["tasks"].values()]
+    assert len(set(each)) == 7, "the tests are the same one"
+    assert values["average"] == pytest.approx(sum(each) / 7)
+    assert list(values["extra"]) == ["STSB/dev"]
+    assert (values["pooling"], values["max_length"]) == ("mean", 64)
+    assert f"Average of the seven tests: {values['average']:.2f}" in result.stdout
+    for task, score in values["tasks"].items():
+        assert any(task in line and f"{score['spearman']:.2f}" in line for line in result.stdout.splitlines())
+    assert result.stdout.rstrip().endswith(f"Wrote {out}")
+
+
+def test_missing_tasks_are_named_and_there_is_no_average(
+    clusterns: Callable[..., Result], tiny_model: Path, tmp_path: Path
+) -> None:
+    write_pairs(tmp_path / "some" / "STS13" / "a.jsonl", count=12)
+    write_pairs(tmp_path / "some" / "SICKR" / "test.jsonl", count=12)
+    write_pairs(tmp_path / "some" / "STSB" / "dev.jsonl", count=12)  # the dev set is not the test
+    options = ["--json", tmp_path / "x.json", "--pooling", "cls", "--max-length", "9"]
+    result = clusterns("evaluate", tiny_model, "--sts", tmp_path / "some", *options)
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "Average" not in result.stdout
+    assert "No average: STS12, STS14, STS15, STS16, STSB missing" in result.stdout
+    values = json.loads((tmp_path / "x.json").read_text())
+    assert values["average"] is None
+    assert values["missing"] == ["STS12", "STS14", "STS15", "STS16", "STSB"]
+    assert (values["pooling"], values["max_length"]) == ("cls", 9)
+
+
+def test_evaluate_refuses(clusterns: Callable[..., Result], tiny_model: Path, sts_dir: Path, tmp_path: Path) -> None:
+    check_refusal(clusterns("evaluate", tiny_model, "--sts", "none"), "--sts 'none'", "not a directory", "Give one")
+    check_refusal(clusterns("evaluate", tiny_model, "--sts", sts_dir), str(sts_dir), "holds none of STS12", "SICKR")
+    check_refusal(
+        clusterns("evaluate", tiny_model, "--sts", sts_dir, "--dev", "STSB/x"), "STSB/x.jsonl", "It holds: STSB/dev"
+    )
+    check_refusal(
+        clusterns("evaluate", "./none", "--sts", sts_dir, "--dev", "STSB/dev"), "'./none'", "config.json", "hub id"
+    )
+    check_refusal(
+        clusterns("evaluate", tiny_model, "--sts", sts_dir, "--dev", "STSB/dev", "--suite", "no"), "'no'", "must be"
+    )
+    check_refusal(
+        clusterns("evaluate", tiny_model, "--sts", sts_dir, "--dev", "STSB/dev", "--pooling", "max"),
+        "'max'",
+        "cls, mean",
+    )
+    check_refusal(
+        clusterns("evaluate", tiny_model, "--sts", sts_dir, "--dev", "STSB/dev", "--max-length", "2"),
+        "is 2",
+        "3 or more",
+    )
+    (tmp_path / "bad" / "STS12").mkdir(parents=True)
+    (tmp_path / "bad" / "STS12" / "a.jsonl").write_text('{"sentence1": "a", "sentence2": "b", "score": 1}\nnonsense\n')
+    check_refusal(
+        clusterns("evaluate", tiny_model, "--sts", tmp_path / "bad"), "a.jsonl:2", "'nonsense'", "graded pair"
+    )
+
+
+def test_evaluate_that_cannot_write(clusterns: Callable[..., Result], tiny_model: Path, sts_dir: Path) -> None:
+    options = ["--sts", sts_dir, "--dev", "STSB/dev", "--json", "no/such/dir/x.json"]
+    result = clusterns("evaluate", tiny_model, *options)
+    assert result.exit_code == 2 and "Traceback" not in result.output
+    assert "--json 'no/such/dir/x.json' cannot be written" in result.stderr and "Choose another" in result.stderr
+
+
+# ---- failures while it runs ---------------------------------------------------------------------------------------
+
+
+def test_a_failed_job_exits_with_1(
+    clusterns: Callable[..., Result], config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import clusterns_ray.launch.trainer as trainer
+    from clusterns_ray.errors import NonFiniteError
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise NonFiniteError("it burnt down; use water")
+
+    monkeypatch.setattr(trainer, "train", fail)
+    result = clusterns("train", config_file)
+    assert result.exit_code == 1
+    assert result.stderr == "failed: it burnt down; use water\n"
+
+
+def test_an_interrupted_job_says_how_to_go_on(
+    clusterns: Callable[..., Result], config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import clusterns_ray.launch.trainer as trainer
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "train", interrupt)
+    result = clusterns("train", config_file)
+    assert result.exit_code == 1
+    assert "newest checkpoint" in result.stderr and "Traceback" not in result.output
+
+
+def test_invented_sentences_are_different() -> None:
+    assert len(set(sentences(300))) == 300

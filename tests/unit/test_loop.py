@@ -1,0 +1,557 @@
+"""One run in this process, on a tiny encoder: what it writes, when it stops, and that a resumed one is the same."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import WIDTH
+
+from clusterns_ray.config import Config, make_config
+from clusterns_ray.data.prepare import Prepared, prepare
+from clusterns_ray.encoder import Encoder
+from clusterns_ray.errors import CheckpointError, ClusterNSError, NonFiniteError
+from clusterns_ray.training import loop
+from clusterns_ray.training.checkpoint import list_checkpoints
+from clusterns_ray.training.dev import DevSet
+from clusterns_ray.training.loop import Run, resolve_precision, train_worker
+from clusterns_ray.training.metrics import read_metrics
+from clusterns_ray.training.optim import Optimizer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def leave_the_random_state() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        yield
+
+
+@dataclass
+class Lab:
+    """Makes configurations of tiny runs, and runs them."""
+
+    base: dict[str, dict[str, Any]]
+    prepared: Prepared
+    events: list[dict[str, Any]] = field(default_factory=list)
+    reports: list[dict[str, Any]] = field(default_factory=list)
+
+    def config(self, **sections: dict[str, Any]) -> Config:
+        values: dict[str, Any] = {name: dict(section) for name, section in self.base.items()}
+        for name, section in sections.items():
+            values.setdefault(name, {}).update(section)
+        return make_config(values)
+
+    def run(self, run_dir: Path, config: Config, watch: Callable[[dict[str, Any]], None] = lambda event: None) -> dict:
+        self.events, self.reports = [], []
+
+        def see(event: dict[str, Any]) -> None:
+            self.events.append(event)
+            watch(event)
+
+        run_dir.mkdir(parents=True, exist_ok=True)
+        return train_worker(
+            config,
+            tokens_dir=self.prepared.tokens_dir,
+            sts_dir=config.evaluation.sts,
+            run_dir=run_dir,
+            device=CPU,
+            watch=see,
+            report=self.reports.append,
+        )
+
+    def seen(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in self.events if event["event"] == kind]
+
+
+@pytest.fixture(scope="module")
+def base(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, corpus_file: Path, sts_dir: Path
+) -> dict[str, Any]:
+    return {
+        "encoder": {"name": str(tiny_model), "num_layers": 2, "pooling": "cls"},
+        "data": {"corpus": str(corpus_file), "cache_dir": str(tmp_path_factory.mktemp("cache"))},
+        "loss": {"bml_weight": 0.1, "bml_alpha": 0.1},
+        "clustering": {"num_clusters": 6, "start_cosine": 1.0, "rate": 0.1},
+        "train": {"global_batch_size": 32, "shards": 4, "max_steps": 6, "learning_rate": 1e-3},
+        "evaluation": {"sts": str(sts_dir), "every_steps": 2, "patience": None},
+        "runtime": {"log_every_steps": 1, "keep": 9},
+    }
+
+
+@pytest.fixture
+def lab(base: dict[str, Any]) -> Lab:
+    return Lab(base, prepare(make_config(base)))
+
+
+def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    """Everything that is a tensor in the checkpoint of a step."""
+    state = torch.load(run_dir / "checkpoints" / f"step-{step:08d}" / "state.pt", weights_only=True)
+    found = {f"encoder.{name}": value for name, value in state["encoder"].items()}
+    for number, values in state["optimizer"]["adamw"]["state"].items():
+        found |= {f"adamw.{number}.{name}": value for name, value in values.items()}
+    found["centroids"] = state["clustering"]["centroids_KD"]
+    found["skipped"] = state["optimizer"]["skipped"]
+    return found
+
+
+def assert_same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert set(a) == set(b) and len(a) > 50
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+# ---- what a run leaves --------------------------------------------------------------------------------------------
+
+
+def test_a_whole_run(lab: Lab, tmp_path: Path) -> None:
+    config = lab.config()
+    result = lab.run(tmp_path, config)
+
+    assert result == json.loads((tmp_path / "result.json").read_text())
+    assert (result["steps"], result["stopped_early"], result["num_workers"]) == (6, False, 1)
+    assert result["dev"] == "STSB/dev" and result["fingerprint"] == config.fingerprint()
+    assert result["clustering_started_at"] == 1
+    assert Path(result["model"]) == (tmp_path / "model").resolve()
+
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    steps = [record for record in records if "loss" in record]
+    dev = [record for record in records if "sts_dev" in record]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
+    assert [record["step"] for record in dev] == [0, 2, 4, 6]
+    common = {"step", "epoch", "loss", "info_nce", "bml", "mean_cosine", "learning_rate", "grad_norm"}
+    common |= {"skipped_steps", "sentences_per_second"}
+    clustered = {"clusters_used", "largest_cluster", "false_negative_rate", "hard_negative_cosine"}
+    for record in steps:
+        assert common <= set(record) and all(math.isfinite(record[key]) for key in common)
+        assert (clustered <= set(record)) is (record["step"] > 1), "the first step only creates the centroids"
+        assert record["skipped_steps"] == 0 and record["grad_norm"] > 0 and record["sentences_per_second"] > 0
+        assert record["loss"] == pytest.approx(record["info_nce"] + 0.1 * record["bml"], rel=1e-5)
+    for record in steps[1:]:
+        assert 2 <= record["clusters_used"] <= 6 and 32 / 6 <= record["largest_cluster"] <= 32
+        assert 0 < record["false_negative_rate"] <= 1 and record["bml"] > 0
+        assert -1 <= record["hard_negative_cosine"] <= 1
+    assert len({record["loss"] for record in steps}) == 6
+    assert [record["learning_rate"] for record in steps] == pytest.approx([1e-3 * (1 - n / 6) for n in range(6)])
+    assert steps[-1]["epoch"] == pytest.approx(6 / 10), "300 rows are 9 batches of 32 and one of 12"
+
+    scores = {record["step"]: record["sts_dev"] for record in dev}
+    assert result["sts_dev_before"] == scores.pop(0)
+    assert result["sts_dev"] == max(scores.values()) == scores[result["best_step"]]
+    assert len(set(scores.values())) > 1
+    assert [report["step"] for report in lab.reports] == [2, 4, 6]
+    assert lab.reports[-1]["best_sts_dev"] == result["sts_dev"]
+
+    assert lab.events[0]["event"] == "start" and lab.events[-1]["event"] == "done"
+    assert lab.seen("start")[0]["total_steps"] == 6 and lab.seen("start")[0]["rows"] == 300
+    assert any("Clustering starts after step 1 with 6 centroids" in note["text"] for note in lab.seen("note"))
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == [f"step-0000000{n}" for n in (6, 4, 2)]
+    assert np.load(tmp_path / "centroids.npy").shape == (6, WIDTH)
+
+
+def test_the_exported_model_is_the_best_step(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([10.0, 20.0, 40.0, 30.0])
+    monkeypatch.setattr(DevSet, "score", lambda self, encoder: next(scores))
+    result = lab.run(tmp_path, lab.config())
+    assert (result["best_step"], result["sts_dev"], result["sts_dev_before"]) == (4, 40.0, 10.0)
+    model = Encoder.load(tmp_path / "model")
+    best, last = (
+        {name.removeprefix("encoder.backbone."): value for name, value in weights(tmp_path, step).items()}
+        for step in (4, 6)
+    )
+    exported = model.backbone.state_dict()
+    assert len(exported) > 20
+    assert all(torch.equal(value, best[name]) for name, value in exported.items())
+    assert not all(torch.equal(value, last[name]) for name, value in exported.items())
+    z = model.encode(["The baker sells bread at night.", "A doctor finds a lamp."])
+    assert z.shape == (2, WIDTH) and np.isfinite(z).all() and np.abs(z[0] - z[1]).max() > 1e-3
+    assert (model.pooling, model.max_length, model.head) == ("cls", 64, None)
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "10.00 before training" in card and "**40.00** after step 4" in card and "6 clusters" in card
+
+
+def test_training_changes_the_weights_and_only_those_it_should(lab: Lab, tmp_path: Path) -> None:
+    lab.run(tmp_path, lab.config())
+    start = Encoder.for_training(lab.config().encoder, seed=0).state_dict()
+    after = weights(tmp_path, 6)
+    moved = {name for name, value in start.items() if not torch.equal(value, after[f"encoder.{name}"])}
+    assert not any("pooler" in name for name in moved)
+    still = {name for name in start if name not in moved}
+    assert all("pooler" in name or "position_ids" in name or "token_type" in name for name in still), still
+    assert after["centroids"].shape == (6, WIDTH)
+
+
+def test_without_a_dev_set_the_last_step_is_exported(lab: Lab, tmp_path: Path) -> None:
+    result = lab.run(tmp_path, lab.config(evaluation={"sts": None}, train={"max_steps": 3}))
+    assert (result["best_step"], result["sts_dev"], result["sts_dev_before"], result["dev"]) == (3, None, None, None)
+    assert lab.reports == [] and lab.seen("evaluation") == []
+    last = weights(tmp_path, 3)
+    for name, value in Encoder.load(tmp_path / "model").backbone.state_dict().items():
+        assert torch.equal(value, last[f"encoder.backbone.{name}"])
+    assert "No dev set" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_plain_simcse(lab: Lab, tmp_path: Path) -> None:
+    result = lab.run(tmp_path, lab.config(clustering={"num_clusters": 0}, train={"max_steps": 3}))
+    assert result["clustering_started_at"] is None
+    records = [record for record in read_metrics(tmp_path / "metrics.jsonl") if "loss" in record]
+    assert len(records) == 3
+    assert all(record["loss"] == record["info_nce"] and "clusters_used" not in record for record in records)
+    assert not (tmp_path / "centroids.npy").exists()
+    assert "SimCSE" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_logging_is_as_often_as_asked(lab: Lab, tmp_path: Path) -> None:
+    config = lab.config(
+        runtime={"log_every_steps": 4, "checkpoint_every_steps": 5, "keep": 1}, evaluation={"every_steps": 3}
+    )
+    lab.run(tmp_path, config)
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [record["step"] for record in records if "loss" in record] == [4, 6], "the last step is always logged"
+    assert [record["step"] for record in records if "sts_dev" in record] == [0, 3, 6]
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000006"]
+
+
+def test_epochs_end_and_the_last_batch_is_smaller(lab: Lab, tmp_path: Path) -> None:
+    config = lab.config(train={"max_steps": None, "epochs": 2, "global_batch_size": 128}, evaluation={"sts": None})
+    result = lab.run(tmp_path, config)
+    records = [record for record in read_metrics(tmp_path / "metrics.jsonl") if "loss" in record]
+    assert result["steps"] == 6, "300 rows are batches of 128, 128 and 44, twice"
+    assert [record["epoch"] for record in records] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2], abs=1e-3)
+
+
+def test_the_run_is_a_function_of_its_seed(lab: Lab, tmp_path: Path) -> None:
+    def losses(name: str, seed: int) -> list[float]:
+        values = lab.config(train={"max_steps": 3}, evaluation={"sts": None}).resolved()
+        torch.manual_seed(len(name))
+        lab.run(tmp_path / name, make_config({**values, "seed": seed}))
+        return [record["loss"] for record in read_metrics(tmp_path / name / "metrics.jsonl")]
+
+    first = losses("a", 1)
+    assert losses("bb", 1) == first
+    assert losses("c", 2) != first
+
+
+# ---- stopping early -----------------------------------------------------------------------------------------------
+
+
+def test_patience(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [5.0, 10.0, 20.0, 20.0, 15.0, 30.0, 40.0]  # before, then after steps 1 to 6
+    scores = iter(given)
+    monkeypatch.setattr(DevSet, "score", lambda self, encoder: next(scores))
+    result = lab.run(tmp_path, lab.config(evaluation={"every_steps": 1, "patience": 2}))
+    assert (result["steps"], result["stopped_early"]) == (4, True)
+    assert (result["best_step"], result["sts_dev"]) == (2, 20.0)
+    assert next(scores) == 30.0, "another number of evaluations was made"
+
+
+def test_a_better_score_renews_the_patience(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([5.0, 10.0, 9.0, 11.0, 9.0, 12.0, 9.0])
+    monkeypatch.setattr(DevSet, "score", lambda self, encoder: next(scores))
+    result = lab.run(tmp_path, lab.config(evaluation={"every_steps": 1, "patience": 2}))
+    assert (result["steps"], result["stopped_early"], result["best_step"]) == (6, False, 5)
+
+
+def test_a_model_that_is_never_better_than_before_is_still_exported(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([50.0, 10.0, 20.0, 30.0])
+    monkeypatch.setattr(DevSet, "score", lambda self, encoder: next(scores))
+    result = lab.run(tmp_path, lab.config())
+    assert (result["sts_dev_before"], result["sts_dev"], result["best_step"]) == (50.0, 30.0, 6)
+    assert (tmp_path / "model" / "config.json").is_file()
+
+
+def test_a_score_that_is_not_a_number_does_not_become_the_best(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Spearman of collapsed embeddings is NaN, and nothing is greater than NaN."""
+    scores = iter([5.0, math.nan, 20.0, 30.0])
+    monkeypatch.setattr(DevSet, "score", lambda self, encoder: next(scores))
+    result = lab.run(tmp_path, lab.config())
+    assert (result["best_step"], result["sts_dev"]) == (6, 30.0)
+
+
+# ---- resuming -----------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """What no handler of errors sees."""
+
+
+def kill_at(step: int, kind: str = "step") -> Callable[[dict[str, Any]], None]:
+    def watch(event: dict[str, Any]) -> None:
+        if event["event"] == kind and event["step"] == step:
+            raise Killed
+
+    return watch
+
+
+RESUMED: dict[str, dict[str, dict[str, Any]]] = {
+    "clustering": {},
+    "before clustering": {"clustering": {"start_cosine": -1.0}},
+    "kmeans": {"clustering": {"init": "kmeans"}},
+    "sum": {"clustering": {"update": "sum", "rate": 0.01}, "data": {"order": "random"}},
+    "bf16": {"train": {"precision": "bf16", "schedule": "cosine", "warmup_ratio": 0.3}},
+    "fp16": {"train": {"precision": "fp16", "weight_decay": 0.1}},
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_resumed_run_is_the_same_to_the_bit(lab: Lab, tmp_path: Path, case: str) -> None:
+    config = lab.config(**RESUMED[case])
+    whole = lab.run(tmp_path / "whole", config)
+    # Killed in step 4, after the checkpoint of step 2: steps 3 and 4 are done again.
+    with pytest.raises(Killed):
+        lab.run(tmp_path / "killed", config, kill_at(4))
+    assert [path.name for path in list_checkpoints(tmp_path / "killed" / "checkpoints")] == ["step-00000002"]
+    assert not (tmp_path / "killed" / "result.json").exists()
+    resumed = lab.run(tmp_path / "killed", config)
+    assert lab.seen("start")[0]["step"] == 2
+
+    if case != "before clustering":
+        assert_same_tensors(weights(tmp_path / "whole", 6), weights(tmp_path / "killed", 6))
+        assert weights(tmp_path / "whole", 6)["centroids"] is not None
+    else:
+        a, b = weights(tmp_path / "whole", 6), weights(tmp_path / "killed", 6)
+        assert a.pop("centroids") is None and b.pop("centroids") is None
+        assert_same_tensors(a, b)
+    for key in ("best_step", "sts_dev", "sts_dev_before", "steps", "clustering_started_at", "fingerprint"):
+        assert resumed[key] == whole[key], key
+
+    def told(name: str) -> list[dict[str, Any]]:
+        timing = ("sentences_per_second",)
+        records = read_metrics(tmp_path / name / "metrics.jsonl")
+        return [{key: value for key, value in record.items() if key not in timing} for record in records]
+
+    assert len(told("whole")) == 10
+    assert told("killed") == told("whole"), "steps are missing, doubled, or other"
+
+
+def test_killed_before_the_first_checkpoint_it_starts_anew(lab: Lab, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        lab.run(tmp_path, lab.config(), kill_at(1))
+    lab.run(tmp_path, lab.config())
+    assert lab.seen("start")[0]["step"] == 0
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [record["step"] for record in records] == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
+
+
+def test_killed_after_the_last_step_it_only_finishes(lab: Lab, tmp_path: Path) -> None:
+    whole = lab.run(tmp_path, lab.config())
+    (tmp_path / "result.json").unlink()
+    again = lab.run(tmp_path, lab.config())
+    assert lab.seen("step") == [] and lab.seen("evaluation") == []
+    assert {**again, "seconds": 0} == {**whole, "seconds": 0}
+
+
+def test_stopped_early_it_stays_stopped(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([5.0, 10.0, 9.0, 8.0])
+    monkeypatch.setattr(DevSet, "score", lambda self, encoder: next(scores))
+    config = lab.config(evaluation={"every_steps": 1, "patience": 2})
+    lab.run(tmp_path, config)
+    (tmp_path / "result.json").unlink()
+    again = lab.run(tmp_path, config)
+    assert lab.seen("step") == [] and (again["steps"], again["best_step"]) == (3, 1)
+
+
+def test_stopped_early_between_checkpoints_the_result_is_the_same(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a checkpoint of the last step, the steps since the one before are done again."""
+    given = {0: 5.0, 1: 10.0, 2: 9.0, 3: 8.0}
+    asked: list[int] = []
+
+    def score(self: DevSet, encoder: Encoder) -> float:
+        asked.append(current["run"].progress.step)
+        return given[asked[-1]]
+
+    current: dict[str, Run] = {}
+    original = Run.restore
+
+    def restore(self: Run) -> None:
+        current["run"] = self
+        original(self)
+
+    monkeypatch.setattr(Run, "restore", restore)
+    monkeypatch.setattr(DevSet, "score", score)
+    config = lab.config(evaluation={"every_steps": 1, "patience": 2}, runtime={"checkpoint_every_steps": 2})
+    first = lab.run(tmp_path, config)
+    assert (first["steps"], first["best_step"], asked) == (3, 1, [0, 1, 2, 3])
+    (tmp_path / "result.json").unlink()
+    again = lab.run(tmp_path, config)
+    assert {**again, "seconds": 0} == {**first, "seconds": 0}
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(lab: Lab, tmp_path: Path) -> None:
+    config = lab.config()
+    lab.run(tmp_path / "whole", config)
+    with pytest.raises(Killed):
+        lab.run(tmp_path / "killed", config, kill_at(6))
+    newest = list_checkpoints(tmp_path / "killed" / "checkpoints")[0]
+    assert newest.name == "step-00000004"
+    (newest / "state.pt").write_bytes((newest / "state.pt").read_bytes()[:-9])
+    lab.run(tmp_path / "killed", config)
+    assert lab.seen("start")[0]["step"] == 2
+    assert any("step-00000004 is passed over" in note["text"] for note in lab.seen("note"))
+    assert_same_tensors(weights(tmp_path / "whole", 6), weights(tmp_path / "killed", 6))
+
+
+def test_checkpoints_of_another_configuration_are_refused(lab: Lab, tmp_path: Path) -> None:
+    lab.run(tmp_path, lab.config(train={"max_steps": 2}))
+    with pytest.raises(CheckpointError, match="None of the 1 checkpoints"):
+        lab.run(tmp_path, lab.config(train={"max_steps": 3}))
+    assert any("another configuration" in note["text"] for note in lab.seen("note"))
+
+
+def test_a_killed_export_leaves_a_whole_model(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([5.0, 10.0, 20.0, 30.0] * 2)
+    monkeypatch.setattr(DevSet, "score", lambda self, encoder: next(scores))
+    original, count = Encoder.save, []
+
+    def save(self: Encoder, directory: Path) -> None:
+        count.append(directory)
+        original(self, directory)
+        if len(count) == 2:
+            (Path(directory) / "model.safetensors").write_bytes(b"half")
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Encoder, "save", save)
+        with pytest.raises(Killed):
+            lab.run(tmp_path, lab.config())
+    step2 = weights(tmp_path, 2)
+    for name, value in Encoder.load(tmp_path / "model").backbone.state_dict().items():
+        assert torch.equal(value, step2[f"encoder.backbone.{name}"])
+    assert lab.run(tmp_path, lab.config())["steps"] == 6
+
+
+def test_one_writer_a_run(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from clusterns_ray.training import exclusive as exclusive_module
+
+    original = exclusive_module.exclusive
+    monkeypatch.setattr(loop, "exclusive", lambda run_dir, wanted: original(run_dir, wanted, wait_s=0.1))
+
+    def second(event: dict[str, Any]) -> None:
+        if event["event"] == "start":
+            with pytest.raises(ClusterNSError, match="being written by another process") as caught:
+                Lab(lab.base, lab.prepared).run(tmp_path, lab.config())
+            assert str(tmp_path) in str(caught.value) and "another runtime.name" in str(caught.value)
+            met.append(True)
+
+    met: list[bool] = []
+    lab.run(tmp_path, lab.config(train={"max_steps": 2}), second)
+    assert met
+
+
+# ---- ways to begin, to compute, and to fail -----------------------------------------------------------------------
+
+
+def test_first_centroids_by_kmeans(lab: Lab, tmp_path: Path) -> None:
+    chain = lab.run(tmp_path / "chain", lab.config(train={"max_steps": 2}))
+    kmeans = lab.run(tmp_path / "kmeans", lab.config(train={"max_steps": 2}, clustering={"init": "kmeans"}))
+    assert chain["clustering_started_at"] == kmeans["clustering_started_at"] == 1
+    a, b = (weights(tmp_path / name, 2)["centroids"] for name in ("chain", "kmeans"))
+    assert a.shape == b.shape == (6, WIDTH) and not torch.allclose(a, b)
+    assert b.isfinite().all() and b.norm(dim=1).min() > 0
+    assert read_metrics(tmp_path / "kmeans" / "metrics.jsonl")[-1]["step"] == 2
+
+
+def test_kmeans_reads_the_corpus_without_dropout_and_leaves_training_on(lab: Lab, tmp_path: Path) -> None:
+    config = lab.config(clustering={"init": "kmeans"})
+    run = Run(config, lab.prepared.tokens_dir, None, tmp_path, CPU, lambda event: None, lambda metrics: None)
+    state = torch.get_rng_state()
+    first, second = run.sample_centroids(), run.sample_centroids()
+    assert torch.equal(first, second) and first.shape == (6, WIDTH)
+    assert run.encoder.training and torch.equal(torch.get_rng_state(), state)
+    ids = run.encoder.tokenize(run.tokens.texts(np.arange(len(run.tokens))))
+    with torch.inference_mode():
+        z_ND = run.encoder.project(run.encoder.encode_ids(ids))
+    nearest_N = (torch.nn.functional.normalize(z_ND) @ torch.nn.functional.normalize(first).T).argmax(dim=1)
+    assert len(set(nearest_N.tolist())) > 2
+    norms = z_ND.norm(dim=1)
+    assert norms.min() * 0.5 < first.norm(dim=1).mean() < norms.max() * 1.1, "not at the scale of the embeddings"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision(lab: Lab, tmp_path: Path, precision: str) -> None:
+    records = {}
+    for name in ("fp32", precision):
+        lab.run(tmp_path / name, lab.config(train={"precision": name}, evaluation={"sts": None}))
+        records[name] = read_metrics(tmp_path / name / "metrics.jsonl")
+        tensors = weights(tmp_path / name, 6)
+        assert all(value.dtype == torch.float32 for key, value in tensors.items() if value.is_floating_point()), name
+        assert all(value.isfinite().all() for value in tensors.values())
+    losses = {name: [record["loss"] for record in found] for name, found in records.items()}
+    assert losses[precision][0] == pytest.approx(losses["fp32"][0], rel=0.01)
+    assert losses[precision][0] != losses["fp32"][0], "it was computed in fp32"
+    skipped = [record["skipped_steps"] for record in records[precision]]
+    if precision == "bf16":
+        assert losses[precision] == pytest.approx(losses["fp32"], rel=0.05) and skipped == [0] * 6
+    else:  # the first scales are too large for these gradients; it settles
+        assert skipped[-1] == skipped[-2] < 5 and records[precision][-1]["grad_norm"] > 0
+
+
+def test_auto_precision_on_a_cpu_is_fp32() -> None:
+    assert resolve_precision("auto", CPU) == "fp32"
+    assert resolve_precision("bf16", CPU) == "bf16"
+
+
+def test_one_bad_gradient_is_skipped_and_counted(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, count = Optimizer.step, []
+
+    def step(self: Optimizer, loss: torch.Tensor, rate: float) -> torch.Tensor:
+        count.append(1)
+        return original(self, loss * math.nan if len(count) == 2 else loss, rate)
+
+    monkeypatch.setattr(Optimizer, "step", step)
+    result = lab.run(tmp_path, lab.config(evaluation={"every_steps": 1}, train={"max_steps": 4}))
+    assert result["steps"] == 4
+    records = [record for record in read_metrics(tmp_path / "metrics.jsonl") if "loss" in record]
+    assert [record["skipped_steps"] for record in records] == [0, 1, 1, 1]
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    states = [weights(tmp_path, step) for step in (1, 2, 3)]
+    encoders = [{k: v for k, v in state.items() if k.startswith("encoder.")} for state in states]
+    assert all(torch.equal(encoders[0][name], encoders[1][name]) for name in encoders[0]) and len(encoders[0]) > 20
+    assert any(not torch.equal(encoders[1][name], encoders[2][name]) for name in encoders[1])
+
+
+def test_ten_bad_gradients_in_a_row_end_the_run(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, count = Optimizer.step, []
+
+    def step(self: Optimizer, loss: torch.Tensor, rate: float) -> torch.Tensor:
+        count.append(1)
+        return original(self, loss * math.nan if len(count) > 2 else loss, rate)
+
+    monkeypatch.setattr(Optimizer, "step", step)
+    config = lab.config(train={"max_steps": 30, "epochs": 3}, evaluation={"sts": None})
+    with pytest.raises(NonFiniteError) as caught:
+        lab.run(tmp_path, config)
+    assert len(count) == 12
+    text = str(caught.value)
+    for part in ("last 10 gradients before step 12", "train.learning_rate (0.001)", "loss.temperature (0.05)", "fp32"):
+        assert part in text
+    before, after = weights(tmp_path, 2), weights(tmp_path, 10)
+    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("encoder."))
+    assert all(value.isfinite().all() for value in after.values())
+
+
+def test_bad_gradients_are_found_although_steps_are_seldom_logged(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Optimizer.step
+    monkeypatch.setattr(Optimizer, "step", lambda self, loss, rate: original(self, loss * math.nan, rate))
+    config = lab.config(
+        train={"max_steps": 14, "epochs": 2},
+        evaluation={"sts": None, "every_steps": 50},
+        runtime={"log_every_steps": 7},
+    )
+    with pytest.raises(NonFiniteError, match="before step 14"):
+        lab.run(tmp_path, config)

@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import sentences
+
+from clusterns_ray.config import Config, make_config
+from clusterns_ray.data import prepare as prepare_module
+from clusterns_ray.data.prepare import Prepared, cache_directory, describe, prepare
+from clusterns_ray.data.tokens import TokenStore
+from clusterns_ray.errors import ConfigError, DataError
+from clusterns_ray.evaluation.sts import read_pairs
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "corpus.txt"
+    path.write_text("\n".join(sentences(30)) + "\n")
+    return path
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_model: Path, corpus: Path) -> Callable[..., Config]:
+    def build(**sections: dict[str, Any]) -> Config:
+        values: dict[str, dict[str, Any]] = {
+            "encoder": {"name": str(tiny_model)},
+            "data": {"corpus": str(corpus)},
+            "runtime": {"storage_path": str(tmp_path / "runs")},
+        }
+        for name, section in sections.items():
+            values[name] = {**values.get(name, {}), **section}
+        return make_config(values)
+
+    return build
+
+
+def rows(prepared: Prepared) -> tuple[list[str], list[list[int]]]:
+    """The texts and token ids of a store, in order."""
+    store = TokenStore.open(prepared.tokens_dir)
+    everything = np.arange(len(store))
+    ids, mask = store.tokens(everything, 0)
+    return store.texts(everything), [list(row[: n.sum()]) for row, n in zip(ids, mask)]
+
+
+def test_text_to_tokens(config: Callable[..., Config], tmp_path: Path) -> None:
+    notes: list[str] = []
+    progress: list[int] = []
+    prepared = prepare(config(), notes.append, progress.append)
+    assert prepared.tokens_dir.parent == tmp_path / "runs" / "cache"
+    assert not prepared.reused and prepared.sts_dir is None
+    texts, ids = rows(prepared)
+    assert texts == sentences(30)
+    tokenizer = prepare_module.load_tokenizer(config())
+    assert ids == tokenizer(texts, truncation=True, max_length=32)["input_ids"]
+    assert prepared.manifest["rows"] == 30 and prepared.manifest["tokens"] == sum(map(len, ids))
+    assert len(notes) == 1 and "corpus.txt" in notes[0] and progress and progress[-1] == 30
+
+
+def test_the_second_time_it_is_reused(config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    first = prepare(config())
+    stamps = {path: path.stat().st_mtime_ns for path in first.tokens_dir.iterdir()}
+    monkeypatch.setattr(prepare_module, "prepare_tokens", lambda *_, **__: pytest.fail("it was tokenised again"))
+    notes: list[str] = []
+    second = prepare(config(train={"learning_rate": 1e-3}, loss={"temperature": 0.1}), notes.append)
+    assert second.reused and second.tokens_dir == first.tokens_dir and second.manifest == first.manifest
+    assert stamps == {path: path.stat().st_mtime_ns for path in first.tokens_dir.iterdir()}
+    assert notes == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data": {"limit": 7}},
+        {"data": {"text_column": "body"}},
+        {"encoder": {"max_length": 8}},
+        {"encoder": {"prompt": 'this sentence : "{sentence}" means'}},
+    ],
+    ids=["limit", "text_column", "max_length", "prompt"],
+)
+def test_what_changes_the_tokens_makes_new_ones(config: Callable[..., Config], change: dict[str, Any]) -> None:
+    first = prepare(config())
+    other = prepare(config(**change))
+    assert not other.reused and other.tokens_dir != first.tokens_dir
+    assert prepare(config()).reused and prepare(config(**change)).reused, "one took the place of the other"
+    if "text_column" not in str(change):
+        assert rows(other) != rows(first)
+
+
+def test_another_tokenizer_makes_new_tokens(config: Callable[..., Config], tiny_models: Callable[[str], Path]) -> None:
+    first = prepare(config())
+    other = prepare(config(encoder={"name": str(tiny_models("roberta"))}))
+    assert not other.reused and other.tokens_dir != first.tokens_dir
+    assert rows(other)[0] == rows(first)[0] and rows(other)[1] != rows(first)[1]
+    same = prepare(config(encoder={"name": str(tiny_models("distilbert"))}))
+    assert same.reused, "DistilBERT has the tokenizer of BERT here, so its tokens are the same"
+
+
+def test_another_text_makes_new_tokens(config: Callable[..., Config], corpus: Path) -> None:
+    first = prepare(config())
+    stamp = corpus.stat().st_mtime_ns
+    corpus.write_text(corpus.read_text().replace("The", "An"))
+    os.utime(corpus, ns=(stamp + 1_000_000, stamp + 1_000_000))
+    other = prepare(config())
+    assert not other.reused and other.tokens_dir != first.tokens_dir
+
+
+def test_damaged_tokens_are_made_again(config: Callable[..., Config]) -> None:
+    first = prepare(config())
+    arrow = next(first.tokens_dir.glob("*.arrow"))
+    expected = rows(first)
+    os.truncate(arrow, 50)
+    try:
+        again = prepare(config())
+    except DataError as error:  # to refuse with a remedy is right, too
+        assert str(first.tokens_dir) in str(error)
+    else:
+        assert not again.reused and rows(again) == expected
+
+
+def test_limit(config: Callable[..., Config]) -> None:
+    assert rows(prepare(config(data={"limit": 7})))[0] == sentences(30)[:7]
+
+
+def test_cache_directory(config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cache_directory(config()) == tmp_path / "runs" / "cache"
+    assert cache_directory(config(data={"cache_dir": str(tmp_path / "x")})) == tmp_path / "x"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache_directory(config(data={"cache_dir": "here"})) == tmp_path / "here"
+    assert cache_directory(config(data={"cache_dir": "~/there"})) == tmp_path / "home" / "there"
+
+
+def test_an_sts_directory_is_made_absolute(
+    config: Callable[..., Config], sts_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(sts_dir.parent)
+    assert prepare(config(evaluation={"sts": sts_dir.name})).sts_dir == str(sts_dir.resolve())
+
+
+def test_what_is_missing_is_refused(config: Callable[..., Config]) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        prepare(config(data={"corpus": "/none.txt"}))
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        prepare(config(encoder={"name": "/none"}))
+
+
+# ---- documents ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def documents(tmp_path: Path) -> Path:
+    """24 documents of two sections of two paragraphs."""
+    path = tmp_path / "docs"
+    path.mkdir()
+    pool = iter(sentences(24 * 16, seed=5))
+    for number in range(24):
+        text = ""
+        for section in range(2):
+            text += f"# Section {section}\n\n"
+            for _ in range(2):
+                text += " ".join(next(pool) for _ in range(4)) + "\n\n"
+        (path / f"doc{number:02}.md").write_text(text)
+    return path
+
+
+@pytest.fixture
+def few_pairs(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Fewer pairs than 2,000, as the invented documents have not so many."""
+    monkeypatch.setattr(prepare_module, "STRUCTURE_PAIRS", 80)
+    return 80
+
+
+def test_documents_to_a_dev_set(config: Callable[..., Config], documents: Path, few_pairs: int) -> None:
+    settings = config(data={"documents": str(documents)}, evaluation={"sts": "structure"})
+    prepared = prepare(settings)
+    assert prepared.sts_dir is not None
+    assert sorted(str(path.relative_to(prepared.sts_dir)) for path in Path(prepared.sts_dir).rglob("*.jsonl")) == [
+        "STRUCTURE/dev.jsonl"
+    ]
+    pairs = read_pairs(prepared.sts_dir, settings.evaluation.dev)
+    assert len(pairs) == few_pairs and set(pairs.scores) == {0, 1, 2, 3}
+    whole = "\n".join(file.read_text() for file in sorted(documents.iterdir()))
+    assert all(sentence in whole for sentence in pairs.sentences())
+    assert rows(prepared)[0] == sentences(30), "with a corpus, documents are for the dev set alone"
+
+
+def test_the_dev_set_does_not_depend_on_the_run(
+    config: Callable[..., Config], documents: Path, few_pairs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def settings(**more: Any) -> Config:
+        return config(data={"documents": str(documents)}, evaluation={"sts": "structure"}, **more)
+
+    first = prepare(settings())
+    assert first.sts_dir is not None
+    text = (Path(first.sts_dir) / "STRUCTURE" / "dev.jsonl").read_text()
+    monkeypatch.setattr(prepare_module, "read_documents", lambda *_: pytest.fail("documents were read again"))
+    again = prepare(settings(encoder={"max_length": 16}, train={"epochs": 2}))
+    assert again.sts_dir == first.sts_dir and text.count("\n") == few_pairs
+    monkeypatch.undo()
+    monkeypatch.setattr(prepare_module, "STRUCTURE_PAIRS", 80)
+    values = settings().resolved()
+    other_seed = prepare(make_config({**values, "seed": 7}))
+    assert other_seed.sts_dir == first.sts_dir, "runs of different seeds have to be judged by the same pairs"
+    (documents / "doc00.md").write_text("# New\n\nAnother sentence stands here now. And one more follows it here.\n")
+    assert prepare(settings()).sts_dir != first.sts_dir
+
+
+def test_without_a_corpus_the_sentences_of_the_documents_are_learnt_from(
+    config: Callable[..., Config], documents: Path
+) -> None:
+    settings = config(data={"corpus": None, "documents": str(documents)})
+    texts = rows(prepare(settings))[0]
+    assert texts == sentences(24 * 16, seed=5)
+    limited = prepare(config(data={"corpus": None, "documents": str(documents), "limit": 5}))
+    assert rows(limited)[0] == texts[:5]
+
+
+def test_too_few_documents_for_the_dev_set(config: Callable[..., Config], tmp_path: Path) -> None:
+    (tmp_path / "one.md").write_text("# A\n\nOne sentence stands here alone.\n")
+    with pytest.raises(DataError):
+        prepare(config(data={"documents": str(tmp_path / "one.md")}, evaluation={"sts": "structure"}))
+
+
+def test_describe(config: Callable[..., Config], corpus: Path) -> None:
+    corpus.write_text("\n\n" + corpus.read_text() + "word " * 90 + "\n")
+    prepared = prepare(config())
+    text = describe(prepared.manifest)
+    assert text == describe(TokenStore.open(prepared.tokens_dir))
+    assert "31 sentences" in text and f"{prepared.manifest['tokens']:,} tokens" in text
+    assert "2 empty rows skipped" in text and "1 sentences cut to max_length" in text
+    json.dumps(prepared.manifest)
