@@ -21,7 +21,9 @@ from clusterns_ray.errors import ConfigError
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class EncoderConfig(Section):
@@ -253,6 +255,8 @@ class Config(Section):
                 f"clustering.num_clusters is {k}, more than train.global_batch_size ({batch}); the first centroids are "
                 f"rows of one batch. Use at most {batch} clusters, or a larger batch"
             )
+        if self.data.corpus is not None and not self.data.corpus:
+            raise ValueError(f"data.corpus is {self.data.corpus!r}, which names nothing; give a path, a glob or a URL")
         if self.data.corpus is None and self.data.documents is None:
             raise ValueError(
                 "data.corpus is not set, so there is nothing to learn from; give a path, a glob, a URL, hf://NAME, "
@@ -298,6 +302,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"The configuration {str(path)!r} is not UTF-8 ({error}). Save it as UTF-8.") from None
     except OSError as error:
         raise ConfigError(
             f"Cannot read the configuration {str(path)!r}: {error.strerror}. Give the path of a YAML file; "
@@ -380,6 +386,13 @@ for _first in "-+0123456789":
     _Loader.yaml_implicit_resolvers[_first].sort(key=lambda item: item[0] != "tag:yaml.org,2002:int")
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that :class:`_Loader` would take for numbers."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
 def known_keys() -> list[str]:
     """Every ``section.key`` there is."""
     keys = []
@@ -397,7 +410,7 @@ def _describe(error: ValidationError, source: str) -> str:
 
     lines = []
     for item in error.errors():
-        location = [str(part) for part in item["loc"] if not str(part).startswith(("function-", "tuple", "list"))]
+        location = _keys_of(item["loc"])
         key = ".".join(location)
         if item["type"] == "extra_forbidden":
             close = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.6)
@@ -409,8 +422,23 @@ def _describe(error: ValidationError, source: str) -> str:
         if (item["type"] == "value_error" and isinstance(item["input"], dict)) or not location:
             lines.append(reason + ".")
         else:
+            if item["type"] == "model_type":
+                reason = "it is a section, so it holds keys; write it as `section: {key: value}`, or leave it out"
             lines.append(f"{key} is {item['input']!r}: {reason}.")
     return f"{source}: " + "\n  ".join(dict.fromkeys(lines))
+
+
+def _keys_of(location: tuple[int | str, ...]) -> list[str]:
+    """The keys as the user wrote them: pydantic adds the branch of a union behind them."""
+    node: Any = Config
+    keys = []
+    for part in location:
+        if not (isinstance(node, type) and issubclass(node, Section)):
+            break
+        keys.append(str(part))
+        field = node.model_fields.get(str(part))
+        node = field.annotation if field else None
+    return keys
 
 
 def _siblings(location: list[str]) -> str:
@@ -421,4 +449,4 @@ def _siblings(location: list[str]) -> str:
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML, readable by :func:`load_config`."""
-    return yaml.safe_dump(config.resolved(), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.resolved(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)

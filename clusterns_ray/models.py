@@ -45,4 +45,11 @@ def resolve_model(name: str) -> str:
 def local_model_config(source: str) -> dict[str, Any] | None:
     """``config.json`` of a resolved model that is a directory; None for a hub id."""
     path = Path(source) / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ConfigError(
+            f"encoder: {str(path)!r} cannot be read ({error}), so the model is damaged. Copy or download it again."
+        ) from None

@@ -63,11 +63,11 @@ def _torch_kmeans(n_ND: np.ndarray, k: int, seed: int, iterations: int) -> np.nd
 
 def faiss_conflict() -> str | None:
     """What to say when both faiss wheels are installed, which overwrite one another; None when all is well."""
-    wheels = []
+    wheels = set()
     for distribution in importlib.metadata.distributions():
         name = (distribution.metadata["Name"] or "").lower().replace("_", "-")
         if name.startswith("faiss-"):
-            wheels.append(f"{name} {distribution.version}")
+            wheels.add(f"{name} {distribution.version}")
     if len(wheels) < 2:
         return None
     return (

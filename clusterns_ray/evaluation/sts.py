@@ -7,6 +7,7 @@ a task is taken over all pairs of its subsets together ("all"), as in SimCSE's e
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,18 +60,22 @@ def read_pairs(directory: str | Path, name: str) -> Pairs:
     path = Path(directory) / f"{name}.jsonl"
     check_pairs_exist(directory, name)
     first, second, scores = [], [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
+    for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not raw.strip():
             continue
+        line = raw.decode("utf-8", errors="replace")
         try:
+            raw.decode("utf-8")
             row = json.loads(line)
             score = float(row["score"])
-            if not (isinstance(row["sentence1"], str) and isinstance(row["sentence2"], str)) or score != score:
+            if not (isinstance(row["sentence1"], str) and isinstance(row["sentence2"], str)) or not math.isfinite(
+                score
+            ):
                 raise ValueError
         except (ValueError, KeyError, TypeError):
             raise DataError(
-                f"{path}:{number}: {line[:80]!r} is not a graded pair. Each line must be a JSON object with the texts "
-                '"sentence1" and "sentence2" and the number "score".'
+                f"{path}:{number}: {line[:80]!r} is not a graded pair. Each line must be a JSON object in UTF-8 with "
+                'the texts "sentence1" and "sentence2" and the finite number "score".'
             ) from None
         first.append(row["sentence1"])
         second.append(row["sentence2"])

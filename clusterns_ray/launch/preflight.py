@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,13 +65,22 @@ def check_storage(config: Config) -> None:
             f"runtime.storage_path is {path!r}: runs are written to a file system, not to an object store. Give a "
             "directory that every node sees."
         )
+    check_writable("runtime.storage_path", path)
+    if config.data.cache_dir is not None:
+        check_writable("data.cache_dir", config.data.cache_dir)
+
+
+def check_writable(key: str, path: str) -> None:
+    """Make the directory, and a file in it: permissions alone do not tell of a full or read-only disk."""
     directory = Path(path).expanduser().resolve()
-    existing = next(parent for parent in [directory, *directory.parents] if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
         raise ConfigError(
-            f"runtime.storage_path is {path!r}, but {str(existing)!r} is not a directory that can be written. "
-            "Choose another one."
-        )
+            f"{key} is {path!r}, where nothing can be written ({error.strerror}). Choose a directory that can be."
+        ) from None
 
 
 def check_name(config: Config) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import uuid
 from collections.abc import Callable
@@ -62,7 +63,7 @@ def load_newest(directory: Path, fingerprint: str, warn: Callable[[str], None]) 
         try:
             step = verify(path, fingerprint)
             return step, torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-        except (CheckpointError, OSError, RuntimeError) as error:
+        except (CheckpointError, OSError, RuntimeError, pickle.UnpicklingError) as error:
             warn(f"Checkpoint {path.name} is passed over: {error}")
     if candidates:
         raise CheckpointError(
@@ -81,14 +82,17 @@ def verify(path: Path, fingerprint: str) -> int:
     """The step of a whole checkpoint of this configuration; else CheckpointError."""
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        files, step, stamp = manifest["files"], manifest["step"], manifest["fingerprint"]
-    except (OSError, ValueError, KeyError) as error:
+        step, stamp = manifest["step"], manifest["fingerprint"]
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        if path.name != f"step-{step:08d}" or "state.pt" not in files:
+            raise ValueError(f"it speaks of step {step} and of {', '.join(files) or 'no files'}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"its manifest.json cannot be read ({error})") from None
     if stamp != fingerprint:
         raise CheckpointError(f"it belongs to another configuration ({stamp}, not {fingerprint})")
-    for name, expected in files.items():
+    for name, (size, sha256) in files.items():
         file = path / Path(name).name
-        if not file.is_file() or file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+        if not file.is_file() or file.stat().st_size != size or _sha256(file) != sha256:
             raise CheckpointError(f"{name} is missing or damaged")
     return step
 

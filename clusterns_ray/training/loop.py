@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -38,6 +39,9 @@ Report = Callable[[dict[str, Any]], None]
 """Called by every worker after an evaluation; where Ray (or a sweep's scheduler) hears of the run."""
 
 MAX_SKIPPED_IN_A_ROW = 10
+
+COLLAPSED = -100.0
+"""The dev score of embeddings that are all alike, whose correlation is not defined: below any that is."""
 
 
 @dataclass
@@ -266,6 +270,11 @@ class Run:
             return
         paused = time.perf_counter()
         score = self.progress.last_score = self.dev.score(self.encoder)
+        if not math.isfinite(score):
+            self.watch(
+                {"event": "note", "text": f"The dev score is {score}: the embeddings are all alike or not finite."}
+            )
+            score = self.progress.last_score = COLLAPSED
         best = self.progress.best_score is None or score > self.progress.best_score
         if best:
             self.progress.best_score, self.progress.best_step = score, self.progress.step

@@ -125,18 +125,18 @@ class RayDirectory:
 
     def processes(self, name: str = "") -> list[psutil.Process]:
         """Live ones whose title holds ``name``. Workers overwrite their command line; their open logs tell them."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                title = " ".join(process.cmdline())
-                if process.status() == psutil.STATUS_ZOMBIE or name not in title:
-                    continue
-                logs = (file.path for file in process.open_files())
-                if f"{self.path}/" in title or any(log.startswith(f"{self.path}/") for log in logs):
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
+        return [process for process in psutil.process_iter() if self.owns(process, name)]
+
+    def owns(self, process: psutil.Process, name: str = "") -> bool:
+        """Whether ``process`` lives, is of one of these sessions, and has ``name`` in its title."""
+        try:
+            title = " ".join(process.cmdline())
+            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE or name not in title:
+                return False
+            logs = (file.path for file in process.open_files())
+            return f"{self.path}/" in title or any(log.startswith(f"{self.path}/") for log in logs)
+        except psutil.Error:
+            return False
 
 
 @pytest.fixture(scope="session")

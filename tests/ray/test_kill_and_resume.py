@@ -72,7 +72,7 @@ def test_on_ray_the_driver_killed_twice(make_run, on_two_workers, ray_directory)
     assert (said.code, said.err) == (0, "")
     assert "Training from step" in said.out
     check_same_run(run, on_two_workers[0])
-    assert [orphan for orphan in orphans if orphan.is_running()] == []
+    assert [orphan for orphan in orphans if ray_directory.owns(orphan)] == []
 
 
 def test_on_ray_a_worker_killed(make_run, on_two_workers, ray_directory):
