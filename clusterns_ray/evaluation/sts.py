@@ -119,17 +119,18 @@ def pearson(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def pair_cosines(pairs: Sequence[Pairs], embed: Embed) -> list[np.ndarray]:
-    """Cosine of each pair of each subset (float64); every different sentence is encoded once."""
+    """Cosine of each pair of each subset (float64, to 10 digits); every different sentence is encoded once.
+
+    Rounding makes ties of equal pairs: a sentence with itself is 1 or 1 + 2e-16, which would rank such pairs at random.
+    """
     sentences = list(dict.fromkeys(sentence for subset in pairs for sentence in subset.sentences()))
     z_ND = embed(sentences).astype(np.float64)
     z_ND /= np.maximum(np.linalg.norm(z_ND, axis=1, keepdims=True), 1e-8)
     row = {sentence: number for number, sentence in enumerate(sentences)}
     return [
         np.einsum(
-            "nd,nd->n",
-            z_ND[[row[s] for s in subset.sentences1]],
-            z_ND[[row[s] for s in subset.sentences2]],
-        )
+            "nd,nd->n", z_ND[[row[s] for s in subset.sentences1]], z_ND[[row[s] for s in subset.sentences2]]
+        ).round(10)
         for subset in pairs
     ]
 

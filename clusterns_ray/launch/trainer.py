@@ -94,6 +94,7 @@ def _train_on_ray(config: Config, prepared: Prepared, run_dir: Path, watch: Watc
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     if not os.environ.get("RAY_ADDRESS"):
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's default for a local start, said without its warning.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
     started_ray = not ray.is_initialized()

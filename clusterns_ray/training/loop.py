@@ -73,7 +73,7 @@ def train_worker(
     """Train on this worker, alone or as one of a process group, resuming from the newest checkpoint of ``run_dir``.
 
     Returns:
-        What ``result.json`` holds; the same on every worker.
+        What ``result.json`` holds; the same on every worker but for `seconds`.
 
     Raises:
         NonFiniteError: gradients stay NaN or infinite.
