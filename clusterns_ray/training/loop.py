@@ -91,6 +91,7 @@ def _train(run: Run) -> dict[str, Any]:
     if run.dev and run.progress.score_before is None:
         run.progress.score_before = run.dev.score(run.encoder)
         run.record({"event": "evaluation", "step": 0, "epoch": 0.0, "sts_dev": run.progress.score_before})
+        run.last_log = (time.perf_counter(), 0)
 
     while run.progress.step < run.total_steps and not run.out_of_patience():
         began = time.perf_counter()
