@@ -44,6 +44,8 @@ def train(config: Config, watch: Watch = lambda event: None) -> dict[str, Any]:
         note(f"{config.runtime.name!r} is finished, and left as it is. Choose another runtime.name to train anew.")
         return json.loads(finished.read_text(encoding="utf-8"))
     warn_of_faiss(note)
+    if config.runtime.use_gpu and config.runtime.num_workers == 0:
+        _wants_gpu(config)
     prepared = prepare(config, note, lambda rows: watch({"event": "tokenised", "rows": rows}))
     note(("Corpus, as prepared before: " if prepared.reused else "Corpus: ") + describe(prepared.manifest))
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -78,6 +80,7 @@ def _train_here(config: Config, prepared: Prepared, run_dir: Path, watch: Watch)
 
 
 def _wants_gpu(config: Config) -> bool:
+    """Whether to train on this machine's GPU; ConfigError where one is asked for and none is there."""
     import torch
 
     if config.runtime.use_gpu and not torch.cuda.is_available():
