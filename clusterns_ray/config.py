@@ -150,7 +150,8 @@ class TrainConfig(Section):
 
 class EvaluationConfig(Section):
     sts: str | None = None
-    """A directory of TASK/SUBSET.jsonl files, or `structure`: pairs graded by the documents' structure.
+    """A directory of TASK/SUBSET.jsonl files, `hf`: the public sets of the hub, or `structure`: pairs graded by the
+    documents' structure.
     If unset, nothing is selected: the last step's model is exported."""
     dev: str = "STSB/dev"
     """The set that selects, as TASK/SUBSET; `STRUCTURE/dev` where sts is `structure`."""
@@ -197,6 +198,8 @@ class RuntimeConfig(Section):
     """How many of the newest checkpoints stay; the best model is kept apart from them."""
     log_every_steps: int = Field(default=10, ge=1)
     """Steps between lines of metrics.jsonl; the only ordinary steps on which the host waits for the device."""
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
+    """Where metrics.jsonl is copied to as it grows; wandb and mlflow must be installed."""
 
     @field_validator("name")
     @classmethod

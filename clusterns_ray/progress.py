@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.progress import TaskID
+    from rich.progress import Progress
 
 
 def progress_watch():
@@ -22,6 +22,7 @@ class Lines:
         self.total_steps = 0
         self.started = time.monotonic()
         self.first_step = 0
+        self.clusters = 0
         self.last_tokenised = 0.0
 
     def __call__(self, event: dict[str, Any]) -> None:
@@ -43,10 +44,12 @@ class Lines:
             return f"  {event['rows']:,} sentences tokenised"
         if kind == "start":
             self.total_steps, self.first_step, self.started = event["total_steps"], event["step"], time.monotonic()
+            self.clusters = event["num_clusters"]
             where = f" from step {event['step']}" if event["step"] else ""
             return f"Training{where}: {event['total_steps']} steps over {event['rows']:,} sentences."
         if kind == "step":
-            return f"step {event['step']}/{self.total_steps}  {step_text(event)}  {self.time_left(event['step'])} left"
+            text = step_text(event, self.clusters)
+            return f"step {event['step']}/{self.total_steps}  {text}  {self.time_left(event['step'])} left"
         if kind == "evaluation":
             return f"step {event['step']}  {evaluation_text(event)}"
         return None
@@ -57,13 +60,20 @@ class Lines:
         return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
 
 
-def step_text(event: dict[str, Any]) -> str:
-    parts = [f"loss {event['loss']:.4f}", f"{event['sentences_per_second']:,.0f} sent/s"]
+def step_facts(event: dict[str, Any], clusters: int = 0) -> dict[str, str]:
+    """What a logged step has to say, by name."""
+    facts = {"loss": f"{event['loss']:.4f}"}
     if "clusters_used" in event:
-        parts.insert(1, f"clusters {event['clusters_used']}")
+        facts["clusters"] = f"{event['clusters_used']}" + (f"/{clusters}" if clusters else "")
+        facts["false neg."] = f"{100 * event['false_negative_rate']:.1f} %"
+    facts["sent/s"] = f"{event['sentences_per_second']:,.0f}"
     if event.get("skipped_steps"):
-        parts.append(f"{event['skipped_steps']} steps skipped (gradient not finite)")
-    return "  ".join(parts)
+        facts["steps skipped (gradient not finite)"] = str(event["skipped_steps"])
+    return facts
+
+
+def step_text(event: dict[str, Any], clusters: int = 0) -> str:
+    return "  ".join(f"{name} {value}" for name, value in step_facts(event, clusters).items())
 
 
 def evaluation_text(event: dict[str, Any]) -> str:
@@ -73,9 +83,58 @@ def evaluation_text(event: dict[str, Any]) -> str:
 
 
 class Bar:
-    """A rich progress bar with loss, dev score, sentences a second and time left; notes scroll above it."""
+    """A live view: a bar with the time left, and beneath it the newest figures; notes scroll above them."""
 
     def __init__(self) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self.console = Console()
+        self.live: Live | None = None
+        self.progress: Progress | None = None
+        self.clusters = 0
+        self.facts: dict[str, str] = {}
+        self.dev: dict[str, str] = {}
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        kind = event["event"]
+        if kind == "note":
+            self.console.print(event["text"], highlight=False, markup=False)
+        elif kind == "tokenised":
+            if self.live is None:
+                self._begin("tokenising", None, 0)
+            self._update(event["rows"])
+        elif kind == "start":
+            self.close()
+            self.clusters = event["num_clusters"]
+            self._begin("training", event["total_steps"], event["step"])
+        elif kind == "step":
+            self.facts = step_facts(event, self.clusters)
+            self._update(event["step"])
+        elif kind == "evaluation":
+            score = f"{event['sts_dev']:.2f}"
+            if event["step"] == 0:
+                self.dev = {"dev before": score}
+            else:
+                self.dev["dev"] = score
+                if event.get("best"):
+                    self.dev["best"] = f"{score} at step {event['step']}"
+            self._update(event["step"])
+        elif kind == "done":
+            self.close()
+
+    def view(self) -> Any:
+        """The bar, and the figures that are known, as many in a line as fit."""
+        from rich.console import Group
+        from rich.text import Text
+
+        shown = {**self.facts, **self.dev}
+        facts = [Text.assemble((f"{name} ", "dim"), (value, "bold")) for name, value in shown.items()]
+        assert self.progress is not None
+        return Group(self.progress, Text("   ").join(facts)) if facts else self.progress
+
+    def _begin(self, description: str, total: int | None, completed: int) -> None:
+        from rich.live import Live
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.progress = Progress(
@@ -83,42 +142,18 @@ class Bar:
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("left" if total else "sentences"),
+            console=self.console,
         )
-        self.task: TaskID | None = None
-        self.dev = ""
-        self.text = ""
+        self.progress.add_task(description, total=total, completed=completed)
+        self.live = Live(get_renderable=self.view, console=self.console, refresh_per_second=4)
+        self.live.start()
 
-    def __call__(self, event: dict[str, Any]) -> None:
-        kind = event["event"]
-        if kind == "note":
-            self.progress.console.print(event["text"], highlight=False, markup=False)
-        elif kind == "tokenised":
-            if self.task is None:
-                self._begin("tokenising", None, 0)
-            self._update(completed=event["rows"])
-        elif kind == "start":
-            self.close()
-            self._begin("training", event["total_steps"], event["step"])
-        elif kind == "step":
-            self.text = step_text(event)
-            self._update(completed=event["step"], text=f"{self.text}  {self.dev}")
-        elif kind == "evaluation":
-            self.dev = f"dev {event['sts_dev']:.2f}"
-            self._update(text=f"{self.text}  {self.dev}")
-        elif kind == "done":
-            self.close()
-
-    def _begin(self, description: str, total: int | None, completed: int) -> None:
-        self.task = self.progress.add_task(description, total=total, completed=completed, text="")
-        self.progress.start()
-
-    def _update(self, **values: Any) -> None:
-        if self.task is not None:
-            self.progress.update(self.task, **values)
+    def _update(self, completed: int) -> None:
+        if self.progress is not None:
+            self.progress.update(self.progress.task_ids[0], completed=completed)
 
     def close(self) -> None:
-        if self.task is not None:
-            self.progress.stop()
-            self.progress.remove_task(self.task)
-            self.task = None
+        if self.live is not None:
+            self.live.stop()
+            self.live = self.progress = None

@@ -14,6 +14,7 @@ from clusterns_ray.data.prepare import corpus_is_documents, documents_of
 from clusterns_ray.errors import ConfigError
 from clusterns_ray.evaluation.sts import check_pairs_exist
 from clusterns_ray.models import local_model_config, resolve_model
+from clusterns_ray.training.trackers import missing_packages
 
 
 def run_directory(config: Config) -> Path:
@@ -31,6 +32,7 @@ def check_request(config: Config) -> None:
     check_encoder(config)
     check_storage(config)
     check_name(config)
+    check_trackers(config)
 
 
 def check_data(config: Config) -> None:
@@ -38,13 +40,14 @@ def check_data(config: Config) -> None:
         list_documents(documents_of(config) or "")
     if not corpus_is_documents(config):
         list_sources(config.data.corpus or "")
-    if config.evaluation.sts == "hf":
+    sts = config.evaluation.sts
+    if sts == "hf":
         raise ConfigError(
             "evaluation.sts is hf, but the hub's sets cannot choose a step yet. Give a directory of TASK/SUBSET.jsonl "
             "files, or `structure` with data.documents."
         )
-    if config.evaluation.sts not in (None, "structure"):
-        check_pairs_exist(Path(config.evaluation.sts).expanduser(), config.evaluation.dev)
+    if sts not in (None, "structure", "hf"):
+        check_pairs_exist(Path(sts).expanduser(), config.evaluation.dev)
 
 
 def check_encoder(config: Config) -> None:
@@ -98,6 +101,15 @@ def check_name(config: Config) -> None:
         + (f"; and {len(differences) - 5} more" if len(differences) > 5 else "")
         + ". Choose another runtime.name, or go back to those values to resume it."
     )
+
+
+def check_trackers(config: Config) -> None:
+    missing = missing_packages(config.runtime.trackers)
+    if missing:
+        raise ConfigError(
+            f"runtime.trackers is {config.runtime.trackers!r}, but {', '.join(missing)} is not installed here. "
+            f"pip install {' '.join(missing)}, or leave it out."
+        )
 
 
 def warn_of_faiss(note: Callable[[str], None]) -> None:

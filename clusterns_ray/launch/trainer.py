@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -62,6 +63,11 @@ def save_config(config: Config, run_dir: Path) -> None:
     write_atomic(run_dir / "config.yaml", dump_config(config))
 
 
+def command_line() -> list[str]:
+    """The command of this process, without the directory of its program."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]
+
+
 def _train_here(config: Config, prepared: Prepared, run_dir: Path, watch: Watch) -> dict[str, Any]:
     import torch
 
@@ -76,6 +82,7 @@ def _train_here(config: Config, prepared: Prepared, run_dir: Path, watch: Watch)
             run_dir=run_dir,
             device=device,
             watch=watch,
+            command=command_line(),
         )
 
 
@@ -147,6 +154,7 @@ def _fit(config: Config, prepared: Prepared, run_dir: Path, watch: Watch) -> dic
             "sts_dir": prepared.sts_dir,
             "run_dir": str(run_dir),
             "mailbox": mailbox,
+            "command": command_line(),
         },
         torch_config=TorchConfig(timeout_s=int(config.runtime.step_timeout_s)),
         scaling_config=ScalingConfig(
@@ -265,6 +273,7 @@ def _ray_worker(settings: dict[str, Any]) -> dict[str, Any]:
             device=device,
             watch=settings["mailbox"].put.remote,
             report=ray.train.report,
+            command=settings["command"],
         )
     except ClusterNSError as error:
         return {"error": str(error)}

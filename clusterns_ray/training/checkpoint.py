@@ -21,7 +21,7 @@ import torch
 
 from clusterns_ray.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save_checkpoint(directory: Path, step: int, state: dict[str, Any], fingerprint: str, keep: int) -> Path:
@@ -82,6 +82,8 @@ def verify(path: Path, fingerprint: str) -> int:
     """The step of a whole checkpoint of this configuration; else CheckpointError."""
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(f"it has format {manifest['format']}, and this version reads {FORMAT}")
         step, stamp = manifest["step"], manifest["fingerprint"]
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
         if path.name != f"step-{step:08d}" or "state.pt" not in files:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from clusterns_ray import distributed
 from clusterns_ray.encoder import Encoder, length_batches
+from clusterns_ray.evaluation.geometry import geometry
 from clusterns_ray.evaluation.sts import read_pairs, score_pairs
 
 
@@ -19,10 +21,19 @@ class DevSet:
         self.pairs = read_pairs(directory, name)
         self.ids = encoder.tokenize(self.pairs.sentences())
 
-    def score(self, encoder: Encoder) -> float:
+    def encode(self, encoder: Encoder) -> np.ndarray:
+        """Embeddings of every different sentence, in the order of ``self.pairs.sentences()``: float32 (n, D)."""
+        return encode_together(encoder, self.ids)
+
+    def score(self, z_ND: np.ndarray) -> float:
         """Spearman x 100, the same number on every worker."""
-        embeddings = encode_together(encoder, self.ids)
-        return distributed.broadcast_object(score_pairs(self.pairs, lambda _: embeddings))
+        return distributed.broadcast_object(score_pairs(self.pairs, lambda _: z_ND))
+
+    def geometry(self, z_ND: np.ndarray) -> dict[str, Any]:
+        """How the embeddings lie: alignment, uniformity, effective rank and mean cosine."""
+        found = geometry(self.pairs, lambda _: z_ND)
+        names = ("alignment", "uniformity", "effective_rank")
+        return {**{name: found[name] for name in names}, "embedding_cosine": found["mean_cosine"]}
 
 
 def encode_together(encoder: Encoder, ids: list[list[int]], *, project: bool = False) -> np.ndarray:

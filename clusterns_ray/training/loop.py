@@ -6,7 +6,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ import torch
 
 from clusterns_ray import distributed
 from clusterns_ray.clustering.backend import spherical_kmeans
+from clusterns_ray.clustering.describe import describe_clusters
+from clusterns_ray.clustering.health import ClusterHealth
 from clusterns_ray.clustering.kmeans import cosine_matrix, member_statistics, update_centroids
 from clusterns_ray.clustering.state import Clustering
 from clusterns_ray.config import Config
@@ -23,14 +25,17 @@ from clusterns_ray.data.batches import BatchOrder, permute, stream_key
 from clusterns_ray.data.tokens import TokenStore
 from clusterns_ray.encoder import Encoder
 from clusterns_ray.errors import NonFiniteError
+from clusterns_ray.training.alarms import Alarms
 from clusterns_ray.training.checkpoint import load_newest, replace_directory, save_checkpoint, write_atomic
 from clusterns_ray.training.dev import DevSet, encode_together
+from clusterns_ray.training.environment import describe_environment
 from clusterns_ray.training.exclusive import exclusive
 from clusterns_ray.training.layout import Layout, lay_out, to_device
 from clusterns_ray.training.metrics import MetricsLog, step_metrics
 from clusterns_ray.training.model_card import model_card
 from clusterns_ray.training.objective import Objective, Shard, TwoViews
 from clusterns_ray.training.optim import Optimizer, learning_rate
+from clusterns_ray.training.trackers import Trackers
 
 Watch = Callable[[dict[str, Any]], None]
 """Told of what happens: ``{"event": "start" | "step" | "evaluation" | "note" | "done", ...}``."""
@@ -42,6 +47,9 @@ MAX_SKIPPED_IN_A_ROW = 10
 
 COLLAPSED = -100.0
 """The dev score of embeddings that are all alike, whose correlation is not defined: below any that is."""
+
+DESCRIBED = 2048
+"""Sentences of the corpus by which the clusters are described at the end of a run."""
 
 
 @dataclass
@@ -69,8 +77,14 @@ def train_worker(
     device: torch.device,
     watch: Watch,
     report: Report = lambda metrics: None,
+    command: Sequence[str] = (),
+    score_before: float | None = None,
 ) -> dict[str, Any]:
     """Train on this worker, alone or as one of a process group, resuming from the newest checkpoint of ``run_dir``.
+
+    Args:
+        command: what started the run, for ``environment.json``.
+        score_before: the dev score of the untrained encoder, where it is known already.
 
     Returns:
         What ``result.json`` holds; the same on every worker but for `seconds`.
@@ -80,18 +94,29 @@ def train_worker(
         CheckpointError: checkpoints are there but none can be used.
     """
     with exclusive(Path(run_dir), distributed.rank() == 0):
-        return _train(Run(config, Path(tokens_dir), sts_dir, Path(run_dir), device, watch, report))
+        run = Run(config, Path(tokens_dir), sts_dir, Path(run_dir), device, watch, report)
+        run.restore()
+        run.write_json("environment.json", describe_environment(device, command, distributed.world_size()))
+        try:
+            return _train(run, score_before)
+        finally:
+            run.trackers.close()
 
 
-def _train(run: Run) -> dict[str, Any]:
+def _train(run: Run, score_before: float | None) -> dict[str, Any]:
     config = run.config
-    run.restore()
     run.warm_up_reducer()
-    run.watch({"event": "start", "step": run.progress.step, "total_steps": run.total_steps, "rows": len(run.tokens)})
-    if run.dev and run.progress.score_before is None:
-        run.progress.score_before = run.dev.score(run.encoder)
-        run.record({"event": "evaluation", "step": 0, "epoch": 0.0, "sts_dev": run.progress.score_before})
-        run.last_log = (time.perf_counter(), 0)
+    run.watch(
+        {
+            "event": "start",
+            "step": run.progress.step,
+            "total_steps": run.total_steps,
+            "rows": len(run.tokens),
+            "num_clusters": config.clustering.num_clusters,
+        }
+    )
+    if run.progress.score_before is None:
+        run.evaluate_before(score_before)
 
     while run.progress.step < run.total_steps and not run.out_of_patience():
         began = time.perf_counter()
@@ -100,6 +125,7 @@ def _train(run: Run) -> dict[str, Any]:
 
         z1_bD, z2_bD = run.model(shards)
         step_loss = run.objective(z1_bD, z2_bD, layout)
+        run.health.observe(run.clustering.centroids_KD, step_loss.counts_K)
         rate = learning_rate(step, run.total_steps, config.train)
         grad_norm = run.optimizer.step(step_loss.to_backward, rate)
 
@@ -158,9 +184,12 @@ class Run:
             first_centroid=stream_key("first_centroid", config.seed),
             initial_centroids=self.sample_centroids if c.init == "kmeans" else None,
         )
+        self.health = ClusterHealth()
+        self.alarms = Alarms(c.num_clusters)
         self.dev = DevSet(sts_dir, config.evaluation.dev, self.encoder) if sts_dir else None
         self.progress = Progress()
         self.metrics: MetricsLog | None = None
+        self.trackers = Trackers()
         self.last_log = (time.perf_counter(), 0)
 
     # ---- one step -----------------------------------------------------------------------------------------------
@@ -203,10 +232,7 @@ class Run:
     def sample_centroids(self) -> torch.Tensor:
         """First centroids by spherical K-means over a seeded sample of the corpus, at the scale of the embeddings."""
         k = self.config.clustering.num_clusters
-        n = min(len(self.tokens), max(256 * k, 4096))
-        rows = permute(np.arange(n), len(self.tokens), stream_key("kmeans", self.config.seed))
-        input_ids, mask = self.tokens.tokens(np.sort(rows), 0)
-        ids = [row[: int(length)].tolist() for row, length in zip(input_ids, mask.sum(axis=1), strict=True)]
+        _, ids = self.sample_corpus(max(256 * k, 4096), "kmeans")
         z_ND = encode_together(self.encoder, ids, project=True)
         directions_KD = np.zeros((k, z_ND.shape[1]), dtype=np.float32)
         if self.is_main:
@@ -215,16 +241,35 @@ class Run:
         sums_KD, counts_K = member_statistics(z, cosine_matrix(z, centroids_KD).argmax(dim=1), k)
         return update_centroids(centroids_KD, sums_KD, counts_K, rate=1.0, rule="mean").to(self.device)
 
+    def sample_corpus(self, n: int, stream: str) -> tuple[np.ndarray, list[list[int]]]:
+        """``n`` random rows of the corpus, or all: sorted row numbers (int64) and their token ids."""
+        n = min(n, len(self.tokens))
+        rows = np.sort(permute(np.arange(n), len(self.tokens), stream_key(stream, self.config.seed)))
+        input_ids, mask = self.tokens.tokens(rows, 0)
+        return rows, [row[: int(length)].tolist() for row, length in zip(input_ids, mask.sum(axis=1), strict=True)]
+
     # ---- what is told -------------------------------------------------------------------------------------------
 
     def record(self, event: dict[str, Any]) -> None:
         """Into ``metrics.jsonl`` and to whoever watches; on worker 0 alone."""
         if self.is_main and self.metrics:
-            self.metrics.append({key: value for key, value in event.items() if key != "event"})
+            record = {key: value for key, value in event.items() if key != "event"}
+            self.metrics.append(record)
+            self.trackers.log(record)
         self.watch(event)
 
+    def note(self, text: str) -> None:
+        self.watch({"event": "note", "text": text})
+
+    def write_json(self, name: str, value: Any) -> None:
+        """A file of the run; worker 0 alone."""
+        if self.is_main:
+            write_atomic(self.run_dir / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
     def log_step(self, step_loss: Any, layout: Layout, rate: float, grad_norm: torch.Tensor) -> None:
-        values = step_metrics(step_loss, layout.size)
+        values: dict[str, Any] = step_metrics(step_loss, layout.size)
+        if step_loss.counts_K is not None:
+            values["empty_clusters"] = self.health.empty()
         skipped, in_a_row = self.optimizer.skipped.tolist()
         if in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise NonFiniteError(
@@ -248,16 +293,14 @@ class Run:
                 "sentences_per_second": round((self.progress.step - step) * batch / (now - then), 2),
             }
         )
+        for text in self.alarms(self.progress.step, values, self.health.steps):
+            self.note(text)
 
     def note_start_of_clustering(self) -> None:
         if self.clustering.started and self.progress.clustering_started_at is None:
             self.progress.clustering_started_at = self.progress.step
-            self.watch(
-                {
-                    "event": "note",
-                    "text": f"Clustering starts after step {self.progress.step} with "
-                    f"{self.clustering.num_clusters} centroids.",
-                }
+            self.note(
+                f"Clustering starts after step {self.progress.step} with {self.clustering.num_clusters} centroids."
             )
 
     def epoch(self) -> float:
@@ -265,16 +308,35 @@ class Run:
 
     # ---- evaluation, export, checkpoint -------------------------------------------------------------------------
 
+    def evaluate_before(self, known: float | None) -> None:
+        """Score the untrained encoder, or take the score that is known."""
+        if not self.dev:
+            return
+        if known is None:
+            z_ND = self.dev.encode(self.encoder)
+            self.progress.score_before, health = self.dev.score(z_ND), self.dev_health(z_ND)
+        else:
+            self.progress.score_before, health = known, {}
+        self.record({"event": "evaluation", "step": 0, "epoch": 0.0, "sts_dev": self.progress.score_before, **health})
+        self.last_log = (time.perf_counter(), 0)
+
+    def dev_health(self, z_ND: np.ndarray) -> dict[str, Any]:
+        """What an evaluation tells besides the score; worker 0 alone records it."""
+        assert self.dev is not None
+        found = self.dev.geometry(z_ND) if self.is_main else {}
+        if self.clustering.centroids_KD is not None and self.health.steps:
+            found |= self.health.take(self.clustering.centroids_KD)
+        return found
+
     def evaluate(self) -> None:
         """Score the dev set on all workers; export the model when it is the best so far."""
         if not self.dev:
             return
         paused = time.perf_counter()
-        score = self.progress.last_score = self.dev.score(self.encoder)
+        z_ND = self.dev.encode(self.encoder)
+        score = self.progress.last_score = self.dev.score(z_ND)
         if not math.isfinite(score):
-            self.watch(
-                {"event": "note", "text": f"The dev score is {score}: the embeddings are all alike or not finite."}
-            )
+            self.note(f"The dev score is {score}: the embeddings are all alike or not finite.")
             score = self.progress.last_score = COLLAPSED
         best = self.progress.best_score is None or score > self.progress.best_score
         if best:
@@ -283,9 +345,8 @@ class Run:
             self.export()
         else:
             self.progress.evaluations_without_gain += 1
-        self.record(
-            {"event": "evaluation", "step": self.progress.step, "epoch": self.epoch(), "sts_dev": score, "best": best}
-        )
+        told = {"step": self.progress.step, "epoch": self.epoch(), "sts_dev": score, "best": best}
+        self.record({"event": "evaluation", **told, **self.dev_health(z_ND)})
         self.report({"step": self.progress.step, "sts_dev": score, "best_sts_dev": self.progress.best_score})
         then, step = self.last_log
         self.last_log = (then + time.perf_counter() - paused, step)
@@ -313,6 +374,7 @@ class Run:
             "encoder": self.encoder.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "clustering": self.clustering.state_dict(),
+            "health": self.health.state_dict(),
             "progress": asdict(self.progress),
         }
         save_checkpoint(
@@ -325,12 +387,8 @@ class Run:
 
     def restore(self) -> None:
         """Take up the newest whole checkpoint, which worker 0 chooses for all."""
-
-        def warn(text: str) -> None:
-            self.watch({"event": "note", "text": text})
-
         directory, fingerprint = self.run_dir / "checkpoints", self.config.fingerprint()
-        found = load_newest(directory, fingerprint, warn)
+        found = load_newest(directory, fingerprint, self.note)
         step = distributed.broadcast_object(found[0] if found else 0)
         if (found[0] if found else 0) != step:
             raise RuntimeError(f"worker {distributed.rank()} does not see the checkpoint of step {step} in {directory}")
@@ -339,14 +397,27 @@ class Run:
             self.encoder.load_state_dict(state["encoder"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.clustering.load_state_dict(state["clustering"], self.device)
+            self.health.load_state_dict(state["health"], self.device)
             self.progress = Progress(**state["progress"])
         if self.is_main:
             self.metrics = MetricsLog(self.run_dir / "metrics.jsonl", self.progress.step if found else -1)
+            self.trackers.begin(self.config, self.run_dir, self.progress.step, self.note)
         self.last_log = (time.perf_counter(), self.progress.step)
 
+    def describe_clusters(self) -> None:
+        """Write ``clusters.json``: a sample of the corpus in the clusters of the last step, by all workers."""
+        centroids_KD = self.clustering.centroids_KD
+        if centroids_KD is None:
+            return
+        rows, ids = self.sample_corpus(DESCRIBED, "describe")
+        z_ND = encode_together(self.encoder, ids, project=True)
+        clusters = describe_clusters(z_ND, centroids_KD.cpu().numpy(), lambda found: self.tokens.texts(rows[found]))
+        self.write_json("clusters.json", {"step": self.progress.step, "sample": len(rows), "clusters": clusters})
+
     def finish(self) -> dict[str, Any]:
-        """Export if nothing was selected, write ``result.json``, and say how it went."""
+        """Export if nothing was selected, describe the clusters, write ``result.json``, and say how it went."""
         progress = self.progress
+        self.describe_clusters()
         if self.dev is None:
             progress.best_step = progress.step
             self.export()
@@ -366,8 +437,7 @@ class Run:
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
-        if self.is_main:
-            write_atomic(self.run_dir / "result.json", json.dumps(result, indent=2) + "\n")
+        self.write_json("result.json", result)
         self.watch({"event": "done", **result})
         return result
 

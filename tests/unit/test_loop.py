@@ -49,7 +49,13 @@ class Lab:
             values.setdefault(name, {}).update(section)
         return make_config(values)
 
-    def run(self, run_dir: Path, config: Config, watch: Callable[[dict[str, Any]], None] = lambda event: None) -> dict:
+    def run(
+        self,
+        run_dir: Path,
+        config: Config,
+        watch: Callable[[dict[str, Any]], None] = lambda event: None,
+        score_before: float | None = None,
+    ) -> dict:
         self.events, self.reports = [], []
 
         def see(event: dict[str, Any]) -> None:
@@ -65,6 +71,8 @@ class Lab:
             device=CPU,
             watch=see,
             report=self.reports.append,
+            command=["clusterns", "train", "x.yaml"],
+            score_before=score_before,
         )
 
     def seen(self, kind: str) -> list[dict[str, Any]]:
@@ -141,6 +149,14 @@ def test_a_whole_run(lab: Lab, tmp_path: Path) -> None:
     assert [record["learning_rate"] for record in steps] == pytest.approx([1e-3 * (1 - n / 6) for n in range(6)])
     assert steps[-1]["epoch"] == pytest.approx(6 / 10), "300 rows are 9 batches of 32 and one of 12"
 
+    for record in dev:
+        assert 0 <= record["alignment"] <= 4 and record["uniformity"] < 0 and 1 <= record["effective_rank"] <= WIDTH
+        assert -1 <= record["embedding_cosine"] <= 1
+    # Step 1 creates the centroids, so the first evaluation has seen one step's rows in clusters, the others two.
+    assert [sum(record["cluster_sizes"]) for record in dev[1:]] == [32, 64, 64]
+    assert all(len(record["cluster_sizes"]) == 6 and 0 < record["centroid_drift"] < 1 for record in dev[1:])
+    assert all(0 <= record["empty_clusters"] < 6 for record in steps[1:]) and "empty_clusters" not in steps[0]
+
     scores = {record["step"]: record["sts_dev"] for record in dev}
     assert result["sts_dev_before"] == scores.pop(0)
     assert result["sts_dev"] == max(scores.values()) == scores[result["best_step"]]
@@ -153,6 +169,24 @@ def test_a_whole_run(lab: Lab, tmp_path: Path) -> None:
     assert any("Clustering starts after step 1 with 6 centroids" in note["text"] for note in lab.seen("note"))
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == [f"step-0000000{n}" for n in (6, 4, 2)]
     assert np.load(tmp_path / "centroids.npy").shape == (6, WIDTH)
+
+    described = json.loads((tmp_path / "clusters.json").read_text())
+    assert (described["step"], described["sample"]) == (6, 300)
+    assert sum(cluster["size"] for cluster in described["clusters"]) == 300
+    corpus = set(Path(str(config.data.corpus)).read_text().splitlines())
+    assert all(corpus.issuperset(cluster["examples"]) for cluster in described["clusters"])
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["versions"]["torch"] == torch.__version__ and environment["machine"]["cpus"] > 0
+    assert environment["command"] == ["clusterns", "train", "x.yaml"] and environment["num_workers"] == 1
+    assert len(list((tmp_path / "tensorboard").glob("events.*"))) == 1
+
+
+def test_a_score_that_is_known_is_not_measured_again(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([10.0, 20.0, 40.0])
+    monkeypatch.setattr(DevSet, "score", lambda self, z_ND: next(scores))
+    result = lab.run(tmp_path, lab.config(), score_before=7.0)
+    assert (result["sts_dev_before"], result["sts_dev"]) == (7.0, 40.0)
+    assert read_metrics(tmp_path / "metrics.jsonl")[0] == {"step": 0, "epoch": 0.0, "sts_dev": 7.0}
 
 
 def test_the_exported_model_is_the_best_step(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

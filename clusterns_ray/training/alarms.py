@@ -1,0 +1,44 @@
+"""What goes wrong in a run, said at once and in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from clusterns_ray.clustering.health import EMPTY_AFTER
+
+EMPTY_SHARE = 0.3
+COLLAPSED_COSINE = 0.9
+
+
+class Alarms:
+    """Looks at each logged step; speaks once for each trouble, and again if it comes back after it had passed."""
+
+    def __init__(self, num_clusters: int):
+        self.num_clusters = num_clusters
+        self.was_spread = False
+        self.open: set[str] = set()
+
+    def __call__(self, step: int, values: dict[str, Any], steps_clustered: int) -> list[str]:
+        """Warnings that are new at this step.
+
+        Args:
+            values: of ``metrics.jsonl``: ``mean_cosine``, and ``empty_clusters`` once clustering has started.
+            steps_clustered: steps since clustering started.
+        """
+        cosine = values["mean_cosine"]
+        empty = values.get("empty_clusters", 0)
+        found = {}
+        if self.was_spread and cosine > COLLAPSED_COSINE:
+            found["cosine"] = (
+                f"Collapse at step {step}: the mean cosine of the batch is back at {cosine:.2f}, so all sentences look "
+                "alike. Lower train.learning_rate or loss.bml_weight; the best model so far is kept."
+            )
+        if steps_clustered >= EMPTY_AFTER and empty >= EMPTY_SHARE * self.num_clusters:
+            found["empty"] = (
+                f"At step {step}, {empty} of {self.num_clusters} clusters have had no sentence for {EMPTY_AFTER} "
+                "steps. Use fewer clusters (clustering.num_clusters), or move centroids faster (clustering.rate)."
+            )
+        self.was_spread = self.was_spread or cosine <= COLLAPSED_COSINE
+        new = [text for name, text in found.items() if name not in self.open]
+        self.open = set(found)
+        return new

@@ -1,0 +1,43 @@
+"""``environment.json``: with what, on what, and by which command a run was made."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+PACKAGES = ("clusterns-ray", "torch", "transformers", "ray", "numpy", "faiss-cpu", "faiss-gpu")
+
+
+def describe_environment(device: torch.device, command: Sequence[str], num_workers: int) -> dict[str, Any]:
+    """As JSON. ``command`` is the driver's; machine and versions are this worker's."""
+    return {
+        "command": list(command),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: found for name in PACKAGES if (found := _version(name))},
+        },
+        "machine": {
+            "platform": platform.platform(),
+            "cpus": os.cpu_count(),
+            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+            if sys.platform != "win32"
+            else None,
+            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        },
+        "num_workers": num_workers,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
