@@ -10,6 +10,9 @@ from torch import nn
 from clusterns_ray.errors import ConfigError
 from clusterns_ray.tokenization import cannot_load, load_tokenizer
 
+POSITIONS_BEHIND_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")
+"""Architectures whose position ids start at the padding index + 1."""
+
 
 def load_transformer(
     source: str, *, revision: str | None = None, num_layers: int | None = None, dropout: float | None = None
@@ -42,6 +45,34 @@ def load_transformer(
         finally:
             transformers.utils.logging.set_verbosity(verbosity)
     return backbone, load_tokenizer(source, revision=revision)
+
+
+def load_language_model(source: str, backbone: Any, *, revision: str | None = None) -> Any:
+    """The masked language model of ``source`` around ``backbone``, whose weights it shares; its head as trained.
+
+    Raises:
+        ConfigError: the architecture has none.
+    """
+    import transformers
+
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # a directory may lack the head's weights
+        try:
+            model = transformers.AutoModelForMaskedLM.from_pretrained(
+                source, revision=revision, config=backbone.config, dtype=torch.float32
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"loss.mlm_weight is not 0, but {source!r} has no masked language model: "
+                f"{str(error).strip().splitlines()[0]} Set it to 0, or train an encoder that has."
+            ) from error
+        finally:
+            transformers.utils.logging.set_verbosity(verbosity)
+    setattr(model, model.base_model_prefix, backbone)
+    model.tie_weights()
+    return model
 
 
 def _shorten(config: Any, num_layers: int | None, source: str) -> None:
@@ -77,10 +108,17 @@ def has_dropout(backbone: nn.Module) -> bool:
     return any(isinstance(module, nn.Dropout) and module.p > 0 for module in backbone.modules())
 
 
+def first_position(backbone: Any) -> int:
+    """The position id of a first token: some architectures count from behind the padding index."""
+    if getattr(backbone.config, "model_type", "") in POSITIONS_BEHIND_PADDING:
+        return (backbone.config.pad_token_id or 0) + 1
+    return 0
+
+
 def longest_input(backbone: Any, tokenizer: Any) -> int | None:
     """Tokens the model can read at once, or None where neither it nor its tokenizer says."""
     positions = getattr(backbone.config, "max_position_embeddings", None)
-    if positions and getattr(backbone.config, "model_type", "") in ("roberta", "xlm-roberta", "camembert", "mpnet"):
-        positions -= 2  # Their positions start behind the padding index.
+    if positions and getattr(backbone.config, "model_type", "") in POSITIONS_BEHIND_PADDING:
+        positions -= 2
     limits = [n for n in (positions, tokenizer.model_max_length) if n and n < 1_000_000]
     return min(limits) if limits else None

@@ -43,12 +43,27 @@ class EncoderConfig(Section):
     """Tokens a sentence is cut to in training, special ones included; finished encoders read longer text."""
     prompt: str | None = None
     """A template around the sentence, such as `This sentence of "{sentence}" means [MASK].`"""
+    second_prompt: str | None = None
+    """The template of the second view, in training; `prompt` if unset. The first one is what finished encoders use."""
+    denoise: bool = False
+    """Subtract from each mask state that of the template alone, at the positions it has around the sentence."""
 
     @model_validator(mode="after")
     def _prompt_and_pooling(self):
-        if self.prompt is not None and self.prompt.count("{sentence}") != 1:
+        for name, prompt in (("prompt", self.prompt), ("second_prompt", self.second_prompt)):
+            if prompt is not None and prompt.count("{sentence}") != 1:
+                raise ValueError(
+                    f"encoder.{name} is {prompt!r}: it must hold {{sentence}} exactly once, where the text goes"
+                )
+        if self.second_prompt is not None and self.prompt is None:
             raise ValueError(
-                f"encoder.prompt is {self.prompt!r}: it must hold {{sentence}} exactly once, where the text goes"
+                f"encoder.second_prompt is {self.second_prompt!r}, but encoder.prompt is not set; the first view and "
+                "finished encoders need a template too"
+            )
+        if self.denoise and self.pooling != "mask":
+            raise ValueError(
+                f"encoder.denoise is true, but encoder.pooling is {self.pooling}; what is subtracted is the state of "
+                "the template's mask token, so use mask, or turn it off"
             )
         if self.pooling == "mask" and self.prompt is None:
             raise ValueError(
@@ -92,6 +107,10 @@ class LossConfig(Section):
     """A false negative's cosine should not fall more than this below the positive's."""
     bml_reduction: Literal["all_pairs", "false_negatives"] = "all_pairs"
     """Mean over all pairs of the batch (the authors') or over the false negatives alone."""
+    mlm_weight: float = Field(default=0.0, ge=0)
+    """Weight of masked language modelling on a masked copy of the batch; 0 turns it off."""
+    mlm_probability: float = Field(default=0.15, gt=0, lt=1)
+    """Share of the tokens to be predicted; of these 80 % become the mask token, 10 % a random one, 10 % stay."""
 
     @model_validator(mode="after")
     def _margins(self):

@@ -14,16 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clusterns_ray.backbone import has_dropout, load_transformer, longest_input
+from clusterns_ray.backbone import first_position, has_dropout, load_transformer, longest_input
 from clusterns_ray.errors import ConfigError
 from clusterns_ray.model_files import (
     HIDDEN_STATE_POOLINGS,
     read_settings,
+    write_prompt_module,
     write_sentence_transformers,
     write_settings,
 )
 from clusterns_ray.models import resolve_model
-from clusterns_ray.tokenization import tokenize
+from clusterns_ray.tokenization import prompt_frame, prompt_length, tokenize
 
 if TYPE_CHECKING:
     from clusterns_ray.config import EncoderConfig
@@ -49,8 +50,14 @@ class Encoder(nn.Module):
         max_length: int = 128,
         prompt: str | None = None,
         normalize: bool = False,
+        denoise: bool = False,
+        second_prompt: str | None = None,
         head: nn.Module | None = None,
     ):
+        """
+        Args:
+            second_prompt, head: for training alone; neither is saved.
+        """
         super().__init__()
         self.backbone: Any = backbone
         self.tokenizer = tokenizer
@@ -58,9 +65,14 @@ class Encoder(nn.Module):
         self.max_length = max_length
         self.prompt = prompt
         self.normalize = normalize
+        self.denoise = denoise
         self.head = head
         if pooling == "mask":
-            _check_mask_prompt(prompt, tokenizer)
+            _check_mask_prompt("prompt", prompt, tokenizer)
+            if second_prompt is not None:
+                _check_mask_prompt("second_prompt", second_prompt, tokenizer)
+        prompts = (prompt, second_prompt or prompt)
+        self.frames = [prompt_frame(each, tokenizer) for each in prompts if each] if denoise else []
         # The pooler is not read, so it gets no gradient; it stays, so that the exported model is complete.
         if getattr(backbone, "pooler", None) is not None:
             backbone.pooler.requires_grad_(False)
@@ -85,7 +97,7 @@ class Encoder(nn.Module):
         if max_length is not None:
             settings["max_length"] = max_length
         backbone, tokenizer = load_transformer(source)
-        limit = longest_input(backbone, tokenizer)
+        limit = longest_text(backbone, tokenizer, settings.get("prompt"))
         settings["max_length"] = min(settings["max_length"], limit) if limit else settings["max_length"]
         return cls(backbone, tokenizer, **settings).eval()
 
@@ -103,10 +115,11 @@ class Encoder(nn.Module):
             num_layers=config.num_layers,
             dropout=config.dropout,
         )
-        limit = longest_input(backbone, tokenizer)
+        limit = longest_text(backbone, tokenizer, config.prompt, config.second_prompt)
         if limit and config.max_length > limit:
+            besides = " besides the prompt" if config.prompt else ""
             raise ConfigError(
-                f"encoder.max_length is {config.max_length}, but {config.name} reads at most {limit} tokens. "
+                f"encoder.max_length is {config.max_length}, but {config.name} reads at most {limit} tokens{besides}. "
                 f"Set encoder.max_length to {limit} or less."
             )
         if not has_dropout(backbone):
@@ -127,6 +140,8 @@ class Encoder(nn.Module):
             pooling=config.pooling,
             max_length=min(read_settings(source).get("max_length", LONGEST_ENCODED), limit or LONGEST_ENCODED),
             prompt=config.prompt,
+            denoise=config.denoise,
+            second_prompt=config.second_prompt,
             head=head,
         )
 
@@ -141,8 +156,8 @@ class Encoder(nn.Module):
 
     # ---- tensors ----------------------------------------------------------------------------------------------
 
-    def forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
-        """Embeddings (B x D), without the training head."""
+    def forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, view: int = 0) -> Tensor:
+        """Embeddings (B x D), without the training head; ``view`` 1 where the rows have the second prompt."""
         output = self.backbone(
             input_ids=input_ids_BT,
             attention_mask=attention_mask_BT,
@@ -156,7 +171,29 @@ class Encoder(nn.Module):
             self.pooling,
             is_mask_BT=None if mask_token is None else input_ids_BT == mask_token,
         )
+        if self.denoise:
+            z_BD = z_BD - self.template_states(attention_mask_BT.sum(dim=1), view)
         return nn.functional.normalize(z_BD, dim=-1) if self.normalize else z_BD
+
+    def template_states(self, lengths_B: Tensor, view: int = 0) -> Tensor:
+        """States of the mask token of the template alone (B x D), at the positions that it has in rows of so many
+        tokens: what comes after the sentence stays behind it.
+
+        Template denoising, after Jiang et al., "PromptBERT: Improving BERT Sentence Embeddings with Prompts", EMNLP
+        2022. Each different length is encoded once.
+        """
+        before, after = self.frames[view]
+        lengths_L, row_B = lengths_B.unique(return_inverse=True)
+        ids_T = torch.tensor([*before, *after], device=lengths_B.device)
+        behind_LS = lengths_L[:, None] - torch.arange(len(after), 0, -1, device=lengths_B.device)
+        before_LP = torch.arange(len(before), device=lengths_B.device).expand(len(lengths_L), -1)
+        positions_LT = torch.cat([before_LP, behind_LS], dim=1) + first_position(self.backbone)
+        ids_LT = ids_T.expand(len(lengths_L), -1)
+        states_LTD = self.backbone(
+            input_ids=ids_LT, attention_mask=torch.ones_like(ids_LT), position_ids=positions_LT
+        ).last_hidden_state
+        mask_at = (ids_T == self.tokenizer.mask_token_id).to(torch.int64).argmax()
+        return states_LTD[:, mask_at][row_B]
 
     def project(self, z_BD: Tensor) -> Tensor:
         """Through the training head, where there is one."""
@@ -200,8 +237,8 @@ class Encoder(nn.Module):
     def save(self, directory: str | os.PathLike) -> None:
         """Write a directory that transformers and sentence-transformers load as it is; the head is left out.
 
-        With a prompt, whose end stands after the sentence, sentence-transformers has no module that applies it:
-        such a directory is for :meth:`Encoder.load` and transformers.
+        With a prompt, whose end stands after the sentence, sentence-transformers has no module of its own that
+        applies it; it then takes ours, where this package is installed and ``trust_remote_code=True`` is given.
         """
         path = Path(directory)
         path.mkdir(parents=True, exist_ok=True)
@@ -212,12 +249,21 @@ class Encoder(nn.Module):
             "max_length": self.max_length,
             "prompt": self.prompt,
             "normalize": self.normalize,
+            "denoise": self.denoise,
         }
         write_settings(path, settings)
         if self.prompt is None:
             write_sentence_transformers(
                 path, self.pooling, self.width, self.max_length, self.backbone.config, self.normalize
             )
+        else:
+            write_prompt_module(path)
+
+
+def longest_text(backbone: Any, tokenizer: Any, *prompts: str | None) -> int | None:
+    """What ``max_length`` can be at most: the model's own limit, less the longest prompt, which comes on top."""
+    limit = longest_input(backbone, tokenizer)
+    return limit and limit - max((prompt_length(prompt, tokenizer) for prompt in prompts if prompt), default=0)
 
 
 def pool(
@@ -269,10 +315,10 @@ def length_batches(lengths: Sequence[int], batch_size: int) -> Iterator[np.ndarr
         yield order[start : start + batch_size]
 
 
-def _check_mask_prompt(prompt: str | None, tokenizer: Any) -> None:
+def _check_mask_prompt(key: str, prompt: str | None, tokenizer: Any) -> None:
     ids = tokenizer(prompt or "", add_special_tokens=False)["input_ids"]
     if tokenizer.mask_token_id is None or ids.count(tokenizer.mask_token_id) != 1:
         raise ConfigError(
-            f"encoder.pooling is mask, so encoder.prompt must hold the mask token {tokenizer.mask_token!r} exactly "
+            f"encoder.pooling is mask, so encoder.{key} must hold the mask token {tokenizer.mask_token!r} exactly "
             f"once; it is {prompt!r}."
         )

@@ -101,6 +101,13 @@ def write_sentence_transformers(
     _write_json(path / "config_sentence_transformers.json", {"similarity_fn_name": "cosine"})
 
 
+def write_prompt_module(path: Path) -> None:
+    """Name the module by which sentence-transformers applies the prompt (see ``clusterns_ray.prompt_module``)."""
+    module = {"idx": 0, "name": "0", "path": "", "type": "clusterns_ray.prompt_module.PromptEncoder"}
+    _write_json(path / "modules.json", [module])
+    _write_json(path / "config_sentence_transformers.json", {"similarity_fn_name": "cosine"})
+
+
 def _write_layer_weights(path: Path, pooling: str, width: int, layers: int) -> None:
     from safetensors.torch import save_file
 

@@ -75,7 +75,7 @@ def tokenize(
             "sentence goes in one place; write {sentence} exactly once"
         )
     head, tail = prompt.split("{sentence}")
-    most = max_length + len(_encode(tokenizer, [head + tail], add_special_tokens=False)["input_ids"][0])
+    most = max_length + prompt_length(prompt, tokenizer)
     rows = _encode(tokenizer, [head + text + tail for text in sentences])["input_ids"]
     pending = [i for i, ids in enumerate(rows) if len(ids) > most]
     if not pending:
@@ -93,6 +93,30 @@ def tokenize(
             keep[i] -= len(ids) - most
         pending = [i for i in pending if len(rows[i]) > most]
     return rows, truncated
+
+
+def prompt_length(prompt: str, tokenizer: Any) -> int:
+    """Tokens of the bare prompt, without special ones: what a row may have beyond ``max_length``."""
+    return len(_encode(tokenizer, [prompt.replace("{sentence}", "")], add_special_tokens=False)["input_ids"][0])
+
+
+def prompt_frame(prompt: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt before and after the sentence, special tokens included.
+
+    They are what is around a sentence in :func:`tokenize`: a prompt's seams may hold blanks that are tokens of their
+    own where nothing stands between them.
+    """
+    head, tail = prompt.split("{sentence}")
+    probe = "a"
+    encoded = _encode(tokenizer, [head + probe + tail], return_offsets_mapping=True)
+    ids, spans = encoded["input_ids"][0], encoded["offset_mapping"][0]
+    inside = [i for i, (start, end) in enumerate(spans) if start < len(head) + len(probe) and end > len(head)]
+    return ids[: inside[0]], ids[inside[-1] + 1 :]
+
+
+def reframe(ids: Sequence[int], old: tuple[list[int], list[int]], new: tuple[list[int], list[int]]) -> list[int]:
+    """The row of another prompt around the same sentence, from frames of :func:`prompt_frame`."""
+    return [*new[0], *ids[len(old[0]) : len(ids) - len(old[1])], *new[1]]
 
 
 def _encode(tokenizer: Any, texts: list[str], **options: Any) -> Any:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from clusterns_ray import distributed
+from clusterns_ray.backbone import load_language_model
 from clusterns_ray.clustering.backend import spherical_kmeans
 from clusterns_ray.clustering.describe import describe_clusters
 from clusterns_ray.clustering.health import ClusterHealth
@@ -25,16 +26,19 @@ from clusterns_ray.data.batches import BatchOrder, permute, stream_key
 from clusterns_ray.data.tokens import TokenStore
 from clusterns_ray.encoder import Encoder
 from clusterns_ray.errors import NonFiniteError
+from clusterns_ray.models import resolve_model
 from clusterns_ray.training.alarms import Alarms
 from clusterns_ray.training.checkpoint import load_newest, replace_directory, save_checkpoint, write_atomic
 from clusterns_ray.training.dev import DevSet, encode_together
 from clusterns_ray.training.environment import describe_environment
 from clusterns_ray.training.exclusive import exclusive
-from clusterns_ray.training.layout import Layout, lay_out, to_device
+from clusterns_ray.training.layout import Layout, lay_out
 from clusterns_ray.training.metrics import MetricsLog, step_metrics
+from clusterns_ray.training.mlm import head_state
 from clusterns_ray.training.model_card import model_card
-from clusterns_ray.training.objective import Objective, Shard, TwoViews
+from clusterns_ray.training.objective import Objective, TwoViews
 from clusterns_ray.training.optim import Optimizer, learning_rate
+from clusterns_ray.training.shards import Shard, ShardReader
 from clusterns_ray.training.trackers import Trackers
 
 Watch = Callable[[dict[str, Any]], None]
@@ -123,8 +127,8 @@ def _train(run: Run, score_before: float | None) -> dict[str, Any]:
         step = run.progress.step
         layout, shards = run.batch(step)
 
-        z1_bD, z2_bD = run.model(shards)
-        step_loss = run.objective(z1_bD, z2_bD, layout)
+        z1_bD, z2_bD, mlm = run.model(shards)
+        step_loss = run.objective(z1_bD, z2_bD, layout, mlm)
         run.health.observe(run.clustering.centroids_KD, step_loss.counts_K)
         rate = learning_rate(step, run.total_steps, config.train)
         grad_norm = run.optimizer.step(step_loss.to_backward, rate)
@@ -173,7 +177,8 @@ class Run:
 
         precision = resolve_precision(config.train.precision, device)
         self.encoder = Encoder.for_training(config.encoder, stream_key("head", config.seed)).to(device).train()
-        self.views = TwoViews(self.encoder, precision)
+        self.shards = ShardReader(config, self.tokens, self.encoder.tokenizer, device)
+        self.views = TwoViews(self.encoder, precision, self.load_language_model())
         self.model = distributed.data_parallel(self.views)
         self.optimizer = Optimizer(self.views, config.train, precision, device)
         c = config.clustering
@@ -199,15 +204,15 @@ class Run:
         epoch, step_in_epoch = divmod(step, self.order.steps_per_epoch)
         rows = self.order.sample_ids(epoch, step_in_epoch)
         layout = lay_out(rows, self.tokens.lengths(rows), self.config.train.shards)
-        return layout, [self.shard(layout, shard, step) for shard in layout.hands[layout.rank]]
+        return layout, [self.shards(layout, shard, step) for shard in layout.hands[layout.rank]]
 
-    def shard(self, layout: Layout, shard: int, step: int) -> Shard:
-        input_ids, mask = self.tokens.tokens(layout.shard_rows(shard), self.encoder.tokenizer.pad_token_id or 0)
-        return Shard(
-            to_device(input_ids, self.device),
-            to_device(mask, self.device),
-            stream_key("dropout", self.config.seed, step, shard),
-        )
+    def load_language_model(self) -> Any:
+        """The head of masked language modelling around the encoder's backbone, where its loss is on."""
+        if not self.config.loss.mlm_weight:
+            return None
+        encoder = self.config.encoder
+        source = resolve_model(encoder.name)
+        return load_language_model(source, self.encoder.backbone, revision=encoder.revision).to(self.device).train()
 
     def due(self, every: int) -> bool:
         return self.progress.step % every == 0 or self.progress.step == self.total_steps
@@ -224,9 +229,8 @@ class Run:
         """
         if self.model is self.views:
             return
-        ids = torch.full((1, 4), self.encoder.tokenizer.cls_token_id or 0, device=self.device)
-        z1_bD, z2_bD = self.model([Shard(ids, torch.ones_like(ids), 0)])
-        (z1_bD.sum() + z2_bD.sum()).backward()
+        z1_bD, z2_bD, mlm = self.model([self.shards.dummy()])
+        (z1_bD.sum() + z2_bD.sum() + mlm[0]).backward()
         self.optimizer.adamw.zero_grad(set_to_none=True)
 
     def sample_centroids(self) -> torch.Tensor:
@@ -267,7 +271,7 @@ class Run:
             write_atomic(self.run_dir / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
     def log_step(self, step_loss: Any, layout: Layout, rate: float, grad_norm: torch.Tensor) -> None:
-        values: dict[str, Any] = step_metrics(step_loss, layout.size)
+        values: dict[str, Any] = step_metrics(step_loss, layout.size, mlm=self.config.loss.mlm_weight > 0)
         if step_loss.counts_K is not None:
             values["empty_clusters"] = self.health.empty()
         skipped, in_a_row = self.optimizer.skipped.tolist()
@@ -372,6 +376,7 @@ class Run:
             return
         state = {
             "encoder": self.encoder.state_dict(),
+            "language_model_head": head_state(self.views.language_model) if self.views.language_model else None,
             "optimizer": self.optimizer.state_dict(),
             "clustering": self.clustering.state_dict(),
             "health": self.health.state_dict(),
@@ -395,6 +400,8 @@ class Run:
         if found:
             state = found[1]
             self.encoder.load_state_dict(state["encoder"])
+            if self.views.language_model is not None:
+                self.views.language_model.load_state_dict(state["language_model_head"], strict=False)
             self.optimizer.load_state_dict(state["optimizer"])
             self.clustering.load_state_dict(state["clustering"], self.device)
             self.health.load_state_dict(state["health"], self.device)

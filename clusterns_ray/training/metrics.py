@@ -44,10 +44,12 @@ def _step_of(line: str) -> int:
         return 2**62
 
 
-def step_metrics(step_loss: StepLoss, batch_size: int) -> dict[str, float]:
+def step_metrics(step_loss: StepLoss, batch_size: int, *, mlm: bool = False) -> dict[str, float]:
     """The values of one step over all workers. One small all-reduce; waits for the device."""
     shares = distributed.all_reduce_sum(step_loss.shares.clone())
     values: dict[str, float] = dict(zip(SHARE_NAMES, shares.tolist(), strict=True))
+    if not mlm:
+        del values["mlm"]
     if step_loss.counts_K is None:
         del values["hard_negative_cosine"]
         return values

@@ -19,38 +19,44 @@ from clusterns_ray.config import LossConfig
 from clusterns_ray.encoder import Encoder
 from clusterns_ray.losses import ClusterNSLoss, Clusters, clusterns_loss_share, info_nce_share
 from clusterns_ray.training.layout import Layout
+from clusterns_ray.training.mlm import prediction_loss
+from clusterns_ray.training.shards import Shard
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Shard(NamedTuple):
-    """The unit of padding, of randomness and of distribution."""
-
-    input_ids_BT: Tensor
-    attention_mask_BT: Tensor
-    dropout_key: int
-    """seeds dropout, so that it does not depend on which worker computes the shard, nor after what"""
-
-
 class TwoViews(nn.Module):
-    """Both views of every shard: two dropout draws of one forward pass. The part with gradients, so DDP wraps it."""
+    """Both views of every shard: two dropout draws of one forward pass, or a pass for each prompt. The part with
+    gradients, so DDP wraps it."""
 
-    def __init__(self, encoder: Encoder, precision: str):
+    def __init__(self, encoder: Encoder, precision: str, language_model: nn.Module | None = None):
         super().__init__()
         self.encoder = encoder
+        self.language_model = language_model
         self.dtype = DTYPES[precision]
 
-    def forward(self, shards: list[Shard]) -> tuple[Tensor, Tensor]:
-        """``(z1_bD, z2_bD)`` in float32, the shards' rows one after the other."""
+    def forward(self, shards: list[Shard]) -> tuple[Tensor, Tensor, Tensor]:
+        """``(z1_bD, z2_bD)`` in float32, the shards' rows one after the other; and of masked language modelling the
+        sum of the losses and the number of tokens (2), zeros where it is off."""
         views = []
+        mlm = torch.zeros(2, device=shards[0].input_ids_BT.device)
         device = shards[0].input_ids_BT.device.type
         # One context for all shards, as it casts each weight once.
         with torch.autocast(device, self.dtype) if self.dtype != torch.float32 else nullcontext():
             for shard in shards:
                 torch.manual_seed(shard.dropout_key)
-                z = self.encoder(shard.input_ids_BT.repeat(2, 1), shard.attention_mask_BT.repeat(2, 1))
-                views.append(self.encoder.project(z).float().chunk(2))
-        return torch.cat([z1 for z1, _ in views]), torch.cat([z2 for _, z2 in views])
+                views.append(self.encoder.project(self._both(shard)).float().chunk(2))
+                if self.language_model is not None and shard.masked is not None:
+                    ids_BT, labels_BT = shard.masked
+                    mlm = mlm + prediction_loss(self.language_model, ids_BT, shard.attention_mask_BT, labels_BT)
+        return torch.cat([z1 for z1, _ in views]), torch.cat([z2 for _, z2 in views]), mlm
+
+    def _both(self, shard: Shard) -> Tensor:
+        """First the embeddings of the first view, then those of the second."""
+        if shard.second is None:
+            return self.encoder(shard.input_ids_BT.repeat(2, 1), shard.attention_mask_BT.repeat(2, 1))
+        first = self.encoder(shard.input_ids_BT, shard.attention_mask_BT)
+        return torch.cat([first, self.encoder(*shard.second, view=1)])
 
 
 class StepLoss(NamedTuple):
@@ -64,7 +70,7 @@ class StepLoss(NamedTuple):
     """rows of the global batch in each cluster, or None before clustering has started"""
 
 
-SHARE_NAMES = ("loss", "info_nce", "bml", "mean_cosine", "hard_negative_cosine")
+SHARE_NAMES = ("loss", "info_nce", "bml", "mean_cosine", "hard_negative_cosine", "mlm")
 
 
 class Objective:
@@ -87,8 +93,8 @@ class Objective:
         self.first_centroid = first_centroid
         self.initial_centroids = initial_centroids
 
-    def __call__(self, z1_bD: Tensor, z2_bD: Tensor, layout: Layout) -> StepLoss:
-        """Loss of this worker's rows against the whole batch.
+    def __call__(self, z1_bD: Tensor, z2_bD: Tensor, layout: Layout, mlm: Tensor | None = None) -> StepLoss:
+        """Loss of this worker's rows against the whole batch; ``mlm`` as :class:`TwoViews` gives it.
 
         Order: keys are gathered; until clustering has started the loss is InfoNCE, also in the very step that
         creates the centroids; after that the centroids move first, and hard negatives, false negatives and loss
@@ -114,8 +120,13 @@ class Objective:
             if self.clustering.num_clusters:
                 self._start_clustering(mean_cosine, z1_bD, z2_BD, layout)
 
-        shares = torch.stack([*(term.detach() for term in terms), mean_cosine, hard_negative_cosine])
-        return StepLoss(terms.loss * distributed.world_size(), shares, counts_K)
+        loss, mlm_share = terms.loss, torch.zeros_like(mean_cosine)
+        if self.loss.mlm_weight and mlm is not None:
+            tokens = distributed.all_reduce_sum(mlm[1].detach().clone())
+            mlm_share = mlm[0] / tokens.clamp(min=1)
+            loss = loss + self.loss.mlm_weight * mlm_share
+        shares = [loss, terms.info_nce, terms.bml, mean_cosine, hard_negative_cosine, mlm_share]
+        return StepLoss(loss * distributed.world_size(), torch.stack([share.detach() for share in shares]), counts_K)
 
     def _assign(self, cos_bK: Tensor, layout: Layout) -> Clusters:
         nearest_b, second_b = nearest_two(cos_bK)

@@ -100,7 +100,7 @@ def all_cases(config: Config, tokens_dir: Path, run_dir: Path) -> dict[str, Any]
     found["own_rows_alone"] = step_gradients(run, objective_of(run, "plain"), 1)
     distributed.all_gather_rows = gather
 
-    z1_bD, z2_bD = (z.detach() for z in run.views(run.batch(1)[1]))
+    z1_bD, z2_bD = (z.detach() for z in run.views(run.batch(1)[1])[:2])
     found["views_apart"] = float((z1_bD - z2_bD).norm() / z1_bD.norm())
     found["shares"] = {
         batch: len(z) for batch, step in STEPS.items() for z in [run.batch(step)[0].positive_b(run.device)]
@@ -116,14 +116,14 @@ def objective_of(run: Run, name: str) -> Objective:
     objective = Objective(case.loss(), Clustering(K, 1.0, RATE, case.update), FIRST)
     layout, shards = run.batch(0)
     with torch.no_grad():
-        objective(*run.views(shards), layout)
+        objective(*run.views(shards)[:2], layout)
     assert objective.clustering.started
     return objective
 
 
 def step_gradients(run: Run, objective: Objective, step: int, divide_by: int = 1) -> Gradients:
     layout, shards = run.batch(step)
-    z1_bD, z2_bD = run.model(shards)
+    z1_bD, z2_bD, _ = run.model(shards)
     return gradients_of(run, objective(z1_bD, z2_bD, layout).to_backward / divide_by)
 
 
@@ -135,7 +135,7 @@ def gradients_of(run: Run, loss: torch.Tensor) -> Gradients:
 
 def pure_gradients(run: Run, name: str, step: int) -> Gradients:
     """From the pure functions over the whole batch in float64, behind the same float32 encoder."""
-    z1_BD, z2_BD = (z.double() for z in run.views(run.batch(step)[1]))
+    z1_BD, z2_BD = (z.double() for z in run.views(run.batch(step)[1])[:2])
     if name == "plain":
         return gradients_of(run, info_nce(z1_BD, z2_BD, PLAIN.temperature))
     case, loss = CLUSTERED[name], CLUSTERED[name].loss()
@@ -144,7 +144,7 @@ def pure_gradients(run: Run, name: str, step: int) -> Gradients:
     centroids_KD, members_BD = centroids_KD.double(), z1_BD.detach()
     statistics = member_statistics(members_BD, assign(members_BD, centroids_KD)[0], K)
     moved_KD = update_centroids(centroids_KD, *statistics, RATE, case.update)
-    settings = loss.model_dump()
+    settings = loss.model_dump(exclude={"mlm_weight", "mlm_probability"})
     return gradients_of(run, clusterns_loss(z1_BD, z2_BD, moved_KD, **settings).loss)
 
 
@@ -226,7 +226,7 @@ def five_steps(config: Config, tokens_dir: Path, run_dir: Path) -> dict[str, Any
     centroids = []
     for step in range(6):
         layout, shards = run.batch(step)
-        run.optimizer.step(objective(*run.model(shards), layout).to_backward, 1e-3)
+        run.optimizer.step(objective(*run.model(shards)[:2], layout).to_backward, 1e-3)
         assert objective.clustering.centroids_KD is not None
         centroids.append(objective.clustering.centroids_KD.clone())
     return {"centroids": centroids, "weights": [p.detach().clone() for p in run.views.parameters()]}
@@ -266,7 +266,7 @@ def shapes_of_two_steps(config: Config, tokens_dir: Path, run_dir: Path) -> set[
     with Shapes() as shapes:
         for step in range(2):
             layout, shards = run.batch(step)
-            run.optimizer.step(objective(*run.model(shards), layout).to_backward, 1e-3)
+            run.optimizer.step(objective(*run.model(shards)[:2], layout).to_backward, 1e-3)
     assert objective.clustering.started
     return shapes.seen
 

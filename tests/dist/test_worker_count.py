@@ -90,6 +90,32 @@ def test_1_2_and_4_workers_make_the_same_run(make_job, name: str):
             assert result[key] == alone[key], key
 
 
+EXTRAS = {
+    "encoder": {
+        "pooling": "mask",
+        "prompt": 'this sentence of "{sentence}" means [MASK].',
+        "second_prompt": 'this sentence : "{sentence}" means [MASK].',
+        "denoise": True,
+    },
+    "loss": {"mlm_weight": 0.1},
+    "train": {"max_steps": 8},
+}
+
+
+def test_prompts_and_masked_language_modelling_do_not_depend_on_the_workers_either(make_job):
+    job = make_job(**EXTRAS)
+    jobs = {ranks: job.named(f"on-{ranks}") for ranks in (1, 2, 4)}
+    results = {ranks: run_ranks(train_here, ranks, jobs[ranks])[0] for ranks in jobs}
+    records = {ranks: read_metrics(jobs[ranks].run_dir / "metrics.jsonl") for ranks in jobs}
+    parts = {ranks: [(r["info_nce"], r["mlm"]) for r in records[ranks] if "loss" in r] for ranks in jobs}
+    assert len(parts[1]) == 8 and all(info_nce > 0 and mlm > 0 for info_nce, mlm in parts[1])
+    for ranks in (2, 4):
+        assert losses(jobs[ranks]) == pytest.approx(losses(jobs[1]), rel=1e-5)
+        for found, expected in zip(parts[ranks], parts[1], strict=True):
+            assert found == pytest.approx(expected, rel=1e-5)
+        assert results[ranks]["sts_dev"] == pytest.approx(results[1]["sts_dev"], abs=0.01)
+
+
 def final_state(job: Job) -> dict[str, torch.Tensor]:
     """Weights, head included, and centroids after the last step."""
     newest = list_checkpoints(job.run_dir / "checkpoints")[0]

@@ -18,6 +18,7 @@ from clusterns_ray.config import Config, make_config
 from clusterns_ray.data.prepare import Prepared, prepare
 from clusterns_ray.encoder import Encoder
 from clusterns_ray.errors import CheckpointError, ClusterNSError, NonFiniteError
+from clusterns_ray.tokenization import tokenize
 from clusterns_ray.training import loop
 from clusterns_ray.training.checkpoint import list_checkpoints
 from clusterns_ray.training.dev import DevSet
@@ -65,7 +66,7 @@ class Lab:
         run_dir.mkdir(parents=True, exist_ok=True)
         return train_worker(
             config,
-            tokens_dir=self.prepared.tokens_dir,
+            tokens_dir=prepare(config).tokens_dir,
             sts_dir=config.evaluation.sts,
             run_dir=run_dir,
             device=CPU,
@@ -272,6 +273,41 @@ def test_the_run_is_a_function_of_its_seed(lab: Lab, tmp_path: Path) -> None:
     assert losses("c", 2) != first
 
 
+def test_masked_language_modelling_leaves_the_contrastive_part_untouched(lab: Lab, tmp_path: Path) -> None:
+    records = {}
+    for name, weight in (("off", 0.0), ("on", 0.5), ("more", 0.6)):
+        lab.run(tmp_path / name, lab.config(loss={"mlm_weight": weight}, train={"max_steps": 3}))
+        records[name] = [r for r in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in r]
+    first = {name: found[0] for name, found in records.items()}
+    assert first["on"]["info_nce"] == first["off"]["info_nce"] == first["more"]["info_nce"]
+    assert first["on"]["mlm"] == first["more"]["mlm"] > 1 and "mlm" not in first["off"]
+    for name, weight in (("on", 0.5), ("more", 0.6)):
+        for record in records[name]:
+            expected = record["info_nce"] + 0.1 * record["bml"] + weight * record["mlm"]
+            assert record["loss"] == pytest.approx(expected, rel=1e-5)
+    assert records["on"][1]["info_nce"] != records["off"][1]["info_nce"], "its gradient reaches the encoder"
+    state = torch.load(tmp_path / "on" / "checkpoints" / "step-00000003" / "state.pt", weights_only=True)
+    assert state["language_model_head"] and not any("bert." in name for name in state["language_model_head"])
+    exported = Encoder.load(tmp_path / "on" / "model").backbone.state_dict()
+    assert set(exported) == set(Encoder.load(tmp_path / "off" / "model").backbone.state_dict())
+
+
+def test_two_prompts_make_two_different_views(lab: Lab, tmp_path: Path) -> None:
+    config = lab.config(**RESUMED["prompt"])
+    run = Run(config, prepare(config).tokens_dir, None, tmp_path, CPU, lambda event: None, lambda metrics: None)
+    shard = run.batch(0)[1][0]
+    assert shard.second is not None
+    tokenizer, texts = run.encoder.tokenizer, run.tokens.texts(run.batch(0)[0].shard_rows(0))
+    for ids, prompt in ((shard.input_ids_BT, PROMPT), (shard.second[0], SECOND_PROMPT)):
+        rows = [[token for token in row if token != tokenizer.pad_token_id] for row in ids.tolist()]
+        assert rows == tokenize(texts, tokenizer, config.encoder.max_length, prompt)[0]
+    run.encoder.eval()
+    z1, z2, _ = run.views([shard])
+    expected = run.encoder.project(run.encoder(*shard.second, view=1))
+    torch.testing.assert_close(z2, expected, rtol=0, atol=1e-6)
+    assert (z1 - z2).abs().max() > 1e-3
+
+
 # ---- stopping early -----------------------------------------------------------------------------------------------
 
 
@@ -327,6 +363,9 @@ def kill_at(step: int, kind: str = "step") -> Callable[[dict[str, Any]], None]:
     return watch
 
 
+PROMPT = 'this sentence of "{sentence}" means [MASK].'
+SECOND_PROMPT = 'this sentence : "{sentence}" means [MASK].'
+
 RESUMED: dict[str, dict[str, dict[str, Any]]] = {
     "clustering": {},
     "before clustering": {"clustering": {"start_cosine": -1.0}},
@@ -334,6 +373,8 @@ RESUMED: dict[str, dict[str, dict[str, Any]]] = {
     "sum": {"clustering": {"update": "sum", "rate": 0.01}, "data": {"order": "random"}},
     "bf16": {"train": {"precision": "bf16", "schedule": "cosine", "warmup_ratio": 0.3}},
     "fp16": {"train": {"precision": "fp16", "weight_decay": 0.1}},
+    "prompt": {"encoder": {"pooling": "mask", "prompt": PROMPT, "second_prompt": SECOND_PROMPT, "denoise": True}},
+    "mlm": {"loss": {"mlm_weight": 0.1}},
 }
 
 
