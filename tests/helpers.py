@@ -52,12 +52,15 @@ def write_pairs(path: Path, count: int = 40, seed: int = 1) -> Path:
     return path
 
 
-def make_tiny_model(directory: Path, kind: str = "bert", *, layers: int = 2, dropout: float | None = 0.1) -> Path:
+def make_tiny_model(
+    directory: Path, kind: str = "bert", *, layers: int = 2, dropout: float | None = 0.1, positions: int = 64
+) -> Path:
     """A randomly drawn encoder of width 32 with a fast tokenizer, as ``save_pretrained`` writes it.
 
     Args:
         kind: one of ``ARCHITECTURES``.
         dropout: every dropout of the model; None leaves the architecture's own.
+        positions: tokens that it reads at most.
     """
     import torch
     import transformers
@@ -65,20 +68,21 @@ def make_tiny_model(directory: Path, kind: str = "bert", *, layers: int = 2, dro
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     tokenizer = _byte_tokenizer() if kind in ("roberta", "modernbert") else _word_tokenizer(kind)
+    tokenizer.model_max_length = positions
     common: dict[str, Any] = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     layered = {"num_hidden_layers": layers, "num_attention_heads": 2, "hidden_size": WIDTH, "intermediate_size": 48}
     rates = {} if dropout is None else {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     if kind == "distilbert":
         rates = {} if dropout is None else {"dropout": dropout, "attention_dropout": dropout}
         shape: dict[str, Any] = {"dim": WIDTH, "hidden_dim": 48, "n_layers": layers, "n_heads": 2}
-        config: Any = transformers.DistilBertConfig(**common, **shape, **rates, max_position_embeddings=64)
+        config: Any = transformers.DistilBertConfig(**common, **shape, **rates, max_position_embeddings=positions)
     elif kind == "modernbert":
         rates = (
             {} if dropout is None else dict.fromkeys(("embedding_dropout", "mlp_dropout", "attention_dropout"), dropout)
         )
         ends = {"cls_token_id": tokenizer.cls_token_id, "sep_token_id": tokenizer.sep_token_id}
         ends |= {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
-        config = transformers.ModernBertConfig(**common, **layered, **rates, **ends, max_position_embeddings=64)
+        config = transformers.ModernBertConfig(**common, **layered, **rates, **ends, max_position_embeddings=positions)
     else:
         classes = {
             "bert": transformers.BertConfig,
@@ -86,8 +90,8 @@ def make_tiny_model(directory: Path, kind: str = "bert", *, layers: int = 2, dro
             "mpnet": transformers.MPNetConfig,
         }
         # RoBERTa and MPNet number positions from behind the padding index.
-        positions = 64 if kind == "bert" else 66
-        config = classes[kind](**common, **layered, **rates, max_position_embeddings=positions)
+        table = positions if kind == "bert" else positions + 2
+        config = classes[kind](**common, **layered, **rates, max_position_embeddings=table)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         model = transformers.AutoModel.from_config(config)
@@ -138,7 +142,6 @@ def _word_tokenizer(kind: str) -> Any:
         pad_token=pad,
         unk_token="[UNK]",
         mask_token=mask,
-        model_max_length=64,
         model_input_names=["input_ids", "attention_mask"],
     )
 
@@ -170,6 +173,5 @@ def _byte_tokenizer() -> Any:
         pad_token="<pad>",
         unk_token="<unk>",
         mask_token="<mask>",
-        model_max_length=64,
         model_input_names=["input_ids", "attention_mask"],
     )

@@ -83,7 +83,8 @@ def read_sentences(
         spec: one of the following, or a list of them, read in the order given and each file once:
             a path; a glob (``*``, ``?``, ``[a-z]`` within a name, ``**`` across directories), files sorted;
             a URL ``s3://``, ``gs://`` or ``file://``, with globs of ``*``;
-            ``hf://NAME[:split]``, a dataset of the Hugging Face hub or a local directory of one.
+            ``hf://NAME[:split]``, a dataset of the Hugging Face hub or a local directory of one;
+            ``hf://OWNER/NAME/FILE``, one file of a dataset of the hub, downloaded once.
             The suffix tells the format: ``.csv`` and ``.tsv`` with a header, ``.jsonl``, ``.ndjson`` and
             ``.json`` with an object a line, ``.parquet``, and anything else with a sentence a line.
             All but parquet may be compressed: ``.gz``, ``.bz2``, ``.zst``.
@@ -120,7 +121,10 @@ def _rows(file: _File, text_column: str) -> Iterator[str | None]:
     """The raw rows of one source; None for a null."""
     name, filesystem = file.source.path, file.filesystem
     if filesystem is None:
-        yield from _read_hub(name, text_column)
+        if (part := _hub_file(file.location)) is not None:
+            yield from _rows(_download(part, file.source), text_column)
+        else:
+            yield from _read_hub(name, text_column)
         return
     stem, suffix = os.path.splitext(file.location.lower())
     compressed = suffix in _COMPRESSED
@@ -263,6 +267,22 @@ def _read_hub(name: str, text_column: str) -> Iterator[str | None]:
         ) from error
 
 
+def _download(part: tuple[str, str], source: Source) -> _File:
+    """A file of a dataset of the hub, in the hub's own cache."""
+    from huggingface_hub import hf_hub_download
+    from pyarrow.fs import LocalFileSystem
+
+    dataset, file = part
+    try:
+        path = hf_hub_download(dataset, file, repo_type="dataset")
+    except Exception as error:  # the library raises whatever the network does
+        raise DataError(
+            f"{source.path}: file {file!r} of dataset {dataset!r} cannot be had ({type(error).__name__}: "
+            f"{error}); check the names; a machine without network needs the file itself: give its path"
+        ) from error
+    return _File(source, LocalFileSystem(), path)
+
+
 def _text_of(record: Any, where: str, text_column: str) -> str | None:
     """The sentence of a record, None for a null."""
     if text_column not in record:
@@ -385,11 +405,22 @@ def _hub_name(url: str) -> tuple[str, str]:
     return os.path.expanduser(stem), split or "train"
 
 
+def _hub_file(url: str) -> tuple[str, str] | None:
+    """Dataset and file of ``hf://OWNER/NAME/FILE``; None where ``url`` names a dataset or a local directory."""
+    name = os.path.expanduser(url[len("hf://") :])
+    parts = name.split("/")
+    if len(parts) < 3 or not all(parts) or os.path.isdir(_hub_name(url)[0]) or "." not in parts[-1]:
+        return None
+    return "/".join(parts[:2]), "/".join(parts[2:])
+
+
 def _hub_source(url: str) -> Source:
     """A local directory is known by the size and the last change of its files together, else by its name."""
     name, split = _hub_name(url)
     if not name:
         raise DataError(f"{url!r} names no dataset; write hf://NAME or hf://NAME:split")
+    if _hub_file(url) is not None:
+        return Source(url)
     if not os.path.isdir(name):
         return Source(f"hf://{name}:{split}")
     name = os.path.abspath(name)

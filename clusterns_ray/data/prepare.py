@@ -14,6 +14,7 @@ from clusterns_ray.data.corpus import ReadCounts, list_sources, read_sentences
 from clusterns_ray.data.documents import Document, document_sentences, list_documents, read_documents
 from clusterns_ray.data.structure import write_structure_dev
 from clusterns_ray.data.tokens import TokenStore, prepare_tokens, reuse_tokens
+from clusterns_ray.evaluation.hub import fetch_sts
 from clusterns_ray.models import resolve_model
 
 STRUCTURE_PAIRS = 2000
@@ -72,6 +73,9 @@ def prepare(
             documents = list(read_documents(spec, config.data.text_column))
         return documents
 
+    sts_dir = config.evaluation.sts
+    if sts_dir == "hf":  # first, as a machine without a network has to be told at once
+        sts_dir = str(fetch_sts(cache / "sts-hub", [config.evaluation.dev], note))
     tokenizer = load_tokenizer(config)
     fingerprint = corpus_fingerprint(config, tokenizer)
     tokens_dir = cache / f"tokens-{_short_hash(fingerprint)}"
@@ -97,7 +101,6 @@ def prepare(
             counts=counts,
             progress=progress,
         )
-    sts_dir = config.evaluation.sts
     if sts_dir == "structure":
         identity = {"documents": documents_fingerprint(config), "pairs": STRUCTURE_PAIRS, "seed": STRUCTURE_SEED}
         directory = cache / f"structure-{_short_hash(identity)}"

@@ -12,6 +12,7 @@ from clusterns_ray.data.corpus import list_sources
 from clusterns_ray.data.documents import list_documents
 from clusterns_ray.data.prepare import corpus_is_documents, documents_of
 from clusterns_ray.errors import ConfigError
+from clusterns_ray.evaluation.hub import HUB
 from clusterns_ray.evaluation.sts import check_pairs_exist
 from clusterns_ray.models import local_model_config, resolve_model
 from clusterns_ray.training.trackers import missing_packages
@@ -41,10 +42,10 @@ def check_data(config: Config) -> None:
     if not corpus_is_documents(config):
         list_sources(config.data.corpus or "")
     sts = config.evaluation.sts
-    if sts == "hf":
+    if sts == "hf" and config.evaluation.dev not in HUB:
         raise ConfigError(
-            "evaluation.sts is hf, but the hub's sets cannot choose a step yet. Give a directory of TASK/SUBSET.jsonl "
-            "files, or `structure` with data.documents."
+            f"evaluation.dev is {config.evaluation.dev!r}, but with evaluation.sts hf it must be one of "
+            f"{', '.join(HUB)}."
         )
     if sts not in (None, "structure", "hf"):
         check_pairs_exist(Path(sts).expanduser(), config.evaluation.dev)

@@ -14,6 +14,7 @@ from typing import Any
 from clusterns_ray.config import Config, dump_config, make_config
 from clusterns_ray.data.prepare import Prepared, describe, prepare
 from clusterns_ray.errors import ClusterNSError, ConfigError
+from clusterns_ray.files import write_atomic
 from clusterns_ray.launch.preflight import check_request, run_directory, warn_of_faiss
 
 Watch = Callable[[dict[str, Any]], None]
@@ -58,8 +59,6 @@ def train(config: Config, watch: Watch = lambda event: None) -> dict[str, Any]:
 
 def save_config(config: Config, run_dir: Path) -> None:
     """Write ``config.yaml`` before anything else, as it is what makes a name taken."""
-    from clusterns_ray.training.checkpoint import write_atomic
-
     write_atomic(run_dir / "config.yaml", dump_config(config))
 
 

@@ -130,14 +130,6 @@ def remove_leftovers(final: Path) -> None:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a text file in one step."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    temporary.write_text(text, encoding="utf-8")
-    _flush(temporary)
-    os.replace(temporary, path)
-
-
 def _flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -26,9 +26,10 @@ from clusterns_ray.data.batches import BatchOrder, permute, stream_key
 from clusterns_ray.data.tokens import TokenStore
 from clusterns_ray.encoder import Encoder
 from clusterns_ray.errors import NonFiniteError
+from clusterns_ray.files import write_atomic
 from clusterns_ray.models import resolve_model
 from clusterns_ray.training.alarms import Alarms
-from clusterns_ray.training.checkpoint import load_newest, replace_directory, save_checkpoint, write_atomic
+from clusterns_ray.training.checkpoint import load_newest, replace_directory, save_checkpoint
 from clusterns_ray.training.dev import DevSet, encode_together
 from clusterns_ray.training.environment import describe_environment
 from clusterns_ray.training.exclusive import exclusive

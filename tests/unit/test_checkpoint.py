@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from clusterns_ray.errors import CheckpointError
+from clusterns_ray.files import write_atomic
 from clusterns_ray.training import checkpoint
 from clusterns_ray.training.checkpoint import (
     list_checkpoints,
@@ -18,7 +19,6 @@ from clusterns_ray.training.checkpoint import (
     replace_directory,
     save_checkpoint,
     verify,
-    write_atomic,
 )
 
 STAMP = "0123456789abcdef"

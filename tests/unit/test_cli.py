@@ -168,7 +168,10 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     ),
     "no documents": (["evaluation.sts=structure"], ["evaluation.sts is structure", "data.documents is not set"]),
     "missing STS directory": (["evaluation.sts=/none/sts"], ["'/none/sts'", "is not there", "TASK/SUBSET.jsonl"]),
-    "sts from the hub": (["evaluation.sts=hf"], ["evaluation.sts is hf", "Give a directory"]),
+    "dev set that the hub has not": (
+        ["evaluation.sts=hf", "evaluation.dev=STSB/train"],
+        ["evaluation.dev is 'STSB/train'", "evaluation.sts hf", "STSB/dev"],
+    ),
     "package": (["encoder.name=package:nobody_has_this/m"], ["'nobody_has_this'", "pip install nobody-has-this"]),
     "directory without a model": (["encoder.name=."], ["config.json", "save_pretrained"]),
     "path without a model": (["encoder.name=runs/old/model"], ["'runs/old/model'", "no such directory"]),

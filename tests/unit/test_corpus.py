@@ -353,3 +353,23 @@ def test_importing_is_light() -> None:
     code = "import sys, clusterns_ray.data.corpus; print(*{'pyarrow', 'datasets'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "" and corpus.__doc__
+
+
+def test_one_file_of_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    url = "hf://owner/name/folder/some.csv"
+    assert list_sources(url) == [Source(url)], "without asking the hub"
+    message = refusal(url)
+    assert "'folder/some.csv'" in message and "'owner/name'" in message and "give its path" in message
+
+    asked = []
+
+    def download(dataset: str, file: str, repo_type: str) -> str:
+        asked.append((dataset, file, repo_type))
+        (tmp_path / "some.csv").write_text("id,text\n1,one\n2,two\n")
+        return str(tmp_path / "some.csv")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert read(url) == ["one", "two"]
+    assert asked == [("owner/name", "folder/some.csv", "dataset")]

@@ -14,9 +14,9 @@ ROOT = Path(clusterns_ray.__file__).parent
 
 LAYERS: list[set[str]] = [
     {"errors", "distributed"},
-    {"config", "models", "tokenization"},
-    {"encoder", "backbone", "model_files", "losses", "clustering"},
-    {"data", "evaluation", "search"},
+    {"config", "files", "models", "tokenization"},
+    {"encoder", "prompt_module", "backbone", "model_files", "losses", "clustering"},
+    {"data", "evaluation", "embeddings", "search"},
     {"training"},
     {"launch"},
     {"tuning"},
@@ -34,6 +34,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "torch.distributed": ("distributed",),
     "torch.nn.parallel": ("distributed",),
     "optuna": ("tuning",),
+    "plotly": ("report",),
     "typer": ("cli",),
 }
 """Where a module outside the package may be imported: a module of ours, or all below it."""

@@ -15,6 +15,7 @@ from clusterns_ray.data import prepare as prepare_module
 from clusterns_ray.data.prepare import Prepared, cache_directory, describe, prepare
 from clusterns_ray.data.tokens import TokenStore
 from clusterns_ray.errors import ConfigError, DataError
+from clusterns_ray.evaluation import hub
 from clusterns_ray.evaluation.sts import read_pairs
 
 
@@ -235,3 +236,29 @@ def test_describe(config: Callable[..., Config], corpus: Path) -> None:
     assert "31 sentences" in text and f"{prepared.manifest['tokens']:,} tokens" in text
     assert "2 empty rows skipped" in text and "1 sentences cut to max_length" in text
     json.dumps(prepared.manifest)
+
+
+def test_the_dev_set_of_the_hub_is_fetched_once(
+    config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = tmp_path / "stand-in"
+    local.mkdir()
+    pairs = [{"sentence1": f"a {n}", "sentence2": f"b {n}", "score": float(n)} for n in range(4)]
+    (local / "validation.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    monkeypatch.setitem(hub.HUB, "STSB/dev", (str(local), "validation"))
+    settings = config(evaluation={"sts": "hf"})
+    prepared = prepare(settings)
+    assert prepared.sts_dir is not None and Path(prepared.sts_dir).parent == cache_directory(settings)
+    assert read_pairs(prepared.sts_dir, "STSB/dev").scores.tolist() == [0, 1, 2, 3]
+    (local / "validation.jsonl").unlink()
+    assert prepare(settings).sts_dir == prepared.sts_dir
+
+
+def test_a_hub_out_of_reach_is_told_before_the_corpus_is_tokenised(
+    config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(hub.HUB, "STSB/dev", ("no-one/has-this-data-set", "validation"))
+    settings = config(evaluation={"sts": "hf"})
+    with pytest.raises(ConfigError, match=r"evaluation\.sts"):
+        prepare(settings)
+    assert not list(cache_directory(settings).glob("tokens-*"))

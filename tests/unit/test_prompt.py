@@ -179,10 +179,10 @@ def test_a_prompt_takes_its_room_from_the_longest_text(tiny_models: Models, kind
     assert 60 <= longest <= 64, "all positions of the model are used, and no more"
     encoder.save(tmp_path)
     assert Encoder.load(tmp_path, max_length=9999).max_length == encoder.max_length
-    with pytest.raises(ConfigError, match="max_length is 60, but .* tokens besides the prompt"):
+    with pytest.raises(ConfigError, match=r"max_length is 60, but .* tokens besides the prompt"):
         make_encoder(tiny_models(kind), kind, max_length=60)
 
 
 def test_a_second_prompt_without_the_mask_is_refused(tiny_model: Path) -> None:
-    with pytest.raises(ConfigError, match="encoder.second_prompt must hold the mask token"):
+    with pytest.raises(ConfigError, match=r"encoder\.second_prompt must hold the mask token"):
         make_encoder(tiny_model, "bert", second_prompt="{sentence} means")

@@ -1,0 +1,40 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+
+from clusterns_ray.errors import ConfigError
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a UTF-8 text file in one step, flushed to disk first."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Refuse a file that could not be written in the end, before the work that it is for.
+
+    Raises:
+        ConfigError: its directory is not there or does not take files, or it is a directory itself.
+    """
+    reason = "it is a directory" if path.is_dir() else None
+    if reason is None:
+        probe = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            reason = error.strerror
+    if reason:
+        raise ConfigError(f"{option} {str(path)!r} cannot be written: {reason}. Choose another file.")
