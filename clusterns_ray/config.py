@@ -202,7 +202,10 @@ class RuntimeConfig(Section):
     cpus_per_worker: int = Field(default=1, ge=1)
     """CPUs reserved for each worker, which is also how many threads it computes with."""
     storage_path: str = "runs"
-    """Where runs live; on a cluster a directory that every node sees."""
+    """Where runs live: on a cluster a directory that every node sees, or s3://BUCKET/PREFIX, gs://BUCKET/PREFIX."""
+    local_path: str | None = None
+    """Where each machine keeps its copies when `storage_path` is in an object store; the environment variable
+    CLUSTERNS_LOCAL_PATH of that machine comes first, and a folder for temporary files last."""
     name: str = "clusterns"
     """The run's name; its files are in STORAGE_PATH/NAME. The same command again resumes it."""
     max_failures: int = Field(default=3, ge=-1)

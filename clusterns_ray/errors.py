@@ -21,3 +21,7 @@ class CheckpointError(ClusterNSError):
 
 class NonFiniteError(ClusterNSError):
     """Training met NaN or infinity and could not go on; the weights before it are safe."""
+
+
+class StorageError(ClusterNSError):
+    """An object store cannot be reached, or what it holds is damaged."""

@@ -11,12 +11,18 @@ from typing import Any
 from clusterns_ray.errors import ConfigError
 
 
+staged: dict[str, str] = {}
+"""Encoders by name that this machine has a copy of, made from another machine's directory."""
+
+
 def resolve_model(name: str) -> str:
     """A name as users write it to what transformers loads: a directory or a hub id.
 
     Raises:
         ConfigError: the directory or the package is not there.
     """
+    if name in staged:
+        return staged[name]
     if name.startswith("package:"):
         package, _, subdir = name.removeprefix("package:").partition("/")
         spec = importlib.util.find_spec(package) if package.isidentifier() else None

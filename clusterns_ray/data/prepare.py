@@ -16,6 +16,7 @@ from clusterns_ray.data.structure import write_structure_dev
 from clusterns_ray.data.tokens import TokenStore, prepare_tokens, reuse_tokens
 from clusterns_ray.evaluation.hub import fetch_sts
 from clusterns_ray.models import resolve_model
+from clusterns_ray.storage import local_copy
 
 STRUCTURE_PAIRS = 2000
 STRUCTURE_SEED = 0
@@ -34,8 +35,10 @@ class Prepared:
 
 
 def cache_directory(config: Config) -> Path:
-    """Where prepared data is kept: ``data.cache_dir``, else ``STORAGE_PATH/cache``."""
-    return Path(config.data.cache_dir or Path(config.runtime.storage_path) / "cache").expanduser().resolve()
+    """Where prepared data is kept: ``data.cache_dir``, else ``STORAGE_PATH/cache`` (its local copy)."""
+    if config.data.cache_dir is not None:
+        return Path(config.data.cache_dir).expanduser().resolve()
+    return local_copy(config.runtime.storage_path, config.runtime.local_path) / "cache"
 
 
 def documents_of(config: Config) -> str | list[str] | None:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
+import threading
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from clusterns_ray.config import Config, load_config
+import yaml
+
+from clusterns_ray.config import Config, make_config
 from clusterns_ray.data.corpus import list_sources
 from clusterns_ray.data.documents import list_documents
 from clusterns_ray.data.prepare import corpus_is_documents, documents_of
-from clusterns_ray.errors import ConfigError
+from clusterns_ray.errors import ConfigError, StorageError
 from clusterns_ray.evaluation.hub import HUB
 from clusterns_ray.evaluation.sts import check_pairs_exist
+from clusterns_ray.launch.places import read_run_file, run_directory, run_url
 from clusterns_ray.models import local_model_config, resolve_model
+from clusterns_ray.storage import Store, is_url, local_copy
 from clusterns_ray.training.trackers import missing_packages
 
-
-def run_directory(config: Config) -> Path:
-    """``STORAGE_PATH/NAME``, absolute: a worker's working directory is not the caller's."""
-    return Path(config.runtime.storage_path).expanduser().resolve() / config.runtime.name
+STORE_TIMEOUT_S = 20.0
 
 
 def check_request(config: Config) -> None:
@@ -64,14 +66,41 @@ def check_encoder(config: Config) -> None:
 
 def check_storage(config: Config) -> None:
     path = config.runtime.storage_path
-    if re.match(r"[a-z0-9]+://", path):
-        raise ConfigError(
-            f"runtime.storage_path is {path!r}: runs are written to a file system, not to an object store. Give a "
-            "directory that every node sees."
-        )
-    check_writable("runtime.storage_path", path)
+    if is_url(path):
+        check_store("runtime.storage_path", path)
+        check_writable("runtime.local_path", str(local_copy(path, config.runtime.local_path)))
+    else:
+        check_writable("runtime.storage_path", path)
     if config.data.cache_dir is not None:
         check_writable("data.cache_dir", config.data.cache_dir)
+
+
+def check_store(key: str, url: str) -> None:
+    """Write an object, read it and remove it: the rights to each are given apart."""
+    outcome: list[str | None] = []
+
+    def work() -> None:
+        name = f".write-test-{uuid.uuid4().hex[:8]}"
+        try:
+            store = Store(url, attempts=1)
+            store.write(name, b"clusterns")
+            same = store.read(name) == b"clusterns"
+            store.delete(name)
+            outcome.append(None if same else f"{url!r} does not give back what was written.")
+        except StorageError as error:
+            outcome.append(str(error))
+
+    # The clients of some clouds try for minutes where there is no network.
+    thread = threading.Thread(target=work, daemon=True, name="check_store")
+    thread.start()
+    thread.join(STORE_TIMEOUT_S)
+    reason = (
+        outcome[0]
+        if outcome
+        else (f"{url!r} did not answer within {STORE_TIMEOUT_S:.0f} s. Check the network, the URL and the credentials.")
+    )
+    if reason:
+        raise ConfigError(f"{key}: {reason}")
 
 
 def check_writable(key: str, path: str) -> None:
@@ -89,15 +118,16 @@ def check_writable(key: str, path: str) -> None:
 
 def check_name(config: Config) -> None:
     """A name in use belongs to one configuration: the same resumes, another is refused."""
-    saved = run_directory(config) / "config.yaml"
-    if not saved.is_file():
+    saved = read_run_file(config, "config.yaml")
+    if saved is None:
         return
-    other = load_config(saved)
+    other = make_config(yaml.safe_load(saved))
     if other.fingerprint() == config.fingerprint():
         return
+    where = run_url(config) or str(run_directory(config))
     differences = _differences(other.identity(), config.identity())
     raise ConfigError(
-        f"runtime.name is {config.runtime.name!r}, which {str(saved.parent)!r} holds already with another config: "
+        f"runtime.name is {config.runtime.name!r}, which {where!r} holds already with another config: "
         + "; ".join(f"{key} was {before!r} and is now {after!r}" for key, before, after in differences[:5])
         + (f"; and {len(differences) - 5} more" if len(differences) > 5 else "")
         + ". Choose another runtime.name, or go back to those values to resume it."

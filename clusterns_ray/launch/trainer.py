@@ -15,7 +15,9 @@ from clusterns_ray.config import Config, dump_config, make_config
 from clusterns_ray.data.prepare import Prepared, describe, prepare
 from clusterns_ray.errors import ClusterNSError, ConfigError
 from clusterns_ray.files import write_atomic
-from clusterns_ray.launch.preflight import check_request, run_directory, warn_of_faiss
+from clusterns_ray.launch.cluster import connect
+from clusterns_ray.launch.places import read_run_file, run_directory, run_store, run_url, stage, unstage, write_run_file
+from clusterns_ray.launch.preflight import check_request, warn_of_faiss
 
 Watch = Callable[[dict[str, Any]], None]
 
@@ -41,17 +43,17 @@ def train(config: Config, watch: Watch = lambda event: None) -> dict[str, Any]:
 
     check_request(config)
     run_dir = run_directory(config)
-    finished = run_dir / "result.json"
-    if finished.is_file():
+    finished = read_run_file(config, "result.json")
+    if finished is not None:
         note(f"{config.runtime.name!r} is finished, and left as it is. Choose another runtime.name to train anew.")
-        return json.loads(finished.read_text(encoding="utf-8"))
+        return json.loads(finished)
     warn_of_faiss(note)
     if config.runtime.use_gpu and config.runtime.num_workers == 0:
         _wants_gpu(config)
     prepared = prepare(config, note, lambda rows: watch({"event": "tokenised", "rows": rows}))
     note(("Corpus, as prepared before: " if prepared.reused else "Corpus: ") + describe(prepared.manifest))
-    run_dir.mkdir(parents=True, exist_ok=True)
-    save_config(config, run_dir)
+    # Before anything else, as it is what makes a name taken.
+    write_run_file(config, "config.yaml", dump_config(config))
     if config.runtime.num_workers == 0:
         return _train_here(config, prepared, run_dir, watch)
     return _train_on_ray(config, prepared, run_dir, watch)
@@ -71,6 +73,7 @@ def _train_here(config: Config, prepared: Prepared, run_dir: Path, watch: Watch)
     import torch
 
     from clusterns_ray.training.loop import train_worker
+    from clusterns_ray.training.mirror import mirror_of
 
     device = torch.device("cuda" if _wants_gpu(config) else "cpu")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -82,6 +85,7 @@ def _train_here(config: Config, prepared: Prepared, run_dir: Path, watch: Watch)
             device=device,
             watch=watch,
             command=command_line(),
+            mirror=mirror_of(run_url(config), run_dir),
         )
 
 
@@ -101,37 +105,9 @@ def _train_on_ray(config: Config, prepared: Prepared, run_dir: Path, watch: Watc
     # Train waits this long between looks at its workers, and each report waits for a look.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    if not os.environ.get("RAY_ADDRESS"):
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's default for a local start, said without its warning.
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-
-    started_ray = not ray.is_initialized()
-    if started_ray:
-        _start_ray(config, watch)
-    try:
+    needed = config.runtime.worker_counts()[-1] * config.runtime.cpus_per_worker
+    with connect(needed, lambda text: watch({"event": "note", "text": text})):
         return _fit(config, prepared, run_dir, watch)
-    finally:
-        if started_ray:
-            ray.shutdown()
-
-
-def _start_ray(config: Config, watch: Watch) -> None:
-    """Join the cluster that RAY_ADDRESS names, else start Ray on this machine."""
-    import logging
-
-    import ray
-
-    # The driver's directory is not shipped to the workers: the package is installed where they run.
-    options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**options)
-        return
-    cpus, needed = os.cpu_count() or 1, config.runtime.worker_counts()[-1] * config.runtime.cpus_per_worker
-    if needed > cpus:
-        text = f"{needed} CPUs are asked for on a machine with {cpus}: the workers share them and run slower."
-        watch({"event": "note", "text": text})
-    ray.init(num_cpus=max(cpus, needed), include_dashboard=False, **options)
 
 
 def _fit(config: Config, prepared: Prepared, run_dir: Path, watch: Watch) -> dict[str, Any]:
@@ -145,13 +121,14 @@ def _fit(config: Config, prepared: Prepared, run_dir: Path, watch: Watch) -> dic
         use_gpu = ray.cluster_resources().get("GPU", 0) > 0
     mailbox = ray.remote(num_cpus=0)(_Mailbox).remote()
     workers = config.runtime.num_workers
+    store = run_store(config)
     trainer = TorchTrainer(
         _ray_worker,
         train_loop_config={
             "config": config.resolved(),
-            "tokens_dir": str(prepared.tokens_dir),
-            "sts_dir": prepared.sts_dir,
-            "run_dir": str(run_dir),
+            "staged": stage(config, prepared),
+            # A worker's working directory is not the driver's; with a store each machine has a place of its own.
+            "run_dir": None if store else str(run_dir),
             "mailbox": mailbox,
             "command": command_line(),
         },
@@ -164,7 +141,7 @@ def _fit(config: Config, prepared: Prepared, run_dir: Path, watch: Watch) -> dic
         # What Ray keeps of an attempt is apart from the run: our checkpoints are what a run resumes from.
         run_config=RunConfig(
             name=f"{config.runtime.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
-            storage_path=str(run_dir / "ray"),
+            storage_path=(store / "ray").url if store else str(run_dir / "ray"),
             failure_config=FailureConfig(max_failures=config.runtime.max_failures),
         ),
     )
@@ -257,6 +234,7 @@ def _ray_worker(settings: dict[str, Any]) -> dict[str, Any]:
     from ray.train.torch import get_device
 
     from clusterns_ray.training.loop import train_worker
+    from clusterns_ray.training.mirror import mirror_of
 
     config = make_config(settings["config"])
     device = get_device()
@@ -264,15 +242,18 @@ def _ray_worker(settings: dict[str, Any]) -> dict[str, Any]:
     if device.type == "cpu":
         torch.set_num_threads(config.runtime.cpus_per_worker)
     try:
+        tokens_dir, sts_dir = unstage(config, settings["staged"])
+        run_dir = Path(settings["run_dir"] or run_directory(config))
         result = train_worker(
             config,
-            tokens_dir=settings["tokens_dir"],
-            sts_dir=settings["sts_dir"],
-            run_dir=settings["run_dir"],
+            tokens_dir=tokens_dir,
+            sts_dir=sts_dir,
+            run_dir=run_dir,
             device=device,
             watch=settings["mailbox"].put.remote,
             report=ray.train.report,
             command=settings["command"],
+            mirror=mirror_of(run_url(config), run_dir),
         )
     except ClusterNSError as error:
         return {"error": str(error)}

@@ -7,7 +7,8 @@ from typing import Any
 from clusterns_ray.clustering.health import EMPTY_AFTER
 
 EMPTY_SHARE = 0.3
-COLLAPSED_COSINE = 0.9
+SPREAD_COSINE, COLLAPSED_COSINE = 0.8, 0.9
+"""A mean cosine that was below the first and is above the second has come back; between them it only wavers."""
 
 
 class Alarms:
@@ -38,7 +39,7 @@ class Alarms:
                 f"At step {step}, {empty} of {self.num_clusters} clusters have had no sentence for {EMPTY_AFTER} "
                 "steps. Use fewer clusters (clustering.num_clusters), or move centroids faster (clustering.rate)."
             )
-        self.was_spread = self.was_spread or cosine <= COLLAPSED_COSINE
+        self.was_spread = self.was_spread or cosine <= SPREAD_COSINE
         new = [text for name, text in found.items() if name not in self.open]
         self.open = set(found)
         return new

@@ -7,6 +7,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from clusterns_ray.config import Config
 from clusterns_ray.data.batches import BatchOrder, permute, stream_key
 from clusterns_ray.data.tokens import TokenStore
 from clusterns_ray.encoder import Encoder
-from clusterns_ray.errors import NonFiniteError
+from clusterns_ray.errors import NonFiniteError, StorageError
 from clusterns_ray.files import write_atomic
 from clusterns_ray.models import resolve_model
 from clusterns_ray.training.alarms import Alarms
@@ -35,6 +36,7 @@ from clusterns_ray.training.environment import describe_environment
 from clusterns_ray.training.exclusive import exclusive
 from clusterns_ray.training.layout import Layout, lay_out
 from clusterns_ray.training.metrics import MetricsLog, step_metrics
+from clusterns_ray.training.mirror import NoMirror
 from clusterns_ray.training.mlm import head_state
 from clusterns_ray.training.model_card import model_card
 from clusterns_ray.training.objective import Objective, TwoViews
@@ -52,6 +54,9 @@ MAX_SKIPPED_IN_A_ROW = 10
 
 COLLAPSED = -100.0
 """The dev score of embeddings that are all alike, whose correlation is not defined: below any that is."""
+
+ONE_LAST_COPY_S = 60.0
+"""How long a run that failed still copies what it had finished."""
 
 DESCRIBED = 2048
 """Sentences of the corpus by which the clusters are described at the end of a run."""
@@ -84,12 +89,14 @@ def train_worker(
     report: Report = lambda metrics: None,
     command: Sequence[str] = (),
     score_before: float | None = None,
+    mirror: NoMirror | None = None,
 ) -> dict[str, Any]:
     """Train on this worker, alone or as one of a process group, resuming from the newest checkpoint of ``run_dir``.
 
     Args:
         command: what started the run, for ``environment.json``.
         score_before: the dev score of the untrained encoder, where it is known already.
+        mirror: copies the run to where it belongs, where ``run_dir`` is this machine's alone.
 
     Returns:
         What ``result.json`` holds; the same on every worker but for `seconds`.
@@ -99,13 +106,20 @@ def train_worker(
         CheckpointError: checkpoints are there but none can be used.
     """
     with exclusive(Path(run_dir), distributed.rank() == 0):
-        run = Run(config, Path(tokens_dir), sts_dir, Path(run_dir), device, watch, report)
+        mirror = mirror or NoMirror(Path(run_dir))
+        mirror.pull(files=distributed.rank() == 0)
+        run = Run(config, Path(tokens_dir), sts_dir, Path(run_dir), device, watch, report, mirror)
         run.restore()
         run.write_json("environment.json", describe_environment(device, command, distributed.world_size()))
         try:
             return _train(run, score_before)
+        except (Exception, KeyboardInterrupt):
+            with suppress(StorageError):  # what failed first is what has to be told
+                mirror.finish(ONE_LAST_COPY_S)
+            raise
         finally:
             run.trackers.close()
+            mirror.stop()
 
 
 def _train(run: Run, score_before: float | None) -> dict[str, Any]:
@@ -159,9 +173,11 @@ class Run:
         device: torch.device,
         watch: Watch,
         report: Report,
+        mirror: NoMirror | None = None,
     ):
         self.config, self.run_dir, self.device, self.report = config, run_dir, device, report
         self.is_main = distributed.rank() == 0
+        self.mirror = mirror or NoMirror(run_dir)
         self.watch: Watch = watch if self.is_main else lambda event: None
         self.tokens = TokenStore.open(tokens_dir)
         self.order = BatchOrder(
@@ -270,6 +286,7 @@ class Run:
         """A file of the run; worker 0 alone."""
         if self.is_main:
             write_atomic(self.run_dir / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+            self.mirror.push(name)
 
     def log_step(self, step_loss: Any, layout: Layout, rate: float, grad_norm: torch.Tensor) -> None:
         values: dict[str, Any] = step_metrics(step_loss, layout.size, mlm=self.config.loss.mlm_weight > 0)
@@ -366,10 +383,12 @@ class Run:
             (path / "README.md").write_text(model_card(self.config, asdict(self.progress)), encoding="utf-8")
 
         replace_directory(self.run_dir / "model", write)
+        self.mirror.push("model")
         if self.clustering.centroids_KD is not None:
             temporary = self.run_dir / ".centroids.npy"
             np.save(temporary, self.clustering.centroids_KD.cpu().numpy())
             temporary.replace(self.run_dir / "centroids.npy")
+            self.mirror.push("centroids.npy")
 
     def save(self) -> None:
         """Write a checkpoint of everything that changes; worker 0 alone, as all workers hold the same."""
@@ -383,13 +402,11 @@ class Run:
             "health": self.health.state_dict(),
             "progress": asdict(self.progress),
         }
-        save_checkpoint(
-            self.run_dir / "checkpoints",
-            self.progress.step,
-            state,
-            self.config.fingerprint(),
-            self.config.runtime.keep,
-        )
+        keep = self.config.runtime.keep
+        path = save_checkpoint(self.run_dir / "checkpoints", self.progress.step, state, self.config.fingerprint(), keep)
+        self.mirror.push("metrics.jsonl")
+        self.mirror.push(f"checkpoints/{path.name}")
+        self.mirror.keep_newest("checkpoints", keep)
 
     def restore(self) -> None:
         """Take up the newest whole checkpoint, which worker 0 chooses for all."""
@@ -409,6 +426,7 @@ class Run:
             self.progress = Progress(**state["progress"])
         if self.is_main:
             self.metrics = MetricsLog(self.run_dir / "metrics.jsonl", self.progress.step if found else -1)
+            self.mirror.begin(self.note)
             self.trackers.begin(self.config, self.run_dir, self.progress.step, self.note)
         self.last_log = (time.perf_counter(), self.progress.step)
 
@@ -440,12 +458,16 @@ class Run:
             "clustering_started_at": progress.clustering_started_at,
             "seconds": round(progress.seconds, 1),
             "num_workers": distributed.world_size(),
-            "model": str((self.run_dir / "model").resolve()),
+            "model": self.mirror.address("model"),
             "fingerprint": self.config.fingerprint(),
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
-        self.write_json("result.json", result)
+        if self.is_main:
+            self.mirror.push("metrics.jsonl")
+            self.mirror.finish(self.config.runtime.step_timeout_s)
+        self.write_json("result.json", result)  # last, as it says that everything is there
+        self.mirror.finish(self.config.runtime.step_timeout_s)
         self.watch({"event": "done", **result})
         return result
 

@@ -176,7 +176,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "directory without a model": (["encoder.name=."], ["config.json", "save_pretrained"]),
     "path without a model": (["encoder.name=runs/old/model"], ["'runs/old/model'", "no such directory"]),
     "too many layers": (["encoder.num_layers=9"], ["encoder.num_layers is 9", "has 3 layers", "Use at most 3"]),
-    "object store": (["runtime.storage_path=s3://bucket/x"], ["'s3://bucket/x'", "file system", "Give a directory"]),
+    "object store": (["runtime.storage_path=nosuch://b/x"], ["storage_path", "'nosuch://b/x'", "Check the URL"]),
     "file as storage": (["runtime.storage_path=run.yaml/x"], ["'run.yaml/x'", "Not a directory", "Choose a directory"]),
     "malformed override": (["train.max_steps"], ["'train.max_steps'", "section.key=value"]),
     "override below a value": (["encoder.name.x=1"], ["'encoder.name.x=1'", "'name' is a value"]),

@@ -92,6 +92,7 @@ def test_clusters_are_described_by_their_most_typical_sentences() -> None:
 def test_a_mean_cosine_that_comes_back_is_told_once() -> None:
     alarms = Alarms(8)
     assert alarms(1, {"mean_cosine": 0.95}, 0) == [], "an encoder may begin there"
+    assert alarms(1, {"mean_cosine": 0.88}, 0) == alarms(2, {"mean_cosine": 0.92}, 0) == [], "and waver"
     assert alarms(2, {"mean_cosine": 0.5}, 0) == []
     told = alarms(3, {"mean_cosine": 0.93}, 0)
     assert len(told) == 1 and "Collapse at step 3" in told[0] and "0.93" in told[0]

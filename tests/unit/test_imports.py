@@ -14,9 +14,9 @@ ROOT = Path(clusterns_ray.__file__).parent
 
 LAYERS: list[set[str]] = [
     {"errors", "distributed"},
-    {"config", "files", "models", "tokenization"},
+    {"config", "files", "models", "storage", "tokenization"},
     {"encoder", "prompt_module", "backbone", "model_files", "losses", "clustering"},
-    {"data", "evaluation", "embeddings", "search"},
+    {"data", "evaluation", "embeddings", "embedding_file", "search"},
     {"training"},
     {"launch"},
     {"tuning"},

@@ -1,0 +1,118 @@
+"""Where a run's files are: the local copy, the object store they belong to, and what other machines need of both."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from clusterns_ray import models
+from clusterns_ray.config import Config
+from clusterns_ray.data.prepare import Prepared, cache_directory
+from clusterns_ray.errors import StorageError
+from clusterns_ray.files import write_atomic
+from clusterns_ray.storage import Store, is_url, local_copy
+
+
+def run_directory(config: Config) -> Path:
+    """The run's files on this machine: ``STORAGE_PATH/NAME``, or the copy of it; absolute, as a worker's working
+    directory is not the caller's."""
+    return local_copy(config.runtime.storage_path, config.runtime.local_path) / config.runtime.name
+
+
+def run_url(config: Config) -> str | None:
+    """``STORAGE_PATH/NAME`` where that is in an object store."""
+    store = run_store(config)
+    return store.url if store else None
+
+
+def run_store(config: Config) -> Store | None:
+    path = config.runtime.storage_path
+    return Store(path) / config.runtime.name if is_url(path) else None
+
+
+def read_run_file(config: Config, name: str) -> str | None:
+    """A small file of the run from where it belongs; None where there is none."""
+    store = run_store(config)
+    if store is not None:
+        raw = store.read(name)
+        return None if raw is None else raw.decode("utf-8")
+    path = run_directory(config) / name
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def write_run_file(config: Config, name: str, text: str) -> None:
+    """Write a small file of the run to where it belongs, and to the local copy."""
+    directory = run_directory(config)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomic(directory / name, text)
+    store = run_store(config)
+    if store is not None:
+        store.write(name, text.encode("utf-8"))
+
+
+def stage(config: Config, prepared: Prepared) -> dict[str, Any]:
+    """Put into the object store what workers on other machines read: tokens, dev set, and an encoder that is a
+    directory here. What is there already is not copied again.
+
+    Returns:
+        What :func:`unstage` takes; plain values.
+    """
+    staged: dict[str, Any] = {"tokens_dir": str(prepared.tokens_dir), "sts_dir": prepared.sts_dir}
+    if not is_url(config.runtime.storage_path):
+        return staged
+    cache = Store(config.runtime.storage_path) / "cache"
+    staged["tokens"] = prepared.tokens_dir.name
+    cache.push_directory(prepared.tokens_dir, staged["tokens"])
+    if prepared.sts_dir is not None:
+        local = _dev_set_alone(config, prepared.sts_dir)
+        staged["sts"] = local.name
+        cache.push_directory(local, local.name)
+    source = models.resolve_model(config.encoder.name)
+    if os.path.isdir(source):
+        staged["encoder"] = f"encoder-{_hash(source)}"
+        cache.push_directory(Path(source), staged["encoder"])
+    return staged
+
+
+def unstage(config: Config, staged: dict[str, Any]) -> tuple[Path, str | None]:
+    """On a worker: the directories of the tokens and of the dev set, copied to this machine if they are not there.
+
+    Raises:
+        StorageError: what was staged is gone, damaged, or cannot be read.
+    """
+    if "tokens" not in staged:
+        return Path(staged["tokens_dir"]), staged["sts_dir"]
+    store = Store(config.runtime.storage_path) / "cache"
+    cache = local_copy(config.runtime.storage_path, config.runtime.local_path) / "staged"
+
+    def here(kind: str) -> Path:
+        local = cache / staged[kind]
+        if not store.pull_directory(staged[kind], local):
+            raise StorageError(
+                f"{store.address}/{staged[kind]} is gone, which this run needs. Give the same command again: it is "
+                "made anew."
+            )
+        return local
+
+    if "encoder" in staged:
+        models.staged[config.encoder.name] = str(here("encoder"))
+    return here("tokens"), str(here("sts")) if "sts" in staged else None
+
+
+def _dev_set_alone(config: Config, sts_dir: str) -> Path:
+    """A directory of the dev set's file and no other: an STS directory may hold much that no worker reads."""
+    file = Path(sts_dir) / f"{config.evaluation.dev}.jsonl"
+    local = cache_directory(config) / f"sts-{_hash([config.evaluation.dev, file.read_text(encoding='utf-8')])}"
+    target = local / f"{config.evaluation.dev}.jsonl"
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(file, target)
+    return local
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

@@ -1,0 +1,286 @@
+"""Object stores: files, and directories that are whole or not there.
+
+A directory is its files under a prefix and, written last, ``PREFIX.manifest.json`` with their sizes and SHA-256.
+Without that object it is not there; what does not match it is not taken.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from clusterns_ray.errors import StorageError
+
+MANIFEST = ".manifest.json"
+ATTEMPTS = 4
+"""Tries of one transfer; the waits between them are 1, 2 and 4 s."""
+
+_URL = re.compile(r"([a-z][a-z0-9+]+)://")
+
+
+def is_url(path: str | Path) -> bool:
+    """Whether a path is in an object store (``s3://``, ``gs://``, ``abfs://``) rather than on a file system."""
+    return bool(_URL.match(str(path)))
+
+
+def local_copy(storage_path: str, local_path: str | None = None) -> Path:
+    """The directory on this machine for what is, or is copied to, ``storage_path``; absolute."""
+    if not is_url(storage_path):
+        return Path(storage_path).expanduser().resolve()
+    base = os.environ.get("CLUSTERNS_LOCAL_PATH") or local_path
+    directory = Path(base).expanduser() if base else Path(tempfile.gettempdir()) / f"clusterns-{os.getuid()}"
+    return directory.resolve() / hashlib.sha256(storage_path.encode()).hexdigest()[:16]
+
+
+class Store:
+    """A prefix of an object store.
+
+    Credentials and endpoint come from where pyarrow's file systems find them: environment variables such as
+    AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL, or the machine's role.
+    """
+
+    def __init__(self, url: str, attempts: int = ATTEMPTS):
+        from pyarrow.fs import FileSystem
+
+        self.url, self.attempts = url.rstrip("/"), attempts
+        address, _, options = self.url.partition("?")
+        self._options = f"?{options}" if options else ""
+        self.address = address.rstrip("/")
+        try:
+            self.filesystem, root = FileSystem.from_uri(self.address + self._options)
+        except (OSError, ValueError) as error:  # pyarrow's own errors are of these kinds
+            raise StorageError(
+                f"{url!r} cannot be reached ({_words(error)}). Check the URL and the credentials."
+            ) from None
+        self.root = root.rstrip("/")
+
+    def __truediv__(self, name: str) -> Store:
+        """The prefix below this one."""
+        other = object.__new__(Store)
+        other.__dict__.update(self.__dict__)
+        other.address, other.root = f"{self.address}/{name}", f"{self.root}/{name}"
+        other.url = other.address + self._options
+        return other
+
+    # ---- single objects -----------------------------------------------------------------------------------------
+
+    def read(self, name: str) -> bytes | None:
+        """The bytes of an object; None where there is none."""
+        from pyarrow.fs import FileType
+
+        def work() -> bytes | None:
+            path = self._path(name)
+            if self.filesystem.get_file_info(path).type != FileType.File:
+                return None
+            with self.filesystem.open_input_stream(path) as stream:
+                return stream.read()
+
+        return self._retried(f"reading {name}", work)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Replace an object in one step."""
+
+        def work() -> None:
+            self._make_directory(name)
+            with self.filesystem.open_output_stream(self._path(name)) as stream:
+                stream.write(data)
+
+        self._retried(f"writing {name}", work)
+
+    def upload(self, local: Path, name: str) -> None:
+        """Copy a local file."""
+
+        def work() -> None:
+            self._make_directory(name)
+            with local.open("rb") as file, self.filesystem.open_output_stream(self._path(name)) as stream:
+                shutil.copyfileobj(file, stream, 8 << 20)
+
+        self._retried(f"uploading {name}", work)
+
+    def download(self, name: str, local: Path) -> str:
+        """Copy an object to a local file; the SHA-256 of what came."""
+
+        def work() -> str:
+            digest = hashlib.sha256()
+            with self.filesystem.open_input_stream(self._path(name)) as stream, local.open("wb") as file:
+                while block := stream.read(8 << 20):
+                    digest.update(block)
+                    file.write(block)
+                file.flush()
+                os.fsync(file.fileno())
+            return digest.hexdigest()
+
+        return self._retried(f"downloading {name}", work)
+
+    def names(self) -> list[str]:
+        """Names of the objects below this prefix, sorted."""
+        from pyarrow.fs import FileSelector, FileType
+
+        def work() -> list[str]:
+            found = self.filesystem.get_file_info(FileSelector(self.root, allow_not_found=True, recursive=True))
+            return sorted(info.path[len(self.root) + 1 :] for info in found if info.type == FileType.File)
+
+        return self._retried("listing", work)
+
+    def delete(self, name: str) -> None:
+        """Remove an object, if it is there."""
+
+        def work() -> None:
+            with suppress(FileNotFoundError):
+                self.filesystem.delete_file(self._path(name))
+
+        self._retried(f"removing {name}", work)
+
+    # ---- directories --------------------------------------------------------------------------------------------
+
+    def push_directory(self, local: Path, name: str) -> None:
+        """Copy a local directory; it is there once all of it is. An older one of that name is replaced."""
+        files = {
+            path.relative_to(local).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            for path in sorted(local.rglob("*"))
+            if path.is_file()
+        }
+        old = self.manifest(name)
+        if old == files:
+            return
+        if old is not None:
+            self.delete(name + MANIFEST)
+        for file in files:
+            self.upload(local / file, f"{name}/{file}")
+        self.write(name + MANIFEST, (json.dumps(files, indent=1) + "\n").encode())
+        for file in set(old or ()) - set(files):
+            self.delete(f"{name}/{file}")
+
+    def manifest(self, name: str) -> dict[str, dict[str, Any]] | None:
+        """File names, sizes and checksums of a directory; None where it is not (whole) there."""
+        raw = self.read(name + MANIFEST)
+        if raw is None:
+            return None
+        try:
+            files = json.loads(raw)
+            for file, entry in files.items():
+                # What is downloaded may not leave its directory.
+                if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
+                    raise ValueError(f"it names {file!r}")
+                if not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str):
+                    raise ValueError(f"it says {entry!r} of {file!r}")
+        except (ValueError, AttributeError, TypeError, KeyError) as error:
+            raise StorageError(f"{self.address}/{name}{MANIFEST} is damaged ({error}).") from None
+        return files
+
+    def pull_directory(self, name: str, local: Path) -> bool:
+        """Make ``local`` the directory ``name``, verified; what is there already and matches stays.
+
+        Only one process of a machine downloads at a time; the others wait for it.
+
+        Returns:
+            Whether there is such a directory.
+
+        Raises:
+            StorageError: it is damaged, or cannot be read.
+        """
+        files = self.manifest(name)
+        if files is None:
+            return False
+        local.parent.mkdir(parents=True, exist_ok=True)
+        with only_one(local.parent / f".{local.name}.lock"):
+            if local.is_dir() and _matches(local, files):
+                return True
+            temporary = local.parent / f".{local.name}.{uuid.uuid4().hex[:8]}"
+            try:
+                for file, entry in files.items():
+                    (temporary / file).parent.mkdir(parents=True, exist_ok=True)
+                    found = self.download(f"{name}/{file}", temporary / file)
+                    if found != entry["sha256"]:
+                        raise StorageError(
+                            f"{self.address}/{name}/{file} is damaged: its checksum is not the one in its manifest."
+                        )
+                if local.exists():
+                    shutil.rmtree(local)
+                temporary.rename(local)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        return True
+
+    def delete_directory(self, name: str) -> None:
+        """Remove a directory: first its manifest, so that it is never half there."""
+        files = self.manifest(name) or {}
+        self.delete(name + MANIFEST)
+        for file in files:
+            self.delete(f"{name}/{file}")
+
+    def directories(self) -> list[str]:
+        """Names of the whole directories right below this prefix, sorted."""
+        ends = [name.removesuffix(MANIFEST) for name in self.names() if name.endswith(MANIFEST)]
+        return sorted(name for name in ends if "/" not in name)
+
+    # ---- inside -------------------------------------------------------------------------------------------------
+
+    def _path(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+    def _make_directory(self, name: str) -> None:
+        # Object stores have none, and are spared the request; a file system under file:// has.
+        if self.filesystem.type_name == "local":
+            self.filesystem.create_dir(self._path(name).rpartition("/")[0], recursive=True)
+
+    def _retried(self, what: str, work: Callable[[], Any]) -> Any:
+        for attempt in range(self.attempts):
+            try:
+                return work()
+            except OSError as error:
+                if attempt + 1 == self.attempts:
+                    times = f"{self.attempts} times" if self.attempts > 1 else "there"
+                    raise StorageError(
+                        f"{self.address}: {what} failed {times}: {_words(error)}. Check the network, the credentials "
+                        "and the rights on that bucket."
+                    ) from error
+                time.sleep(2**attempt)
+
+
+@contextmanager
+def only_one(lock: Path, timeout_s: float = 1800.0) -> Iterator[None]:
+    """Hold a lock among the processes of this machine; it is let go of when the process ends, however it ends."""
+    deadline = time.monotonic() + timeout_s
+    with lock.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise StorageError(f"{str(lock)!r} was held by another process for {timeout_s:.0f} s.") from None
+                time.sleep(0.1)
+        yield
+
+
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _matches(local: Path, files: dict[str, dict[str, Any]]) -> bool:
+    there = {path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file()}
+    return there == set(files) and all(
+        (local / file).stat().st_size == entry["bytes"] and sha256(local / file) == entry["sha256"]
+        for file, entry in files.items()
+    )
+
+
+def _words(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

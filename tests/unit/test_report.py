@@ -1,0 +1,760 @@
+"""The report: what it says of runs made up for the purpose and of a real small one, and that the page is sound."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from report_runs import make_run, run_config, sts_scores, write_json, write_records
+from typer.testing import CliRunner, Result
+
+from clusterns_ray.cli import app
+from clusterns_ray.config import dump_config
+from clusterns_ray.errors import ConfigError, DataError
+from clusterns_ray.evaluation.sts import TASKS
+from clusterns_ray.report import advice, default_output, write_report
+from clusterns_ray.report.advice import advise
+from clusterns_ray.report.charts import MAX_POINTS, Line, line_chart, quantile, size_bands, thin
+from clusterns_ray.report.compare import compare_page, group_runs, mean_curve, welch_interval
+from clusterns_ray.report.page import COLORS, HUES, Examples, Figure, Link, Page, Section, Table, render_page
+from clusterns_ray.report.record import RunRecord, read_records, read_run
+from clusterns_ray.report.run import changed_keys, run_page
+from clusterns_ray.report.sts_table import PUBLISHED
+from clusterns_ray.report.words import duration, mean_and_deviation, spread
+
+HOSTILE = """</script><script>hacked = 1</script><!-- "quoted" & 'so' <img src=x onerror="hacked = 1">"""
+
+
+CLUSTERED = {
+    "clusters_used", "hard_negative_cosine", "largest_cluster", "false_negative_rate", "empty_clusters",
+    "cluster_sizes", "centroid_drift",
+}  # fmt: skip
+
+
+class Html(HTMLParser):
+    """Text, scripts and what is loaded, as a browser would find them."""
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.text, self.csp = "", ""
+        self.tags: list[str] = []
+        self.loads: list[str] = []
+        self.scripts: list[list[Any]] = []
+        """type, id and text of each"""
+        self.stack: list[str] = []
+        self.feed(source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.tags.append(tag)
+        self.stack.append(tag)
+        self.loads += [value or "" for key, value in attrs if key in ("src", "href", "srcset", "action")]
+        assert not any(key.startswith("on") for key in values), "no inline handlers"
+        if tag == "script":
+            self.scripts.append([values.get("type"), values.get("id"), ""])
+        if values.get("http-equiv") == "Content-Security-Policy":
+            self.csp = values["content"] or ""
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.stack:
+            while self.stack.pop() != tag:
+                pass
+
+    def handle_data(self, data: str) -> None:
+        if self.stack and self.stack[-1] == "script":
+            self.scripts[-1][2] += data
+        elif "style" not in self.stack:
+            self.text += data
+
+    def plots(self) -> list[dict[str, Any]]:
+        return [json.loads(text) for kind, name, text in self.scripts if kind == "application/json" and name is None]
+
+
+def page_text(page: Page) -> str:
+    return " ".join(Html(render_page(page)).text.split())
+
+
+def warnings_of(run: RunRecord) -> list[str]:
+    return [warning.text for warning in advise(run)]
+
+
+def change_records(directory: Path, change: Callable[[dict[str, Any]], None]) -> RunRecord:
+    records = read_records(directory / "metrics.jsonl")
+    for record in records:
+        change(record)
+    write_records(directory, records)
+    return read_run(directory)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return make_run(tmp_path)
+
+
+@pytest.fixture
+def clusterns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Result]:
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+# ---- numbers ------------------------------------------------------------------------------------------------------
+
+
+def test_mean_and_deviation_as_numpy() -> None:
+    values = [73.1, 73.9, 72.4, 75.0]
+    assert mean_and_deviation(values) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
+    assert mean_and_deviation([1.5]) == (1.5, None)
+    assert spread([73.0, 74.0]) == "73.50\u202f±\u202f0.71"
+    assert spread([73.0]) == "73.00" and spread([73.0, None]) == "–" and spread([]) == "–"
+
+
+def test_durations() -> None:
+    assert [duration(value) for value in (0.4, 59.6, 125, 7260, None)] == [
+        "0\u00a0s", "1\u00a0min 0\u00a0s", "2\u00a0min 5\u00a0s", "2\u00a0h 1\u00a0min", "–"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 32])
+@pytest.mark.parametrize("level", [0, 0.1, 0.25, 0.5, 0.9, 1])
+def test_quantile_as_numpy(n: int, level: float) -> None:
+    values = np.random.default_rng(n).random(n).tolist()
+    assert quantile(values, level) == pytest.approx(np.quantile(values, level))
+
+
+def test_thinned_curves_keep_their_mean_and_their_gaps() -> None:
+    y: list[float | None] = np.random.default_rng(0).random(4 * MAX_POINTS).tolist()
+    x, thinned = thin(range(len(y)), y)
+    assert len(x) == len(thinned) == MAX_POINTS and x[-1] == len(y) - 1
+    assert np.mean([v for v in thinned if v is not None]) == pytest.approx(np.mean([v for v in y if v is not None]))
+    y[8:12] = [None] * 4
+    assert thin(range(len(y)), y)[1][2] is None
+    assert thin([1, 2], [3.0, None]) == ([1, 2], [3.0, None])
+
+
+def test_welch_interval_by_its_formula() -> None:
+    from scipy.stats import t
+
+    a, b = [73.1, 73.9, 73.4], [72.0, 73.5, 72.2, 71.9]
+    va, vb = statistics.variance(a) / 3, statistics.variance(b) / 4
+    freedom = (va + vb) ** 2 / (va**2 / 2 + vb**2 / 3)
+    half = t.ppf(0.975, freedom) * math.sqrt(va + vb)
+    gap = statistics.fmean(a) - statistics.fmean(b)
+    assert welch_interval(a, b) == pytest.approx((gap - half, gap + half))
+
+
+def test_mean_curve_where_all_have_a_value() -> None:
+    assert mean_curve([{0: 1.0, 2: 2.0, 4: None}, {0: 3.0, 2: 5.0, 4: 1.0, 6: 9.0}]) == ([0, 2], [2.0, 3.5])
+
+
+def test_published_averages_are_those_of_their_rows() -> None:
+    assert [item.average for item in PUBLISHED] == [76.25, 77.55, 78.54, 78.72]
+    for item in PUBLISHED:
+        assert len(item.scores) == len(TASKS)
+        # PromptBERT's average is a mean over runs that was rounded later than its tasks
+        assert statistics.fmean(item.scores) == pytest.approx(item.average, abs=0.02)
+
+
+@pytest.mark.parametrize("theme", [0, 1])
+def test_text_and_lines_stand_out_from_the_paper(theme: int) -> None:
+    def luminance(color: str) -> float:
+        channels = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    paper = luminance(COLORS["paper"][theme])
+    for name in ("ink", "muted", *HUES):
+        for ground in (paper, luminance(COLORS["raised"][theme])):
+            light, dark = sorted((luminance(COLORS[name][theme]), ground), reverse=True)
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, name
+
+
+# ---- reading ------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(dump_config(run_config("early")))
+    run = read_run(tmp_path)
+    assert (run.finished, run.last_step, run.best, run.before, run.last, run.dev_scores) == (
+        False,
+        0,
+        None,
+        None,
+        None,
+        [],
+    )
+    text = page_text(run_page(run))
+    assert "not finished" in text and "There is no score on STSB/dev after a step." in text
+
+
+def test_a_line_that_a_crash_cut_off_is_left_out(run_dir: Path) -> None:
+    path = run_dir / "metrics.jsonl"
+    whole = read_records(path)
+    path.write_text(path.read_text() + '{"step": 405, "lo')
+    assert read_records(path) == whole
+
+
+@pytest.mark.parametrize("line", ['{"step": 405, "lo', "[]", '{"loss": 1}', '{"step": "4"}', '{"step": true}'])
+def test_a_broken_line_is_named(run_dir: Path, line: str, clusterns: Callable[..., Result]) -> None:
+    path = run_dir / "metrics.jsonl"
+    path.write_text(path.read_text().replace("\n", f"\n{line}\n", 1))
+    with pytest.raises(DataError, match=r"metrics.jsonl:2: .* is not a JSON object with a step"):
+        read_run(run_dir)
+    result = clusterns("report", run_dir)
+    assert result.exit_code == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert not (run_dir / "report.html").exists()
+
+
+def test_what_is_not_finite_is_a_gap(run_dir: Path) -> None:
+    path = run_dir / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": NaN}\n{"step": 2, "loss": null}\n{"step": 3, "loss": 0.5, "bml": "x"}\n')
+    run = read_run(run_dir)
+    assert run.curve("loss") == ([1, 2, 3], [None, None, 0.5]) and run.curve("bml") == ([3], [None])
+
+
+@pytest.mark.parametrize("name", ["result.json", "clusters.json", "environment.json", "evaluation.json"])
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_a_damaged_file_is_named(run_dir: Path, name: str, text: str) -> None:
+    (run_dir / name).write_text(text)
+    with pytest.raises(DataError, match=rf"{name}.*JSON"):
+        read_run(run_dir)
+
+
+def test_older_runs_lack_parts(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path, complete=False))
+    assert run.environment is None and run.clusters is None and run.sts is None
+    page = run_page(run)
+    titles = [section.title for section in page.sections]
+    assert "What the clusters hold" not in titles and "Cluster health" in titles
+    text = page_text(page)
+    assert (
+        "clusterns evaluate" in text
+        and "--sts sts --json" in text
+        and str(tmp_path / "night" / "evaluation.json") in text
+    )
+    assert "2.13.0" in text, "result.json has the versions of torch and python"
+
+
+# ---- warnings in words --------------------------------------------------------------------------------------------
+
+
+def test_a_healthy_run_has_no_warnings(run_dir: Path) -> None:
+    assert warnings_of(read_run(run_dir)) == []
+
+
+def test_the_bounds_are_those_of_the_alarms() -> None:
+    from clusterns_ray.clustering.health import EMPTY_AFTER
+    from clusterns_ray.report import record
+    from clusterns_ray.training import alarms, loop
+
+    assert (advice.COLLAPSED_COSINE, advice.EMPTY_SHARE) == (alarms.COLLAPSED_COSINE, alarms.EMPTY_SHARE)
+    assert (advice.EMPTY_AFTER, record.COLLAPSED) == (EMPTY_AFTER, loop.COLLAPSED)
+
+
+def test_warns_of_a_collapse(run_dir: Path) -> None:
+    def collapse(record: dict[str, Any]) -> None:
+        if record["step"] >= 300 and "loss" in record:
+            record["mean_cosine"] = 0.93
+
+    (text,) = warnings_of(change_records(run_dir, collapse))
+    assert "Collapse: from step 300 " in text and "(0.93)" in text
+
+    def never_spread(record: dict[str, Any]) -> None:
+        if "loss" in record:
+            record["mean_cosine"] = 0.95
+
+    assert not any("Collapse" in text for text in warnings_of(change_records(run_dir, never_spread)))
+
+
+@pytest.mark.parametrize("value", [None, -100.0])
+def test_warns_of_a_dev_score_that_is_none(run_dir: Path, value: float | None) -> None:
+    def lose(record: dict[str, Any]) -> None:
+        if "sts_dev" in record and record["step"] in (325, 350, 375, 400):
+            record["sts_dev"] = value
+
+    run = change_records(run_dir, lose)
+    (text,) = warnings_of(run)
+    assert "at steps 325, 350, 375 and 1 more" in text
+    assert run.last is None and "at the last evaluation there was none" in page_text(run_page(run))
+    assert None not in run_page(run).sections[0].figures[0].figure["data"][0]["y"][:13]
+
+
+def test_warns_of_a_dev_score_that_fell(run_dir: Path) -> None:
+    def fall(record: dict[str, Any]) -> None:
+        if "sts_dev" in record and record["step"] > 350:
+            record["sts_dev"] -= 8
+
+    (text,) = warnings_of(change_records(run_dir, fall))
+    assert "fell from 73.17 at step 300 to 64.77" in text
+
+
+def test_warns_where_training_did_not_help(tmp_path: Path) -> None:
+    (text,) = warnings_of(read_run(make_run(tmp_path, gain=-4)))
+    assert text.startswith("Training did not improve the dev score: 63.00 before")
+
+
+def test_warns_where_clustering_never_started(run_dir: Path) -> None:
+    def strip(record: dict[str, Any]) -> None:
+        for key in set(record) & CLUSTERED:
+            del record[key]
+        if "loss" in record:
+            record["mean_cosine"] = 0.5 + record["step"] / 1e4
+
+    result = json.loads((run_dir / "result.json").read_text())
+    write_json(run_dir / "result.json", result | {"clustering_started_at": None})
+    run = change_records(run_dir, strip)
+    (text,) = warnings_of(run)
+    assert (
+        "never started" in text and "clustering.start_cosine (0.4)" in text and "lowest that was logged is 0.50" in text
+    )
+    assert "Cluster health" not in [section.title for section in run_page(run).sections]
+
+
+def test_warns_of_dead_clusters(run_dir: Path) -> None:
+    def many(record: dict[str, Any]) -> None:
+        if "empty_clusters" in record:
+            record["empty_clusters"] = 10
+
+    (text,) = warnings_of(change_records(run_dir, many))
+    assert "10 of 32 clusters had no sentence in the last 50 steps" in text
+
+    def early(record: dict[str, Any]) -> None:
+        if "empty_clusters" in record:
+            record["empty_clusters"] = 20 if record["step"] < 80 else 9
+
+    assert warnings_of(change_records(run_dir, early)) == [], "50 steps have not passed, and 9 of 32 are below 30 %"
+
+    def recovered(record: dict[str, Any]) -> None:
+        if "empty_clusters" in record:
+            record["empty_clusters"] = 12 if record["step"] == 200 else 1
+
+    (text,) = warnings_of(change_records(run_dir, recovered))
+    assert "at step 200 12 of 32" in text and "at step 400 1." in text
+
+
+def test_warns_of_an_oversized_cluster(run_dir: Path) -> None:
+    def one(record: dict[str, Any]) -> None:
+        if "cluster_sizes" in record:
+            record["cluster_sizes"] = [320] + [10] * 31
+
+    (text,) = warnings_of(change_records(run_dir, one))
+    assert "held 50.8\u00a0% of the sentences before the evaluation at step 400" in text
+    run = change_records(run_dir, lambda record: record.update(cluster_sizes=[300] + [10] * 31))
+    assert warnings_of(run) == []
+
+    def by_batch(record: dict[str, Any]) -> None:
+        record.pop("cluster_sizes", None)
+        if "largest_cluster" in record:
+            record["largest_cluster"] = 96
+
+    (text,) = warnings_of(change_records(run_dir, by_batch))
+    assert "held 75.0\u00a0% of the sentences of the batch of step 400" in text
+
+
+def test_notes_a_score_that_still_rises(run_dir: Path) -> None:
+    def rise(record: dict[str, Any]) -> None:
+        if "sts_dev" in record:
+            record["sts_dev"] = 60 + record["step"] / 100
+
+    run = change_records(run_dir, rise)
+    (warning,) = advise(run)
+    assert warning.level == "note" and "+0.25 at the last evaluation (step 400)" in warning.text
+    assert "at step 400, the last." in page_text(run_page(run))
+    (run_dir / "result.json").unlink()
+    assert [warning.level for warning in advise(read_run(run_dir))] == ["problem"], (
+        "it goes on, so rising is as it should"
+    )
+
+
+def test_warns_of_skipped_steps_and_of_a_loss_that_is_none(run_dir: Path) -> None:
+    def skip(record: dict[str, Any]) -> None:
+        if "loss" in record and record["step"] >= 390:
+            record["skipped_steps"] = 3
+            record["loss"] = None if record["step"] == 390 else record["loss"]
+
+    texts = warnings_of(change_records(run_dir, skip))
+    assert len(texts) == 2 and "not finite at step 390." in texts[0] and texts[1].startswith("3 steps moved nothing")
+
+
+def test_says_what_the_dev_set_is(tmp_path: Path) -> None:
+    documents = {"data": {"documents": "docs"}, "evaluation": {"sts": "structure"}}
+    (warning,) = advise(read_run(make_run(tmp_path, "docs", **documents)))
+    assert warning.level == "note" and "not by people" in warning.text
+    run = read_run(make_run(tmp_path, "none", evaluation={"sts": None}))
+    assert "No dev set was given" in warnings_of(run)[0]
+    assert "Dev score" not in [section.title for section in run_page(run).sections]
+
+
+# ---- the page of a run --------------------------------------------------------------------------------------------
+
+
+def test_what_the_page_of_a_run_holds(run_dir: Path) -> None:
+    run = read_run(run_dir)
+    page = run_page(run)
+    source = render_page(page)
+    html = Html(source)
+    text = " ".join(html.text.split())
+    assert "73.17, +10.17 from 63.00 before training, at step 300; the last score is 72.77." in text
+    assert "clusterns train night.yaml --set seed=1" in text and "1 March 2026, 21:04 UTC" in text
+    assert "Linux-6.1-x86_64" in text and "31.2 GiB" in text and "clusterns-ray" in text
+    assert [s.title for s in page.sections] == [
+        "Dev score", "Loss", "Cluster health", "Shape of the space", "What the clusters hold", "STS tests",
+        "Throughput", "What was run",
+    ]  # fmt: skip
+    plots = html.plots()
+    assert len(plots) == sum(len(section.figures) for section in page.sections) == 17
+    for plot in plots:
+        assert plot["layout"]["yaxis"]["title"]["text"] and plot["layout"]["xaxis"]["title"]["text"]
+    dev = plots[0]["data"]
+    assert dev[0]["x"] == list(range(0, 401, 25)) and dev[0]["y"] == [r["sts_dev"] for r in run.evaluations]
+    assert (dev[1]["x"], dev[1]["marker"]["symbol"]) == ([300], "star")
+    assert any(shape["x0"] == 30 for shape in plots[0]["layout"]["shapes"]), "the start of clustering"
+    for name, row in [("night", run.sts), *((item.name, None) for item in PUBLISHED)]:
+        assert name in text and (row is None or f"{row['average']:.2f}" in text)
+    assert sum(f"{item.average:.2f}" in text for item in PUBLISHED) == 4
+    assert "STS_DIRECTORY" not in text and "clusterns evaluate" not in text
+    assert len(source) < 3_000_000
+
+
+def test_examples_of_the_largest_and_the_tightest(run_dir: Path) -> None:
+    clusters = read_run(run_dir).clusters
+    assert clusters is not None
+    section = next(s for s in run_page(read_run(run_dir)).sections if s.title == "What the clusters hold")
+    largest, tightest = section.tables
+    order = sorted(clusters["clusters"], key=lambda c: -c["size"])
+    assert [row[0] for row in largest.rows] == [str(c["cluster"]) for c in order[:6]]
+    assert largest.rows[0][3] == Examples(order[0]["examples"])
+    big = sorted((c for c in order if c["size"] >= 5), key=lambda c: -c["tightness"])
+    assert [row[0] for row in tightest.rows] == [str(c["cluster"]) for c in big[:6]]
+
+
+def test_changed_keys_are_those_that_are_not_the_default() -> None:
+    rows = {key: (value, standard) for key, value, standard in changed_keys(run_config("x", 42))}
+    assert rows["clustering.num_clusters"] == ("32", "128") and rows["evaluation.patience"] == ("null", "3")
+    assert rows["data.corpus"] == ("texts/*.txt", "null")
+    assert "seed" not in rows and "train.learning_rate" not in rows
+
+
+def test_simcse_has_no_clusters(tmp_path: Path) -> None:
+    page = run_page(read_run(make_run(tmp_path, clustering={"num_clusters": 0})))
+    titles = [section.title for section in page.sections]
+    assert "Cluster health" not in titles and "What the clusters hold" not in titles and "Shape of the space" in titles
+    assert page.subtitle.startswith("SimCSE") and not page.warnings
+
+
+def test_a_partial_average_is_not_one(run_dir: Path) -> None:
+    write_json(run_dir / "evaluation.json", sts_scores(missing=("STS13", "SICKR")))
+    section = next(s for s in run_page(read_run(run_dir)).sections if s.title == "STS tests")
+    assert section.tables[0].rows[0][-1] == "–" and section.tables[0].rows[0][2] == "–"
+    assert any("(SICKR, STS13)" in words for words in section.words)
+
+
+def test_what_an_evaluation_may_hold(run_dir: Path) -> None:
+    whole = sts_scores()
+    for value, scored in (
+        ({"models": [whole, sts_scores(seed=9)], "differences": []}, True),
+        ({"model": "model", "transfer": {}}, False),
+    ):
+        write_json(run_dir / "evaluation.json", value)
+        run = read_run(run_dir)
+        assert run.sts == (whole if scored else None)
+        assert ("clusterns evaluate" in page_text(run_page(run))) is not scored
+    write_json(run_dir / "evaluation.json", whole | {"data": {"sts": "hf", "protocol": {"SICKR": "all 9,927 pairs"}}})
+    assert "not those of the papers (SICKR: all 9,927 pairs)" in page_text(run_page(read_run(run_dir)))
+
+
+def test_long_runs_stay_small(run_dir: Path) -> None:
+    records = read_records(run_dir / "metrics.jsonl")
+    steps = [record for record in records if "loss" in record]
+    evaluations = [record for record in records if "sts_dev" in record]
+    many = [steps[at % len(steps)] | {"step": at} for at in range(1, 20_000)]
+    many += [evaluations[at % len(evaluations)] | {"step": 25 * at} for at in range(800)]
+    write_records(run_dir, many)
+    page = run_page(read_run(run_dir))
+    assert max(len(trace["x"]) for s in page.sections for f in s.figures for trace in f.figure["data"]) <= MAX_POINTS
+    assert len(render_page(page)) < 3_000_000
+    assert len(page.sections[0].tables[0].rows) <= 201
+
+
+def test_size_bands_hold_what_they_say() -> None:
+    sizes = [[10, 20, 30, 40], [0, 0, 0, 100]]
+    figure = size_bands([5, 10], sizes)
+    named = {trace["name"]: trace for trace in figure["data"] if trace.get("name")}
+    assert named["all"]["y"] == [40, 100] and named["all"]["customdata"] == [10, 0]
+    assert named["median"]["y"] == [25, 0] and named["half"]["y"] == pytest.approx([32.5, 25])
+
+
+# ---- the shell ----------------------------------------------------------------------------------------------------
+
+
+def hostile_page() -> Page:
+    figure = Figure(HOSTILE, line_chart([Line(HOSTILE, [1], [2]), Line("b", [1], [3])], y=HOSTILE), HOSTILE)
+    table = Table([HOSTILE, "x"], [[HOSTILE, Examples([HOSTILE])], [Link(HOSTILE, "#a"), "1"]], HOSTILE, cards=True)
+    return Page(HOSTILE, HOSTILE, [HOSTILE], [Section(HOSTILE, [HOSTILE], [figure], [table], code=HOSTILE, anchor="a")])
+
+
+def test_texts_are_texts() -> None:
+    html = Html(render_page(hostile_page()))
+    kinds = [(kind, name) for kind, name, _ in html.scripts]
+    assert kinds == [
+        ("application/json", None), ("application/json", "colors"), ("application/gzip;base64", "plotly"), (None, None)
+    ]  # fmt: skip
+    assert "img" not in html.tags and html.text.count("hacked = 1</script><!-- \"quoted\" & 'so'") >= 9
+    (plot,) = html.plots()
+    assert "<" not in plot["data"][0]["name"], "plotly reads tags and entities in names"
+
+
+def test_a_corpus_cannot_write_into_the_page(tmp_path: Path) -> None:
+    directory = make_run(tmp_path, data={"corpus": HOSTILE})
+    clusters = json.loads((directory / "clusters.json").read_text())
+    clusters["clusters"][0]["examples"] = [HOSTILE]
+    write_json(directory / "clusters.json", clusters)
+    environment = json.loads((directory / "environment.json").read_text())
+    write_json(directory / "environment.json", environment | {"command": ["clusterns", HOSTILE], "started": HOSTILE})
+    html = Html(render_page(run_page(read_run(directory))))
+    assert "img" not in html.tags and [kind for kind, _, _ in html.scripts].count(None) == 1
+    assert html.text.count("hacked = 1") >= 4
+
+
+def test_nothing_is_loaded_and_only_its_own_scripts_run(run_dir: Path) -> None:
+    from plotly.offline import get_plotlyjs
+
+    html = Html(render_page(run_page(read_run(run_dir))))
+    assert all(value.startswith(("#", "data:,")) for value in html.loads) and len(html.loads) > 5
+    assert "default-src 'none'" in html.csp and "unsafe-eval" not in html.csp
+    assert "script-src 'unsafe-inline'" not in html.csp
+    packed = next(text for _, name, text in html.scripts if name == "plotly")
+    plotly = gzip.decompress(base64.b64decode(packed)).decode()
+    assert plotly == get_plotlyjs()
+    (script,) = [text for kind, _, text in html.scripts if kind is None]
+    for source in (script, plotly):
+        assert f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'" in html.csp
+
+
+def test_the_same_run_gives_the_same_page(run_dir: Path) -> None:
+    assert render_page(run_page(read_run(run_dir))) == render_page(run_page(read_run(run_dir)))
+
+
+def test_every_colour_of_a_plot_has_a_dark_one(run_dir: Path) -> None:
+    light = {pair[0] for pair in COLORS.values()}
+    tints = {", ".join(str(int(color[at : at + 2], 16)) for at in (1, 3, 5)) for color in light}
+
+    def colors(value: Any) -> list[str]:
+        if isinstance(value, dict):
+            return [color for item in value.values() for color in colors(item)]
+        if isinstance(value, list):
+            return [color for item in value for color in colors(item)]
+        return [value] if isinstance(value, str) and value.startswith(("#", "rgb")) else []
+
+    found = {
+        color
+        for section in run_page(read_run(run_dir)).sections
+        for figure in section.figures
+        for color in colors(figure.figure)
+    }
+    assert len(found) > 6
+    for color in found - {"rgba(0,0,0,0)"}:
+        assert color in light or color.removeprefix("rgba(").rpartition(", ")[0] in tints, color
+
+
+# ---- several runs -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def six(tmp_path: Path) -> list[RunRecord]:
+    made = []
+    for seed in (1, 2, 3):
+        for k in (32, 0):
+            made.append(make_run(tmp_path, f"k{k}-seed{seed}", seed, gain=9 + seed / 2, clustering={"num_clusters": k}))
+    return [read_run(path) for path in made]
+
+
+def test_runs_that_differ_in_their_seed_are_one_group(six: list[RunRecord]) -> None:
+    first, second = group_runs(six)
+    assert [run.name for run in first.runs] == ["k32-seed1", "k32-seed2", "k32-seed3"]
+    assert [run.config.seed for run in second.runs] == [1, 2, 3]
+    assert (first.differences, second.differences) == ({"clustering.num_clusters": 32}, {"clustering.num_clusters": 0})
+    assert (first.label, second.label) == ("A: num_clusters 32", "B: num_clusters 0")
+    (alone,) = group_runs(six[::2])
+    assert alone.differences == {} and alone.label == "A"
+
+
+def test_what_a_comparison_holds(six: list[RunRecord], tmp_path: Path) -> None:
+    (six[0].path / "report.html").write_text("")
+    page = compare_page(six, tmp_path)
+    html = Html(render_page(page))
+    text = " ".join(html.text.split())
+    groups = [six[::2], six[1::2]]
+    for runs in groups:
+        for values in (
+            [run.best[1] for run in runs if run.best],
+            [run.last for run in runs if run.last is not None],
+            [run.sts_average for run in runs if run.sts_average is not None],
+        ):
+            assert len(values) == 3
+            assert f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" in text.replace("\u202f", " ")
+    assert page.title == "6 runs compared" and "(runs that differ in their seed alone are of one)" in page.headline[0]
+    low, high = welch_interval(*([run.last or 0.0 for run in runs] for runs in groups))
+    assert low <= 0 <= high and "these seeds do not tell them apart" in page.headline[1]
+    assert "clustering.num_clusters" in text and "k0-seed2" in text
+    assert html.loads.count("k32-seed1/report.html") == 1 and "k0-seed2/report.html" not in html.loads
+    dev = html.plots()[0]["data"]
+    assert [trace["line"]["width"] for trace in dev] == [1, 1, 1, 3, 1, 1, 1, 3]
+    assert dev[3]["y"] == pytest.approx(np.mean([trace["y"] for trace in dev[:3]], axis=0).tolist())
+    assert {trace["line"]["color"] for trace in dev[:4]}.isdisjoint(trace["line"]["color"] for trace in dev[4:])
+
+
+def test_a_difference_that_seeds_can_tell(tmp_path: Path) -> None:
+    runs = [
+        read_run(make_run(tmp_path, f"k{k}-{seed}", seed, gain=gain, clustering={"num_clusters": k}))
+        for seed in (1, 2, 3)
+        for k, gain in ((32, 12), (0, 6))
+    ]
+    assert "which excludes 0" in compare_page(runs, tmp_path).headline[1]
+
+
+def test_a_comparison_warns(tmp_path: Path) -> None:
+    runs = [
+        read_run(make_run(tmp_path, "a", 1)),
+        read_run(make_run(tmp_path, "b", 1, finished=False)),
+        read_run(make_run(tmp_path, "c", 1, evaluation={"dev": "OTHER/dev"})),
+    ]
+    texts = [warning.text for warning in compare_page(runs, tmp_path).warnings]
+    assert texts[0].startswith("The runs have different dev sets (OTHER/dev, STSB/dev)")
+    assert "several runs of seed 1" in texts[1] and texts[2].startswith("b: This run is not finished")
+    assert "B has one seed" in texts[3] and len(texts) == 4
+    assert len(compare_page(runs, tmp_path).headline) == 1, "no winner across dev sets"
+
+
+def test_one_configuration(six: list[RunRecord], tmp_path: Path) -> None:
+    page = compare_page(six[::2], tmp_path)
+    assert page.title == "3 runs of one configuration" and "What differs" not in [s.title for s in page.sections]
+    assert [fact.label for fact in page.facts][:2] == ["Dev, before training", "Dev, best step"]
+    assert page.facts[0].value == "63.00\u202f±\u202f0.00"
+
+
+# ---- the command --------------------------------------------------------------------------------------------------
+
+
+def test_the_command(run_dir: Path, clusterns: Callable[..., Result]) -> None:
+    result = clusterns("report", run_dir)
+    assert result.exit_code == 0 and result.output.splitlines()[-1] == f"Wrote {run_dir / 'report.html'}"
+    assert (run_dir / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert "at step 300" in result.output
+    assert [path.name for path in run_dir.iterdir() if path.name.startswith(".")] == []
+
+
+def test_where_the_page_of_several_goes(six: list[RunRecord], tmp_path: Path, clusterns: Callable[..., Result]) -> None:
+    assert default_output([tmp_path / "x" / "a", tmp_path / "y" / "b"]) == tmp_path / "report.html"
+    result = clusterns("report", *(run.path for run in six))
+    assert result.exit_code == 0 and result.output.splitlines()[-1] == f"Wrote {tmp_path / 'report.html'}"
+    result = clusterns("report", six[0].path, "-o", tmp_path / "mine.html")
+    assert result.output.splitlines()[-1] == f"Wrote {tmp_path / 'mine.html'}" and (tmp_path / "mine.html").is_file()
+
+
+def test_requests_that_are_refused(tmp_path: Path, run_dir: Path, clusterns: Callable[..., Result]) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "taken.html").mkdir()
+    cases = [
+        ([tmp_path / "nowhere"], "is not there"),
+        ([run_dir / "config.yaml"], "is a file"),
+        ([tmp_path / "empty"], "is not a run: it has no config.yaml. Give the directory"),
+        ([tmp_path], "It holds the runs night: name those"),
+        ([run_dir, run_dir / ".." / "night"], "is named twice"),
+        ([run_dir, "-o", run_dir / "metrics.jsonl"], "ends in .html"),
+        ([run_dir, "-o", tmp_path / "no" / "page.html"], "cannot be written: No such file or directory"),
+        ([run_dir, "-o", tmp_path / "taken.html"], "cannot be written: it is a directory"),
+    ]
+    before = (run_dir / "metrics.jsonl").read_text()
+    for arguments, message in cases:
+        result = clusterns("report", *arguments)
+        assert isinstance(result.exception, SystemExit) and result.exit_code == 2, arguments
+        assert message in result.stderr and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert (run_dir / "metrics.jsonl").read_text() == before
+
+
+def test_a_report_that_fails_leaves_the_one_before(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, _ = write_report([run_dir])
+    before = path.read_text(encoding="utf-8")
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError):
+        write_report([run_dir])
+    assert path.read_text(encoding="utf-8") == before
+
+
+def test_no_run_at_all() -> None:
+    with pytest.raises(ConfigError, match="No run is named"):
+        write_report([])
+
+
+def test_it_loads_nothing_heavy(run_dir: Path) -> None:
+    code = (
+        "import sys; from clusterns_ray.report import write_report; write_report([sys.argv[1]]); "
+        "print([name for name in ('torch', 'ray', 'transformers', 'datasets', 'faiss') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(run_dir)], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+# ---- a real small run ---------------------------------------------------------------------------------------------
+
+
+def test_a_real_small_run(tmp_path: Path, tiny_model: Path, corpus_file: Path, sts_dir: Path) -> None:
+    from clusterns_ray import train
+    from clusterns_ray.config import make_config
+
+    result = train(
+        make_config(
+            {
+                "encoder": {"name": str(tiny_model), "num_layers": 2},
+                "data": {"corpus": str(corpus_file), "cache_dir": str(tmp_path / "cache")},
+                "loss": {"bml_weight": 0.1},
+                "clustering": {"num_clusters": 6, "start_cosine": 1.0, "rate": 0.1},
+                "train": {"global_batch_size": 32, "shards": 4, "max_steps": 6, "learning_rate": 1e-3},
+                "evaluation": {"sts": str(sts_dir), "every_steps": 2, "patience": None},
+                "runtime": {"storage_path": str(tmp_path), "name": "tiny", "log_every_steps": 1, "use_gpu": False},
+            }
+        )
+    )
+    path, page = write_report([tmp_path / "tiny"])
+    html = Html(path.read_text(encoding="utf-8"))
+    text = " ".join(html.text.split())
+    records = read_records(tmp_path / "tiny" / "metrics.jsonl")
+    losses = [record["loss"] for record in records if "loss" in record]
+    scores = [record["sts_dev"] for record in records if "sts_dev" in record]
+    assert len(losses) == 6 and len(scores) == 4
+
+    facts = {fact.label: fact.value for fact in page.facts}
+    assert facts["Dev, best step"] == f"{result['sts_dev']:.2f}".replace("-", "−")
+    assert facts["Dev, last step"] == f"{result['sts_dev_last']:.2f}".replace("-", "−") and facts["Steps"] == "6"
+    traces = [trace for plot in html.plots() for trace in plot["data"]]
+    assert [trace["y"] for trace in traces if trace.get("name") == "loss"] == [losses]
+    assert [trace["y"] for trace in traces if trace.get("name") == "STSB/dev"] == [scores]
+    titles = {figure.title for section in page.sections for figure in section.figures}
+    assert {
+        "Loss", "Bidirectional Margin Loss", "Clusters in use", "The largest cluster", "Sizes over time",
+        "Sizes, sorted", "Centroid drift", "False negatives", "Hard negatives", "Mean cosine", "Alignment",
+        "Uniformity", "Effective rank", "Sentences per second",
+    } <= titles  # fmt: skip
+    clusters = json.loads((tmp_path / "tiny" / "clusters.json").read_text())["clusters"]
+    assert clusters[0]["examples"][0] in text, "a sentence of the corpus"
+    environment = json.loads((tmp_path / "tiny" / "environment.json").read_text())
+    assert environment["versions"]["torch"] in text and environment["machine"]["platform"] in text
+    assert f"clusterns evaluate {tmp_path / 'tiny' / 'model'} --sts {sts_dir}" in text
+    assert "clustering.num_clusters" in text and str(corpus_file) in text
