@@ -6,7 +6,7 @@ Shape suffixes: B sentences, T tokens, D embedding width, L layers + 1 (the embe
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -205,10 +205,21 @@ class Encoder(nn.Module):
         """Token ids with the prompt and the special tokens, cut to ``max_length``."""
         return tokenize(sentences, self.tokenizer, self.max_length, self.prompt)[0]
 
-    def encode(self, sentences: Sequence[str], *, batch_size: int = 64) -> np.ndarray:
+    def encode(
+        self,
+        sentences: Sequence[str],
+        *,
+        batch_size: int = 64,
+        bf16: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
         """Embeddings of sentences, in the order given.
 
         Inside they are sorted by length, so that little is computed for padding; dropout is off.
+
+        Args:
+            bf16: multiply in bfloat16: nearly twice as fast where the processor has it, and equal to 2 or 3 digits.
+            progress: called with the number of sentences done.
 
         Returns:
             float32 array (n, D).
@@ -217,8 +228,13 @@ class Encoder(nn.Module):
             raise TypeError("Encoder.encode takes a list of sentences, and got one str; wrap it: encode([text]).")
         ids = self.tokenize(sentences)
         embeddings = np.empty((len(ids), self.width), dtype=np.float32)
+        done = 0
         for rows in length_batches([len(row) for row in ids], batch_size):
-            embeddings[rows] = self.encode_ids([ids[row] for row in rows]).cpu().numpy()
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                embeddings[rows] = self.encode_ids([ids[row] for row in rows]).cpu().numpy()
+            done += len(rows)
+            if progress is not None:
+                progress(done)
         return embeddings
 
     @torch.inference_mode()

@@ -13,7 +13,7 @@ import statistics
 import sys
 
 from clusterns_ray import evaluate, load_config, train
-from clusterns_ray.errors import ClusterNSError
+from clusterns_ray.errors import ClusterNSError, ConfigError
 from clusterns_ray.progress import progress_watch
 
 
@@ -26,6 +26,10 @@ def main() -> None:
     parser.add_argument("--test", action="store_true", help="score the seven STS tests of evaluation.sts, too")
     arguments = parser.parse_args()
     config, results = load_config(arguments.config, arguments.set), []
+    if arguments.test and config.evaluation.sts in (None, "structure"):
+        raise ConfigError(
+            f"--test needs the seven tests, and evaluation.sts is {config.evaluation.sts}. Set a directory."
+        )
     for seed in arguments.seeds:
         overrides = [*arguments.set, f"seed={seed}", f"runtime.name={arguments.name}-seed{seed}"]
         watch = progress_watch()
@@ -41,8 +45,8 @@ def main() -> None:
         ("sts_dev_last", "last step"),
     ):
         show(text, [result[key] for result in results])
-    if arguments.test and config.evaluation.sts:
-        tests = [evaluate(result["model"], config.evaluation.sts) for result in results]
+    if arguments.test:
+        tests = [evaluate(result["model"], config.evaluation.sts, note=print) for result in results]
         for task in tests[0]["tasks"]:
             show(task, [test["tasks"][task]["spearman"] for test in tests])
         if tests[0]["average"] is not None:

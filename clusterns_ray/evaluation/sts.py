@@ -147,6 +147,64 @@ def task_subsets(directory: str | Path, task: str) -> list[str]:
     return [f"{task}/{file.stem}" for file in files]
 
 
+@dataclass(frozen=True)
+class StsTests:
+    """What is to be scored, read and checked."""
+
+    tasks: dict[str, list[Pairs]]
+    """the subsets of each of the seven tests that is there"""
+    extra: list[Pairs]
+    """further subsets, such as the dev set"""
+
+    @property
+    def missing(self) -> list[str]:
+        return [task for task in TASKS if task not in self.tasks]
+
+    def subsets(self) -> list[Pairs]:
+        """All of them, each once."""
+        found = [pairs for parts in self.tasks.values() for pairs in parts]
+        return found + [pairs for pairs in self.extra if pairs.name not in {p.name for p in found}]
+
+
+def read_tests(directory: str | Path, extra: Sequence[str] = ()) -> StsTests:
+    """Read the seven tests, as far as they are in ``directory``, and any further TASK/SUBSET named in ``extra``.
+
+    Raises:
+        ConfigError: none of the tasks is in it and nothing further is named, or what is named is not there.
+        DataError: a line is not a graded pair.
+    """
+    if not Path(directory).is_dir():
+        raise ConfigError(
+            f"STS directory {str(directory)!r} is not there. Give a directory of TASK/SUBSET.jsonl files."
+        )
+    names = {task: found for task in TASKS if (found := task_subsets(directory, task))}
+    if not names and not extra:
+        raise ConfigError(
+            f"STS directory {str(directory)!r} holds none of {', '.join(TASKS)}. Give a directory of "
+            "TASK/SUBSET.jsonl files."
+        )
+    tasks = {task: [read_pairs(directory, name) for name in found] for task, found in names.items()}
+    return StsTests(tasks, [read_pairs(directory, name) for name in extra])
+
+
+def cosines_of(tests: StsTests, embed: Embed) -> dict[str, np.ndarray]:
+    """Cosines of the pairs of every subset, by its name TASK/SUBSET."""
+    subsets = tests.subsets()
+    return dict(zip([pairs.name for pairs in subsets], pair_cosines(subsets, embed), strict=True))
+
+
+def score_tests(tests: StsTests, cosines: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The figures of :func:`evaluate_sts`, from cosines."""
+    tasks = {task: _score_task(parts, [cosines[p.name] for p in parts]) for task, parts in tests.tasks.items()}
+    average = None if tests.missing else float(np.mean([task["spearman"] for task in tasks.values()]))
+    return {
+        "tasks": tasks,
+        "missing": tests.missing,
+        "average": average,
+        "extra": {p.name: 100 * spearman(cosines[p.name], p.scores) for p in tests.extra},
+    }
+
+
 def evaluate_sts(directory: str | Path, embed: Embed, extra: Sequence[str] = ()) -> dict[str, Any]:
     """The seven test tasks, as far as they are in ``directory``, and any further TASK/SUBSET named in ``extra``.
 
@@ -156,33 +214,10 @@ def evaluate_sts(directory: str | Path, embed: Embed, extra: Sequence[str] = ())
         there; ``extra``: Spearman of the further subsets.
 
     Raises:
-        ConfigError: none of the tasks is in it.
+        ConfigError, DataError: as :func:`read_tests`.
     """
-    if not Path(directory).is_dir():
-        raise ConfigError(
-            f"STS directory {str(directory)!r} is not there. Give a directory of TASK/SUBSET.jsonl files."
-        )
-    names = {task: task_subsets(directory, task) for task in TASKS}
-    if not any(names.values()) and not extra:
-        raise ConfigError(
-            f"{str(directory)!r} holds none of {', '.join(TASKS)}. Give a directory of TASK/SUBSET.jsonl files."
-        )
-    subsets = [read_pairs(directory, name) for task in TASKS for name in names[task]]
-    further = [read_pairs(directory, name) for name in extra]
-    cosines = dict(zip([p.name for p in [*subsets, *further]], pair_cosines([*subsets, *further], embed), strict=True))
-    tasks = {}
-    for task in TASKS:
-        if names[task]:
-            parts = [p for p in subsets if p.name in names[task]]
-            tasks[task] = _score_task(parts, [cosines[p.name] for p in parts])
-    missing = [task for task in TASKS if task not in tasks]
-    average = None if missing else float(np.mean([task["spearman"] for task in tasks.values()]))
-    return {
-        "tasks": tasks,
-        "missing": missing,
-        "average": average,
-        "extra": {p.name: 100 * spearman(cosines[p.name], p.scores) for p in further},
-    }
+    tests = read_tests(directory, extra)
+    return score_tests(tests, cosines_of(tests, embed))
 
 
 def _score_task(parts: list[Pairs], cosines: list[np.ndarray]) -> dict[str, Any]:

@@ -1,73 +1,339 @@
-"""``clusterns evaluate``: a model by name to a table and a JSON."""
+"""``clusterns evaluate``: models by name to tables and a JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
+import numpy as np
+
+from clusterns_ray.config import EncoderConfig
 from clusterns_ray.errors import ConfigError
-from clusterns_ray.evaluation.sts import TASKS, check_pairs_exist, evaluate_sts, task_subsets
+from clusterns_ray.evaluation import hub
+from clusterns_ray.evaluation.clusters import SEEDS, evaluate_clusters, list_sets, read_clusters
+from clusterns_ray.evaluation.compare import compare_right, compare_sts
+from clusterns_ray.evaluation.geometry import geometry
+from clusterns_ray.evaluation.labelled import Labelled
+from clusterns_ray.evaluation.sts import (
+    TASKS,
+    Pairs,
+    StsTests,
+    check_pairs_exist,
+    cosines_of,
+    read_pairs,
+    read_tests,
+    score_tests,
+    task_subsets,
+)
+from clusterns_ray.evaluation.transfer import SEED, Task, evaluate_transfer, read_transfer
+from clusterns_ray.evaluation.transfer import TASKS as TRANSFER_TASKS
 from clusterns_ray.models import resolve_model
 
+if TYPE_CHECKING:
+    from clusterns_ray.encoder import Encoder
 
-def check_suite(suite: str, sts: str) -> None:
-    """Refuse a request before torch is imported."""
-    if suite != "sts":
-        raise ConfigError(f"--suite is {suite!r}; it must be sts.")
-    if not Path(sts).is_dir():
-        raise ConfigError(f"--sts {sts!r} is not a directory. Give one that holds TASK/SUBSET.jsonl files.")
+SUITES = {"sts": "--sts", "transfer": "--transfer", "clustering": "--clusters", "geometry": "--sts"}
+"""Every suite, in the order they are run, and the option that names its data."""
+
+GEOMETRY_SET = "STSB/dev"
+POOLINGS = get_args(EncoderConfig.model_fields["pooling"].annotation)
+PACKAGES = ("clusterns-ray", "torch", "transformers", "numpy", "scipy", "scikit-learn", "faiss-cpu", "faiss-gpu")
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is measured, and on which data."""
+
+    names: tuple[str, ...] = ()
+    """of SUITES, or ``all``; none: whatever there is data for, geometry excepted"""
+    sts: str | Path | None = None
+    """a directory of TASK/SUBSET.jsonl, or hf"""
+    transfer: str | Path | None = None
+    """a directory of MR.tsv and so on"""
+    clusters: tuple[str | Path, ...] = ()
+    """files of label<TAB>sentence, or directories of the short-text sets"""
+    extra: tuple[str, ...] = ()
+    """further TASK/SUBSET to score; the first is also what geometry is measured on, instead of STSB/dev"""
+    seed: int = SEED
+    """of folds, K-means and resampling"""
+
+
+@dataclass(frozen=True)
+class Data:
+    """A suite's data, read and checked."""
+
+    sts: StsTests | None
+    geometry: Pairs | None
+    transfer: list[Task]
+    clusters: dict[str, Labelled]
+
+    def sentences(self) -> list[str]:
+        """Every different sentence."""
+        pairs = [*(self.sts.subsets() if self.sts else []), *([self.geometry] if self.geometry else [])]
+        return list(
+            dict.fromkeys(sentence for part in (*pairs, *self.transfer) for sentence in part.sentences())
+            | dict.fromkeys(sentence for rows in self.clusters.values() for sentence in rows.sentences)
+        )
+
+
+def check_suite(suite: Suite) -> Suite:
+    """Refuse a request before torch is imported; returns it with its suites named.
+
+    Raises:
+        ConfigError: an unknown suite, data that is not there, or data that no suite asks for.
+    """
+    data = {"--sts": suite.sts, "--transfer": suite.transfer, "--clusters": suite.clusters or None}
+    for name in suite.names:
+        if name not in (*SUITES, "all"):
+            raise ConfigError(f"--suite is {name!r}; it must be {', '.join(SUITES)} or all.")
+    names = [name for name in SUITES if name in suite.names or "all" in suite.names]
+    if not suite.names:
+        names = [name for name, option in SUITES.items() if data[option] is not None and name != "geometry"]
+        if not names:
+            raise ConfigError("No data to evaluate on. Give --sts, --transfer or --clusters.")
+    missing = [option for option in data if data[option] is None and option in {SUITES[name] for name in names}]
+    if missing:
+        raise ConfigError(
+            f"--suite {','.join(suite.names)} needs {' and '.join(missing)}. Give the data, or fewer suites."
+        )
+    idle = [option for option, value in data.items() if value is not None and option not in {SUITES[n] for n in names}]
+    if idle:
+        raise ConfigError(
+            f"{' and '.join(idle)} given, but --suite {','.join(names)} does not read that. Name the suite too, or "
+            "leave --suite out."
+        )
+    if suite.extra and suite.sts is None:
+        raise ConfigError(f"--dev {suite.extra[0]} needs --sts, the directory that holds it.")
+    if suite.sts == "hf":
+        unknown = [name for name in suite.extra if name not in hub.HUB]
+        if unknown:
+            raise ConfigError(f"--dev {unknown[0]!r} is not among the hub's: {', '.join(hub.HUB)}.")
+    elif suite.sts is not None:
+        _check_sts(Path(suite.sts), suite.extra, names)
+    if suite.transfer is not None and not Path(suite.transfer).is_dir():
+        raise ConfigError(
+            f"--transfer {str(suite.transfer)!r} is not a directory. Give one that holds MR.tsv, TREC-train.tsv "
+            "and so on."
+        )
+    list_sets(suite.clusters)
+    return replace(suite, names=tuple(names))
+
+
+def _check_sts(directory: Path, extra: Sequence[str], names: Sequence[str]) -> None:
+    if not directory.is_dir():
+        raise ConfigError(
+            f"--sts {str(directory)!r} is not a directory. Give one that holds TASK/SUBSET.jsonl files, or hf."
+        )
+    for name in extra:
+        check_pairs_exist(directory, name)
+    if "sts" in names and not extra and not any(task_subsets(directory, task) for task in TASKS):
+        raise ConfigError(f"--sts {str(directory)!r} holds none of {', '.join(TASKS)}.")
+    if "geometry" in names and not extra and not (directory / f"{GEOMETRY_SET}.jsonl").is_file():
+        raise ConfigError(
+            f"--sts {str(directory)!r} has no {GEOMETRY_SET}.jsonl, on which geometry is measured. Name another set of "
+            "graded pairs with --dev TASK/SUBSET."
+        )
+
+
+def read_data(suite: Suite, note: Note = lambda text: None) -> Data:
+    """Everything that a checked suite needs; ``sts`` of hf is fetched where it has not been before.
+
+    Raises:
+        ConfigError, DataError: it is not there, or cannot be used.
+    """
+    directory = suite.sts
+    if directory == "hf":
+        directory = hub.fetch_sts(hub.hub_cache(), note=note)
+    graded = suite.extra[0] if suite.extra else GEOMETRY_SET
+    return Data(
+        sts=read_tests(directory, suite.extra) if directory is not None and "sts" in suite.names else None,
+        geometry=read_pairs(directory, graded) if directory is not None and "geometry" in suite.names else None,
+        transfer=read_transfer(suite.transfer) if suite.transfer is not None else [],
+        clusters={name: read_clusters(name, path) for name, path in list_sets(suite.clusters).items()},
+    )
+
+
+def evaluate_models(
+    models: Sequence[str],
+    suite: Suite,
+    *,
+    pooling: str | None = None,
+    max_length: int | None = None,
+    against: str | None = None,
+    note: Note = lambda text: None,
+) -> dict[str, Any]:
+    """Evaluate models on the same data, one after the other.
+
+    Every different sentence is encoded once by each model, for all suites together.
+
+    Args:
+        against: a further model that each of ``models`` is compared with.
+        note: told in words what is done, and at most every few seconds how far it is.
+
+    Returns:
+        ``models``: one object each, as :func:`evaluate_model` returns it, ``against`` the last of them;
+        ``differences``: without ``against`` empty, else of each model ``model``, ``against`` and ``sts``, ``transfer``,
+        ``clustering``: differences by task, as ``compare.interval`` gives them.
+
+    Raises:
+        ConfigError: no such model or data.
+        DataError: data that cannot be used.
+    """
+    suite = check_suite(suite)
+    if pooling is not None and pooling not in POOLINGS:
+        raise ConfigError(f"--pooling is {pooling!r}; it must be {', '.join(POOLINGS)}.")
+    every = [*dict.fromkeys(models), *([against] if against is not None and against not in models else [])]
+    for model in every:
+        resolve_model(model)
+    if against is not None and len(every) < 2:
+        raise ConfigError(f"--against {against!r} is the model itself. Name another one.")
+    data = read_data(suite, note)
+
+    from clusterns_ray.encoder import Encoder
+
+    sources = {"sts": suite.sts, "transfer": suite.transfer, "clusters": list(suite.clusters) or None}
+    sources = {name: _text(source) for name, source in sources.items() if source is not None}
+    if suite.sts == "hf":
+        sources["protocol"] = hub.PROTOCOL
+    results: dict[str, dict[str, Any]] = {}
+    items: dict[str, _Items] = {}
+    for model in every:
+        prefix = f"{model}: " if len(every) > 1 else ""
+        paced = paced_note(note, prefix)
+        encoder = Encoder.load(model, pooling=pooling, max_length=max_length)
+        figures, items[model] = _evaluate(encoder, suite, data, paced)
+        results[model] = {
+            "model": model,
+            "pooling": encoder.pooling,
+            "max_length": encoder.max_length,
+            "suite": list(suite.names),
+            **_finite(figures),
+            "data": sources,
+            "versions": _versions(),
+        }
+    differences = []
+    for model in every:
+        if against is not None and model != against:
+            note(f"Comparing {model} with {against}")
+            found = _compare(data, items[model], items[against], suite.seed)
+            differences.append({"model": model, "against": against, **found})
+    return {"models": list(results.values()), "differences": differences}
 
 
 def evaluate_model(
     model: str,
-    sts: str | Path,
+    sts: str | Path | None = None,
     *,
+    names: Sequence[str] = (),
+    transfer: str | Path | None = None,
+    clusters: Sequence[str | Path] = (),
     extra: Sequence[str] = (),
     pooling: str | None = None,
     max_length: int | None = None,
+    seed: int = SEED,
+    note: Note = lambda text: None,
 ) -> dict[str, Any]:
-    """STS scores of a model; see ``evaluate_sts`` for what is returned.
+    """Evaluate one model; the arguments are those of :class:`Suite`.
+
+    Returns:
+        ``model``, ``pooling``, ``max_length``, ``suite``, ``versions``; of STS ``tasks``, ``missing``, ``average``,
+        ``extra`` (see ``evaluate_sts``); and ``transfer``, ``clustering``, ``geometry``, each where it was asked for.
 
     Raises:
-        ConfigError: no such model, or no tests in the directory.
-        DataError: a line of a test is not a graded pair.
+        ConfigError: no such model, or no such data.
+        DataError: a line of the data cannot be used.
     """
-    resolve_model(model)
-    for name in extra:
-        check_pairs_exist(sts, name)
-    if not extra and not any(task_subsets(sts, task) for task in TASKS):
-        raise ConfigError(f"--sts {str(sts)!r} holds none of {', '.join(TASKS)}.")
+    suite = Suite(tuple(names), sts, transfer, tuple(clusters), tuple(extra), seed)
+    return evaluate_models([model], suite, pooling=pooling, max_length=max_length, note=note)["models"][0]
 
+
+@dataclass(frozen=True)
+class _Items:
+    """What the bootstrap draws from: a model's outcome on each item of each test."""
+
+    cosines: dict[str, np.ndarray]
+    transfer: dict[str, np.ndarray]
+    clusters: dict[str, np.ndarray]
+
+
+def _evaluate(encoder: Encoder, suite: Suite, data: Data, note: Note) -> tuple[dict[str, Any], _Items]:
     import torch
 
-    from clusterns_ray.encoder import Encoder
-
-    encoder = Encoder.load(model, pooling=pooling, max_length=max_length)
     if torch.cuda.is_available():
         encoder.to("cuda")
-    result = evaluate_sts(sts, encoder.encode, extra)
-    return {"model": model, "pooling": encoder.pooling, "max_length": encoder.max_length, **result}
+    sentences = data.sentences()
+    z_ND = encoder.encode(sentences, progress=lambda done: note(f"{done:,} of {len(sentences):,} sentences encoded"))
+    row = {sentence: number for number, sentence in enumerate(sentences)}
+
+    def embed(some: Sequence[str]) -> np.ndarray:
+        return z_ND[[row[sentence] for sentence in some]]
+
+    figures: dict[str, Any] = {}
+    cosines: dict[str, np.ndarray] = {}
+    transfer: dict[str, np.ndarray] = {}
+    clusters: dict[str, np.ndarray] = {}
+    if data.sts is not None:
+        cosines = cosines_of(data.sts, embed)
+        figures |= score_tests(data.sts, cosines)
+    if data.transfer:
+        figures["transfer"], transfer = evaluate_transfer(data.transfer, embed, seed=suite.seed, note=note)
+    if data.clusters:
+        seeds = range(suite.seed, suite.seed + SEEDS)
+        figures["clustering"], clusters = evaluate_clusters(data.clusters, embed, seeds=seeds, note=note)
+    if data.geometry is not None:
+        figures["geometry"] = {"set": data.geometry.name, **geometry(data.geometry, embed)}
+    return figures, _Items(cosines, transfer, clusters)
 
 
-def render_sts(model: str, result: dict[str, Any]) -> None:
-    """Print the table of tasks; the average only over all seven."""
-    from rich.console import Console
-    from rich.table import Table
+def _compare(data: Data, a: _Items, b: _Items, seed: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if data.sts is not None:
+        found["sts"] = compare_sts(data.sts, a.cosines, b.cosines, seed=seed)
+    if data.transfer:
+        whole = len(data.transfer) == len(TRANSFER_TASKS)
+        found["transfer"] = compare_right(a.transfer, b.transfer, seed=seed, average=whole)
+    if data.clusters:
+        found["clustering"] = compare_right(a.clusters, b.clusters, seed=seed)
+    return found
 
-    table = Table(title=f"{model}: Spearman x 100 over all pairs of a task")
-    for column in ("task", "Spearman", "Pearson", "pairs"):
-        table.add_column(column, justify="left" if column == "task" else "right")
-    for task, scores in result["tasks"].items():
-        table.add_row(task, f"{scores['spearman']:.2f}", f"{scores['pearson']:.2f}", f"{scores['pairs']:,}")
-    for name, score in result["extra"].items():
-        table.add_row(name, f"{score:.2f}", "", "")
-    console = Console()
-    console.print(table)
-    if result["average"] is not None:
-        console.print(f"Average of the seven tests: {result['average']:.2f}", highlight=False)
-    else:
-        console.print(
-            f"No average: {', '.join(result['missing'])} missing, and the figure is of all seven tests.",
-            highlight=False,
-        )
+
+def paced_note(note: Note, prefix: str = "", seconds: float = 4.0) -> Note:
+    """``note`` at most once in so many seconds, and not before the first have passed."""
+    last = time.monotonic()
+
+    def paced(text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            last = time.monotonic()
+            note(prefix + text)
+
+    return paced
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _text(source: Any) -> Any:
+    return [str(each) for each in source] if isinstance(source, list) else str(source)
+
+
+def _finite(value: Any) -> Any:
+    """With None for what is not a number, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

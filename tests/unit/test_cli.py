@@ -367,7 +367,8 @@ def test_evaluate_all_seven(
     assert values["average"] == pytest.approx(sum(each) / 7)
     assert list(values["extra"]) == ["STSB/dev"]
     assert (values["pooling"], values["max_length"]) == ("mean", 64)
-    assert f"Average of the seven tests: {values['average']:.2f}" in result.stdout
+    (line,) = [line for line in result.stdout.splitlines() if "average of the seven" in line]
+    assert f"{values['average']:.2f}" in line
     for task, score in values["tasks"].items():
         assert any(task in line and f"{score['spearman']:.2f}" in line for line in result.stdout.splitlines())
     assert result.stdout.rstrip().endswith(f"Wrote {out}")
@@ -382,7 +383,8 @@ def test_missing_tasks_are_named_and_there_is_no_average(
     options = ["--json", tmp_path / "x.json", "--pooling", "cls", "--max-length", "9"]
     result = clusterns("evaluate", tiny_model, "--sts", tmp_path / "some", *options)
     assert result.exit_code == 0, (result.output, result.exception)
-    assert "Average" not in result.stdout
+    assert "average of the seven" not in result.stdout
+    assert "STS is partial, 2 of the seven tasks" in result.stdout
     assert "No average: STS12, STS14, STS15, STS16, STSB missing" in result.stdout
     values = json.loads((tmp_path / "x.json").read_text())
     assert values["average"] is None
@@ -419,11 +421,57 @@ def test_evaluate_refuses(clusterns: Callable[..., Result], tiny_model: Path, st
     )
 
 
-def test_evaluate_that_cannot_write(clusterns: Callable[..., Result], tiny_model: Path, sts_dir: Path) -> None:
-    options = ["--sts", sts_dir, "--dev", "STSB/dev", "--json", "no/such/dir/x.json"]
+def test_evaluate_that_cannot_write_is_refused_before_it_starts(
+    clusterns: Callable[..., Result], tiny_model: Path, sts_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from clusterns_ray.encoder import Encoder
+
+    monkeypatch.setattr(Encoder, "load", lambda *_, **__: pytest.fail("it was begun"))
+    options = ["--sts", sts_dir, "--dev", "STSB/dev", "--json"]
+    result = clusterns("evaluate", tiny_model, *options, "no/such/dir/x.json")
+    check_refusal(result, "--json 'no/such/dir/x.json' cannot be written", "No such file", "Choose another")
+    check_refusal(clusterns("evaluate", tiny_model, *options, tmp_path), str(tmp_path), "it is a directory")
+
+
+def test_evaluate_other_suites(
+    clusterns: Callable[..., Result], tiny_model: Path, sts_dir: Path, tmp_path: Path
+) -> None:
+    topics = tmp_path / "topics.tsv"
+    topics.write_text("".join(f"{n % 3}\t{text}\n" for n, text in enumerate(sentences(30))))
+    out = tmp_path / "scores.json"
+    options = ["--suite", "clustering,geometry", "--sts", sts_dir, "--clusters", topics, "--seed", "5", "--json", out]
     result = clusterns("evaluate", tiny_model, *options)
+    assert result.exit_code == 0, (result.output, result.exception)
+    values = json.loads(out.read_text())
+    assert values["suite"] == ["clustering", "geometry"] and "tasks" not in values
+    assert values["clustering"]["topics"]["seeds"] == 10 and values["geometry"]["set"] == "STSB/dev"
+    assert "topics (K 3) accuracy" in result.stdout and "effective rank" in result.stdout
+    again = clusterns("evaluate", tiny_model, *options[:-3], "5", "--json", tmp_path / "again.json")
+    assert again.exit_code == 0
+    assert json.loads((tmp_path / "again.json").read_text()) == values
+
+
+def test_evaluate_against(
+    clusterns: Callable[..., Result], tiny_model: Path, tiny_models: Callable[[str], Path], seven_tests: Path
+) -> None:
+    other = tiny_models("roberta")
+    result = clusterns("evaluate", tiny_model, "--sts", seven_tests, "--against", other, "--json", "both.json")
+    assert result.exit_code == 0, (result.output, result.exception)
+    values = json.loads(Path("both.json").read_text())
+    assert [each["model"] for each in values["models"]] == [str(tiny_model), str(other)]
+    average = values["differences"][0]["sts"]["average"]
+    assert f"{average['difference']:+.2f}" in result.stdout
+    assert f"{average['low']:+.2f} to {average['high']:+.2f}" in result.stdout
+    assert "minus" in result.stdout and "95 % intervals" in result.stdout
+
+
+def test_evaluate_on_the_hub_without_a_network(
+    clusterns: Callable[..., Result], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    result = clusterns("evaluate", tiny_model, "--sts", "hf")
     assert result.exit_code == 2 and "Traceback" not in result.output
-    assert "--json 'no/such/dir/x.json' cannot be written" in result.stderr and "Choose another" in result.stderr
+    assert "mteb/sts12-sts" in result.stderr and "give a directory of TASK/SUBSET.jsonl" in result.stderr
 
 
 # ---- failures while it runs ---------------------------------------------------------------------------------------

