@@ -13,16 +13,22 @@ if TYPE_CHECKING:
     from clusterns_ray.encoder import Encoder
     from clusterns_ray.evaluation.suite import evaluate_model as evaluate
     from clusterns_ray.launch.trainer import train
+    from clusterns_ray.search.semantic import SemanticIndex
+    from clusterns_ray.tuning.study import load_study
+    from clusterns_ray.tuning.sweep import tune
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Encoder", "evaluate", "load_config", "train"]
+__all__ = ["Config", "Encoder", "SemanticIndex", "evaluate", "load_config", "load_study", "train", "tune"]
 
 _HOMES = {
     "Config": ("clusterns_ray.config", "Config"),
     "load_config": ("clusterns_ray.config", "load_config"),
     "Encoder": ("clusterns_ray.encoder", "Encoder"),
+    "SemanticIndex": ("clusterns_ray.search.semantic", "SemanticIndex"),
     "evaluate": ("clusterns_ray.evaluation.suite", "evaluate_model"),
+    "load_study": ("clusterns_ray.tuning.study", "load_study"),
     "train": ("clusterns_ray.launch.trainer", "train"),
+    "tune": ("clusterns_ray.tuning.sweep", "tune"),
 }
 
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
@@ -30,8 +30,12 @@ Overrides = Annotated[
 
 
 @contextmanager
-def readable_errors() -> Iterator[None]:
-    """One clear message and an exit code in place of a traceback."""
+def readable_errors(resumption: str = "") -> Iterator[None]:
+    """One clear message and an exit code in place of a traceback.
+
+    Args:
+        resumption: where the same command would go on, had this one been interrupted.
+    """
     try:
         yield
     except (ConfigError, DataError) as error:
@@ -41,14 +45,15 @@ def readable_errors() -> Iterator[None]:
         typer.echo(f"failed: {error}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        typer.echo("Interrupted. The same command goes on from the newest checkpoint.", err=True)
+        again = f" The same command goes on {resumption}." if resumption else " Nothing was written."
+        typer.echo("Interrupted." + again, err=True)
         raise typer.Exit(1) from None
 
 
 @app.command()
 def train(config: ConfigFile, set: Overrides = None) -> None:
     """Train an encoder on plain sentences, or resume a run of that name."""
-    with readable_errors():
+    with readable_errors("from the newest checkpoint"):
         from clusterns_ray.config import load_config
         from clusterns_ray.launch.trainer import train as run_training
         from clusterns_ray.progress import progress_watch
@@ -101,32 +106,203 @@ def prepare(config: ConfigFile, set: Overrides = None) -> None:
 
 
 @app.command()
+def tune(
+    study: Annotated[
+        Path, typer.Argument(metavar="STUDY", help="A YAML file, such as experiments/studies/smoke.yaml.")
+    ],
+    set: Overrides = None,
+    status: Annotated[bool, typer.Option("--status", help="Show how a study stands, also while it runs.")] = False,
+    finalize: Annotated[
+        bool, typer.Option("--finalize", help="Score the winner on the seven STS tests: once, at the end.")
+    ] = False,
+) -> None:
+    """Search the study's space against the dev set, or go on with a study of that name."""
+    with readable_errors("with the trials that are left"):
+        from clusterns_ray.tuning.study import load_study
+
+        request = load_study(study, set or ())
+        if status and finalize:
+            raise ConfigError("--status and --finalize exclude each other. Give one.")
+        if status:
+            from clusterns_ray.tuning.view import show_status
+
+            show_status(request)
+            return
+        if finalize:
+            from clusterns_ray.tuning.final import finalize as score_tests
+            from clusterns_ray.tuning.final import render_final
+
+            final, path = score_tests(request)
+            render_final(final)
+            typer.echo(f"Wrote {path}")
+            return
+
+        from clusterns_ray.tuning.sweep import tune as run_study
+        from clusterns_ray.tuning.view import render_result, study_watch
+
+        watch = study_watch(request)
+        try:
+            result = run_study(request, watch)
+        finally:
+            watch.close()
+        for text in render_result(result):
+            typer.echo(text)
+        from clusterns_ray.report.study import write_study_report
+
+        path, _ = write_study_report(request.directory)
+        typer.echo(f"Wrote {result['best']}, {result['model']} and {path}")
+
+
+@app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A run's model/, a directory, a hub id, or package:PACKAGE/SUBDIR.")],
-    sts: Annotated[str, typer.Option(help="A directory of TASK/SUBSET.jsonl files.")],
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="A run's model/, a directory, a hub id, or package:PACKAGE/SUBDIR."),
+    ],
+    suite: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help="sts, transfer, clustering, geometry or all; also with commas. By default what data is given for."
+        ),
+    ] = None,
+    sts: Annotated[Optional[str], typer.Option(help="A directory of TASK/SUBSET.jsonl files, or hf.")] = None,
+    transfer: Annotated[Optional[Path], typer.Option(help="A directory of MR.tsv, TREC-train.tsv and so on.")] = None,
+    clusters: Annotated[
+        Optional[list[Path]],
+        typer.Option(help="A file of label<TAB>sentence, or a directory of short-text sets; may be repeated."),
+    ] = None,
     dev: Annotated[Optional[list[str]], typer.Option(help="A further TASK/SUBSET, such as STSB/dev.")] = None,
-    suite: Annotated[str, typer.Option(help="What to measure: sts.")] = "sts",
-    pooling: Annotated[Optional[str], typer.Option(help="Replaces the model's own.")] = None,
-    max_length: Annotated[Optional[int], typer.Option(help="Replaces the model's own.")] = None,
+    against: Annotated[
+        Optional[str], typer.Option(metavar="MODEL", help="Differences to this model, with 95 % intervals.")
+    ] = None,
+    pooling: Annotated[Optional[str], typer.Option(help="Replaces the models' own.")] = None,
+    max_length: Annotated[Optional[int], typer.Option(help="Replaces the models' own.")] = None,
+    seed: Annotated[int, typer.Option(help="Of folds, K-means and resampling.")] = 1111,
     json_file: Annotated[Optional[Path], typer.Option("--json", help="Also write every figure here.")] = None,
 ) -> None:
-    """Score an encoder on the seven STS tests."""
+    """Score encoders: the seven STS tests, transfer tasks, clustering, geometry; several models give one table."""
     with readable_errors():
-        from clusterns_ray.evaluation.suite import check_suite, evaluate_model, render_sts
+        from clusterns_ray.evaluation.suite import Suite, check_suite, evaluate_models
+        from clusterns_ray.evaluation.tables import render
+        from clusterns_ray.files import check_writable, write_atomic
+        from clusterns_ray.progress import progress_watch
 
-        check_suite(suite, sts)
-        result = evaluate_model(model, sts, extra=dev or (), pooling=pooling, max_length=max_length)
-        render_sts(model, result)
+        names = [name for part in suite or () for name in part.split(",")]
+        request = check_suite(Suite(tuple(names), sts, transfer, tuple(clusters or ()), tuple(dev or ()), seed))
         if json_file is not None:
-            _write_json(json_file, result)
+            check_writable(json_file, "--json")
+        watch = progress_watch()
+        result = evaluate_models(
+            models,
+            request,
+            pooling=pooling,
+            max_length=max_length,
+            against=against,
+            note=lambda text: watch({"event": "note", "text": text}),
+        )
+        render(result)
+        if json_file is not None:
+            value = result["models"][0] if len(result["models"]) == 1 else result
+            write_atomic(json_file, json.dumps(value, indent=2) + "\n")
             typer.echo(f"Wrote {json_file}")
 
 
-def _write_json(path: Path, value: Any) -> None:
-    try:
-        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--json {str(path)!r} cannot be written: {error.strerror}. Choose another file.") from None
+@app.command()
+def encode(
+    model: Annotated[str, typer.Argument(help="A run's model/, a directory, a hub id, or package:PACKAGE/SUBDIR.")],
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILE...", help="Text, csv, jsonl, parquet; globs, s3://, gs:// or hf://.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT.parquet", help="The file to write.")],
+    text_column: Annotated[str, typer.Option(help="The column or field that holds the sentence.")] = "text",
+    limit: Annotated[Optional[int], typer.Option(help="Only so many sentences.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
+    workers: Annotated[int, typer.Option(help="Ray workers; 0 works in this process.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Sentences encoded at once.")] = 64,
+    pooling: Annotated[Optional[str], typer.Option(help="Replaces the model's own.")] = None,
+    max_length: Annotated[Optional[int], typer.Option(help="Replaces the model's own.")] = None,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Scale embeddings to length 1.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file, or parts, of another request.")
+    ] = False,
+) -> None:
+    """Write sentences and their embeddings to a parquet file, or go on with it where a killed command was."""
+    with readable_errors("behind the parts that are done"):
+        from clusterns_ray.encode_progress import encode_watch
+        from clusterns_ray.launch.encode import encode as run_encoding
+
+        watch = encode_watch()
+        try:
+            result = run_encoding(
+                model,
+                files,
+                output,
+                workers=workers,
+                text_column=text_column,
+                limit=limit,
+                dtype=dtype,
+                batch_size=batch_size,
+                pooling=pooling,
+                max_length=max_length,
+                normalize=normalize,
+                overwrite=overwrite,
+                watch=watch,
+            )
+        finally:
+            watch.close()
+        done = "Found, and left as it is:" if result.reused else "Wrote"
+        typer.echo(f"{done} {result.path} ({result.rows:,} sentences, {result.width} values each)")
+
+
+@app.command()
+def search(
+    model: Annotated[str, typer.Argument(help="The model that reads the corpus and the queries, as of `encode`.")],
+    corpus: Annotated[str, typer.Argument(help="Text, as of `encode`, or a file that `encode` wrote.")],
+    queries: Annotated[list[str], typer.Argument(metavar="QUERY...", help="Sentences to look for.")],
+    k: Annotated[int, typer.Option("-k", help="Answers to each.")] = 10,
+    index: Annotated[
+        Optional[Path], typer.Option(metavar="DIR", help="Where the index is kept; FILE.index beside the corpus.")
+    ] = None,
+    text_column: Annotated[str, typer.Option(help="The column or field that holds the sentence.")] = "text",
+    limit: Annotated[Optional[int], typer.Option(help="Only so many sentences of the corpus.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a query.")] = False,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Build the index anew.")] = False,
+) -> None:
+    """Find the sentences of a corpus most similar to a query; the first time, index it."""
+    with readable_errors("behind the parts that are done"):
+        from clusterns_ray.encode_progress import encode_watch
+        from clusterns_ray.search.semantic import SemanticIndex, check_k, check_queries, hits_as_json, hits_as_text
+
+        check_queries(queries)
+        check_k(k)
+        watch = encode_watch(sys.stderr)
+        try:
+            found = SemanticIndex.build(
+                model, corpus, index, text_column=text_column, limit=limit, rebuild=rebuild, watch=watch
+            ).search(queries, k)
+        finally:
+            watch.close()
+        for query, hits in zip(queries, found):
+            typer.echo((hits_as_json if as_json else hits_as_text)(query, hits))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Directories of runs: STORAGE_PATH/NAME.")],
+    output: Annotated[
+        Optional[Path], typer.Option("--output", "-o", metavar="FILE.html", help="RUN/report.html if not given.")
+    ] = None,
+) -> None:
+    """Write one HTML page about a run; several are compared, with mean and deviation over seeds."""
+    with readable_errors():
+        from clusterns_ray.report import write_report
+
+        path, page = write_report(runs, output)
+        for text in page.headline:
+            typer.echo(text)
+        for warning in page.warnings:
+            typer.echo(("Warning: " if warning.level == "problem" else "Note: ") + warning.text)
+        typer.echo(f"Wrote {path}")
 
 
 def main() -> None:

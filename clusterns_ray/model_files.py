@@ -3,19 +3,63 @@ sentence-transformers."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from clusterns_ray.errors import ConfigError
+from clusterns_ray.models import resolve_model
+from clusterns_ray.tokenization import cannot_load
 
 SETTINGS_FILE = "clusterns.json"
 """What a directory written by ``Encoder.save`` needs besides the transformer: pooling, length, prompt."""
 
 HIDDEN_STATE_POOLINGS = ("first_last", "top2")
 """Poolings that read more than the last layer."""
+
+
+def model_digest(name: str) -> str:
+    """What tells one encoder from another: SHA-256 over its configuration, tokenizer and weights, wherever they are.
+
+    A model of the hub is known by its name and commit.
+
+    Args:
+        name: as of ``Encoder.load``.
+
+    Raises:
+        ConfigError: there is no such model, or the hub cannot tell its commit.
+    """
+    source = resolve_model(name)
+    digest = hashlib.sha256()
+    path = Path(source)
+    if not path.is_dir():
+        digest.update(f"{source}@{_hub_commit(source)}".encode())
+        return digest.hexdigest()
+    weights = list(path.glob("*.safetensors")) or list(path.glob("*.bin"))
+    small = [*path.glob("*.json"), *path.glob("*.txt"), *path.glob("*.model"), *path.glob("*/config.json")]
+    for file in sorted({*small, *weights}):
+        with file.open("rb") as handle:
+            digest.update(f"{file.relative_to(path).as_posix()} {_sha256(handle)}\n".encode())
+    return digest.hexdigest()
+
+
+def _hub_commit(source: str) -> str | None:
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    try:
+        return extract_commit_hash(cached_file(source, "config.json"), None)
+    except (OSError, ValueError) as error:
+        raise cannot_load(source, error) from error
+
+
+def _sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def write_settings(path: Path, settings: dict[str, Any]) -> None:

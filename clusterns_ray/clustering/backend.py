@@ -40,9 +40,9 @@ def spherical_kmeans(z_ND: np.ndarray, k: int, *, seed: int, iterations: int = 2
 def _faiss_kmeans(n_ND: np.ndarray, k: int, seed: int, iterations: int) -> np.ndarray:
     import faiss
 
-    kmeans = faiss.Kmeans(
-        n_ND.shape[1], k, niter=iterations, spherical=True, seed=seed % 2**31, min_points_per_centroid=1
-    )
+    # By itself faiss would train on a sample of 256 rows a centroid.
+    limits = {"min_points_per_centroid": 1, "max_points_per_centroid": len(n_ND)}
+    kmeans = faiss.Kmeans(n_ND.shape[1], k, niter=iterations, spherical=True, seed=seed % 2**31, **limits)
     kmeans.train(n_ND)
     return np.asarray(kmeans.centroids)
 

@@ -6,7 +6,6 @@ It is a stand-in for those who have no graded pairs of their own; it is not huma
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import numpy as np
 
 from clusterns_ray.data.documents import Document, is_usable, split_sentences
 from clusterns_ray.errors import ConfigError, DataError
+from clusterns_ray.files import write_atomic
 
 GRADES = {
     3: "neighbouring sentences of a paragraph",
@@ -118,9 +118,10 @@ def write_structure_dev(
     }
     folder = Path(directory, "STRUCTURE")
     folder.mkdir(parents=True, exist_ok=True)
-    _write_atomically(folder / "ABOUT.json", json.dumps(about, ensure_ascii=False, indent=2) + "\n")
+    write_atomic(folder / "ABOUT.json", json.dumps(about, ensure_ascii=False, indent=2) + "\n")
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    return _write_atomically(folder / "dev.jsonl", "".join(lines))
+    write_atomic(folder / "dev.jsonl", "".join(lines))
+    return folder / "dev.jsonl"
 
 
 def _layouts(documents: Iterable[Document], language: str) -> list[_Layout]:
@@ -222,13 +223,3 @@ def _check_enough(grade: int, found: int, need: int, documents: int) -> None:
             "that way (repeated ones are left out). Give more documents with headings and paragraphs, or ask "
             "for fewer pairs."
         )
-
-
-def _write_atomically(path: Path, text: str) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

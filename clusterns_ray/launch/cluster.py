@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from clusterns_ray.errors import ClusterNSError
+
+ANSWER_TIMEOUT_S = 10.0
 
 
 @contextmanager
@@ -19,7 +23,7 @@ def connect(cpus: int, note: Callable[[str], None]) -> Iterator[None]:
         cpus: how many the job asks for; a Ray that is started here has at least so many, be they shared.
 
     Raises:
-        ClusterNSError: no Ray answers at RAY_ADDRESS.
+        ClusterNSError: nothing answers at RAY_ADDRESS.
     """
     if not os.environ.get("RAY_ADDRESS"):
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's default for a local start, said without its warning.
@@ -43,15 +47,24 @@ def _start(cpus: int, note: Callable[[str], None]) -> None:
     options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        try:
-            ray.init(**options)
-        except ConnectionError as error:
-            raise ClusterNSError(
-                f"RAY_ADDRESS is {address!r}, where no Ray answers ({str(error).splitlines()[0]}). Mend it, or unset "
-                "it to start Ray on this machine."
-            ) from error
+        _check_answers(address)
+        ray.init(**options)
         return
     there = os.cpu_count() or 1
     if cpus > there:
         note(f"{cpus} CPUs are asked for on a machine with {there}: the workers share them and run slower.")
     ray.init(num_cpus=max(there, cpus), include_dashboard=False, **options)
+
+
+def _check_answers(address: str) -> None:
+    """Whether anything listens there: Ray itself would try for a quarter of an hour."""
+    found = re.fullmatch(r"(?:ray://)?\[?(.+?)\]?:(\d+)", address)
+    if not found:  # "auto"
+        return
+    try:
+        socket.create_connection((found[1], int(found[2])), timeout=ANSWER_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ClusterNSError(
+            f"RAY_ADDRESS is {address!r}, where nothing answers ({error}). Mend it, or unset it to start Ray on this "
+            "machine."
+        ) from error

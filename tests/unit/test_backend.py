@@ -147,3 +147,14 @@ def test_one_wheel_that_is_seen_twice_is_one(monkeypatch: pytest.MonkeyPatch) ->
 def test_what_is_installed_here_is_read() -> None:
     wheels = [name for name in ("faiss-cpu", "faiss-gpu") if any(importlib.metadata.distributions(name=name))]
     assert (faiss_conflict() is not None) is (len(wheels) == 2)
+
+
+def test_every_row_is_trained_on() -> None:
+    """faiss takes a sample of 256 rows a centroid unless told otherwise; one cluster's centroid tells: it is the mean."""
+    pytest.importorskip("faiss")
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(2000, 8)).astype(np.float32) + 1
+    n = z / np.linalg.norm(z, axis=1, keepdims=True)
+    mean = n.mean(axis=0)
+    found = backend.spherical_kmeans(z, 1, seed=3)
+    np.testing.assert_allclose(found[0], mean / np.linalg.norm(mean), atol=1e-5)

@@ -1,0 +1,348 @@
+"""The page of a study."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from clusterns_ray.report import study_charts as charts
+from clusterns_ray.report.page import Cell, Fact, Figure, Fold, Link, Page, Section, Table, Warning, write_page
+from clusterns_ray.report.run import footer
+from clusterns_ray.report.words import NONE, count, duration, fixed, listing, plain_value
+from clusterns_ray.tuning.analysis import StudyRecord, Trial, at_the_edge, read_study, rungs
+
+FEW = 20
+"""Importances from fewer finished trials are a hint at most."""
+STATES = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "runs"}
+
+
+def write_study_report(directory: str | Path, output: str | Path | None = None) -> tuple[Path, Page]:
+    """Write what a study tells as an HTML file, ``report.html`` in its directory if no other is named.
+
+    Raises:
+        ConfigError: the directory holds no study, or the file cannot be written.
+    """
+    directory = Path(directory)
+    path = Path(output) if output is not None else directory / "report.html"
+    page = study_page(read_study(directory), read_result(directory))
+    write_page(path, page)
+    return path, page
+
+
+def read_result(directory: Path) -> dict[str, Any] | None:
+    """``result.json`` of a study that has come to its end."""
+    path = directory / "result.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def study_page(study: StudyRecord, result: dict[str, Any] | None) -> Page:
+    """All that a study tells."""
+    sections = [
+        outcome_section(study, result),
+        history_section(study, result),
+        importance_section(study),
+        slice_section(study, result),
+        trial_section(study, result),
+        setup_section(study),
+    ]
+    dev = study.config["base"]["evaluation"]["dev"]
+    return Page(
+        title=study.config["name"],
+        subtitle=f"study · {dev} · sampler {study.config['sampler']['name']}, scheduler "
+        f"{study.config['scheduler']['name']}",
+        headline=headline(study, result),
+        facts=facts(study, result),
+        warnings=sorted(advise(study, result), key=lambda warning: warning.level != "problem"),
+        sections=[section for section in sections if section],
+        footer=footer(),
+    )
+
+
+def headline(study: StudyRecord, result: dict[str, Any] | None) -> list[str]:
+    tried = f"{count(len(study.trials), 'trial')} over {listing(list(study.varied))}"
+    if result is None:
+        return [f"{tried}; the study has not come to its end."]
+    winner, dev = result["winner"], result["dev"]
+    words = f"The winner is trial {winner['trial']}, with {fixed(winner['mean'])} on {dev} (Spearman × 100)"
+    if winner["deviation"] is not None:
+        words += f", the mean of {len(winner['scores'])} new seeds, standard deviation {fixed(winner['deviation'])}"
+    elif not winner["scores"]:
+        words += ", from a single run"
+    if result["sts_dev_before"] is not None:
+        words += f"; the untrained encoder has {fixed(result['sts_dev_before'])}"
+    return [f"{tried}.", words + "."]
+
+
+def facts(study: StudyRecord, result: dict[str, Any] | None) -> list[Fact]:
+    found = []
+    if result is not None:
+        winner = result["winner"]
+        spread = "" if winner["deviation"] is None else f" ± {fixed(winner['deviation'])}"
+        note = f"mean over {count(len(winner['scores']), 'seed')}" if winner["scores"] else "one run"
+        found.append(Fact("Winner on the dev set", fixed(winner["mean"]) + spread, note))
+    found.append(Fact("Untrained encoder", fixed(study.before), "the same set"))
+    states = {name: sum(trial.state == state for trial in study.trials) for state, name in STATES.items()}
+    said = ", ".join(f"{number} {name}" for name, number in states.items() if number)
+    found.append(Fact("Trials", str(len(study.trials)), said))
+    found.append(Fact("Time", duration(study.seconds), "of the study, over all its sessions"))
+    return found
+
+
+# ---- warnings ---------------------------------------------------------------------------------------------------
+
+
+def advise(study: StudyRecord, result: dict[str, Any] | None) -> Iterator[Warning]:
+    """What to be wary of, in words."""
+    failed = [trial for trial in study.trials if trial.state == "FAIL"]
+    if failed:
+        yield Warning(f"{count(len(failed), 'trial')} failed; the last, trial {failed[-1].number}: {failed[-1].reason}")
+    if result is None:
+        yield Warning("The study has not come to its end, so nothing here is final.", "note")
+    else:
+        yield from _about_winner(study, result)
+    finished = len(study.finished)
+    if study.importances and finished < FEW:
+        yield Warning(
+            f"The importances come from {count(finished, 'finished trial')}; of fewer than {FEW} they are a hint at "
+            "most. Look at their deviations.",
+            "note",
+        )
+    startup = study.config["sampler"].get("startup_trials")
+    if startup is not None and len(study.trials) <= startup:
+        yield Warning(
+            f"All {len(study.trials)} trials were drawn at random: the model proposes after "
+            f"{count(startup, 'trial')} (sampler.startup_trials).",
+            "note",
+        )
+
+
+def _about_winner(study: StudyRecord, result: dict[str, Any]) -> Iterator[Warning]:
+    winner = result["winner"]
+    for key, value in winner["values"].items():
+        parameter = study.varied.get(key)
+        side = at_the_edge(parameter, value) if parameter else None
+        if parameter and side:
+            yield Warning(
+                f"The winner's {key} ({plain_value(value)}) lies at the {side} edge of the space "
+                f"({parameter['low']} to {parameter['high']}); the best value may lie beyond. Widen it."
+            )
+    if not winner["scores"]:
+        yield Warning(
+            "Nothing was confirmed with other seeds: the best of many single runs is too good on average, and the "
+            "next may be as good. Set confirmation.seeds."
+        )
+    elif result["not_told_apart"]:
+        names = listing([f"trial {number}" for number in result["not_told_apart"]])
+        yield Warning(
+            f"The winner cannot be told apart from {names} with these seeds (Welch's t-test at 5 %): the difference "
+            "lies inside seed noise. Prefer the cheaper or the simpler, or add seeds.",
+            "note",
+        )
+    loss = [c["trial_score"] - c["mean"] for c in result["candidates"] if c["scores"]]
+    if loss and statistics.fmean(loss) > 0:
+        yield Warning(
+            f"With new seeds the best configurations lost {fixed(statistics.fmean(loss))} points on average against "
+            "the run that chose them, as the best of many do. The means are the figures to quote.",
+            "note",
+        )
+    for name, reason in result["confirmation_failures"].items():
+        yield Warning(f"The confirming run {name} failed: {reason}")
+    if result["sts_dev_before"] is not None and winner["mean"] <= result["sts_dev_before"]:
+        yield Warning("No configuration improved the untrained encoder on this dev set. Is the text of its kind?")
+
+
+# ---- sections ---------------------------------------------------------------------------------------------------
+
+
+def outcome_section(study: StudyRecord, result: dict[str, Any] | None) -> Section | None:
+    if result is None:
+        return None
+    keys = list(study.varied)
+    alike = set(result["not_told_apart"])
+    rows: list[list[Cell]] = []
+    candidates = sorted(result["candidates"], key=lambda candidate: -candidate["mean"])
+    for candidate in candidates:
+        number = candidate["trial"]
+        verdict = "winner" if number == result["winner"]["trial"] else "not told apart" if number in alike else "worse"
+        rows.append(
+            [
+                Link(f"trial {number}", "#trials"),
+                verdict,
+                fixed(candidate["mean"]),
+                fixed(candidate["deviation"]),
+                str(len(candidate["scores"])),
+                fixed(candidate["trial_score"]),
+                *(_value(candidate["values"], key) for key in keys),
+            ]
+        )
+    first = next(number for number, c in enumerate(candidates) if c["trial"] == result["winner"]["trial"])
+    return Section(
+        "The best configurations, run again",
+        words=[
+            "The best trials were run again with seeds that no trial had. The winner has the best mean; not told apart "
+            "from it are those whose means do not differ by Welch's t-test at 5 %."
+        ],
+        tables=[
+            Table(
+                ["", "", "mean", "deviation", "seeds", "the run that chose it", *keys],
+                rows,
+                "Dev scores (Spearman × 100) over the confirmation seeds",
+                text_columns=(0, 1),
+                strong_rows=(first,),
+            )
+        ],
+        code=f"clusterns train {study.directory / 'best.yaml'}",
+    )
+
+
+def history_section(study: StudyRecord, result: dict[str, Any] | None) -> Section | None:
+    if not any(trial.curve for trial in study.trials):
+        return None
+    winner = result["winner"]["trial"] if result else None
+    last = max((step for trial in study.trials for step, _ in trial.curve), default=0)
+    levels = rungs(study.config, last)
+    figures = [
+        Figure("History", charts.history(study.trials, study.before), "Each trial's score, and the best so far."),
+        Figure(
+            "Learning curves",
+            charts.learning_curves(study.trials, levels, winner),
+            "Each trial over its own training steps; orange ones were pruned, the green one won.",
+        ),
+        Figure(
+            "Score against cost",
+            charts.cost(study.trials),
+            "What a trial took. A pruned one stands at its last score, which a longer run might have raised.",
+        ),
+    ]
+    tables = []
+    if levels:
+        rows: list[list[Cell]] = []
+        for step in levels:
+            reached = [trial for trial in study.trials if trial.curve and trial.curve[-1][0] >= step]
+            stopped = [trial for trial in reached if trial.state == "PRUNED" and _rung_of(trial, levels) == step]
+            rows.append([f"step {step:,}", str(len(reached)), str(len(stopped))])
+        tables.append(Table(["rung", "reached it", "pruned there"], rows, "Rungs of the scheduler"))
+    return Section("How the search went", figures=figures, tables=tables)
+
+
+def _rung_of(trial: Trial, levels: list[int]) -> int:
+    """The highest rung that a trial had reached."""
+    return max(step for step in levels if step <= trial.curve[-1][0])
+
+
+def importance_section(study: StudyRecord) -> Section | None:
+    if not study.importances:
+        return None
+    figures = [
+        Figure(
+            "What mattered",
+            charts.importance_chart(study.importances),
+            "The share of the score's variance that a key explains alone (fANOVA), with the standard deviation over "
+            "resampled trials. A key under a condition is judged among the trials in which it mattered.",
+        )
+    ]
+    keys = [importance.key for importance in study.importances[:2]]
+    surface = charts.contour(study.finished, keys[0], keys[1], study.varied) if len(keys) == 2 else None
+    if surface:
+        figures.append(
+            Figure(
+                "The two most important keys",
+                surface,
+                "Dots are finished trials; colours between them are interpolated, and say nothing outside.",
+            )
+        )
+    return Section("What mattered", figures=figures)
+
+
+def slice_section(study: StudyRecord, result: dict[str, Any] | None) -> Section | None:
+    if not study.finished:
+        return None
+    figures = []
+    if len(study.finished) > 1:
+        figures.append(
+            Figure(
+                "Finished trials through all keys",
+                charts.parallel(study.finished, study.varied, result["winner"]["trial"] if result else None),
+                "Each axis runs from the low to the high end of its key; a line has a gap where a key did not matter. "
+                "Blue is the best quarter, green the winner.",
+                wide=True,
+            )
+        )
+    figures += [
+        Figure(key, charts.slice_chart(study.trials, key, parameter)) for key, parameter in study.varied.items()
+    ]
+    return Section("Scores over the values of each key", figures=figures)
+
+
+def trial_section(study: StudyRecord, result: dict[str, Any] | None) -> Section:
+    keys = list(study.varied)
+    ordered = sorted(study.trials, key=lambda trial: (trial.state != "COMPLETE", -(trial.score or 0), trial.number))
+    rows: list[list[Cell]] = [
+        [
+            str(trial.number),
+            STATES[trial.state],
+            fixed(trial.score),
+            str(trial.curve[-1][0]) if trial.curve else NONE,
+            duration(trial.seconds),
+            *(_value(trial.values, key) for key in keys),
+            trial.reason or "",
+        ]
+        for trial in ordered
+    ]
+    strong = [n for n, trial in enumerate(ordered) if result and trial.number == result["winner"]["trial"]]
+    table = Table(
+        ["trial", "state", "dev", "steps", "time", *keys, ""],
+        rows,
+        "The finished ones by score, then the others",
+        text_columns=(1, len(keys) + 5),
+        strong_rows=strong,
+    )
+    return Section("All trials", tables=[table], anchor="trials")
+
+
+def setup_section(study: StudyRecord) -> Section:
+    rows: list[list[Cell]] = []
+    for key, parameter in study.config["space"].items():
+        rows.append([key, parameter["role"], _space(parameter), _conditions(parameter)])
+    base = yaml.safe_dump(study.config["base"], sort_keys=False, allow_unicode=True)
+    rest = {key: value for key, value in study.config.items() if key not in ("base", "space")}
+    return Section(
+        "What was searched",
+        tables=[Table(["key", "role", "values", "where it matters"], rows, "The space", text_columns=(0, 1, 2, 3))],
+        folds=[
+            Fold("The rest of the study", yaml.safe_dump(rest, sort_keys=False, allow_unicode=True)),
+            Fold("The configuration that trials start from", base),
+        ],
+    )
+
+
+def _space(parameter: dict[str, Any]) -> str:
+    if parameter["role"] == "fixed":
+        return plain_value(parameter["value"])
+    if parameter["type"] == "choice":
+        return ", ".join(plain_value(choice) for choice in parameter["choices"])
+    step = f", in steps of {parameter['step']}" if parameter.get("step") else ""
+    log = ", logarithmic" if parameter.get("log") else ""
+    return f"{parameter['low']} to {parameter['high']}{step}{log}"
+
+
+def _conditions(parameter: dict[str, Any]) -> str:
+    parts = []
+    for key, condition in parameter.get("when", {}).items():
+        if isinstance(condition, dict):
+            parts += [f"{key} {word} {plain_value(value)}" for word, value in condition.items()]
+        else:
+            parts.append(f"{key} is {plain_value(condition)}")
+    return " and ".join(parts) or "always"
+
+
+def _value(values: dict[str, Any], key: str) -> str:
+    if key not in values:
+        return NONE
+    value = values[key]
+    return f"{value:.4g}" if isinstance(value, float) else plain_value(value)

@@ -1,0 +1,163 @@
+"""What a study teaches: which keys mattered, how sure that is, and what to be wary of. Pure functions of its trials."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import yaml
+from optuna.trial import FrozenTrial, TrialState
+
+from clusterns_ray.tuning.ledger import begun, read_ledger
+
+RESAMPLES = 20
+MIN_TRIALS = 5
+"""Of fewer finished trials no importance is computed."""
+TREES = 16
+
+
+@dataclass(frozen=True)
+class Trial:
+    number: int
+    state: str
+    score: float | None
+    values: dict[str, Any]
+    curve: list[tuple[int, float]]
+    """dev scores by own step"""
+    seconds: float
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Importance:
+    key: str
+    share: float
+    """of the variance of the score that the key explains alone, by fANOVA"""
+    deviation: float
+    """over resampled trials"""
+    trials: int
+    """finished trials in which the key had a value"""
+
+
+@dataclass(frozen=True)
+class StudyRecord:
+    """All that a study's directory tells."""
+
+    directory: Path
+    config: dict[str, Any]
+    """``study.yaml``"""
+    trials: list[Trial]
+    before: float | None
+    seconds: float
+    importances: list[Importance]
+    """the largest first"""
+
+    @property
+    def finished(self) -> list[Trial]:
+        return [trial for trial in self.trials if trial.state == "COMPLETE"]
+
+    @property
+    def varied(self) -> dict[str, dict[str, Any]]:
+        return {key: value for key, value in self.config["space"].items() if value["role"] != "fixed"}
+
+
+def read_study(directory: Path) -> StudyRecord:
+    """Read a study, also while it runs.
+
+    Raises:
+        ConfigError: the directory holds none.
+    """
+    study = read_ledger(directory)
+    config = yaml.safe_load((directory / "study.yaml").read_text(encoding="utf-8"))
+    frozen = begun(study)
+    before = list(study.user_attrs.get("scores_before", {}).values())
+    return StudyRecord(
+        directory,
+        config,
+        [_trial(trial) for trial in frozen],
+        before[0] if before else None,
+        study.user_attrs.get("seconds", 0.0),
+        importances(frozen),
+    )
+
+
+def _trial(trial: FrozenTrial) -> Trial:
+    curve = sorted(trial.intermediate_values.items())
+    score = trial.value if trial.value is not None else (curve[-1][1] if curve else None)
+    attrs = trial.user_attrs
+    return Trial(
+        trial.number, trial.state.name, score, trial.params, curve, attrs.get("seconds", 0.0), attrs.get("reason")
+    )
+
+
+def importances(trials: Sequence[FrozenTrial]) -> list[Importance]:
+    """fANOVA (Hutter, Hoos and Leyton-Brown, ICML 2014) over the finished trials, resampled for its uncertainty.
+
+    A key that only matters under a condition is judged among the trials in which it did.
+    """
+    finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    keys = list(dict.fromkeys(key for trial in finished for key in trial.params))
+    found = []
+    for key in keys:
+        having = [trial for trial in finished if key in trial.params]
+        common = [other for other in keys if all(other in trial.params for trial in having)]
+        if len(having) < MIN_TRIALS or len({trial.params[key] for trial in having}) < 2:
+            continue
+        shares = [_share(having, common, key)]
+        draw = random.Random(0)
+        shares += [_share(draw.choices(having, k=len(having)), common, key) for _ in range(RESAMPLES)]
+        known = [share for share in shares[1:] if share is not None]
+        if shares[0] is not None and len(known) > 1:
+            found.append(Importance(key, shares[0], statistics.stdev(known), len(having)))
+    return sorted(found, key=lambda importance: -importance.share)
+
+
+def _share(trials: Sequence[FrozenTrial], keys: Sequence[str], key: str) -> float | None:
+    if len({trial.value for trial in trials}) < 2:
+        return None
+    study = optuna.create_study(direction="maximize")
+    study.add_trials(
+        [
+            optuna.trial.create_trial(
+                value=trial.value,
+                params={name: trial.params[name] for name in keys},
+                distributions={name: trial.distributions[name] for name in keys},
+            )
+            for trial in trials
+        ]
+    )
+    evaluator = optuna.importance.FanovaImportanceEvaluator(n_trees=TREES, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        found = optuna.importance.get_param_importances(study, evaluator=evaluator, params=list(keys), normalize=False)
+    share = found[key]
+    return share if math.isfinite(share) else None
+
+
+def at_the_edge(parameter: dict[str, Any], value: Any) -> str | None:
+    """``low`` or ``high`` where a number lies in the outer twentieth of its range, as it is searched."""
+    if parameter["type"] == "choice":
+        return None
+    scale = math.log if parameter.get("log") else float
+    low, high = scale(parameter["low"]), scale(parameter["high"])
+    place = (scale(value) - low) / (high - low)
+    return "low" if place <= 0.05 else "high" if place >= 0.95 else None
+
+
+def rungs(config: dict[str, Any], last_step: int) -> list[int]:
+    """Steps at which ASHA judges; none for other schedulers."""
+    scheduler = config["scheduler"]
+    if scheduler["name"] != "asha":
+        return []
+    steps, step = [], scheduler["min_steps"] or config["base"]["evaluation"]["every_steps"]
+    while step < last_step:
+        steps.append(step)
+        step *= scheduler["reduction_factor"]
+    return steps

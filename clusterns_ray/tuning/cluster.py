@@ -1,0 +1,117 @@
+"""The Ray cluster under a sweep: started here or joined, and refused when it can never run a trial."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import ray
+
+from clusterns_ray.errors import ConfigError
+from clusterns_ray.tuning.study import Study
+
+HEAD = {"node:__internal_head__": 0.001}
+"""Where the process of a trial that only waits for its workers belongs: on the node that is there to stay."""
+
+
+@contextmanager
+def cluster(study: Study, note: Callable[[str], None]) -> Iterator[None]:
+    """Join the cluster that RAY_ADDRESS names, else start Ray on this machine; leave it as it was found.
+
+    Raises:
+        ConfigError: a trial can never run there.
+    """
+    started = not ray.is_initialized()
+    if started:
+        _start(study, note)
+    try:
+        check_resources(study)
+        if study.config.workers_per_trial:
+            check_state_api()
+        yield
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _start(study: Study, note: Callable[[str], None]) -> None:
+    options = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**options)
+        return
+    config = study.config
+    cpus = os.cpu_count() or 1
+    needed = config.concurrent_trials * max(config.workers_per_trial, 1) * study.base.runtime.cpus_per_worker
+    if needed > cpus:
+        note(f"{needed} CPUs are asked for on a machine with {cpus}: trials share them and run slower.")
+    # Trials with workers of their own are watched through the State API, which the dashboard serves.
+    ray.init(num_cpus=max(cpus, needed), include_dashboard=bool(config.workers_per_trial), **options)
+
+
+def uses_gpu(study: Study) -> bool:
+    """One GPU a worker, where the cluster has them and nothing else was said."""
+    wanted = study.base.runtime.use_gpu
+    return ray.cluster_resources().get("GPU", 0) > 0 if wanted is None else wanted
+
+
+def worker_resources(study: Study) -> dict[str, float]:
+    """What one worker needs."""
+    gpu = {"GPU": 1} if uses_gpu(study) else {}
+    return {"CPU": float(study.base.runtime.cpus_per_worker), **gpu}
+
+
+def trial_resources(study: Study) -> dict[str, float]:
+    """What the process of a trial needs: all, or nothing but a place on the head where it has workers."""
+    return HEAD if study.config.workers_per_trial else worker_resources(study)
+
+
+def check_resources(study: Study) -> None:
+    """Whether one trial fits into the cluster, as it is or as its autoscaler may make it."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    # The one place that knows an autoscaler's limits; the public API tells of nodes that are there.
+    from ray._private.state import state
+
+    can_grow = state.get_max_resources_from_cluster_config()
+    check_fits(worker_resources(study), max(study.config.workers_per_trial, 1), nodes, can_grow)
+
+
+def check_fits(
+    worker: Mapping[str, float], workers: int, nodes: list[dict[str, float]], can_grow: Mapping[str, float] | None
+) -> None:
+    """Refuse ``workers`` that the nodes can never hold at once.
+
+    Args:
+        can_grow: the most of each resource that an autoscaler may bring the cluster to; None without one.
+    """
+    if can_grow is not None:
+        short = {key: can_grow.get(key, 0) for key, value in worker.items() if can_grow.get(key, 0) < value * workers}
+    else:
+        places = sum(
+            min(int(node.get(key, 0) / value + 1e-9) for key, value in worker.items() if value) for node in nodes
+        )
+        short = {} if places >= workers else {key: sum(node.get(key, 0) for node in nodes) for key in worker}
+    if short:
+        each = " and ".join(f"{value:g} {key}" for key, value in worker.items())
+        has = ", ".join(f"{value:g} {key}" for key, value in short.items())
+        grown = "may grow to" if can_grow is not None else f"({len(nodes)} node{'s'[: len(nodes) != 1]}) has"
+        raise ConfigError(
+            f"A trial asks for {workers} worker{'s'[: workers != 1]} with {each} each, but the cluster {grown} {has}, "
+            "so no trial could ever start. Lower workers_per_trial or runtime.cpus_per_worker, set runtime.use_gpu to "
+            "false, or add nodes."
+        )
+
+
+def check_state_api() -> None:
+    """Whether Ray's State API answers: without it the workers of a trial that is stopped may stay for ever."""
+    from ray.util.state import list_nodes
+
+    try:
+        # By address, as another Ray may run on this machine.
+        list_nodes(address=ray.get_runtime_context().gcs_address, limit=1, timeout=20)
+    except Exception as error:
+        raise ConfigError(
+            f"Ray's State API does not answer ({' '.join(str(error).split())[:200]}), and trials with workers of their "
+            'own need it. Install "ray[default]" and start the head with its dashboard, or set workers_per_trial to 0.'
+        ) from None

@@ -1,0 +1,124 @@
+"""What comes out of a study: the winner over seeds, and what cannot be told apart from it."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from clusterns_ray.tuning.space import Overrides
+
+SIGNIFICANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration that was run with several seeds, or with the trials' seed alone."""
+
+    number: int
+    """of the trial that found it"""
+    overrides: Overrides
+    trial_score: float
+    """the score that chose it: too good on average, as the best of many is"""
+    scores: dict[int, float]
+    """dev score by confirmation seed"""
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.scores.values()) if self.scores else self.trial_score
+
+    @property
+    def deviation(self) -> float | None:
+        """Sample standard deviation over seeds; None for fewer than two."""
+        return statistics.stdev(self.scores.values()) if len(self.scores) > 1 else None
+
+
+def top_trials(trials: Sequence[FrozenTrial], count: int) -> list[FrozenTrial]:
+    """The best finished trials, the earlier first where they are equal, each set of values once."""
+    finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    found: dict[str, FrozenTrial] = {}
+    for trial in sorted(finished, key=lambda trial: (-(trial.value or 0.0), trial.number)):
+        found.setdefault(str(sorted(trial.params.items())), trial)
+    return list(found.values())[:count]
+
+
+def choose(candidates: Sequence[Candidate], seeds: int) -> tuple[Candidate, list[Candidate]]:
+    """The candidate with the best mean of those with all ``seeds``, and those not to be told apart from it."""
+    whole = [candidate for candidate in candidates if len(candidate.scores) == seeds] or list(candidates)
+    winner = max(whole, key=lambda candidate: candidate.mean)
+    return winner, [c for c in candidates if c is not winner and not differ(winner.scores, c.scores)]
+
+
+def differ(a: Mapping[int, float], b: Mapping[int, float]) -> bool:
+    """Whether two means over seeds differ: Welch's t-test, two-sided, at 5%. False with fewer than two seeds each."""
+    if len(a) < 2 or len(b) < 2:
+        return False
+    x, y = list(a.values()), list(b.values())
+    if statistics.pvariance(x) == 0 == statistics.pvariance(y):
+        return statistics.fmean(x) != statistics.fmean(y)
+    from scipy.stats import ttest_ind
+
+    p = float(ttest_ind(x, y, equal_var=False).pvalue)  # type: ignore[union-attr]
+    return not math.isnan(p) and p < SIGNIFICANCE
+
+
+def summary(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "trial": candidate.number,
+        "values": candidate.overrides,
+        "mean": candidate.mean,
+        "deviation": candidate.deviation,
+        "scores": {str(seed): score for seed, score in candidate.scores.items()},
+        "trial_score": candidate.trial_score,
+    }
+
+
+def write_trials(path: Path, trials: Sequence[FrozenTrial], keys: Sequence[str]) -> None:
+    """``trials.parquet``: a row a trial, its values by key, its evaluations as two lists."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = []
+    for trial in trials:
+        curve = sorted(trial.intermediate_values.items())
+        rows.append(
+            {
+                "number": trial.number,
+                "state": trial.state.name,
+                "score": trial.value,
+                **{key: trial.params.get(key) for key in keys},
+                "steps": trial.user_attrs.get("steps"),
+                "seconds": trial.user_attrs.get("seconds"),
+                "reason": trial.user_attrs.get("reason"),
+                "began": trial.datetime_start,
+                "ended": trial.datetime_complete,
+                "evaluated_steps": [step for step, _ in curve],
+                "evaluated_scores": [score for _, score in curve],
+            }
+        )
+    columns: dict[str, Any] = {}
+    for key in rows[0] if rows else ["number", "state", "score"]:
+        values = [row[key] for row in rows]
+        try:
+            columns[key] = pa.array(values)
+        except (pa.ArrowInvalid, pa.ArrowTypeError):  # choices of several kinds
+            columns[key] = pa.array([None if value is None else str(value) for value in values])
+    temporary = path.with_name(f".{path.name}.new")
+    pq.write_table(pa.table(columns), temporary)
+    temporary.replace(path)
+
+
+def copy_model(source: Path, target: Path) -> None:
+    """Put a run's exported model in place in one step."""
+    from clusterns_ray.training.checkpoint import replace_directory
+
+    def write(path: Path) -> None:
+        shutil.copytree(source, path, dirs_exist_ok=True)
+
+    replace_directory(target, write)

@@ -1,0 +1,471 @@
+"""The study file: one frozen tree, checked whole before anything starts.
+
+Unknown keys and impossible values are errors that name the key; so are combinations of values that the space allows and
+the configuration does not.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import json
+import random
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Discriminator, Field, ValidationError, field_validator, model_validator
+
+from clusterns_ray.config import Config, Section, _Dumper, _Loader, apply_override, known_keys, load_config
+from clusterns_ray.errors import ConfigError
+from clusterns_ray.storage import is_url
+from clusterns_ray.tuning.space import (
+    FixedParameter,
+    IntParameter,
+    Overrides,
+    Parameter,
+    Scalar,
+    Space,
+    Varied,
+    same,
+)
+
+NOT_SEARCHED = {
+    "seed": "seeds are no setting to choose by; name them under confirmation.seeds",
+    "evaluation.sts": "scores on different sets do not compare",
+    "evaluation.dev": "scores on different sets do not compare",
+    "data.cache_dir": "it changes no result",
+}
+"""Keys that a space may not hold, and why; nor any of `runtime`."""
+
+COMBINATIONS = 4096
+"""How many combinations of extreme values, and of random ones, are tried before a study starts."""
+
+GRID_POINTS = 10_000
+
+
+class BudgetConfig(Section):
+    trials: int | None = Field(default=None, ge=1)
+    """Trials that reach an end: finished, pruned or failed."""
+    hours: float | None = Field(default=None, gt=0)
+    """No trial starts after this much time, over all resumptions; those that run are finished."""
+    worker_hours: float | None = Field(default=None, gt=0)
+    """The same, in hours of workers (in-process counts as one)."""
+
+
+class TPESampler(Section):
+    name: Literal["tpe"]
+    seed: int = Field(default=0, ge=0)
+    startup_trials: int = Field(default=10, ge=1)
+    """Random trials, first points included, before the model proposes."""
+
+
+class RandomSampler(Section):
+    name: Literal["random"]
+    seed: int = Field(default=0, ge=0)
+
+
+class GridSampler(Section):
+    name: Literal["grid"]
+    seed: int = Field(default=0, ge=0)
+    """Of the order in which the points are visited."""
+
+
+class GPSampler(Section):
+    name: Literal["gp"]
+    seed: int = Field(default=0, ge=0)
+    startup_trials: int = Field(default=10, ge=1)
+    """Random trials, first points included, before the model proposes."""
+
+
+class ASHAScheduler(Section):
+    name: Literal["asha"]
+    min_steps: int | None = Field(default=None, ge=1)
+    """Training steps of the first rung; `evaluation.every_steps` if unset."""
+    reduction_factor: int = Field(default=3, ge=2)
+    """About one in this many goes on from a rung; each rung is this many times as long as the one before."""
+
+
+class MedianScheduler(Section):
+    name: Literal["median"]
+    startup_trials: int = Field(default=5, ge=0)
+    """Trials that are let run to their end first."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Training steps before which nothing is pruned."""
+
+
+class NoScheduler(Section):
+    name: Literal["none"]
+
+
+class ConfirmationConfig(Section):
+    top: int = Field(default=3, ge=1)
+    """How many of the best configurations are run again."""
+    seeds: list[int] = Field(default_factory=list)
+    """New seeds, each for every one of them; without any, the best single trial wins."""
+
+    @field_validator("seeds")
+    @classmethod
+    def _different(cls, value: list[int]) -> list[int]:
+        if len(set(value)) < len(value) or min(value, default=0) < 0:
+            raise ValueError("seeds must be different numbers of at least 0")
+        return value
+
+
+class StudyConfig(Section):
+    """The whole study."""
+
+    name: str
+    """The study's name; its files are in STORAGE_PATH/NAME. The same command again goes on with it."""
+    base: str
+    """The configuration that trials start from, relative to the study file."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Changes to it, by key: `train.max_steps: 20`."""
+    space: dict[str, Parameter]
+    """What varies, by key, and what is declared as held fixed."""
+    budget: BudgetConfig = BudgetConfig()
+    concurrent_trials: int = Field(default=1, ge=1)
+    workers_per_trial: int = Field(default=0, ge=0)
+    """0: in the trial's own process, kept for the next trial. N: that many Ray workers a trial."""
+    sampler: Annotated[TPESampler | RandomSampler | GridSampler | GPSampler, Discriminator("name")] = TPESampler(
+        name="tpe"
+    )
+    scheduler: Annotated[ASHAScheduler | MedianScheduler | NoScheduler, Discriminator("name")] = NoScheduler(
+        name="none"
+    )
+    first_points: list[dict[str, Scalar]] = Field(default_factory=list)
+    """Tried first, in this order; keys that are left out are proposed by the sampler."""
+    confirmation: ConfirmationConfig = ConfirmationConfig()
+    storage: Literal["sqlite", "journal"] = "sqlite"
+    """How the Optuna study is kept; `journal` where the directory is on a network file system."""
+
+    @field_validator("sampler", "scheduler", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", value):
+            raise ValueError("must be a file name: letters, digits, dots, dashes, underscores")
+        return value
+
+    @model_validator(mode="after")
+    def _whole(self):
+        if not self.varied():
+            raise ValueError("space varies nothing; give at least one key a type (int, float or choice)")
+        if self.sampler.name == "grid":
+            for name, parameter in self.varied().items():
+                if parameter.grid() is None:
+                    raise ValueError(f"space.{name} has no step, and sampler grid needs one: a continuum has no grid")
+        elif self.budget == BudgetConfig():
+            raise ValueError("budget is empty; give trials, hours or worker_hours")
+        return self
+
+    def varied(self) -> dict[str, Varied]:
+        return {name: p for name, p in self.space.items() if not isinstance(p, FixedParameter)}
+
+    def fixed(self) -> Overrides:
+        return {name: p.value for name, p in self.space.items() if isinstance(p, FixedParameter)}
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study that was found to be sound."""
+
+    config: StudyConfig
+    base: Config
+    """with `set`, fixed values and `workers_per_trial` applied"""
+    space: Space
+
+    @property
+    def directory(self) -> Path:
+        """STORAGE_PATH/NAME, absolute."""
+        return Path(self.base.runtime.storage_path).expanduser().resolve() / self.config.name
+
+    @property
+    def confirms(self) -> bool:
+        """Whether the best configurations are run again with other seeds."""
+        return bool(self.config.confirmation.seeds)
+
+    def identity(self) -> dict[str, Any]:
+        """What the proposals and their scores depend on. Budget, concurrency and confirmation may change later."""
+        values = self.config.model_dump(mode="json", by_alias=True, exclude_unset=True)
+        kept = {key: values.get(key) for key in ("space", "first_points")}
+        for key in ("sampler", "scheduler"):
+            kept[key] = getattr(self.config, key).model_dump(mode="json")
+        return {"base": self.base.identity(), **kept}
+
+
+def load_study(path: str | Path, overrides: Iterable[str] = ()) -> Study:
+    """Read and check a study file.
+
+    Args:
+        overrides: ``section.key=value``, of the base configuration (``train.max_steps=8``) or of the study
+            (``budget.trials=4``).
+
+    Raises:
+        ConfigError: what is wrong, and where.
+    """
+    try:
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot read the study {str(path)!r}: {error.strerror}. Give the path of a YAML file, such as "
+            "experiments/studies/smoke.yaml."
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML in UTF-8: {error}. Mend the line it names.") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds {type(values).__name__}, not `key: value`.")
+    return check_study(values, Path(path), overrides)
+
+
+def check_study(values: dict[str, Any], path: Path, overrides: Iterable[str] = ()) -> Study:
+    """:func:`load_study` from plain values; ``path`` is where relative bases start, and what messages name."""
+    of_base = []
+    for override in overrides:
+        first = override.partition("=")[0].partition(".")[0].strip()
+        of_base.append(override) if first in Config.model_fields else apply_override(values, override)
+    try:
+        config = StudyConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_describe(error, str(path))) from None
+    _check_keys(config, str(path))
+    base_path = Path(config.base).expanduser()
+    changes = [f"{key}={json.dumps(value)}" for key, value in {**config.set, **config.fixed()}.items()]
+    base = load_config(
+        base_path if base_path.is_absolute() else path.parent / base_path,
+        [*changes, *of_base, f"runtime.num_workers={config.workers_per_trial}"],
+    )
+    for override in of_base:
+        key = override.partition("=")[0].strip()
+        if key in config.space:
+            raise ConfigError(f"--set {override!r}: {key} is in the study's space. Change the space instead.")
+    if is_url(base.runtime.storage_path):
+        raise ConfigError(
+            f"{path}: runtime.storage_path is {base.runtime.storage_path!r}, but a study is kept in a database file, "
+            "which needs a file system. Give a directory that every node sees."
+        )
+    if base.evaluation.sts is None:
+        raise ConfigError(
+            f"{path}: the base configuration has no evaluation.sts, so trials have no score. Give it a directory of "
+            "TASK/SUBSET.jsonl files, or `structure`."
+        )
+    if base.seed in config.confirmation.seeds:
+        raise ConfigError(
+            f"{path}: confirmation.seeds holds {base.seed}, the seed of the trials; their scores chose the "
+            "configurations, so they cannot confirm them. Use other seeds."
+        )
+    try:
+        space = Space(config.varied(), base)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}.") from None
+    _check_values(space, str(path))
+    _check_reachable(space, str(path))
+    _check_combinations(space, str(path))
+    for number, point in enumerate(config.first_points):
+        _check_point(space, point, f"{path}: first_points[{number}]")
+    if config.sampler.name == "grid":
+        _check_grid(config, space, str(path))
+    return Study(config, base, space)
+
+
+def dump_study(study: Study) -> str:
+    """The study as YAML, all that was left to defaults included, with the resolved base beneath ``base``."""
+    values = study.config.model_dump(mode="json", by_alias=True, exclude={"set"})
+    values["space"] = study.config.model_dump(mode="json", by_alias=True, exclude_unset=True)["space"]
+    values["base"] = study.base.resolved()
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+# ---- checks -------------------------------------------------------------------------------------------------------
+
+
+def _check_keys(config: StudyConfig, source: str) -> None:
+    known = known_keys()
+    for section, keys in (("space", config.space), ("set", config.set)):
+        for key in keys:
+            if key not in known:
+                close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+                hint = f"did you mean {close[0]}?" if close else "keys are written as train.learning_rate."
+                raise ConfigError(f"{source}: unknown key {key} in {section}: {hint}")
+    for key in config.space:
+        reason = "where and how a trial runs changes no result" if key.startswith("runtime.") else NOT_SEARCHED.get(key)
+        if reason:
+            raise ConfigError(f"{source}: {key} cannot be in space: {reason}.")
+    both = sorted(set(config.space) & set(config.set))
+    if both:
+        raise ConfigError(f"{source}: {both[0]} is both in space and in set; keep it in one of them.")
+
+
+def _check_values(space: Space, source: str) -> None:
+    """Each key takes its own extreme values, whatever the other keys are."""
+    for name, parameter in space.parameters.items():
+        section, _, key = name.rpartition(".")
+        model = _section_model(section)
+        for value in parameter.ends():
+            try:
+                model.__pydantic_validator__.validate_assignment(model.model_construct(), key, value)
+            except ValidationError as error:
+                own = [item for item in error.errors() if item["loc"]]
+                if own:
+                    reason = own[0]["msg"].removeprefix("Value error, ")
+                    raise ConfigError(
+                        f"{source}: space.{name} allows {value!r}, which the configuration does not: {reason}. Change "
+                        "its bounds or choices."
+                    ) from None
+
+
+def _section_model(section: str) -> Any:
+    return Config.model_fields[section].annotation if section else Config
+
+
+def _check_reachable(space: Space, source: str) -> None:
+    """Every key matters somewhere: a condition that never holds is a mistake."""
+    seen = set()
+    draw = random.Random(0)
+    for point in itertools.chain(_corners(space, draw), _random_points(space, draw)):
+        seen |= set(point)
+        if len(seen) == len(space.parameters):
+            return
+    for name in space.parameters:
+        if name not in seen:
+            raise ConfigError(
+                f"{source}: space.{name}.when ({', '.join(space.parameters[name].when)}) is met by no value of the "
+                "space or the base, so the key would never vary. Mend the condition, or leave the key out."
+            )
+
+
+def _check_combinations(space: Space, source: str) -> None:
+    """Extreme values together, values inside one at a time, and random points: each makes a configuration."""
+    draw = random.Random(1)
+    for point in itertools.chain(_corners(space, draw), _random_points(space, draw)):
+        try:
+            space.config(point)
+        except ConfigError:
+            culprits = _smallest_failing(space, point)
+            named = ", ".join(f"{key} {value!r}" for key, value in culprits.items()) or "the base configuration"
+            try:
+                together = " together" if len(culprits) > 1 else ""
+                space.config(culprits, source=f"{source}: the space allows {named}{together}")
+            except ConfigError as error:
+                raise ConfigError(f"{error} Change the space so that every combination is possible.") from None
+
+
+def _smallest_failing(space: Space, point: Overrides) -> Overrides:
+    """The values of ``point`` that are needed for it to fail."""
+    kept = dict(point)
+    for name in point:
+        fewer = {key: value for key, value in kept.items() if key != name}
+        try:
+            space.config(fewer)
+        except ConfigError:
+            kept = fewer
+    return kept
+
+
+def _corners(space: Space, draw: random.Random) -> Iterable[Overrides]:
+    """All combinations of extreme values, or a sample of them where they are many."""
+    ends = {name: parameter.ends() for name, parameter in space.parameters.items()}
+    if len(list(itertools.islice(space.points(ends), COMBINATIONS + 1))) <= COMBINATIONS:
+        return space.points(ends)
+    return (_draw_point(space, lambda name: draw.choice(ends[name])) for _ in range(COMBINATIONS))
+
+
+def _random_points(space: Space, draw: random.Random) -> Iterable[Overrides]:
+    def value(name: str) -> Scalar:
+        parameter = space.parameters[name]
+        if isinstance(parameter, IntParameter):
+            return draw.randrange(parameter.low, parameter.high + 1, parameter.step)
+        grid = parameter.grid()
+        return draw.choice(grid) if grid is not None else draw.uniform(*parameter.ends())  # type: ignore[arg-type]
+
+    return (_draw_point(space, value) for _ in range(COMBINATIONS))
+
+
+def _draw_point(space: Space, value: Any) -> Overrides:
+    point: Overrides = {}
+    for name in space.parameters:
+        if space.matters(name, point):
+            point[name] = value(name)
+    return point
+
+
+def _check_point(space: Space, point: Mapping[str, Scalar], source: str) -> None:
+    for key, value in point.items():
+        if key not in space.parameters:
+            close = difflib.get_close_matches(key, space.parameters, n=1, cutoff=0.6)
+            hint = f"did you mean {close[0]}?" if close else f"it varies {', '.join(space.parameters)}."
+            raise ConfigError(f"{source}: {key} is not a key that the space varies: {hint}")
+        parameter = space.parameters[key]
+        if not parameter.contains(value):
+            raise ConfigError(f"{source}: {key} is {value!r}, but the space has {parameter.describe()}.")
+        missing = [parent for parent in parameter.when if parent in space.parameters and parent not in point]
+        if missing:
+            raise ConfigError(
+                f"{source}: {key} depends on {missing[0]}, which the point leaves open. Give that as well."
+            )
+        if not space.matters(key, point):
+            raise ConfigError(f"{source}: {key} does not matter at this point (see its `when`). Leave it out.")
+
+
+def _check_grid(config: StudyConfig, space: Space, source: str) -> None:
+    points = list(itertools.islice(space.grid(), GRID_POINTS + 1))
+    if len(points) > GRID_POINTS:
+        raise ConfigError(
+            f"{source}: the grid has more than {GRID_POINTS} points. Make steps wider, or use random or tpe."
+        )
+    for number, point in enumerate(config.first_points):
+        if point not in points:
+            raise ConfigError(
+                f"{source}: first_points[{number}] is no whole point of the grid; name every key that matters there."
+            )
+
+
+def _describe(error: ValidationError, source: str) -> str:
+    lines = []
+    for item in error.errors():
+        parts = [str(part) for part in item["loc"]]
+        # pydantic names the branch of a union it took; users did not write that
+        key = ".".join(part for part in parts if part not in _BRANCHES)
+        reason = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(parts[-1], _NAMES, n=1, cutoff=0.6)
+            lines.append(f"unknown key {key}" + (f": did you mean {close[0]}?" if close else "."))
+        elif item["type"] == "missing":
+            lines.append(f"{key} is missing.")
+        elif item["type"] == "value_error":
+            lines.append(f"{key}: {reason}." if key else f"{reason}.")
+        else:
+            lines.append(f"{key} is {item['input']!r}: {reason[:1].lower()}{reason[1:]}.")
+    return f"{source}: " + "\n  ".join(dict.fromkeys(lines))
+
+
+_BRANCHES = {"int", "float", "choice", "fixed", "tpe", "random", "grid", "gp", "asha", "median", "none"} | {
+    "comparison", "list", "value"
+}  # fmt: skip
+_NAMES = sorted(
+    {
+        name
+        for model in (StudyConfig, BudgetConfig, ConfirmationConfig, IntParameter, FixedParameter, TPESampler)
+        for name in model.model_fields
+    }
+    | {"choices", "min_steps", "reduction_factor", "warmup_steps"}
+)
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The keys in which two identities differ, with both values."""
+    found = []
+    for key in dict.fromkeys([*before, *after]):
+        a, b = before.get(key), after.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif not same(a, b):
+            found.append(f"{prefix}{key} was {a!r} and is now {b!r}")
+    return found

@@ -1,0 +1,199 @@
+"""``clusterns encode --workers N`` on local Ray workers: the same file as in one process, whoever is killed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from helpers import write_corpus
+
+pytestmark = pytest.mark.slow
+
+SENTENCES = 6000
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a corpus of a few parts."""
+    path = tmp_path_factory.mktemp("encoding")
+    write_corpus(path / "corpus.txt", SENTENCES)
+    return path
+
+
+@pytest.fixture(scope="module")
+def start(project: Path, tiny_model: Path, environment: dict[str, str]) -> Callable[..., subprocess.Popen[str]]:
+    """``clusterns encode`` of that corpus."""
+
+    def call(out: str, *options: str) -> subprocess.Popen[str]:
+        arguments = ["encode", str(tiny_model), "corpus.txt", "-o", out, "--batch-size", "4", *options]
+        command = [sys.executable, "-m", "clusterns_ray.cli", *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, cwd=project, env=environment, **pipes)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def whole(project: Path, start: Callable[..., subprocess.Popen[str]]) -> bytes:
+    """What one process writes."""
+    out, err = start("whole.parquet").communicate(timeout=120)
+    assert err == "" and f"({SENTENCES:,} sentences" in out
+    return (project / "whole.parquet").read_bytes()
+
+
+def run_script(script: str, project: Path, environment: dict[str, str]) -> list[str]:
+    """What a script prints, without what Ray says of dead workers."""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=project, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return [line for line in done.stdout.splitlines() if "(raylet" not in line]
+
+
+def wait_for(moment: Callable[[], object], process: subprocess.Popen[str], timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not moment():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+
+
+def test_two_workers_write_what_one_process_writes(project, start, whole):
+    out, err = start("two.parquet", "--workers", "2").communicate(timeout=120)
+    assert err == ""
+    assert out.splitlines()[-1] == f"Wrote {project / 'two.parquet'} ({SENTENCES:,} sentences, 32 values each)"
+    assert (project / "two.parquet").read_bytes() == whole
+    assert pq.read_metadata(project / "two.parquet").num_rows == SENTENCES
+    assert not (project / "two.parquet.parts").exists()
+
+
+def test_a_worker_killed(project, start, whole, ray_directory):
+    process = start("worker.parquet", "--workers", "2")
+    wait_for(lambda: list((project / "worker.parquet.parts").glob("part-*")), process)
+    workers = ray_directory.processes("ray::_Worker")
+    assert len(workers) == 2
+    os.kill(random.choice(workers).pid, signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    assert "A worker ended; part " in out
+    assert (project / "worker.parquet").read_bytes() == whole
+
+
+def test_the_driver_killed_and_the_command_given_again(project, start, whole, ray_directory):
+    """With workers, and then without: what is done is kept."""
+    parts = project / "driver.parquet.parts"
+    process = start("driver.parquet", "--workers", "2")
+    wait_for(lambda: len(list(parts.glob("part-*"))) >= 2, process)
+    orphans = ray_directory.processes("ray::_Worker")
+    process.kill()
+    assert process.wait(10) == -signal.SIGKILL
+    kept = {path.name: path.stat().st_ino for path in parts.glob("part-*")}
+    assert kept and not (project / "driver.parquet").exists()
+
+    process = start("driver.parquet")
+    wait_for(lambda: len(list(parts.glob("part-*"))) > len(kept), process)
+    assert {name: (parts / name).stat().st_ino for name in kept} == kept, "parts were made again"
+    _, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    assert (project / "driver.parquet").read_bytes() == whole
+    deadline = time.monotonic() + 30
+    while any(ray_directory.owns(orphan) for orphan in orphans) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert [orphan for orphan in orphans if ray_directory.owns(orphan)] == []
+
+
+FAKE = """
+import os, signal, sys
+import numpy as np
+from clusterns_ray.errors import ClusterNSError, ConfigError
+from clusterns_ray.launch import encode
+
+class Device:
+    type = "cuda"  # so that torch is not asked for threads
+
+class Fake:
+    '''Encodes a text as its length; ends its process, or raises, where a text asks for it.'''
+    device = Device()
+    def to(self, device):
+        return self
+    def encode(self, texts, batch_size):
+        for text in texts:
+            if text == "once" and not os.path.exists("died"):
+                open("died", "w").close()
+                os.kill(os.getpid(), signal.SIGKILL)
+            if text == "always":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if text == "wrong":
+                raise ConfigError("this cannot be encoded")
+            if text == "bug":
+                raise KeyError("a bug")
+        return np.array([[len(text)] for text in texts], dtype=np.float32)
+
+def run(*texts, workers=2):
+    here = os.getcwd()
+    parts = ((number, [f"x{number}", text]) for number, text in enumerate(texts))
+    said = []
+    try:
+        done = encode.encode_on_ray(Fake(), parts, 8, workers=workers, note=said.append)
+        print("done", sorted((number, texts, z.tolist()) for number, texts, z in done), said)
+    except ClusterNSError as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_parts_of_workers_that_die_go_to_others(environment, tmp_path):
+    script = FAKE + f"os.chdir({str(tmp_path)!r})\nrun('a', 'once', 'c', 'd', 'e')\n"
+    [said] = run_script(script, tmp_path, environment)
+    texts = enumerate(("a", "once", "c", "d", "e"))
+    wanted = [(number, [f"x{number}", text], [[2.0], [float(len(text))]]) for number, text in texts]
+    assert said == f"done {wanted} ['A worker ended; part 2 goes to another.']"
+
+
+def test_what_ends_worker_after_worker_or_raises_ends_the_command(environment, tmp_path):
+    script = FAKE + "run('a', 'always', 'c')\nrun('a', 'wrong')\nrun('bug')\nrun()\n"
+    lines = run_script(script, tmp_path, environment)
+    assert lines[0].startswith("ClusterNSError 4 workers ended over part 2, of 2 sentences.")
+    assert "--batch-size" in lines[0]
+    assert lines[1] == "ConfigError this cannot be encoded"
+    assert lines[2].startswith("ClusterNSError A worker failed: KeyError: 'a bug'")
+    assert lines[3] == "done [] []"
+
+
+def test_workers_that_cannot_start_end_the_command(environment, tmp_path):
+    script = FAKE + (
+        "import ray, time\n"
+        "ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level=40)\n"
+        "@ray.remote(num_cpus=1)\nclass Taken: pass\n"
+        "taken = Taken.remote()\ntime.sleep(3)\n"
+        "encode.START_TIMEOUT_S = 3\nbegan = time.monotonic()\nrun('a', 'b')\nprint(time.monotonic() - began)\n"
+    )
+    line, seconds = run_script(script, tmp_path, environment)
+    assert line.startswith("ClusterNSError No worker started within 3 s. Asked for 2 workers with 1 CPU each;")
+    assert "the cluster has 1 CPUs, 0 of them free" in line
+    assert 3 <= float(seconds) < 20
+
+
+def test_a_cluster_that_does_not_answer_is_said_at_once(project, tiny_model, environment):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        command = ["encode", str(tiny_model), "corpus.txt", "-o", "nowhere.parquet", "--workers", "2"]
+        done = subprocess.run(
+            [sys.executable, "-m", "clusterns_ray.cli", *command],
+            cwd=project,
+            env=environment | {"RAY_ADDRESS": address},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"failed: RAY_ADDRESS is '{address}', where nothing answers")
+    assert done.stderr.count("\n") == 1 and "unset it" in done.stderr

@@ -1,0 +1,242 @@
+"""``clusterns tune`` on a local Ray: what it makes, what it says, and how it ends when it cannot work."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from conftest import Outcome
+from optuna.trial import TrialState
+from studies import STUDY, StudyRun, base_values
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="session")
+def make_study(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Path,
+    corpus_file: Path,
+    sts_dir: Path,
+    environment: dict[str, str],
+) -> Callable[..., StudyRun]:
+    """Studies of one file: ``make_study(name, "section.key=value", ...)``."""
+    project = tmp_path_factory.mktemp("studies")
+    (project / "base.yaml").write_text(yaml.safe_dump(base_values(tiny_model, corpus_file, sts_dir)))
+    (project / "study.yaml").write_text(yaml.safe_dump(STUDY))
+
+    def make(name: str, *settings: str) -> StudyRun:
+        return StudyRun(project, environment, name, settings)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def whole(make_study: Callable[..., StudyRun]) -> tuple[StudyRun, Outcome]:
+    """A study that nothing happened to."""
+    study = make_study("whole")
+    return study, study.tune()
+
+
+def test_a_study_from_its_file_to_its_winner(whole):
+    study, said = whole
+    assert (said.code, said.err) == (0, "")
+    result, trials = study.result(), study.trials()
+    assert [trial.number for trial in trials] == list(range(7)), "the budget is exact"
+    assert result["trials"] == {
+        state.name: sum(trial.state == state for trial in trials)
+        for state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+    }
+    assert result["trials"]["COMPLETE"] >= 2 and result["trials"]["PRUNED"] >= 1
+    assert trials[0].params == STUDY["first_points"][0]
+
+    winner = max(result["candidates"], key=lambda candidate: candidate["mean"])
+    assert result["winner"] == winner
+    for candidate in result["candidates"]:
+        names = [f"{candidate['trial']:04d}-seed{seed}" for seed in (1, 2)]
+        scores = [json.loads((study.directory / f"confirmation/{name}/result.json").read_text()) for name in names]
+        assert list(candidate["scores"].values()) == [score["sts_dev"] for score in scores]
+        assert candidate["mean"] == pytest.approx(statistics.mean(score["sts_dev"] for score in scores))
+        assert candidate["deviation"] == pytest.approx(statistics.stdev(score["sts_dev"] for score in scores))
+    top = sorted((t for t in trials if t.state == TrialState.COMPLETE), key=lambda t: -t.value)[:2]
+    assert [candidate["trial"] for candidate in result["candidates"]] == [trial.number for trial in top]
+
+
+def test_pruned_trials_are_pruned_in_the_study_with_their_curves(whole):
+    study, _ = whole
+    pruned = [trial for trial in study.trials() if trial.state == TrialState.PRUNED]
+    assert pruned
+    for trial in pruned:
+        steps = sorted(trial.intermediate_values)
+        assert steps == list(range(10, steps[-1] + 1, 10)) and steps[-1] < 40
+        assert trial.value == trial.intermediate_values[steps[-1]]
+        assert trial.user_attrs["steps"] == steps[-1] and trial.user_attrs["seconds"] > 0
+        assert len(study.metrics(trial.number)) < 41, "it went on"
+
+
+def test_trials_are_runs_like_any_other(whole):
+    """The same loop: a finished trial has the scores of `train` with its configuration."""
+    study, _ = whole
+    trial = next(trial for trial in study.trials() if trial.state == TrialState.COMPLETE)
+    config = study.directory / "trials" / f"{trial.number:04d}" / "config.yaml"
+    command = [sys.executable, "-m", "clusterns_ray.cli", "train", str(config)]
+    command += ["--set", "runtime.name=alone", "--set", f"runtime.storage_path={study.project}/runs"]
+    subprocess.run(command, env=study.env, cwd=study.project, check=True, capture_output=True, timeout=100)
+    alone = yaml.safe_load((study.project / "runs/alone/result.json").read_text())
+    assert alone["sts_dev"] == trial.value
+    assert alone["sts_dev_before"] == study.result()["sts_dev_before"], "scored once for all trials"
+
+
+def test_the_best_configuration_runs_with_train(whole):
+    study, _ = whole
+    command = [sys.executable, "-m", "clusterns_ray.cli", "train", str(study.directory / "best.yaml")]
+    done = subprocess.run(command, env=study.env, cwd=study.project, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    best = yaml.safe_load((study.project / "runs/whole-best/config.yaml").read_text())
+    values = study.result()["winner"]["values"]
+    assert best["train"]["learning_rate"] == values["train.learning_rate"]
+    assert best["clustering"]["num_clusters"] == values["clustering.num_clusters"]
+
+
+def test_files_of_the_outcome(whole):
+    study, said = whole
+    rows = pq.read_table(study.directory / "trials.parquet").to_pylist()
+    assert [row["number"] for row in rows] == list(range(7))
+    for row, trial in zip(rows, study.trials()):
+        assert (row["state"], row["score"]) == (trial.state.name, trial.value)
+        assert dict(zip(row["evaluated_steps"], row["evaluated_scores"])) == trial.intermediate_values
+        assert row["train.learning_rate"] == trial.params["train.learning_rate"]
+        assert row["clustering.start_cosine"] == trial.params.get("clustering.start_cosine")
+    assert (study.directory / "model" / "model.safetensors").is_file()
+    names = [study.directory / name for name in ("best.yaml", "model", "report.html")]
+    assert said.out.splitlines()[-1] == f"Wrote {names[0]}, {names[1]} and {names[2]}"
+    assert all(name.exists() for name in names)
+    assert not list(study.directory.glob("trials/*/checkpoints")) and not (study.directory / "ray").exists()
+
+
+def test_what_is_said(whole):
+    study, said = whole
+    lines = [re.sub(r"^\d\d:\d\d:\d\d  ", "", line) for line in said.out.splitlines()]
+    for trial in study.trials():
+        mine = [line for line in lines if line.startswith(f"{trial.number:04d} ")]
+        assert "begins" in mine[0] and "learning_rate" in mine[0]
+        word = {"COMPLETE": "finished at step 40", "PRUNED": "pruned at step"}[trial.state.name]
+        assert word in mine[-1] and f"dev {trial.value:.2f}" in mine[-1]
+    assert sum(line.startswith("Winner by STSB/dev: trial ") for line in lines) == 1
+    assert sum("over 2 of 2 seeds" in line for line in lines) == 2
+
+
+def test_the_same_command_again_changes_nothing(whole, ray_directory):
+    study, _ = whole
+    before, sessions = study.story(), len(ray_directory.sessions())
+    again = study.tune()
+    assert again.code == 0 and "is finished; raise the budget" in again.out and "Winner by" in again.out
+    assert study.story() == before and len(ray_directory.sessions()) == sessions, "it started Ray for nothing"
+
+
+def test_status_reads_the_storage_alone(whole, ray_directory):
+    study, _ = whole
+    sessions = len(ray_directory.sessions())
+    said = study.tune("--status")
+    assert (said.code, said.err) == (0, "")
+    best = max((trial for trial in study.trials() if trial.state == TrialState.COMPLETE), key=lambda t: t.value)
+    assert "7 of 7 trials" in said.out.replace("\n", " ")
+    assert f"best {best.value:.2f} of trial {best.number}" in said.out.replace("\n", " ")
+    assert len(ray_directory.sessions()) == sessions
+
+
+def test_the_same_seed_gives_the_same_study(whole, make_study):
+    twin = make_study("twin", "confirmation.seeds=[]")
+    said = twin.tune()
+    assert said.code == 0, said.err
+    assert twin.story() == whole[0].story()
+    result = twin.result()
+    assert result["winner"]["scores"] == {} and "may be chance" in said.out
+    assert (twin.directory / "model" / "model.safetensors").is_file()
+
+
+def test_a_larger_budget_goes_on(make_study, whole):
+    study = make_study("grown", "budget.trials=2", "confirmation.seeds=[]")
+    assert study.tune().code == 0
+    more = make_study("grown", "budget.trials=3", "confirmation.seeds=[]")
+    assert more.tune().code == 0
+    assert more.story() == whole[0].story()[:3]
+
+
+def test_a_failing_trial_says_why_and_does_not_end_the_study(make_study):
+    study = make_study(
+        "failing",
+        "sampler=grid",
+        "first_points=[]",
+        "scheduler=none",
+        "budget={}",
+        "confirmation.seeds=[]",
+        "space={train.learning_rate: {type: choice, choices: [1e-3, 1e30, 2e-3], role: nuisance}}",
+    )
+    said = study.tune()
+    assert said.code == 0, said.err
+    by_rate = {trial.params["train.learning_rate"]: trial for trial in study.trials()}
+    assert {rate: trial.state.name for rate, trial in by_rate.items()} == {
+        1e-3: "COMPLETE",
+        2e-3: "COMPLETE",
+        1e30: "FAIL",
+    }
+    reason = by_rate[1e30].user_attrs["reason"]
+    assert reason.startswith("The last 10 gradients before step 11 were NaN or infinite")
+    assert reason in said.out
+    error = study.directory / "trials" / f"{by_rate[1e30].number:04d}" / "error.txt"
+    assert "NonFiniteError" in error.read_text()
+
+
+def test_a_study_of_which_nothing_finishes_fails(make_study):
+    study = make_study(
+        "hopeless",
+        "budget.trials=1",
+        "first_points=[]",
+        "space={train.learning_rate: {type: choice, choices: [1e30, 2e30], role: nuisance}}",
+    )
+    said = study.tune()
+    assert said.code == 1
+    assert said.err.startswith("failed: None of the 1 trials of 'hopeless' finished; the last: The last 10 gradients")
+
+
+def test_resources_that_are_not_there_are_refused(make_study):
+    study = make_study("impossible", "runtime.use_gpu=true")
+    began = time.monotonic()
+    said = study.tune(timeout_s=100)
+    assert said.code == 2
+    assert said.err.startswith("error: A trial asks for 1 worker with 1 CPU and 1 GPU each, but the cluster")
+    assert "0 GPU" in said.err and "no trial could ever start" in said.err
+    assert time.monotonic() - began < 60
+    assert study.trials() == [], "a trial was proposed for nothing"
+
+
+def test_two_trials_at_a_time_keep_the_budget(make_study):
+    study = make_study("two", "concurrent_trials=2", "budget.trials=5", "confirmation.seeds=[]")
+    said = study.tune()
+    assert said.code == 0, said.err
+    states = [trial.state.name for trial in study.trials()]
+    assert len(states) == 5 and set(states) <= {"COMPLETE", "PRUNED"}
+    assert len(study.study().user_attrs["scores_before"]) == 1
+
+
+def test_trials_on_workers_of_their_own(make_study, whole, ray_directory):
+    """The pruned one's workers return by themselves; scores are those of one process."""
+    study = make_study("nested", "workers_per_trial=2", "budget.trials=3", "confirmation.seeds=[]")
+    said = study.tune()
+    assert said.code == 0, said.err
+    mine, theirs = study.trials(), whole[0].trials()[:3]
+    assert [trial.state for trial in mine] == [trial.state for trial in theirs]
+    for trial, other in zip(mine, theirs):
+        assert trial.params == other.params
+        assert trial.intermediate_values == pytest.approx(other.intermediate_values, abs=0.5)
+    assert ray_directory.processes("RayTrainWorker") == []

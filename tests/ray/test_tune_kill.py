@@ -1,0 +1,106 @@
+"""SIGKILL at moments nobody chose, then the same command: the study that would have been."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+from test_tune import make_study, whole  # noqa: F401  fixtures
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def check_same_study(study, undisturbed) -> None:
+    assert study.story() == undisturbed.story()
+    mine, other = study.result(), undisturbed.result()
+    for key in ("trials", "candidates", "winner", "not_told_apart", "sts_dev_before"):
+        assert mine[key] == other[key], key
+    assert not list(study.directory.glob("trials/*/checkpoints"))
+
+
+def test_the_driver_killed_inside_a_trial_between_trials_and_while_writing(make_study, whole):  # noqa: F811
+    study = make_study("killed")
+
+    # Inside a trial, after its first checkpoint.
+    command = study.start()
+    command.until(lambda: study.checkpointed(0) >= 10)
+    command.kill()
+    assert study.count("RUNNING") == 1 and study.count("COMPLETE") == 0
+    time.sleep(2)  # what it started is gone by then
+    reached, before = study.checkpointed(0), study.metrics(0)
+    assert 10 <= reached < 40
+
+    # Between trials, as soon as one has ended.
+    command = study.start()
+    command.until(lambda: study.count("COMPLETE") >= 1)
+    command.kill()
+    after = study.metrics(0)
+    assert after[: reached + 1] == before[: reached + 1], "its first steps were trained again"
+    ended = study.count("COMPLETE") + study.count("PRUNED")
+
+    # While the study is being written: the journal of sqlite is there as long as a transaction is open.
+    command = study.start()
+    command.until(lambda: study.count("COMPLETE") + study.count("PRUNED") > ended)
+    command.until(lambda: (study.directory / "study.db-journal").exists())
+    command.kill()
+    assert study.count("COMPLETE") + study.count("PRUNED") < 7
+
+    said = study.tune()
+    assert said.code == 0, said.err
+    check_same_study(study, whole[0])
+
+
+def test_the_driver_killed_while_it_confirms(make_study, whole):  # noqa: F811
+    study = make_study("killed-late")
+    command = study.start()
+    command.until(lambda: list(study.directory.glob("confirmation/*/result.json")), timeout_s=200)
+    command.kill()
+    said = study.tune()
+    assert said.code == 0, said.err
+    check_same_study(study, whole[0])
+    assert said.out.count("begins") < 4, "trials were run again"
+
+
+def test_the_process_of_a_trial_killed(make_study, whole, ray_directory):  # noqa: F811
+    study = make_study("killed-trial")
+    command = study.start()
+    command.until(lambda: study.checkpointed(0) >= 10)
+    processes = ray_directory.processes("ResourceTrainable")
+    assert len(processes) == 1
+    os.kill(processes[0].pid, signal.SIGKILL)
+    said = command.wait(200)
+    assert said.code == 0, said.err
+    check_same_study(study, whole[0])
+
+
+def test_a_trial_whose_process_dies_once_too_often(make_study, whole, ray_directory):  # noqa: F811
+    study = make_study("dies", "runtime.max_failures=0", "budget.trials=2", "scheduler=none", "confirmation.seeds=[]")
+    command = study.start()
+    command.until(lambda: study.checkpointed(0) >= 10)
+    (process,) = ray_directory.processes("ResourceTrainable")
+    os.kill(process.pid, signal.SIGKILL)
+    said = command.wait(200)
+    assert said.code == 0, said.err
+    first, second = study.trials()
+    assert (first.state.name, second.state.name) == ("FAIL", "COMPLETE")
+    assert first.user_attrs["reason"].startswith("its process died") and "0000 failed: its process died" in said.out
+
+
+def test_control_c_once(make_study, whole, ray_directory):  # noqa: F811
+    study = make_study("interrupted")
+    command = study.start()
+    command.until(lambda: study.count("COMPLETE") >= 1)
+    began = time.monotonic()
+    command.process.send_signal(signal.SIGINT)
+    said = command.wait(60)
+    assert said.code == 1 and time.monotonic() - began < 45
+    assert "Stopping. Trials that run keep" in said.out
+    assert "Interrupted. The same command goes on" in said.err and "Traceback" not in said.err
+    assert ray_directory.processes("ResourceTrainable") == []
+    assert study.count("FAIL") == 0
+
+    again = study.tune()
+    assert again.code == 0, again.err
+    check_same_study(study, whole[0])

@@ -1,0 +1,385 @@
+"""The Optuna study on disk: what it says after anything that can happen to the one who writes it."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import yaml
+from optuna.trial import TrialState
+
+from clusterns_ray.errors import ClusterNSError, ConfigError
+from clusterns_ray.tuning.ledger import Ledger, Proposal, read_ledger
+from clusterns_ray.tuning.study import Study, check_study
+
+STEPS = (2, 4, 6, 8)
+SPACE = {
+    "clustering.num_clusters": {"type": "choice", "choices": [0, 16, 32], "role": "scientific"},
+    "clustering.start_cosine": {
+        "type": "float", "low": 0.2, "high": 0.6, "step": 0.1, "role": "scientific",
+        "when": {"clustering.num_clusters": {"not": 0}},
+    },
+    "train.learning_rate": {"type": "float", "low": 1e-5, "high": 1e-3, "log": True, "role": "nuisance"},
+}  # fmt: skip
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Any:
+    """``make("name", key=value, ...)``: a study in a directory of its own."""
+
+    def make(name: str = "s", **values: Any) -> Study:
+        base = {
+            "data": {"corpus": "demo"},
+            "evaluation": {"sts": "structure", "every_steps": 2},
+            "train": {"max_steps": 8},
+            "runtime": {"storage_path": str(tmp_path / "runs")},
+        }
+        (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+        study = {"name": name, "base": "base.yaml", "space": SPACE, "budget": {"trials": 12}, "storage": "journal"}
+        study["sampler"] = {"name": "tpe", "startup_trials": 4}
+        study["scheduler"] = {"name": "asha", "min_steps": 2, "reduction_factor": 2}
+        return check_study({**study, **values}, tmp_path / "study.yaml")
+
+    return make
+
+
+def score(overrides: dict[str, Any], step: int) -> float:
+    """A made-up dev score with one best point."""
+    clusters = {0: 0.0, 16: 1.0, 32: 0.5}[overrides["clustering.num_clusters"]]
+    away = abs(math.log10(overrides["train.learning_rate"]) + 4) + abs(
+        overrides.get("clustering.start_cosine", 0) - 0.4
+    )
+    return 60 + clusters - away + step / 10
+
+
+def run(ledger: Ledger, proposal: Proposal) -> None:
+    for step in STEPS:
+        value = score(proposal.overrides, step)
+        if ledger.evaluated(proposal.number, step, value, seconds=float(step), last=step == STEPS[-1]):
+            return
+    curve = [(step, score(proposal.overrides, step)) for step in STEPS]
+    ledger.complete(proposal.number, curve[-1][1], STEPS[-1], float(STEPS[-1]), curve)
+
+
+def drive(ledger: Ledger) -> None:
+    for trial in ledger.running():
+        run(ledger, ledger.resume(trial.number))
+    while not ledger.spent():
+        run(ledger, ledger.propose())
+
+
+def story(ledger: Ledger) -> list[tuple[Any, ...]]:
+    return [(t.number, t.state.name, t.params, t.value, t.intermediate_values) for t in ledger.trials()]
+
+
+def test_a_study_prunes_completes_and_is_spent(make: Any) -> None:
+    ledger = Ledger(make())
+    drive(ledger)
+    states = [trial.state for trial in ledger.trials()]
+    assert len(states) == 12 and set(states) == {TrialState.COMPLETE, TrialState.PRUNED}
+    assert states[0] == TrialState.COMPLETE, "nothing to compare with"
+    for trial in ledger.trials():
+        reached = sorted(trial.intermediate_values)
+        assert trial.user_attrs["steps"] == reached[-1]
+        if trial.state == TrialState.PRUNED:
+            assert reached == list(STEPS[: len(reached)]) and reached[-1] < STEPS[-1], "never at its last step"
+            assert trial.value == trial.intermediate_values[reached[-1]]
+            assert trial.user_attrs["reason"] == f"pruned at step {reached[-1]}"
+        else:
+            assert reached == list(STEPS) and trial.value == trial.intermediate_values[8]
+
+
+def test_a_trial_is_pruned_on_its_own_steps_if_the_better_part_at_that_rung_is_better(make: Any) -> None:
+    """Rungs at 2, 4, 8 steps; of two at a rung one goes on."""
+    ledger = Ledger(make())
+    first, second, third = (ledger.propose().number for _ in range(3))
+    assert not ledger.evaluated(first, 2, 60.0, 1, False)
+    assert ledger.evaluated(second, 2, 59.0, 1, False)
+    assert not ledger.evaluated(third, 3, 61.0, 1, False), "rung 2 at its step 3"
+    assert ledger.evaluated(first, 4, 60.5, 1, False) is False, "the first at rung 4"
+    assert ledger.evaluated(third, 4, 60.4, 1, False)
+
+
+@pytest.mark.parametrize("scheduler", ["none", {"name": "median", "startup_trials": 2, "warmup_steps": 4}])
+def test_other_schedulers(make: Any, scheduler: Any) -> None:
+    ledger = Ledger(make(scheduler=scheduler))
+    drive(ledger)
+    pruned = [max(t.intermediate_values) for t in ledger.trials() if t.state == TrialState.PRUNED]
+    assert (scheduler == "none") == (pruned == [])
+    assert all(step >= 4 for step in pruned), "before the warm-up"
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "gp"])
+def test_the_same_seed_proposes_the_same(make: Any, sampler: str) -> None:
+    def params(name: str, seed: int) -> list[dict[str, Any]]:
+        settings = {"name": sampler, "seed": seed} | ({} if sampler == "random" else {"startup_trials": 3})
+        ledger = Ledger(make(name, sampler=settings, budget={"trials": 6}))
+        drive(ledger)
+        return [trial.params for trial in ledger.trials()]
+
+    first = params("a", 0)
+    assert first == params("b", 0)
+    assert first != params("c", 1)
+    assert len({str(point) for point in first}) == 6, "a point was proposed twice"
+
+
+@pytest.mark.slow
+def test_tpe_proposes_better_points_than_chance(make: Any) -> None:
+    def late_mean(sampler: str, seed: int) -> float:
+        study = make(
+            f"{sampler}{seed}", budget={"trials": 30}, scheduler="none", sampler={"name": sampler, "seed": seed}
+        )
+        ledger = Ledger(study)
+        drive(ledger)
+        return sum(trial.value or 0.0 for trial in ledger.trials()[15:]) / 15
+
+    gains = [late_mean("tpe", seed) - late_mean("random", seed) for seed in range(3)]
+    assert sum(gains) / 3 > 0.2, gains
+
+
+def test_the_grid_is_visited_once_first_points_first(make: Any) -> None:
+    space = {name: SPACE[name] for name in ("clustering.num_clusters", "clustering.start_cosine")}
+    first = [{"clustering.num_clusters": 32, "clustering.start_cosine": 0.5}, {"clustering.num_clusters": 0}]
+    study = make(space=space, sampler="grid", budget={}, first_points=first)
+    ledger, seen = Ledger(study), []
+    while not ledger.spent():
+        proposal = ledger.propose()
+        seen.append(proposal.overrides)
+        ledger.complete(proposal.number, 1.0, 8, 1.0, [])
+    assert seen[:2] == first
+    assert len(seen) == 1 + 2 * 5
+    assert sorted(map(str, seen)) == sorted(map(str, study.space.grid()))
+
+
+def test_first_points_come_first_and_whole(make: Any) -> None:
+    points = [{"clustering.num_clusters": 16, "clustering.start_cosine": 0.4}, {"train.learning_rate": 2e-4}]
+    ledger = Ledger(make(first_points=points))
+    a, b, c = (ledger.propose().overrides for _ in range(3))
+    assert points[0].items() <= a.items() and "train.learning_rate" in a
+    assert b["train.learning_rate"] == 2e-4 and "clustering.num_clusters" in b
+    assert c["train.learning_rate"] != 2e-4
+
+
+# ---- kills ----------------------------------------------------------------------------------------------------------
+
+WRITES = (
+    "create_new_study", "set_study_user_attr", "set_study_system_attr", "create_new_trial", "set_trial_param",
+    "set_trial_state_values", "set_trial_intermediate_value", "set_trial_user_attr", "set_trial_system_attr",
+)  # fmt: skip
+
+
+SLOWER = [pytest.param("journal", every, marks=pytest.mark.slow) for every in (7, 11)]
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_after(monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
+    """The process is no more after this many writes to the storage: before, or after the last one is on disk."""
+    left = [writes]
+
+    def dying(method: Any) -> Any:
+        def write(*arguments: Any, **options: Any) -> Any:
+            if left[0] <= 0:
+                raise Killed
+            left[0] -= 1
+            return method(*arguments, **options)
+
+        return write
+
+    for storage in (optuna.storages._CachedStorage, optuna.storages.JournalStorage):
+        for name in WRITES:
+            if name in vars(storage):
+                monkeypatch.setattr(storage, name, dying(vars(storage)[name]))
+
+
+@pytest.mark.parametrize(("storage", "every"), [("sqlite", 29), ("journal", 8), *SLOWER])
+def test_killed_after_every_few_writes_it_comes_to_the_same_end(
+    make: Any, monkeypatch: pytest.MonkeyPatch, storage: str, every: int
+) -> None:
+    first = [{"clustering.num_clusters": 16, "clustering.start_cosine": 0.4, "train.learning_rate": 1e-4}]
+    values: dict[str, Any] = {"storage": storage, "first_points": first, "budget": {"trials": 7}}
+    values["scheduler"] = "none"
+    whole = Ledger(make("whole", **values))
+    drive(whole)
+    kills = 0
+    while True:
+        with monkeypatch.context() as patch:
+            kill_after(patch, every)
+            try:
+                drive(Ledger(make("killed", **values)))
+                break
+            except Killed:
+                kills += 1
+        assert kills < 300, "it comes to no end"
+    assert kills > 3
+    assert story(Ledger(make("killed", **values))) == story(whole)
+
+
+def test_a_trial_that_was_noted_and_not_judged_is_judged_when_it_comes_back(make: Any) -> None:
+    ledger = Ledger(make())
+    first, second = ledger.propose(), ledger.propose()
+    ledger.evaluated(first.number, 2, 60.0, 1, False)
+    ledger._live[second.number].report(50.0, 2)
+    again = Ledger(make())
+    assert [trial.number for trial in again.running()] == [0, 1]
+    assert again.resume(1) == second
+    assert again.evaluated(1, 2, 50.0, 1, False)
+
+
+def test_a_resumed_trial_is_not_judged_again_at_steps_it_had_passed(make: Any) -> None:
+    ledger = Ledger(make())
+    number = ledger.propose().number
+    for step in (2, 4):
+        assert not ledger.evaluated(number, step, 60.0 + step, 1, False)
+    again = Ledger(make())
+    again.resume(number)
+    other = again.propose().number
+    assert not again.evaluated(other, 2, 70.0, 1, False)
+    assert not again.evaluated(number, 2, 62.0, 1, False), "it would be the worse of two now"
+    assert again.trials()[number].intermediate_values == {2: 62.0, 4: 64.0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", ["sqlite", "journal"])
+def test_a_process_killed_while_it_writes(make: Any, tmp_path: Path, storage: str) -> None:
+    """A real SIGKILL amid real writes, some times over."""
+    values = {"storage": storage, "budget": {"trials": 200}, "scheduler": "none"}
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import test_ledger as t, yaml\nfrom pathlib import Path\n"
+        "from clusterns_ray.tuning.study import check_study\n"
+        "study = check_study(yaml.safe_load(Path(sys.argv[2]).read_text()), Path(sys.argv[2]))\n"
+        "print('begun', flush=True); t.drive(t.Ledger(study))\n"
+    )
+    study = make(**values)
+    (tmp_path / "killed.yaml").write_text(yaml.safe_dump(study.config.model_dump(by_alias=True, exclude_unset=True)))
+    counts = []
+    for _ in range(3):
+        command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path / "killed.yaml")]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stdout.readline() == b"begun\n"
+            for _ in range(400):
+                try:
+                    process.wait(0.01)
+                    break
+                except subprocess.TimeoutExpired:
+                    if len(begun_trials(study)) > (counts[-1] if counts else 0) + 5:
+                        break
+            process.kill()
+        counts.append(len(begun_trials(study)))
+    assert 5 < counts[0] < counts[1] < counts[2] < 200
+    ledger = Ledger(study)
+    assert len(ledger.running()) <= 1
+    for trial in ledger.running():
+        run(ledger, ledger.resume(trial.number))
+    assert [trial.number for trial in ledger.trials()] == list(range(counts[2]))
+    assert all(trial.state == TrialState.COMPLETE and len(trial.intermediate_values) == 4 for trial in ledger.trials())
+    assert len({str(trial.params) for trial in ledger.trials()}) == counts[2], "a point was proposed twice"
+
+
+def begun_trials(study: Study) -> list[Any]:
+    try:
+        return read_ledger(study.directory).get_trials(deepcopy=False)
+    except (ConfigError, ClusterNSError, KeyError):
+        return []
+
+
+def test_a_journal_whose_last_line_was_cut_off(make: Any) -> None:
+    study = make(storage="journal")
+    drive(Ledger(study))
+    before = story(Ledger(study))
+    path = study.directory / "study.journal"
+    path.write_bytes(path.read_bytes() + b'{"op_code": 4, "work')
+    (study.directory / "study.journal.lock").touch()
+    assert story(Ledger(study)) == before
+    assert path.read_bytes().endswith(b"\n")
+
+
+# ---- budgets, identity, time ----------------------------------------------------------------------------------------
+
+
+def test_hours_are_those_of_all_sessions(make: Any) -> None:
+    values = {"budget": {"hours": 1.0}}
+    now = [0.0]
+    first = Ledger(make(**values), clock=lambda: now[0])
+    proposal = first.propose()
+    now[0] = 2000.0
+    first.complete(proposal.number, 60.0, 8, 1.0, [])
+    assert not first.spent()
+    now[0] = 100_000.0  # between two sessions no time is counted
+    second = Ledger(make(**values), clock=lambda: now[0])
+    assert second.recall("seconds") == 2000.0 and not second.spent()
+    now[0] += 1600.0
+    second.tick()
+    assert second.spent()
+
+
+def test_worker_hours_count_every_worker(make: Any) -> None:
+    def spent(workers: int, seconds: float) -> bool:
+        study = make(f"w{workers}-{seconds}", budget={"worker_hours": 1.0}, workers_per_trial=workers)
+        ledger = Ledger(study)
+        ledger.fail(ledger.propose().number, "why not", seconds)
+        return ledger.spent()
+
+    assert not spent(1, 3599.0) and spent(1, 3600.0)
+    assert not spent(0, 3599.0) and spent(2, 1800.0) and not spent(2, 1799.0)
+
+
+def test_seconds_of_a_resumed_trial_add_up(make: Any) -> None:
+    ledger = Ledger(make())
+    number = ledger.propose().number
+    ledger.evaluated(number, 2, 60.0, 5.0, False)
+    again = Ledger(make())
+    again.resume(number)
+    again.evaluated(number, 4, 60.0, 3.0, False)
+    assert again.trials()[number].user_attrs["seconds"] == 8.0
+    again.evaluated(number, 6, 60.0, 2.0, False)  # a process that took over from one that died after 3 s
+    assert again.trials()[number].user_attrs["seconds"] == 10.0
+    again.fail(number, "died again")
+    assert again.trials()[number].user_attrs["seconds"] == 10.0
+
+
+def test_a_larger_budget_goes_on_and_another_space_is_refused(make: Any) -> None:
+    drive(Ledger(make(budget={"trials": 2})))
+    more = Ledger(make(budget={"trials": 3}))
+    assert not more.spent() and len(more.trials()) == 2
+    with pytest.raises(ConfigError, match=r"sampler\.seed was 0 and is now 5") as error:
+        Ledger(make(sampler={"name": "tpe", "seed": 5, "startup_trials": 4}))
+    assert "Choose another name" in str(error.value)
+
+
+def test_failed_trials_count_and_say_why(make: Any) -> None:
+    ledger = Ledger(make(budget={"trials": 2}))
+    ledger.fail(ledger.propose().number, "out of memory", 3.0)
+    run(ledger, ledger.propose())
+    failed = ledger.trials()[0]
+    assert (failed.state, failed.value, failed.user_attrs["reason"]) == (TrialState.FAIL, None, "out of memory")
+    assert ledger.spent() and ledger.trials()[1].state == TrialState.COMPLETE
+
+
+def test_evaluations_that_nobody_heard_of_are_filled_in(make: Any) -> None:
+    ledger = Ledger(make())
+    number = ledger.propose().number
+    ledger.evaluated(number, 2, 60.0, 1.0, False)
+    ledger.complete(number, 63.0, 6, 9.0, [(2, 60.0), (4, 61.0), (6, 63.0)])
+    assert ledger.trials()[number].intermediate_values == {2: 60.0, 4: 61.0, 6: 63.0}
+
+
+def test_a_damaged_file_is_named(make: Any) -> None:
+    study = make(storage="sqlite")
+    study.directory.mkdir(parents=True)
+    (study.directory / "study.db").write_bytes(b"this is no database, but it is long enough to look at" * 40)
+    with pytest.raises(ClusterNSError, match=r"study\.db"):
+        Ledger(study)
+
+
+def test_no_study(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no study yet"):
+        read_ledger(tmp_path)

@@ -1,0 +1,440 @@
+"""``clusterns tune`` without Ray: what is refused, what is shown, what is run next, and the end."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers import write_pairs
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+from clusterns_ray.cli import app
+from clusterns_ray.errors import ClusterNSError, ConfigError
+from clusterns_ray.evaluation.sts import TASKS
+from clusterns_ray.tuning.cluster import check_fits
+from clusterns_ray.tuning.ledger import Ledger, read_ledger
+from clusterns_ray.tuning.study import Study, check_study, load_study
+from clusterns_ray.tuning.sweep import Sweep, owner, tune, write_outcome
+from clusterns_ray.tuning.trial import TrialRun, failure
+from clusterns_ray.tuning.view import Lines, clock, read_progress, render, render_result, summary_line
+
+SPACE = {
+    "clustering.num_clusters": {"type": "choice", "choices": [0, 4], "role": "scientific"},
+    "train.learning_rate": {"type": "float", "low": 1e-4, "high": 1e-2, "log": True, "role": "nuisance"},
+}
+
+
+@pytest.fixture(scope="module")
+def write_study(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, corpus_file: Path) -> Callable[..., Path]:
+    """A study file that would take no time, in a directory of its own."""
+
+    def write(**changes: Any) -> Path:
+        directory = tmp_path_factory.mktemp("study")
+        for name in ("STSB/dev", *(f"{task}/{subset or 'one'}" for task, subset in TASKS.items())):
+            write_pairs(directory / f"sts/{name}.jsonl", count=20)
+        base = {
+            "encoder": {"name": str(tiny_model), "num_layers": 1},
+            "data": {"corpus": str(corpus_file), "limit": 64},
+            "clustering": {"num_clusters": 4, "start_cosine": 1.0},
+            "train": {"global_batch_size": 16, "shards": 4, "max_steps": 4},
+            "evaluation": {"sts": str(directory / "sts"), "every_steps": 2},
+            "runtime": {"storage_path": str(directory / "runs"), "use_gpu": False},
+        }
+        study = {
+            "name": "tiny",
+            "base": "base.yaml",
+            "space": SPACE,
+            "budget": {"trials": 3},
+            "confirmation": {"top": 2, "seeds": [1, 2]},
+        }
+        (directory / "base.yaml").write_text(yaml.safe_dump(base))
+        (directory / "study.yaml").write_text(yaml.safe_dump({**study, **changes}))
+        return directory / "study.yaml"
+
+    return write
+
+
+@pytest.fixture
+def clusterns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Result]:
+    """The command, in this process."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: CliRunner().invoke(app, ["tune", *map(str, arguments)])
+
+
+def refused(result: Result, *parts: str) -> None:
+    assert isinstance(result.exception, SystemExit), f"a traceback: {result.exception!r}"
+    assert result.exit_code == 2, result.output
+    assert result.stderr.count("error: ") == 1 and result.stderr.startswith("error: ")
+    assert [part for part in parts if part not in result.stderr] == [], result.stderr
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_study_is_refused_quickly_and_without_ray(write_study: Callable[..., Path]) -> None:
+    began = time.monotonic()
+    command = [sys.executable, "-X", "importtime", "-m", "clusterns_ray.cli", "tune", str(write_study())]
+    done = subprocess.run(
+        [*command, "--set", "budget.trails=3"], capture_output=True, text=True, env=os.environ, timeout=60
+    )
+    names = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(said) == 1 and "unknown key budget.trails: did you mean trials?" in said[0]
+    assert {"clusterns_ray.tuning.study", "pydantic"} <= names, "the list of imports was not read"
+    assert {"ray", "torch", "transformers", "optuna", "scipy", "plotly"} & names == set()
+    assert time.monotonic() - began < 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "data.corpus=none.txt"], "none.txt"),
+        (["--set", "encoder.num_layers=9"], "encoder.num_layers is 9"),
+        (["--set", "train.learning_rate=1"], "train.learning_rate is in the study's space"),
+        (["--set", "runtime.storage_path=s3://bucket/runs"], "a study is kept in a database file"),
+        (["--set", "evaluation.dev=STSB/none"], "STSB/none"),
+        (["--status"], "holds no study yet"),
+        (["--finalize"], "is not finished"),
+        (["--status", "--finalize"], "exclude each other"),
+    ],
+)
+def test_wrong_requests(
+    clusterns: Callable[..., Result], write_study: Callable[..., Path], arguments: list[str], message: str
+) -> None:
+    study = write_study()
+    refused(clusterns(study, *arguments), message)
+    assert not (study.parent / "runs" / "tiny" / "study.db").exists()
+
+
+def test_no_such_file(clusterns: Callable[..., Result]) -> None:
+    refused(clusterns("none.yaml"), "none.yaml", "No such file")
+
+
+def test_an_encoder_of_the_space_is_looked_at_before_anything_starts(write_study: Callable[..., Path]) -> None:
+    layers = {"encoder.num_layers": {"type": "int", "low": 1, "high": 9, "role": "scientific"}}
+    with pytest.raises(ConfigError, match=r"encoder\.num_layers is 9"):
+        tune(load_study(write_study(space=layers)))
+
+
+def test_one_process_a_study(clusterns: Callable[..., Result], write_study: Callable[..., Path]) -> None:
+    file = write_study()
+    with owner(load_study(file)):
+        result = clusterns(file)
+    refused(result, "The study 'tiny' is being run by another process", "--status")
+
+
+GPU = {"CPU": 1.0, "GPU": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("worker", "workers", "nodes", "can_grow", "fits"),
+    [
+        ({"CPU": 2.0}, 1, [{"CPU": 2.0}], None, True),
+        ({"CPU": 2.0}, 1, [{"CPU": 1.0}, {"CPU": 1.0}], None, False),
+        ({"CPU": 2.0}, 3, [{"CPU": 4.0}, {"CPU": 2.0}], None, True),
+        ({"CPU": 2.0}, 4, [{"CPU": 5.0}, {"CPU": 3.0}], None, False),
+        (GPU, 1, [{"CPU": 8.0}], None, False),
+        (GPU, 2, [{"CPU": 1.0, "GPU": 4.0}, {"CPU": 4.0, "GPU": 1.0}], None, True),
+        (GPU, 3, [{"CPU": 1.0, "GPU": 4.0}, {"CPU": 4.0, "GPU": 1.0}], None, False),
+        (GPU, 2, [{"CPU": 1.0}], {"CPU": 8.0, "GPU": 2.0}, True),
+        (GPU, 2, [{"CPU": 1.0}], {"CPU": 8.0, "GPU": 1.0}, False),
+        (GPU, 1, [], {"CPU": 8.0}, False),
+    ],
+)
+def test_resources_that_can_never_be_met(
+    worker: dict[str, float], workers: int, nodes: list[dict[str, float]], can_grow: dict[str, float] | None, fits: bool
+) -> None:
+    if fits:
+        check_fits(worker, workers, nodes, can_grow)
+        return
+    with pytest.raises(ConfigError, match=r"no trial could ever start") as error:
+        check_fits(worker, workers, nodes, can_grow)
+    assert f"{workers} worker" in str(error.value)
+    assert ("may grow to" in str(error.value)) == (can_grow is not None)
+
+
+# ---- which run is next, on a pool of this process -------------------------------------------------------------------
+
+
+class Made(TrialRun):
+    """A run whose scores are made up from its values, with the files that a run leaves."""
+
+    def _run(self) -> None:
+        rate, seed = self.config.train.learning_rate, self.config.seed
+        curve = [(step, 60 - abs(rate - 1e-3) * 1e3 + seed % 7 / 10 + step / 100) for step in (2, 4)]
+        directory = Path(self.job["run_dir"])
+        (directory / "model").mkdir(exist_ok=True)
+        (directory / "result.json").write_text(json.dumps({"sts_dev": curve[-1][1]}))
+        for step, score in [(0, 50.0), *curve]:
+            self.results.put({"step": step, "score": score, "last": step == 4})
+            if not self.verdicts.get():
+                return
+        self.results.put({"outcome": "finished", "score": curve[-1][1], "steps": 4, "curve": curve})
+
+
+def drive(sweep: Sweep, stop_after: int | None = None, kind: type[TrialRun] = Made) -> list[str]:
+    """A pool of one: the jobs' names in the order they were begun."""
+    sweep.prepare()
+    begun = []
+    while not sweep.exhausted():
+        job = sweep.next()
+        assert job is not None, "nothing runs, and nothing is to be begun"
+        begun.append(job["id"])
+        if stop_after is not None and len(begun) > stop_after:
+            return begun
+        run = kind(job)
+        while True:
+            result = run.next()
+            if "outcome" in result:
+                sweep.ended(job, result)
+                break
+            if sweep.evaluated(job, result):
+                run.stop()
+                break
+    return begun
+
+
+@pytest.fixture(scope="module")
+def done(write_study: Callable[..., Path]) -> tuple[Path, Study, list[str], dict[str, Any]]:
+    """A finished study: its file, itself, the order of its runs, its result."""
+    file = write_study()
+    study = load_study(file)
+    ledger = Ledger(study)
+    begun = drive(Sweep(study, ledger, Lines()), kind=TrialRun)
+    return file, study, begun, write_outcome(study, ledger)
+
+
+def test_trials_then_the_best_again_with_new_seeds(done: Any) -> None:
+    _, study, begun, result = done
+    assert begun[:3] == ["0000", "0001", "0002"]
+    best = sorted(read_ledger(study.directory).trials, key=lambda trial: (-trial.value, trial.number))[:2]
+    assert begun[3:] == [f"{trial.number:04d}-seed{seed}" for trial in best for seed in (1, 2)]
+    assert result["trials"] == {"COMPLETE": 3, "PRUNED": 0, "FAIL": 0}
+    for trial in best:
+        config = yaml.safe_load((study.directory / f"confirmation/{trial.number:04d}-seed2/config.yaml").read_text())
+        assert config["seed"] == 2
+        assert config["train"]["learning_rate"] == trial.params["train.learning_rate"]
+
+
+def test_the_untrained_encoder_is_scored_once(done: Any) -> None:
+    _, study, _, result = done
+    first = [json.loads((path / "metrics.jsonl").read_text().splitlines()[0]) for path in study.directory.glob("*/0*")]
+    assert len(first) == 7
+    assert {(record["step"], record["sts_dev"]) for record in first} == {(0, result["sts_dev_before"])}
+    # only a score that is measured comes with what else is measured of the embeddings
+    assert sum(len(record) > 3 for record in first) == 1
+
+
+def test_a_pool_of_two_waits_for_that_score(write_study: Callable[..., Path]) -> None:
+    study = load_study(write_study(concurrent_trials=2))
+    sweep = Sweep(study, Ledger(study), Lines())
+    sweep.prepare()
+    first = sweep.next()
+    assert first is not None and first["score_before"] is None and sweep.next() is None
+    sweep.evaluated(first, {"step": 0, "score": 55.5, "seconds": 1.0, "last": False})
+    second = sweep.next()
+    assert second is not None and second["score_before"] == 55.5
+
+
+def test_confirmations_wait_for_the_last_trial(write_study: Callable[..., Path]) -> None:
+    study = load_study(write_study(budget={"trials": 1}))
+    sweep = Sweep(study, Ledger(study), Lines())
+    sweep.prepare()
+    job = sweep.next()
+    assert job is not None
+    sweep.evaluated(job, {"step": 0, "score": 55.5, "seconds": 1.0, "last": False})
+    assert not sweep.exhausted() and sweep.next() is None
+    sweep.ended(job, {"outcome": "failed", "reason": "why not", "seconds": 1.0})
+    assert sweep.exhausted(), "nothing to confirm"
+    with pytest.raises(ClusterNSError, match="None of the 1 trials of 'tiny' finished; the last: why not"):
+        write_outcome(study, sweep.ledger)
+
+
+def test_a_half_done_trial_comes_first_and_with_the_same_values(write_study: Callable[..., Path]) -> None:
+    study = load_study(write_study())
+    assert drive(Sweep(study, Ledger(study), Lines()), stop_after=1) == ["0000", "0001"]
+    params = read_ledger(study.directory).trials[1].params
+    again = Sweep(study, Ledger(study), Lines())
+    assert drive(again)[:2] == ["0001", "0002"]
+    assert again.ledger.trials()[1].params == params and len(again.ledger.trials()) == 3
+
+
+def test_a_trial_that_always_takes_the_sweep_down_is_given_up(write_study: Callable[..., Path]) -> None:
+    study = load_study(write_study())
+    for attempt in range(5):
+        assert drive(Sweep(study, Ledger(study), Lines()), stop_after=0) == ["0000"], attempt
+    sweep = Sweep(study, Ledger(study), Lines())
+    assert drive(sweep)[:2] == ["0001", "0002"]
+    failed = sweep.ledger.trials()[0]
+    assert failed.state.name == "FAIL" and failed.user_attrs["reason"].startswith("was begun 5 times")
+
+
+def test_a_confirmation_that_fails_is_not_tried_for_ever(write_study: Callable[..., Path]) -> None:
+    study = load_study(write_study(budget={"trials": 1}, confirmation={"top": 1, "seeds": [1, 2]}))
+    sweep = Sweep(study, Ledger(study), Lines())
+    assert drive(sweep, stop_after=1)[-1] == "0000-seed1"
+    job = {"id": "0000-seed1", "number": None, "values": {}, "run_dir": str(study.directory / "x")}
+    sweep.ended(job, {"outcome": "failed", "reason": "why not", "seconds": 1.0})
+    again = Sweep(study, Ledger(study), Lines())
+    assert drive(again) == ["0000-seed2"]
+    result = write_outcome(study, again.ledger)
+    assert result["confirmation_failures"] == {"0000-seed1": "why not"}
+    assert list(result["winner"]["scores"]) == ["2"]
+
+
+def test_a_killed_study_ends_as_the_whole_one(write_study: Callable[..., Path]) -> None:
+    """Given up after each number of runs, and begun anew."""
+
+    def end(*stops: int) -> dict[str, Any]:
+        study = load_study(write_study())
+        for stop_after in stops:
+            drive(Sweep(study, Ledger(study), Lines()), stop_after)
+        ledger = Ledger(study)
+        drive(Sweep(study, ledger, Lines()))
+        return write_outcome(study, ledger)
+
+    mine, other = end(0, 1, 2, 1), end()
+    assert {key: mine[key] for key in ("winner", "candidates", "trials")} == {
+        key: other[key] for key in ("winner", "candidates", "trials")
+    }
+
+
+def test_why_a_trial_failed(tmp_path: Path) -> None:
+    assert failure(ConfigError("that\n is wrong"), tmp_path) == "that is wrong"
+    assert failure(ZeroDivisionError("by zero"), tmp_path / "new") == "ZeroDivisionError: by zero"
+    assert "ZeroDivisionError: by zero" in (tmp_path / "new" / "error.txt").read_text()
+
+
+# ---- what is shown --------------------------------------------------------------------------------------------------
+
+
+def shown(renderable: Any, width: int = 200) -> str:
+    file = io.StringIO()
+    Console(file=file, width=width).print(renderable)
+    return file.getvalue()
+
+
+def test_the_table(write_study: Callable[..., Path]) -> None:
+    study = load_study(
+        write_study(budget={"trials": 9}, scheduler="asha", sampler={"name": "tpe", "startup_trials": 1})
+    )
+    ledger = Ledger(study)
+    ledger.remember("scores_before", {"x": 50.0})
+    numbers = [ledger.propose().number for _ in range(4)]
+    ledger.evaluated(numbers[0], 2, 60.0, 65.0, False)
+    ledger.complete(numbers[0], 61.5, 4, 130.0, [])
+    assert ledger.evaluated(numbers[1], 2, 55.25, 30.0, False)
+    ledger.fail(numbers[2], "out of memory", 20.0)
+    ledger.evaluated(numbers[3], 2, 70.0, 40.0, False)
+    progress = read_progress(study, read_ledger(study.directory))
+    assert progress.best is not None and (progress.best.number, progress.best.score) == (0, 61.5)
+    # three ended in 180 s: 60 s each; six to go, one of which has run for 40 s
+    assert progress.seconds_left == pytest.approx(6 * 60 - 40)
+    text = shown(render(progress))
+    rows = {line.split("│")[1].strip(): line for line in text.splitlines() if line.startswith("│")}
+    assert "best" in rows["0"] and "61.50" in rows["0"] and "2:10" in rows["0"]
+    assert "pruned" in rows["1"] and "55.25" in rows["1"]
+    assert "failed" in rows["2"] and "runs" in rows["3"] and "70.00" in rows["3"]
+    assert text.index(rows["3"]) < text.index(rows["0"]), "those that run come first"
+    assert "trial 2 failed: out of memory" in text
+    assert "4 of 9 trials, 1 finished, 1 pruned, 1 failed, 1 runs, best 61.50 of trial 0 (+11.50 over" in text
+
+
+def test_the_time_left_of_other_budgets(write_study: Callable[..., Path]) -> None:
+    study = load_study(write_study(budget={"worker_hours": 1.0}, workers_per_trial=2, concurrent_trials=2))
+    ledger = Ledger(study)
+    ledger.complete(ledger.propose().number, 60.0, 4, 600.0, [])
+    progress = read_progress(study, read_ledger(study.directory))
+    # 1200 worker seconds are spent; 2400 are left for two trials of two workers
+    assert progress.seconds_left == pytest.approx(600.0) and progress.planned is None
+    assert "1 trials" in summary_line(progress)
+
+
+def test_clock() -> None:
+    assert [clock(seconds) for seconds in (0, 59.9, 61, 3600, 36_061)] == [
+        "0:00",
+        "0:59",
+        "1:01",
+        "1:00:00",
+        "10:01:01",
+    ]
+
+
+def test_status_of_a_finished_study(done: Any, clusterns: Callable[..., Result]) -> None:
+    file, study, _, result = done
+    said = clusterns(file, "--status")
+    assert said.exit_code == 0, said.output
+    assert "3 of 3 trials, 3 finished" in said.stdout and "4 confirming runs finished." in said.stdout
+    assert f"Finished: {study.directory / 'result.json'}" in said.stdout
+    assert f"of trial {max(result['candidates'], key=lambda c: c['trial_score'])['trial']}" in said.stdout
+
+
+def test_the_result_in_words(done: Any) -> None:
+    result = done[3]
+    lines = render_result(result)
+    winner = result["winner"]
+    assert (
+        f"trial {winner['trial']}: {winner['mean']:.2f} +- {winner['deviation']:.2f} over 2 of 2 seeds"
+        in lines[[candidate["trial"] for candidate in result["candidates"]].index(winner["trial"])]
+    )
+    assert any(line.startswith(f"Winner by STSB/dev: trial {winner['trial']}, ") for line in lines)
+    assert ("Not to be told apart" in lines[-1]) == bool(result["not_told_apart"])
+
+
+# ---- the same command again, and the tests --------------------------------------------------------------------------
+
+
+def test_a_finished_study_is_left_as_it_is(done: Any, clusterns: Callable[..., Result]) -> None:
+    file, study, _, result = done
+    said = clusterns(file)
+    assert said.exit_code == 0, said.output
+    assert "'tiny' is finished; raise the budget to go on with it." in said.stdout
+    names = [f"{study.directory}/{name}" for name in ("best.yaml", "model", "report.html")]
+    assert said.stdout.splitlines()[-1] == f"Wrote {names[0]}, {names[1]} and {names[2]}"
+    assert json.loads((study.directory / "result.json").read_text()) == result
+
+
+def test_tests_are_scored_once_and_nothing_is_chosen_after_that(done: Any, clusterns: Callable[..., Result]) -> None:
+    file, study, _, result = done
+    first = clusterns(file, "--finalize")
+    assert first.exit_code == 0, first.output
+    final = json.loads((study.directory / "final.json").read_text())
+    assert (
+        set(final["tasks"]) == set(TASKS) and final["seeds"] == [1, 2] and final["trial"] == result["winner"]["trial"]
+    )
+    for value in [*final["tasks"].values(), final["average"]]:
+        assert len(value["scores"]) == 2 and value["mean"] == pytest.approx(sum(value["scores"]) / 2)
+    assert final["average"]["mean"] == pytest.approx(sum(v["mean"] for v in final["tasks"].values()) / 7)
+    assert final["when"] in first.stdout and "STS12" in first.stdout and "average" in first.stdout
+
+    written = (study.directory / "final.json").stat().st_mtime_ns
+    again = clusterns(file, "--finalize")
+    assert again.exit_code == 0 and final["when"] in again.stdout
+    assert (study.directory / "final.json").stat().st_mtime_ns == written
+
+    refused(clusterns(file, "--set", "budget.trials=9"), "was finalized at", "nothing more may be chosen")
+    assert clusterns(file).exit_code == 0, "to look at it again is no choice"
+    assert "Finalized: " in clusterns(file, "--status").stdout
+
+
+def test_graded_by_structure_there_are_no_tests(write_study: Callable[..., Path], tmp_path: Path) -> None:
+    from clusterns_ray.tuning.final import finalize
+
+    values = yaml.safe_load(write_study().read_text())
+    values["set"] = {"evaluation.sts": "structure", "data.documents": str(tmp_path)}
+    base = write_study().parent / "base.yaml"
+    with pytest.raises(ConfigError, match="structure, which has no test sets"):
+        finalize(check_study({**values, "base": str(base)}, tmp_path / "study.yaml", ["evaluation.dev=STRUCTURE/dev"]))
