@@ -10,7 +10,6 @@ from typing import Any
 
 from clusterns_ray.errors import ConfigError
 
-
 staged: dict[str, str] = {}
 """Encoders by name that this machine has a copy of, made from another machine's directory."""
 

@@ -88,6 +88,8 @@ class Pool:
             ),
         )
         self._thread = threading.Thread(target=self._fit, daemon=True, name="tune")
+        # Not Thread.join: interrupted by Control-C it takes a thread that runs for one that has ended (Python 3.11).
+        self._done = threading.Event()
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune writes itself down with all it holds, for a resumption that is not used."""
@@ -98,8 +100,7 @@ class Pool:
 
     def wait(self, timeout_s: float) -> bool:
         """Whether all is done; raises what went wrong."""
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
+        if not self._done.wait(timeout_s):
             self._check_start()
             return False
         if self.error is not None:
@@ -109,7 +110,7 @@ class Pool:
     def stop(self, timeout_s: float = 60.0) -> None:
         """Let no job go on. Each keeps its newest checkpoint."""
         self.stopping = True
-        self._thread.join(timeout_s)
+        self._done.wait(timeout_s)
 
     def _fit(self) -> None:
         try:
@@ -118,6 +119,7 @@ class Pool:
             self.error = self.error or error
         finally:
             shutil.rmtree(self._directory, ignore_errors=True)
+            self._done.set()
 
     def _check_start(self) -> None:
         if self.begun or not self.live or self.stopping:

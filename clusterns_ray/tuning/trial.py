@@ -6,12 +6,15 @@ with everything it had started.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import queue
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +61,16 @@ class TrialProcess(tune.Trainable):
         if self.run is not None:
             self.run.stop()
             self.run = None
-            gc.collect()
+            give_back_memory()
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system: each trial's thread leaves gigabytes in an arena of its own (seen with glibc,
+    6 GB after 14 trials of a run that needs 2)."""
+    gc.collect()
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 class TrialRun:

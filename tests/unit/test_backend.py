@@ -150,7 +150,7 @@ def test_what_is_installed_here_is_read() -> None:
 
 
 def test_every_row_is_trained_on() -> None:
-    """faiss takes a sample of 256 rows a centroid unless told otherwise; one cluster's centroid tells: it is the mean."""
+    """faiss by itself takes a sample of 256 rows a centroid. A single centroid tells, as it is the mean."""
     pytest.importorskip("faiss")
     rng = np.random.default_rng(0)
     z = rng.normal(size=(2000, 8)).astype(np.float32) + 1

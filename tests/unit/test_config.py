@@ -303,6 +303,8 @@ OTHER_VALUES = {
     "encoder.dropout": 0.2,
     "encoder.max_length": 16,
     "encoder.prompt": "{sentence} means",
+    "encoder.second_prompt": "{sentence} says",
+    "encoder.denoise": True,
     "data.corpus": "b.txt",
     "data.text_column": "t",
     "data.limit": 5,
@@ -317,6 +319,8 @@ OTHER_VALUES = {
     "loss.bml_alpha": 0.1,
     "loss.bml_beta": 0.4,
     "loss.bml_reduction": "false_negatives",
+    "loss.mlm_weight": 0.1,
+    "loss.mlm_probability": 0.3,
     "clustering.num_clusters": 8,
     "clustering.start_cosine": 0.5,
     "clustering.rate": 0.5,
@@ -340,6 +344,8 @@ OTHER_VALUES = {
     "runtime.use_gpu": False,
     "runtime.cpus_per_worker": 2,
     "runtime.storage_path": "/elsewhere",
+    "runtime.local_path": "/local",
+    "runtime.trackers": [],
     "runtime.name": "other",
     "runtime.max_failures": 0,
     "runtime.start_timeout_s": 1.0,
@@ -350,9 +356,16 @@ OTHER_VALUES = {
 }
 
 
+NEEDS = {
+    "encoder.second_prompt": ("encoder.prompt={sentence} means",),
+    "encoder.denoise": ("encoder.prompt={sentence} means", "encoder.pooling=mask"),
+}
+"""What must be set for the other value to mean anything."""
+
+
 @pytest.mark.parametrize("key", known_keys())
 def test_fingerprint_ignores_where_it_runs_and_nothing_else(key: str) -> None:
-    base = parsed()
+    base = parsed(*NEEDS.get(key, ()))
     values = base.resolved()
     assert key in OTHER_VALUES, f"{key} is new: give another value of it in OTHER_VALUES"
     *path, last = key.split(".")

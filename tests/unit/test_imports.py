@@ -21,7 +21,7 @@ LAYERS: list[set[str]] = [
     {"launch"},
     {"tuning"},
     {"report"},
-    {"progress", "cli", "__init__"},
+    {"progress", "encode_progress", "cli", "__init__"},
 ]
 """From low to high, by the first name below the package. A module imports its own layer and lower ones."""
 
