@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 demo: .venv/.demo
 	$(BIN)/python experiments/quickstart.py
 
-# ruff, pyright and the unit tests: under a minute.
+# ruff, pyright and the unit tests: about two minutes.
 check: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

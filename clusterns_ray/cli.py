@@ -288,12 +288,14 @@ def search(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Directories of runs: STORAGE_PATH/NAME.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="STORAGE_PATH/NAME of runs, or of one study.")
+    ],
     output: Annotated[
         Optional[Path], typer.Option("--output", "-o", metavar="FILE.html", help="RUN/report.html if not given.")
     ] = None,
 ) -> None:
-    """Write one HTML page about a run; several are compared, with mean and deviation over seeds."""
+    """Write one HTML page about a run or a study; several runs are compared, with mean and deviation over seeds."""
     with readable_errors():
         from clusterns_ray.report import write_report
 

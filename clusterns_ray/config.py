@@ -340,7 +340,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 def parse_config(text: str, overrides: Iterable[str] = (), source: str = "configuration") -> Config:
     """:func:`load_config` from a string."""
     try:
-        values = yaml.load(text, Loader=_Loader) or {}
+        values = yaml.load(text, Loader=YamlLoader) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{source} is not YAML: {error}. Mend the line it names.") from None
     if not isinstance(values, dict):
@@ -372,7 +372,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"--set {override!r}: {key!r} is a value, not a section.")
     try:
-        node[keys[-1]] = yaml.load(raw, Loader=_Loader)
+        node[keys[-1]] = yaml.load(raw, Loader=YamlLoader)
     except yaml.YAMLError:
         node[keys[-1]] = raw
 
@@ -397,25 +397,25 @@ def _expand_variables(value: Any, source: str, key: str = "") -> Any:
     return re.sub(r"\$\{(\w+)\}", look_up, value)
 
 
-class _Loader(yaml.SafeLoader):
+class YamlLoader(yaml.SafeLoader):
     """YAML in which 1e-3 is a number, as everybody expects and YAML 1.1 does not."""
 
 
-_Loader.add_implicit_resolver(
+YamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf)$|^\.(nan|NaN)$"),
     list("-+0123456789."),
 )
 # Integers win over the wider pattern above, as resolvers are tried in order.
 for _first in "-+0123456789":
-    _Loader.yaml_implicit_resolvers[_first].sort(key=lambda item: item[0] != "tag:yaml.org,2002:int")
+    YamlLoader.yaml_implicit_resolvers[_first].sort(key=lambda item: item[0] != "tag:yaml.org,2002:int")
 
 
-class _Dumper(yaml.SafeDumper):
-    """Quotes the texts that :class:`_Loader` would take for numbers."""
+class YamlDumper(yaml.SafeDumper):
+    """Quotes the texts that :class:`YamlLoader` would take for numbers."""
 
 
-_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+YamlDumper.yaml_implicit_resolvers = YamlLoader.yaml_implicit_resolvers
 
 
 def known_keys() -> list[str]:
@@ -474,4 +474,4 @@ def _siblings(location: list[str]) -> str:
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML, readable by :func:`load_config`."""
-    return yaml.dump(config.resolved(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.resolved(), Dumper=YamlDumper, sort_keys=False, allow_unicode=True)

@@ -12,7 +12,7 @@ from clusterns_ray.report.record import read_run
 
 
 def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -> tuple[Path, Page]:
-    """Read the directories of one or several runs, and write what they tell as an HTML file.
+    """Read the directories of one or several runs, or that of a study, and write what they tell as an HTML file.
 
     Args:
         output: the file; if None, ``report.html`` in the directory of the run, and for several runs in the deepest
@@ -32,6 +32,10 @@ def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -
     for number, directory in enumerate(directories):
         if directory.resolve() in [other.resolve() for other in directories[:number]]:
             raise ConfigError(f"{str(directory)!r} is named twice; name each run once.")
+    if len(directories) == 1 and (directories[0] / "study.yaml").is_file():
+        from clusterns_ray.report.study import write_study_report
+
+        return write_study_report(directories[0], path)
     records = [read_run(directory) for directory in directories]
     if len(records) == 1:
         from clusterns_ray.report.run import run_page

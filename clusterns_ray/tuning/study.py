@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Discriminator, Field, ValidationError, field_validator, model_validator
 
-from clusterns_ray.config import Config, Section, _Dumper, _Loader, apply_override, known_keys, load_config
+from clusterns_ray.config import Config, Section, YamlDumper, YamlLoader, apply_override, known_keys, load_config
 from clusterns_ray.errors import ConfigError
 from clusterns_ray.storage import is_url
 from clusterns_ray.tuning.space import (
@@ -212,7 +212,7 @@ def load_study(path: str | Path, overrides: Iterable[str] = ()) -> Study:
         ConfigError: what is wrong, and where.
     """
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=YamlLoader)
     except OSError as error:
         raise ConfigError(
             f"Cannot read the study {str(path)!r}: {error.strerror}. Give the path of a YAML file, such as "
@@ -280,7 +280,7 @@ def dump_study(study: Study) -> str:
     values = study.config.model_dump(mode="json", by_alias=True, exclude={"set"})
     values["space"] = study.config.model_dump(mode="json", by_alias=True, exclude_unset=True)["space"]
     values["base"] = study.base.resolved()
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(values, Dumper=YamlDumper, sort_keys=False, allow_unicode=True)
 
 
 # ---- checks -------------------------------------------------------------------------------------------------------

@@ -94,12 +94,10 @@ def render(progress: Progress) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    keys = list(dict.fromkeys(key for row in progress.rows for key in row.values))
     table = Table(title=f"study {progress.name}")
     for column in ("trial", "state", "dev", "step", "time"):
-        table.add_column(column, justify="left" if column == "state" else "right")
-    for key in keys:
-        table.add_column(key.rpartition(".")[2], justify="right")
+        table.add_column(column, justify="left" if column == "state" else "right", no_wrap=True)
+    table.add_column("settings")
     running = [row for row in progress.rows if row.state == "RUNNING"]
     ended = sorted(
         (row for row in progress.rows if row.state != "RUNNING"),
@@ -113,7 +111,7 @@ def render(progress: Progress) -> RenderableType:
             "" if row.score is None else f"{row.score:.2f}",
             "" if row.steps is None else str(row.steps),
             clock(row.seconds),
-            *(show_value(row.values[key]) if key in row.values else "-" for key in keys),
+            show_values(row.values),
             style="bold" if row is best else ("" if row.state in ("RUNNING", "COMPLETE") else "dim"),
         )
     lines: list[RenderableType] = [table, Text(summary_line(progress))]
@@ -142,6 +140,11 @@ def clock(seconds: float) -> str:
     whole = int(seconds)
     hours, minutes = whole // 3600, whole // 60 % 60
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+def show_values(values: Mapping[str, Any]) -> str:
+    """Keys without their section, so that a narrow terminal holds them."""
+    return "  ".join(f"{key.rpartition('.')[2]} {show_value(value)}" for key, value in values.items())
 
 
 def show_value(value: Any) -> str:
@@ -179,8 +182,7 @@ class Lines:
 def describe_trial(event: dict[str, Any]) -> str:
     name, what = f"{datetime.now():%H:%M:%S}  {event['id']}", event["what"]
     if what == "begins":
-        values = "  ".join(f"{key.rpartition('.')[2]} {show_value(value)}" for key, value in event["values"].items())
-        return f"{name} begins  {values}"
+        return f"{name} begins  {show_values(event['values'])}"
     if what == "evaluated":
         return f"{name}   step {event['step']}  dev {event['score']:.2f}"
     if what == "failed":

@@ -528,3 +528,18 @@ def test_a_wrong_column_leaves_nothing_behind(tiny_model: Path, tmp_path: Path) 
     with pytest.raises(DataError, match="there is no column 'text'"):
         SemanticIndex.build(str(tiny_model), str(path))
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.usefixtures("ivf_from_200")
+def test_an_answer_does_not_depend_on_what_is_asked_along_with_it(tmp_path: Path) -> None:
+    """A query whose lists are too short is asked again with more of them; the others are not."""
+    z = np.concatenate([clustered(1000), -clustered(1)[:1] * 3])
+    info = {**build_index(embedding_file(tmp_path / "z.parquet", z), tmp_path), "nprobe": 1}
+    index = open_index(tmp_path, info)
+    queries = unit_rows(np.concatenate([z[-1:], clustered(60)]))
+    together = nearest(index, info, queries, 5)
+    alone = [nearest(index, info, query, 5) for query in np.split(queries, len(queries))]
+    widened = index.search(queries, 5)  # faiss's own nprobe is 1
+    assert (widened[1] < 0).any() and not (widened[1] < 0).any(axis=1).all(), "some queries are short, and not all"
+    np.testing.assert_array_equal(together[1], np.concatenate([rows for _, rows in alone]))
+    np.testing.assert_array_equal(together[0], np.concatenate([scores for scores, _ in alone]))
