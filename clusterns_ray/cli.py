@@ -288,9 +288,7 @@ def search(
 
 @app.command()
 def report(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="STORAGE_PATH/NAME of runs, or of one study.")
-    ],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="STORAGE_PATH/NAME of runs, or of one study.")],
     output: Annotated[
         Optional[Path], typer.Option("--output", "-o", metavar="FILE.html", help="RUN/report.html if not given.")
     ] = None,
