@@ -303,7 +303,7 @@ def _compare(data: Data, a: _Items, b: _Items, seed: int) -> dict[str, Any]:
     return found
 
 
-def paced_note(note: Note, prefix: str = "", seconds: float = 4.0) -> Note:
+def paced_note(note: Note, prefix: str = "", seconds: float = 10.0) -> Note:
     """``note`` at most once in so many seconds, and not before the first have passed."""
     last = time.monotonic()
 

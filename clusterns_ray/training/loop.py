@@ -463,8 +463,11 @@ class Run:
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
+        self.trackers.close()
         if self.is_main:
             self.mirror.push("metrics.jsonl")
+            if (self.run_dir / "tensorboard").is_dir():
+                self.mirror.push("tensorboard")
             self.mirror.finish(self.config.runtime.step_timeout_s)
         self.write_json("result.json", result)  # last, as it says that everything is there
         self.mirror.finish(self.config.runtime.step_timeout_s)
