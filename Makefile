@@ -15,9 +15,10 @@ check: .venv/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest tests/unit -m "not slow"
 
-# Everything: unit tests, two- and four-process tests, real local Ray runs.
-test: .venv/.dev
-	$(BIN)/python -m pytest tests
+# Everything: check, the slow unit tests, a browser, two and four processes, real local Ray runs.
+test: check
+	$(BIN)/python -m pytest tests/unit -m slow
+	$(BIN)/python -m pytest tests/browser tests/dist tests/ray
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
