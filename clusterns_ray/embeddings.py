@@ -34,7 +34,7 @@ from clusterns_ray.embedding_file import (
     write_tables,
 )
 from clusterns_ray.errors import ClusterNSError, ConfigError, DataError
-from clusterns_ray.files import check_writable, write_atomic
+from clusterns_ray.files import check_writable, flush, write_atomic
 from clusterns_ray.models import resolve_model
 
 if TYPE_CHECKING:
@@ -464,19 +464,11 @@ def replacing(path: Path, folder: Path | None = None) -> Iterator[Path]:
     temporary = (folder or path.parent) / f".{path.name}.{uuid.uuid4().hex[:8]}"
     try:
         yield temporary
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, path)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

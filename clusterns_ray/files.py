@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import uuid
 from pathlib import Path
@@ -38,3 +39,21 @@ def check_writable(path: Path, option: str) -> None:
             reason = error.strerror
     if reason:
         raise ConfigError(f"{option} {str(path)!r} cannot be written: {reason}. Choose another file.")
+
+
+def flush(path: Path) -> None:
+    """Bring a file, or the names in a directory, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal; read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from clusterns_ray.errors import StorageError
+from clusterns_ray.files import sha256
 
 MANIFEST = ".manifest.json"
 ATTEMPTS = 4
@@ -263,15 +264,6 @@ def only_one(lock: Path, timeout_s: float = 1800.0) -> Iterator[None]:
                     raise StorageError(f"{str(lock)!r} was held by another process for {timeout_s:.0f} s.") from None
                 time.sleep(0.1)
         yield
-
-
-def sha256(path: Path) -> str:
-    """Of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _matches(local: Path, files: dict[str, dict[str, Any]]) -> bool:

@@ -19,6 +19,7 @@ import numpy as np
 
 from clusterns_ray.data.corpus import ReadCounts
 from clusterns_ray.errors import DataError
+from clusterns_ray.files import flush, sha256
 from clusterns_ray.tokenization import tokenize
 
 if TYPE_CHECKING:
@@ -102,8 +103,8 @@ def prepare_tokens(
             "files": writer.files,
         }
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        _sync(temporary / MANIFEST)
-        _sync(temporary)
+        flush(temporary / MANIFEST)
+        flush(temporary)
         try:
             os.rename(temporary, directory)
         except OSError:
@@ -113,7 +114,7 @@ def prepare_tokens(
             if store is None:
                 raise _occupied(directory) from None
             return store
-        _sync(directory.parent)
+        flush(directory.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return TokenStore.open(directory)
@@ -181,13 +182,13 @@ class _Writer:
             return
         self._shard.close()
         path = self.directory / f"tokens-{len(self.files):05d}.arrow"
-        _sync(path)
+        flush(path)
         self.files.append(
             {
                 "name": path.name,
                 "rows": self._shard_rows,
                 "size": path.stat().st_size,
-                "sha256": _sha256(path),
+                "sha256": sha256(path),
             }
         )
         self._shard, self._shard_rows = None, 0
@@ -217,23 +218,6 @@ def _remove_stale(directory: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
         except OSError:  # removed by another process
             continue
-
-
-def _sync(path: Path) -> None:
-    """Bring a file, or the names in a directory, to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # Reading
@@ -413,7 +397,7 @@ def _check_file(path: Path, entry: dict[str, Any], verify: bool) -> None:
     size = path.stat().st_size
     if size != entry["size"]:
         raise DataError(f"{path}: the file has {size} bytes, but {entry['size']} were written; {remedy}")
-    if verify and _sha256(path) != entry["sha256"]:
+    if verify and sha256(path) != entry["sha256"]:
         raise DataError(f"{path}: the checksum differs from the one in the manifest, so it was changed; {remedy}")
 
 

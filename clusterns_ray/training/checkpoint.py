@@ -7,9 +7,7 @@ leaves the one before. A damaged one is passed over, with a warning, for the one
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import pickle
 import shutil
 import uuid
@@ -20,6 +18,8 @@ from typing import Any
 import torch
 
 from clusterns_ray.errors import CheckpointError
+from clusterns_ray.files import flush
+from clusterns_ray.files import sha256 as file_sha256
 
 FORMAT = 2
 
@@ -39,7 +39,9 @@ def save_checkpoint(directory: Path, step: int, state: dict[str, Any], fingerpri
             "format": FORMAT,
             "step": step,
             "fingerprint": fingerprint,
-            "files": {"state.pt": {"bytes": (path / "state.pt").stat().st_size, "sha256": _sha256(path / "state.pt")}},
+            "files": {
+                "state.pt": {"bytes": (path / "state.pt").stat().st_size, "sha256": file_sha256(path / "state.pt")}
+            },
         }
         (path / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
@@ -94,7 +96,7 @@ def verify(path: Path, fingerprint: str) -> int:
         raise CheckpointError(f"it belongs to another configuration ({stamp}, not {fingerprint})")
     for name, (size, sha256) in files.items():
         file = path / Path(name).name
-        if not file.is_file() or file.stat().st_size != size or _sha256(file) != sha256:
+        if not file.is_file() or file.stat().st_size != size or file_sha256(file) != sha256:
             raise CheckpointError(f"{name} is missing or damaged")
     return step
 
@@ -108,7 +110,7 @@ def replace_directory(final: Path, write: Callable[[Path], None]) -> None:
     try:
         write(temporary)
         for file in temporary.rglob("*"):
-            _flush(file)
+            flush(file)
         if final.exists():
             aside = final.parent / f".{final.name}.old-{uuid.uuid4().hex[:8]}"
             final.rename(aside)
@@ -116,7 +118,7 @@ def replace_directory(final: Path, write: Callable[[Path], None]) -> None:
             shutil.rmtree(aside, ignore_errors=True)
         else:
             temporary.rename(final)
-        _flush(final.parent)
+        flush(final.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -128,19 +130,3 @@ def remove_leftovers(final: Path) -> None:
         old.rename(final) if not final.exists() else shutil.rmtree(old, ignore_errors=True)
     for new in final.parent.glob(f".{final.name}.new-*"):
         shutil.rmtree(new, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -96,9 +96,9 @@ class Crash(BaseException):
 
 POINTS = {
     "torch.save": (torch, "save"),
-    "hash": (checkpoint, "_sha256"),
+    "hash": (checkpoint, "file_sha256"),
     "manifest": (Path, "write_text"),
-    "flush": (checkpoint, "_flush"),
+    "flush": (checkpoint, "flush"),
     "rename": (Path, "rename"),
 }
 
@@ -145,7 +145,7 @@ def test_a_crash_is_cleared_away_at_once_where_it_can_be(tmp_path: Path, monkeyp
 
 def test_everything_is_on_disk_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    original_flush, original_rename = checkpoint._flush, Path.rename
+    original_flush, original_rename = checkpoint.flush, Path.rename
 
     def flush(path: Path) -> None:
         events.append(f"flush {path.name}")
@@ -155,7 +155,7 @@ def test_everything_is_on_disk_before_it_is_renamed(tmp_path: Path, monkeypatch:
         events.append(f"rename to {target.name}")
         return original_rename(self, target)
 
-    monkeypatch.setattr(checkpoint, "_flush", flush)
+    monkeypatch.setattr(checkpoint, "flush", flush)
     monkeypatch.setattr(Path, "rename", rename)
     save(tmp_path / "checkpoints", 1)
     renamed = events.index("rename to step-00000001")

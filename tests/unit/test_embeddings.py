@@ -229,8 +229,8 @@ def while_encoding(monkeypatch: Any) -> dict[str, Any]:
 
 
 def while_a_part_is_written(monkeypatch: Any) -> dict[str, Any]:
-    original = embeddings._flush
-    monkeypatch.setattr(embeddings, "_flush", lambda path: kill_me() if "part-000004" in path.name else original(path))
+    original = embeddings.flush
+    monkeypatch.setattr(embeddings, "flush", lambda path: kill_me() if "part-000004" in path.name else original(path))
     return {}
 
 

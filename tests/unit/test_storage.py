@@ -322,7 +322,9 @@ def test_a_run_in_the_store_is_that_of_a_directory(config: Config, tmp_path: Pat
     for name in ("config.yaml", "metrics.jsonl", "environment.json", "clusters.json", "centroids.npy"):
         assert store.read(name) == (run_directory(config) / name).read_bytes(), name
 
-    assert set(store.manifest("tensorboard") or ()) == {p.name for p in (run_directory(config) / "tensorboard").iterdir()}
+    assert set(store.manifest("tensorboard") or ()) == {
+        p.name for p in (run_directory(config) / "tensorboard").iterdir()
+    }
 
     values = config.resolved()
     values["runtime"] |= {"storage_path": str(tmp_path / "plain")}

@@ -17,7 +17,7 @@ BASE = {
     "train": {"global_batch_size": 64, "shards": 4, "max_steps": 8},
     "clustering": {"num_clusters": 16},
     "evaluation": {"sts": "structure", "every_steps": 2},
-    "runtime": {"storage_path": "/tmp/none", "use_gpu": False},
+    "runtime": {"storage_path": "/nowhere/none", "use_gpu": False},
 }
 NOT_PLAIN = {"clustering.num_clusters": {"not": 0}}
 STUDY: dict[str, Any] = {
@@ -58,7 +58,7 @@ def test_base_set_fixed_and_the_command_line_in_this_order(path: Path) -> None:
     assert study.base.clustering.num_clusters == 16
     assert study.config.budget.trials == 9
     assert list(study.space.parameters) == ["clustering.num_clusters", "clustering.start_cosine", "train.learning_rate"]
-    assert study.directory == Path("/tmp/none/tiny")
+    assert study.directory == Path("/nowhere/none/tiny")
     assert check(path).base.train.max_steps == 6
 
 
@@ -79,7 +79,7 @@ def test_the_written_study_is_whole(path: Path) -> None:
 def test_identity_is_what_scores_depend_on(path: Path) -> None:
     first = check(path).identity()
     assert check(path, budget={"hours": 2}, concurrent_trials=2, confirmation={"seeds": [7]}).identity() == first
-    assert check(path, "runtime.storage_path=/tmp/other", workers_per_trial=2).identity() == first
+    assert check(path, "runtime.storage_path=/nowhere/other", workers_per_trial=2).identity() == first
     assert check(path, sampler={"name": "tpe", "startup_trials": 10}).identity() == first, "a default, written out"
     for changed in (
         check(path, "train.max_steps=4"),
