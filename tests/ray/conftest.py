@@ -45,10 +45,7 @@ class Run:
         command = [sys.executable, "-m", "clusterns_ray.cli", "train", "run.yaml"]
         for setting in (f"runtime.name={self.name}", *self.settings):
             command += ["--set", setting]
-        out, err = self.project / f"{self.name}.out", self.project / f"{self.name}.err"
-        with out.open("w") as stdout, err.open("w") as stderr:
-            process = subprocess.Popen(command, cwd=self.project, env=self.env, stdout=stdout, stderr=stderr)
-        return Command(process, out, err)
+        return start_command(command, self.project, self.env, self.name)
 
     def train(self, timeout_s: float = 150.0) -> Outcome:
         return self.start().wait(timeout_s)
@@ -112,6 +109,21 @@ class Command:
         assert self.process.poll() is None, "it had ended before it could be killed"
         self.process.kill()
         assert self.process.wait(10) == -signal.SIGKILL
+
+
+def start_command(command: list[str], project: Path, env: dict[str, str], name: str) -> Command:
+    """Start it in ``project``, with its output in ``NAME.out`` and ``NAME.err`` there."""
+    out, err = project / f"{name}.out", project / f"{name}.err"
+    with out.open("w") as stdout, err.open("w") as stderr:
+        process = subprocess.Popen(
+            command, cwd=project, env=env, stdout=stdout, stderr=stderr, preexec_fn=heed_interrupts
+        )
+    return Command(process, out, err)
+
+
+def heed_interrupts() -> None:
+    """A shell's background jobs ignore SIGINT, and so would whatever tests started there start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @dataclass(frozen=True)

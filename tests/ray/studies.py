@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import sqlite3
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
-from conftest import Command, Outcome
+from conftest import Command, Outcome, start_command
 from optuna.trial import FrozenTrial
 
 from clusterns_ray.tuning.ledger import read_ledger
@@ -34,10 +33,7 @@ class StudyRun:
         command = [sys.executable, "-m", "clusterns_ray.cli", "tune", "study.yaml", *options]
         for setting in (f"name={self.name}", *self.settings):
             command += ["--set", setting]
-        out, err = self.project / f"{self.name}.out", self.project / f"{self.name}.err"
-        with out.open("w") as stdout, err.open("w") as stderr:
-            process = subprocess.Popen(command, cwd=self.project, env=self.env, stdout=stdout, stderr=stderr)
-        return Command(process, out, err)
+        return start_command(command, self.project, self.env, self.name)
 
     def tune(self, *options: str, timeout_s: float = 200.0) -> Outcome:
         return self.start(*options).wait(timeout_s)
