@@ -214,12 +214,17 @@ class RuntimeConfig(Section):
     """Seconds to wait for the workers to start (a cluster may have to add nodes) before giving up."""
     step_timeout_s: float = Field(default=600.0, gt=0)
     """Seconds a worker waits for the others in one exchange before it fails rather than hang."""
+    resize_every_s: float = Field(default=60.0, ge=0)
+    """Seconds between looks at whether an elastic run could have another number of workers; changing it costs the
+    steps since the last checkpoint."""
     checkpoint_every_steps: int | None = Field(default=None, ge=1)
     """Steps between checkpoints; `evaluation.every_steps` if unset."""
     keep: int = Field(default=2, ge=1)
     """How many of the newest checkpoints stay; the best model is kept apart from them."""
     log_every_steps: int = Field(default=10, ge=1)
     """Steps between lines of metrics.jsonl; the only ordinary steps on which the host waits for the device."""
+    log_rows: bool = False
+    """Write which rows of the corpus each worker took at each step, to RUN/rows on that worker's machine."""
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
     """Where metrics.jsonl is copied to as it grows; wandb and mlflow must be installed."""
 

@@ -25,3 +25,7 @@ class NonFiniteError(ClusterNSError):
 
 class StorageError(ClusterNSError):
     """An object store cannot be reached, or what it holds is damaged."""
+
+
+class Drained(ClusterNSError):
+    """A machine of the group is about to be taken away; what was done is in a checkpoint."""

@@ -6,21 +6,23 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from clusterns_ray.config import RuntimeConfig
 from clusterns_ray.errors import ClusterNSError
 
 ANSWER_TIMEOUT_S = 10.0
 
 
 @contextmanager
-def connect(cpus: int, note: Callable[[str], None]) -> Iterator[None]:
+def connect(cpus: int, note: Callable[[str], None], *, dashboard: bool = False) -> Iterator[None]:
     """Join the cluster that RAY_ADDRESS names, else start Ray on this machine; leave it as it was found.
 
     Args:
         cpus: how many the job asks for; a Ray that is started here has at least so many, be they shared.
+        dashboard: whether a Ray that is started here serves its State API.
 
     Raises:
         ClusterNSError: nothing answers at RAY_ADDRESS.
@@ -33,14 +35,31 @@ def connect(cpus: int, note: Callable[[str], None]) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    _start(cpus, note)
+    _start(cpus, note, dashboard)
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _start(cpus: int, note: Callable[[str], None]) -> None:
+def uses_gpu(runtime: RuntimeConfig) -> bool:
+    """One GPU a worker, unless it was said otherwise, where the cluster has them or its autoscaler may bring them."""
+    import ray
+
+    if runtime.use_gpu is not None:
+        return runtime.use_gpu
+    return ray.cluster_resources().get("GPU", 0) > 0 or (can_grow_to() or {}).get("GPU", 0) > 0
+
+
+def can_grow_to() -> Mapping[str, float] | None:
+    """The most of each resource that the cluster's autoscaler may bring it to; None without one."""
+    # The one place that knows an autoscaler's limits; the public API tells of nodes that are there.
+    from ray._private.state import state
+
+    return state.get_max_resources_from_cluster_config()
+
+
+def _start(cpus: int, note: Callable[[str], None], dashboard: bool) -> None:
     import ray
 
     # The driver's directory is not shipped to the workers: the package is installed where they run.
@@ -52,8 +71,8 @@ def _start(cpus: int, note: Callable[[str], None]) -> None:
         return
     there = os.cpu_count() or 1
     if cpus > there:
-        note(f"{cpus} CPUs are asked for on a machine with {there}: the workers share them and run slower.")
-    ray.init(num_cpus=max(there, cpus), include_dashboard=False, **options)
+        note(f"{cpus} CPUs are asked for on a machine with {there}: they are shared, and all runs slower.")
+    ray.init(num_cpus=max(there, cpus), include_dashboard=dashboard, **options)
 
 
 def _check_answers(address: str) -> None:

@@ -26,7 +26,7 @@ from clusterns_ray.config import Config
 from clusterns_ray.data.batches import BatchOrder, permute, stream_key
 from clusterns_ray.data.tokens import TokenStore
 from clusterns_ray.encoder import Encoder
-from clusterns_ray.errors import NonFiniteError, StorageError
+from clusterns_ray.errors import Drained, NonFiniteError, StorageError
 from clusterns_ray.files import write_atomic
 from clusterns_ray.models import resolve_model
 from clusterns_ray.training.alarms import Alarms
@@ -41,6 +41,7 @@ from clusterns_ray.training.mlm import head_state
 from clusterns_ray.training.model_card import model_card
 from clusterns_ray.training.objective import Objective, TwoViews
 from clusterns_ray.training.optim import Optimizer, learning_rate
+from clusterns_ray.training.rows import NoRowLog, RowLog
 from clusterns_ray.training.shards import Shard, ShardReader
 from clusterns_ray.training.trackers import Trackers
 
@@ -49,6 +50,9 @@ Watch = Callable[[dict[str, Any]], None]
 
 Report = Callable[[dict[str, Any]], None]
 """Called by every worker after an evaluation; where Ray (or a sweep's scheduler) hears of the run."""
+
+Leave = Callable[[int], bool]
+"""Asked by every worker after every step but the last, which it is given: whether all of them have to stop there."""
 
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -87,6 +91,7 @@ def train_worker(
     device: torch.device,
     watch: Watch,
     report: Report = lambda metrics: None,
+    leave: Leave = lambda step: False,
     command: Sequence[str] = (),
     score_before: float | None = None,
     mirror: NoMirror | None = None,
@@ -104,6 +109,7 @@ def train_worker(
     Raises:
         NonFiniteError: gradients stay NaN or infinite.
         CheckpointError: checkpoints are there but none can be used.
+        Drained: ``leave`` said so; the last step is in a checkpoint.
     """
     with exclusive(Path(run_dir), distributed.rank() == 0):
         mirror = mirror or NoMirror(Path(run_dir))
@@ -112,7 +118,7 @@ def train_worker(
         run.restore()
         run.write_json("environment.json", describe_environment(device, command, distributed.world_size()))
         try:
-            return _train(run, score_before)
+            return _train(run, leave, score_before)
         except (Exception, KeyboardInterrupt):
             with suppress(StorageError):  # what failed first is what has to be told
                 mirror.finish(ONE_LAST_COPY_S)
@@ -122,7 +128,7 @@ def train_worker(
             mirror.stop()
 
 
-def _train(run: Run, score_before: float | None) -> dict[str, Any]:
+def _train(run: Run, leave: Leave, score_before: float | None) -> dict[str, Any]:
     config = run.config
     run.warm_up_reducer()
     run.watch(
@@ -141,6 +147,7 @@ def _train(run: Run, score_before: float | None) -> dict[str, Any]:
         began = time.perf_counter()
         step = run.progress.step
         layout, shards = run.batch(step)
+        run.row_log.append(step, layout)
 
         z1_bD, z2_bD, mlm = run.model(shards)
         step_loss = run.objective(z1_bD, z2_bD, layout, mlm)
@@ -155,8 +162,12 @@ def _train(run: Run, score_before: float | None) -> dict[str, Any]:
         if run.due(config.evaluation.every_steps):
             run.evaluate()
         run.progress.seconds += time.perf_counter() - began
-        if run.due(run.checkpoint_every):
+        leaving = run.progress.step < run.total_steps and leave(run.progress.step)
+        if leaving or run.due(run.checkpoint_every):
             run.save()
+        if leaving:
+            run.note(f"A machine is about to go: stopped after step {run.progress.step}, which is in a checkpoint.")
+            raise Drained(f"stopped after step {run.progress.step}, as a machine was about to go")
 
     return run.finish()
 
@@ -212,6 +223,7 @@ class Run:
         self.progress = Progress()
         self.metrics: MetricsLog | None = None
         self.trackers = Trackers()
+        self.row_log = RowLog(run_dir / "rows") if config.runtime.log_rows else NoRowLog()
         self.last_log = (time.perf_counter(), 0)
 
     # ---- one step -----------------------------------------------------------------------------------------------

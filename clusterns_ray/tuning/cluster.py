@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import ray
 
 from clusterns_ray.errors import ConfigError
+from clusterns_ray.launch.cluster import can_grow_to, connect, uses_gpu
 from clusterns_ray.tuning.study import Study
 
 HEAD = {"node:__internal_head__": 0.001}
@@ -22,43 +21,21 @@ def cluster(study: Study, note: Callable[[str], None]) -> Iterator[None]:
 
     Raises:
         ConfigError: a trial can never run there.
+        ClusterNSError: nothing answers at RAY_ADDRESS.
     """
-    started = not ray.is_initialized()
-    if started:
-        _start(study, note)
-    try:
+    config = study.config
+    needed = config.concurrent_trials * max(config.workers_per_trial, 1) * study.base.runtime.cpus_per_worker
+    # Trials with workers of their own are watched through the State API, which the dashboard serves.
+    with connect(needed, note, dashboard=bool(config.workers_per_trial)):
         check_resources(study)
-        if study.config.workers_per_trial:
+        if config.workers_per_trial:
             check_state_api()
         yield
-    finally:
-        if started:
-            ray.shutdown()
-
-
-def _start(study: Study, note: Callable[[str], None]) -> None:
-    options = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**options)
-        return
-    config = study.config
-    cpus = os.cpu_count() or 1
-    needed = config.concurrent_trials * max(config.workers_per_trial, 1) * study.base.runtime.cpus_per_worker
-    if needed > cpus:
-        note(f"{needed} CPUs are asked for on a machine with {cpus}: trials share them and run slower.")
-    # Trials with workers of their own are watched through the State API, which the dashboard serves.
-    ray.init(num_cpus=max(cpus, needed), include_dashboard=bool(config.workers_per_trial), **options)
-
-
-def uses_gpu(study: Study) -> bool:
-    """One GPU a worker, where the cluster has them and nothing else was said."""
-    wanted = study.base.runtime.use_gpu
-    return ray.cluster_resources().get("GPU", 0) > 0 if wanted is None else wanted
 
 
 def worker_resources(study: Study) -> dict[str, float]:
     """What one worker needs."""
-    gpu = {"GPU": 1} if uses_gpu(study) else {}
+    gpu = {"GPU": 1} if uses_gpu(study.base.runtime) else {}
     return {"CPU": float(study.base.runtime.cpus_per_worker), **gpu}
 
 
@@ -70,11 +47,7 @@ def trial_resources(study: Study) -> dict[str, float]:
 def check_resources(study: Study) -> None:
     """Whether one trial fits into the cluster, as it is or as its autoscaler may make it."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    # The one place that knows an autoscaler's limits; the public API tells of nodes that are there.
-    from ray._private.state import state
-
-    can_grow = state.get_max_resources_from_cluster_config()
-    check_fits(worker_resources(study), max(study.config.workers_per_trial, 1), nodes, can_grow)
+    check_fits(worker_resources(study), max(study.config.workers_per_trial, 1), nodes, can_grow_to())
 
 
 def check_fits(

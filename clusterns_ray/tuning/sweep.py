@@ -77,13 +77,14 @@ def _run(sweep: Sweep) -> None:
     # Ray reads some of them when it is imported.
     for key, value in {**RAY_SETTINGS, **({} if os.environ.get("RAY_ADDRESS") else RAY_START_SETTINGS)}.items():
         os.environ.setdefault(key, value)
-    from clusterns_ray.tuning.cluster import cluster, trial_resources, uses_gpu
+    from clusterns_ray.launch.cluster import uses_gpu
+    from clusterns_ray.tuning.cluster import cluster, trial_resources
     from clusterns_ray.tuning.pool import Pool
 
     study, runtime = sweep.study, sweep.study.base.runtime
     with cluster(study, sweep.note):
         sweep.prepare()
-        sweep.use_gpu = uses_gpu(study)
+        sweep.use_gpu = uses_gpu(study.base.runtime)
         pool = Pool(
             sweep,
             concurrent=study.config.concurrent_trials,

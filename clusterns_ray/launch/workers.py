@@ -1,0 +1,185 @@
+"""A group of Ray Train workers, from its start to what they return; begun anew where a machine is taken away."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+import ray.train.collective
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+
+from clusterns_ray.config import Config, RuntimeConfig
+from clusterns_ray.errors import ClusterNSError, Drained
+
+DRAIN_POLL_S = 1.0
+"""Seconds between looks at whether a machine is about to be taken away; clouds say so 30 s (GCP) or 120 s ahead."""
+
+
+class WorkersFailed(ClusterNSError):
+    """Workers died, or were never heard of; a run goes on from its newest checkpoint when it is asked for again."""
+
+
+def run_workers(
+    work: Callable[[dict[str, Any]], dict[str, Any]],
+    settings: dict[str, Any],
+    runtime: RuntimeConfig,
+    *,
+    use_gpu: bool,
+    name: str,
+    storage_path: str,
+    listen: Callable[[], bool],
+) -> dict[str, Any]:
+    """Run ``work(settings)`` on every worker, and meanwhile listen to them in this thread.
+
+    Ray restarts workers that die, ``runtime.max_failures`` times. Those that left a machine which is about to go are
+    started anew however often, as each time they have gone on.
+
+    Args:
+        work: returns ``{"result": ...}``, ``{"error": message}`` or ``{"drained": message}`` (:func:`answer` makes
+            these), the same on every worker.
+        storage_path: where Ray keeps what is its own; a run's checkpoints are elsewhere.
+        listen: takes what the workers sent; whether there was anything. Called several times a second.
+
+    Returns:
+        The ``result``.
+
+    Raises:
+        WorkersFailed: they died too often, or nothing was heard of them for too long.
+        ClusterNSError: what they said went wrong.
+    """
+    # Train looks this often at its workers, and each report waits for a look.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", str(DRAIN_POLL_S))
+    while True:
+        trainer = TorchTrainer(
+            work,
+            train_loop_config=settings,
+            torch_config=TorchConfig(timeout_s=int(runtime.step_timeout_s)),
+            scaling_config=ScalingConfig(
+                num_workers=runtime.num_workers,
+                use_gpu=use_gpu,
+                resources_per_worker={"CPU": runtime.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+                elastic_resize_monitor_interval_s=runtime.resize_every_s,
+            ),
+            run_config=RunConfig(
+                name=f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(4).hex()}",
+                storage_path=storage_path,
+                failure_config=FailureConfig(max_failures=runtime.max_failures),
+            ),
+        )
+        value = _watched(trainer, runtime, use_gpu, listen)
+        if "drained" not in value:
+            break
+    if "error" in value:
+        raise ClusterNSError(value["error"])
+    return value["result"]
+
+
+def _watched(
+    trainer: TorchTrainer, runtime: RuntimeConfig, use_gpu: bool, listen: Callable[[], bool]
+) -> dict[str, Any]:
+    outcome: dict[str, Any] = {}
+
+    def fit() -> None:
+        try:
+            outcome["result"] = trainer.fit()
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=fit, daemon=True, name="fit")
+    thread.start()
+    heard, started = time.monotonic(), False
+    while True:
+        alive = thread.is_alive()
+        if listen():
+            heard, started = time.monotonic(), True
+        if not alive:
+            break
+        # Workers that Ray starts anew may wait for a machine, after the others waited for them.
+        patience = runtime.start_timeout_s + (runtime.step_timeout_s if started else 0)
+        if time.monotonic() - heard > patience:
+            raise WorkersFailed(_silence(runtime, use_gpu, patience, started))
+        time.sleep(0.2)
+    if "error" in outcome:
+        raise WorkersFailed(f"The workers failed: {_innermost(outcome['error'])}") from outcome["error"]
+    value = outcome["result"].return_value
+    if value is None:
+        raise WorkersFailed(f"The workers ended without a result: {outcome['result'].error or 'no reason given'}.")
+    return value
+
+
+def _silence(runtime: RuntimeConfig, use_gpu: bool, waited_s: float, started: bool) -> str:
+    found = ray.cluster_resources()
+    what = (
+        f"Nothing was heard from the workers for {waited_s:.0f} s (runtime.start_timeout_s + runtime.step_timeout_s)."
+        if started
+        else f"No worker started within runtime.start_timeout_s ({waited_s:.0f} s)."
+    )
+    return (
+        f"{what} Asked for {runtime.num_workers} workers with {runtime.cpus_per_worker} "
+        f"CPU{' and 1 GPU' if use_gpu else ''} each; the cluster has {found.get('CPU', 0):.0f} CPUs and "
+        f"{found.get('GPU', 0):.0f} GPUs. Ask for less, add nodes, or raise the time-out."
+    )
+
+
+def _innermost(error: BaseException) -> str:
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        error = next(iter(failures.values()))
+    text = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{text[-1]}" + ("" if text[-1].endswith(".") else ".")
+
+
+# ---- on a worker ----------------------------------------------------------------------------------------------------
+
+
+def answer(train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a worker returns: errors that a restart would meet again are told, not raised."""
+    try:
+        return {"result": train()}
+    except Drained as error:
+        return {"drained": str(error)}
+    except ClusterNSError as error:
+        return {"error": str(error)}
+
+
+def worker_device(config: Config) -> Any:
+    """This worker's device; on a CPU it computes with as many threads as were reserved."""
+    import torch
+
+    device = get_device()
+    assert isinstance(device, torch.device)
+    if device.type == "cpu":
+        torch.set_num_threads(config.runtime.cpus_per_worker)
+    return device
+
+
+class DrainNotice:
+    """Asked after every step, on every worker: whether a machine of the group is about to be taken away.
+
+    Ray tells of nodes that are being drained (by ``launch/spot.py``, by an operator, by Kubernetes' preStop hook). Its
+    answer is an exchange between all workers, so they ask for it at the same steps, about once a second, at a pace that
+    worker 0 sets.
+    """
+
+    def __init__(self, alive: Callable[[], Any]):
+        self.alive = alive
+        self.next_step, self.asked_step, self.asked_at = 0, 0, 0.0
+
+    def __call__(self, step: int) -> bool:
+        if step < self.next_step:
+            return False
+        leaving = ray.train.get_preemption_info() is not None
+        now = time.monotonic()
+        seconds_a_step = (now - self.asked_at) / max(step - self.asked_step, 1) if self.asked_at else DRAIN_POLL_S
+        pace = max(1, int(DRAIN_POLL_S / max(seconds_a_step, 1e-3)))
+        self.next_step = step + ray.train.collective.broadcast_from_rank_zero(pace)
+        self.asked_step, self.asked_at = step, now
+        self.alive()
+        return leaving
