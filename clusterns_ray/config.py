@@ -165,6 +165,9 @@ class TrainConfig(Section):
     """Gradients are scaled down to this norm."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of matrix products: auto is bf16 on a GPU that has it, else fp32. Weights and centroids stay fp32."""
+    cache_chunk: int | None = Field(default=None, ge=1)
+    """Sentences of a worker whose activations are held at a time (whole shards; at least one). The gradient is that of
+    the whole batch, for one more forward pass a step. If unset, all are held."""
 
 
 class EvaluationConfig(Section):

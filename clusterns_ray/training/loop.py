@@ -44,6 +44,7 @@ from clusterns_ray.training.optim import Optimizer, learning_rate
 from clusterns_ray.training.rows import NoRowLog, RowLog
 from clusterns_ray.training.shards import Shard, ShardReader
 from clusterns_ray.training.trackers import Trackers
+from clusterns_ray.training.views import CachedViews, Views, chunked
 
 Watch = Callable[[dict[str, Any]], None]
 """Told of what happens: ``{"event": "start" | "step" | "evaluation" | "note" | "done", ...}``."""
@@ -149,11 +150,11 @@ def _train(run: Run, leave: Leave, score_before: float | None) -> dict[str, Any]
         layout, shards = run.batch(step)
         run.row_log.append(step, layout)
 
-        z1_bD, z2_bD, mlm = run.model(shards)
-        step_loss = run.objective(z1_bD, z2_bD, layout, mlm)
+        views = run.encode(shards)
+        step_loss = run.objective(views.z1_bD, views.z2_bD, layout, views.mlm)
         run.health.observe(run.clustering.centroids_KD, step_loss.counts_K)
         rate = learning_rate(step, run.total_steps, config.train)
-        grad_norm = run.optimizer.step(step_loss.to_backward, rate)
+        grad_norm = run.optimizer.step(step_loss.to_backward, rate, views.backward)
 
         run.progress.step = step + 1
         run.note_start_of_clustering()
@@ -234,6 +235,11 @@ class Run:
         rows = self.order.sample_ids(epoch, step_in_epoch)
         layout = lay_out(rows, self.tokens.lengths(rows), self.config.train.shards)
         return layout, [self.shards(layout, shard, step) for shard in layout.hands[layout.rank]]
+
+    def encode(self, shards: list[Shard]) -> Views:
+        """Both views of this worker's shards."""
+        rows = self.config.train.cache_chunk
+        return Views(self.model, shards) if rows is None else CachedViews(self.model, chunked(shards, rows))
 
     def load_language_model(self) -> Any:
         """The head of masked language modelling around the encoder's backbone, where its loss is on."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -45,14 +45,17 @@ class Optimizer:
         self.skipped = torch.zeros(2, device=device)
         """steps skipped since the run began, and in a row up to now"""
 
-    def step(self, loss: Tensor, rate: float) -> Tensor:
+    def step(self, loss: Tensor, rate: float, backward: Callable[[Tensor], None] = Tensor.backward) -> Tensor:
         """Backward, clip, and one update with learning rate ``rate``.
+
+        Args:
+            backward: adds the gradient of the scalar it is given to the parameters'.
 
         Returns:
             The gradient norm before clipping, 0-d, on the device.
         """
         self.adamw.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        backward(self.scaler.scale(loss))
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.adamw)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)

@@ -21,6 +21,7 @@ from clusterns_ray.data.prepare import prepare
 from clusterns_ray.losses import clusterns_loss, info_nce
 from clusterns_ray.training.loop import Run
 from clusterns_ray.training.objective import Objective
+from clusterns_ray.training.views import CachedViews, chunked
 
 TOLERANCE = 1e-6
 TEMPERATURE = 0.2  # a colder one magnifies the rounding of float32
@@ -55,6 +56,7 @@ CLUSTERED = {
     )
 } | {"no_weight": Case("batch", "all_pairs", "mean", 0.0)}
 CASES = ["plain", *CLUSTERED]
+CACHED = "not_own_cluster-false_negatives-mean"
 Gradients = dict[str, torch.Tensor]
 
 
@@ -95,6 +97,10 @@ def all_cases(config: Config, tokens_dir: Path, run_dir: Path) -> dict[str, Any]
             found["gradients"][name, batch] = step_gradients(run, objective, step)
             if distributed.world_size() == 1:
                 found["pure"][name, batch] = pure_gradients(run, name, step)
+    for batch, step in STEPS.items():
+        found["cached"] = found.get("cached", {}) | {
+            (rows, batch): cached_gradients(run, step, rows) for rows in (13, 26)
+        }
     found["unscaled"] = step_gradients(run, objective_of(run, "plain"), 1, divide_by=distributed.world_size())
     gather, distributed.all_gather_rows = distributed.all_gather_rows, gather_with_gradient_of_own_rows_alone
     found["own_rows_alone"] = step_gradients(run, objective_of(run, "plain"), 1)
@@ -125,6 +131,15 @@ def step_gradients(run: Run, objective: Objective, step: int, divide_by: int = 1
     layout, shards = run.batch(step)
     z1_bD, z2_bD, _ = run.model(shards)
     return gradients_of(run, objective(z1_bD, z2_bD, layout).to_backward / divide_by)
+
+
+def cached_gradients(run: Run, step: int, rows: int) -> Gradients:
+    layout, shards = run.batch(step)
+    views = CachedViews(run.model, chunked(shards, rows))
+    objective = objective_of(run, CACHED)
+    run.views.zero_grad(set_to_none=True)
+    views.backward(objective(views.z1_bD, views.z2_bD, layout).to_backward)
+    return {name: p.grad.clone() for name, p in run.views.named_parameters() if p.grad is not None}
 
 
 def gradients_of(run: Run, loss: torch.Tensor) -> Gradients:
@@ -186,6 +201,15 @@ def test_gradients_of_one_process_equal_those_of_the_pure_loss(by_ranks, name: s
     found = by_ranks[1][0]
     assert norm(found["pure"][name, batch]) > 1e-4
     assert distance(found["gradients"][name, batch], found["pure"][name, batch]) < TOLERANCE
+
+
+@pytest.mark.parametrize("batch", STEPS)
+@pytest.mark.parametrize("rows", [13, 26])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_cached_gradients_equal_those_of_the_whole_batch(by_ranks, ranks: int, rows: int, batch: str):
+    whole = by_ranks[1][0]["gradients"][CACHED, batch]
+    for found in by_ranks[ranks]:
+        assert distance(found["cached"][rows, batch], whole) < TOLERANCE
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

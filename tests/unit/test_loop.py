@@ -25,6 +25,7 @@ from clusterns_ray.training.dev import DevSet
 from clusterns_ray.training.loop import Run, resolve_precision, train_worker
 from clusterns_ray.training.metrics import read_metrics
 from clusterns_ray.training.optim import Optimizer
+from clusterns_ray.training.views import CachedViews, Views, chunked
 
 CPU = torch.device("cpu")
 
@@ -273,6 +274,41 @@ def test_the_run_is_a_function_of_its_seed(lab: Lab, tmp_path: Path) -> None:
     assert losses("c", 2) != first
 
 
+@pytest.mark.parametrize("mlm_weight", [0.0, 0.5])
+def test_a_cached_gradient_trains_the_same(lab: Lab, tmp_path: Path, mlm_weight: float) -> None:
+    """8 of 32 sentences at a time, with dropout replayed, over steps without and with clusters."""
+    records = {}
+    for name, chunk in (("whole", None), ("cached", 8)):
+        lab.run(tmp_path / name, lab.config(loss={"mlm_weight": mlm_weight}, train={"cache_chunk": chunk}))
+        records[name] = [r for r in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in r]
+    assert any(record["clusters_used"] > 1 for record in records["whole"] if "clusters_used" in record)
+    for ours, other in zip(records["cached"], records["whole"], strict=True):
+        for key in ("loss", "info_nce", "bml", "grad_norm"):
+            assert ours[key] == pytest.approx(other[key], rel=1e-4, abs=1e-7), (ours["step"], key)
+
+
+def test_a_cached_gradient_holds_the_activations_of_one_chunk(lab: Lab, tmp_path: Path) -> None:
+    config = lab.config()
+    run = Run(config, prepare(config).tokens_dir, None, tmp_path, CPU, lambda event: None, lambda metrics: None)
+    _, shards = run.batch(0)
+    kept: list[int] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[-1] += tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept.append(0)
+        Views(run.model, shards)
+        kept.append(0)
+        views = CachedViews(run.model, chunked(shards, 8))
+        assert kept[1] == 0 and len(views.chunks) == 4
+        forward, at_a_time = run.views.forward, kept.append
+        run.views.forward = lambda chunk: (at_a_time(0), forward(chunk))[1]  # type: ignore[method-assign]
+        views.backward(views.z1_bD.sum() + views.z2_bD.sum())
+    assert len(kept) == 6 and 0 < max(kept[2:]) < 0.6 * kept[0]
+
+
 def test_masked_language_modelling_leaves_the_contrastive_part_untouched(lab: Lab, tmp_path: Path) -> None:
     records = {}
     for name, weight in (("off", 0.0), ("on", 0.5), ("more", 0.6)):
@@ -294,6 +330,7 @@ def test_masked_language_modelling_leaves_the_contrastive_part_untouched(lab: La
 
 def test_two_prompts_make_two_different_views(lab: Lab, tmp_path: Path) -> None:
     config = lab.config(**RESUMED["prompt"])
+    config = lab.config()
     run = Run(config, prepare(config).tokens_dir, None, tmp_path, CPU, lambda event: None, lambda metrics: None)
     shard = run.batch(0)[1][0]
     assert shard.second is not None
@@ -581,9 +618,9 @@ def test_auto_precision_on_a_cpu_is_fp32() -> None:
 def test_one_bad_gradient_is_skipped_and_counted(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original, count = Optimizer.step, []
 
-    def step(self: Optimizer, loss: torch.Tensor, rate: float) -> torch.Tensor:
+    def step(self: Optimizer, loss: torch.Tensor, *others: Any) -> torch.Tensor:
         count.append(1)
-        return original(self, loss * math.nan if len(count) == 2 else loss, rate)
+        return original(self, loss * math.nan if len(count) == 2 else loss, *others)
 
     monkeypatch.setattr(Optimizer, "step", step)
     result = lab.run(tmp_path, lab.config(evaluation={"every_steps": 1}, train={"max_steps": 4}))
@@ -601,9 +638,9 @@ def test_one_bad_gradient_is_skipped_and_counted(lab: Lab, tmp_path: Path, monke
 def test_ten_bad_gradients_in_a_row_end_the_run(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original, count = Optimizer.step, []
 
-    def step(self: Optimizer, loss: torch.Tensor, rate: float) -> torch.Tensor:
+    def step(self: Optimizer, loss: torch.Tensor, *others: Any) -> torch.Tensor:
         count.append(1)
-        return original(self, loss * math.nan if len(count) > 2 else loss, rate)
+        return original(self, loss * math.nan if len(count) > 2 else loss, *others)
 
     monkeypatch.setattr(Optimizer, "step", step)
     config = lab.config(train={"max_steps": 30, "epochs": 3}, evaluation={"sts": None})
@@ -622,7 +659,7 @@ def test_bad_gradients_are_found_although_steps_are_seldom_logged(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = Optimizer.step
-    monkeypatch.setattr(Optimizer, "step", lambda self, loss, rate: original(self, loss * math.nan, rate))
+    monkeypatch.setattr(Optimizer, "step", lambda self, loss, *others: original(self, loss * math.nan, *others))
     config = lab.config(
         train={"max_steps": 14, "epochs": 2},
         evaluation={"sts": None, "every_steps": 50},
