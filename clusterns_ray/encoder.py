@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clusterns_ray.backbone import first_position, has_dropout, load_transformer, longest_input
+from clusterns_ray.dropout import use_fast_dropout
 from clusterns_ray.errors import ConfigError
 from clusterns_ray.model_files import (
     HIDDEN_STATE_POOLINGS,
@@ -122,6 +123,7 @@ class Encoder(nn.Module):
                 f"encoder.max_length is {config.max_length}, but {config.name} reads at most {limit} tokens{besides}. "
                 f"Set encoder.max_length to {limit} or less."
             )
+        use_fast_dropout(backbone)
         if not has_dropout(backbone):
             raise ConfigError(
                 f"{config.name} has no dropout, so the two views of a sentence would be equal and there would be "
@@ -156,10 +158,17 @@ class Encoder(nn.Module):
 
     # ---- tensors ----------------------------------------------------------------------------------------------
 
-    def forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, view: int = 0) -> Tensor:
-        """Embeddings (B x D), without the training head; ``view`` 1 where the rows have the second prompt."""
+    def forward(
+        self, input_ids_BT: Tensor, attention_mask_BT: Tensor, view: int = 0, words_BTD: Tensor | None = None
+    ) -> Tensor:
+        """Embeddings (B x D), without the training head.
+
+        Args:
+            view: 1 where the rows have the second prompt.
+            words_BTD: the embeddings of the tokens, where they were looked up before.
+        """
         output = self.backbone(
-            input_ids=input_ids_BT,
+            **({"input_ids": input_ids_BT} if words_BTD is None else {"inputs_embeds": words_BTD}),
             attention_mask=attention_mask_BT,
             output_hidden_states=self.pooling in HIDDEN_STATE_POOLINGS,
         )

