@@ -1,0 +1,42 @@
+"""A cluster file is looked at before it costs anything: one for Ray's launcher, or KubeRay's documents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from clusterns_ray.errors import ConfigError
+from clusterns_ray.launch.cluster_file.common import check_secrets, pinned_versions
+from clusterns_ray.launch.cluster_file.kubernetes import check_documents
+from clusterns_ray.launch.cluster_file.launcher import check_launcher
+from clusterns_ray.launch.doctor.findings import Finding
+
+
+def check_cluster_file(path: str | Path) -> list[Finding]:
+    """What is wrong with a cluster file, and what should be known of it; empty where nothing is.
+
+    Nothing outside this machine is asked, so what the cloud itself would refuse stays unknown.
+
+    Raises:
+        ConfigError: it cannot be read, or is not a cluster file.
+    """
+    path = Path(path).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8")
+        documents = [document for document in yaml.safe_load_all(text) if document is not None]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"The cluster file {str(path)!r} cannot be read: {reason}. Give a YAML file.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"The cluster file {str(path)!r} is not YAML: {' '.join(str(error).split())}.") from None
+    pinned = pinned_versions(path)
+    secrets = check_secrets(text)
+    if documents and all(isinstance(document, dict) and "kind" in document for document in documents):
+        return secrets + check_documents(documents, pinned)
+    if len(documents) != 1 or not isinstance(documents[0], dict) or "provider" not in documents[0]:
+        raise ConfigError(
+            f"The cluster file {str(path)!r} is neither one for `ray up`, which has a `provider`, nor a list of "
+            "Kubernetes documents, which have a `kind`. See cluster.yaml and experiments/clusters/."
+        )
+    return secrets + check_launcher(documents[0], pinned)

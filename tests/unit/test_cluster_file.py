@@ -1,0 +1,573 @@
+"""The shipped cluster files are clean; each seeded mistake in them is found, and nothing else is said."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from clusterns_ray.errors import ConfigError
+from clusterns_ray.launch import spot
+from clusterns_ray.launch.cluster_file import check_cluster_file
+from clusterns_ray.launch.cluster_file.common import pinned_versions
+
+ROOT = Path(__file__).parents[2]
+FILES = {
+    "aws": ROOT / "cluster.yaml",
+    "gcp": ROOT / "experiments/clusters/gcp.yaml",
+    "kubernetes": ROOT / "experiments/clusters/kuberay.yaml",
+}
+# Through JSON, as parts that are shared by YAML's anchors would change together.
+SHIPPED = {
+    name: json.loads(json.dumps(list(yaml.safe_load_all(path.read_text(encoding="utf-8")))))
+    for name, path in FILES.items()
+}
+PINNED = pinned_versions(FILES["aws"])
+RAY = PINNED["ray"]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Below the tested versions, as the shipped files are."""
+    path = tmp_path_factory.mktemp("clusters")
+    (path / "constraints.txt").write_text((ROOT / "constraints.txt").read_text())
+    return path
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_shipped_files_are_clean(name: str) -> None:
+    assert check_cluster_file(FILES[name]) == []
+
+
+@pytest.mark.parametrize("name", ["aws", "gcp"])
+def test_rays_own_schema_takes_them(name: str) -> None:
+    """Not through our checker: were it to swallow what Ray says, this would not."""
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    complete = prepare_config(copy.deepcopy(SHIPPED[name][0]))
+    validate_config(complete)
+    assert complete["available_node_types"]["gpu_spot"]["priority"] == 1
+
+
+def test_what_they_say_in_words_is_so() -> None:
+    aws = SHIPPED["aws"][0]
+    types = aws["available_node_types"]
+    assert types["head"]["resources"] == {"CPU": 0, "GPU": 0}
+    assert "InstanceMarketOptions" not in types["head"]["node_config"]
+    assert types["gpu_spot"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert "InstanceMarketOptions" not in types["gpu_on_demand"]["node_config"]
+    assert types["gpu_spot"]["resources"] == types["gpu_on_demand"]["resources"], "else one could not stand in"
+    assert types["gpu_spot"]["priority"] > types["gpu_on_demand"]["priority"]
+    assert types["gpu_spot"]["min_workers"] == types["gpu_on_demand"]["min_workers"] == 0
+    for local in aws["file_mounts"].values():
+        assert local.startswith("~") or (ROOT / local).exists(), local
+    gcp = SHIPPED["gcp"][0]
+    same = ("max_workers", "idle_timeout_minutes", "file_mounts", "worker_setup_commands", "head_start_ray_commands")
+    assert {key: gcp[key] for key in same} == {key: aws[key] for key in same}
+
+
+def test_the_two_kubernetes_documents_differ_in_nothing_that_both_have() -> None:
+    cluster, job = (document["spec"] for document in SHIPPED["kubernetes"])
+    inner = job["rayClusterSpec"]
+    assert {**inner, "workerGroupSpecs": []} == {**cluster, "workerGroupSpecs": []}
+    assert inner["workerGroupSpecs"] == cluster["workerGroupSpecs"][:1]
+    assert cluster["rayVersion"] == RAY
+
+
+COMMANDS = [
+    (name, command)
+    for name in ("aws", "gcp")
+    for key, commands in SHIPPED[name][0].items()
+    if key.endswith("_commands")
+    for command in commands
+]
+
+
+@pytest.mark.parametrize(("name", "command"), COMMANDS)
+def test_every_command_is_one_for_the_shell(name: str, command: str) -> None:
+    # As Ray puts it around each.
+    text = f"source ~/.bashrc; export OMP_NUM_THREADS=1 && (export RAY_HEAD_IP=10.0.0.1; {command})"
+    done = subprocess.run(["bash", "-n", "-c", text], capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["aws", "gcp"])
+def test_what_every_shell_knows_is_written_once(name: str, tmp_path: Path) -> None:
+    (command,) = SHIPPED[name][0]["initialization_commands"]
+    (tmp_path / ".bashrc").write_text("# before\n")
+    for _ in range(2):
+        subprocess.run(["bash", "-c", command], env={"HOME": str(tmp_path)}, check=True, timeout=20)
+    asked = 'source ~/.bashrc; echo "$RAY_AUTH_MODE $CLUSTERNS_LOCAL_PATH $PATH"'
+    env = {"HOME": str(tmp_path), "PATH": "/bin"}
+    said = subprocess.run(["/bin/bash", "-c", asked], env=env, check=True, capture_output=True, text=True, timeout=20)
+    mode, local, path = said.stdout.split()
+    assert (mode, path) == ("token", f"{tmp_path}/venv/bin:{tmp_path}/.local/bin:/bin")
+    assert local == {"aws": "/opt/dlami/nvme/clusterns", "gcp": "/var/tmp/clusterns"}[name]
+    assert len((tmp_path / ".bashrc").read_text().splitlines()) == 4
+
+
+def test_the_watcher_understands_its_options() -> None:
+    for name in ("aws", "gcp"):
+        words = SHIPPED[name][0]["worker_start_ray_commands"][2].split()
+        options = words[words.index("clusterns_ray.launch.spot") + 1 : words.index(">>")]
+        assert spot.parse(options).provider == name
+    for group in SHIPPED["kubernetes"][0]["spec"]["workerGroupSpecs"]:
+        hook = group["template"]["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+        assert hook[:3] == ["python", "-m", "clusterns_ray.launch.spot"]
+        assert spot.parse(hook[3:]).drain_now == 100
+
+
+# ---- seeded mistakes ------------------------------------------------------------------------------------------------
+
+Change = Callable[[Any], object]
+
+
+def put(path: str, value: Any) -> Change:
+    """Set what ``a b 0 c`` names."""
+
+    def change(config: Any) -> None:
+        *before, last = path.split()
+        for part in before:
+            config = config[int(part) if isinstance(config, list) else part]
+        config[int(last) if isinstance(config, list) else last] = value
+
+    return change
+
+
+def drop(path: str) -> Change:
+    def change(config: Any) -> None:
+        *before, last = path.split()
+        for part in before:
+            config = config[int(part) if isinstance(config, list) else part]
+        del config[int(last) if isinstance(config, list) else last]
+
+    return change
+
+
+def rewrite(key: str, old: str, new: str) -> Change:
+    """In all the commands of a list."""
+
+    def change(config: Any) -> None:
+        before = config[key]
+        config[key] = [command.replace(old, new) for command in before]
+        assert config[key] != before, f"{old!r} is not in {key}"
+
+    return change
+
+
+def several(*changes: Change) -> Change:
+    return lambda config: [change(config) for change in changes]
+
+
+TYPES = "available_node_types"
+WORLD = [{"CidrIp": "0.0.0.0/0"}]
+
+LAUNCHER: dict[str, tuple[Change, str, str]] = {
+    "negative min": (put(f"{TYPES} gpu_spot min_workers", -1), "problem gpu_spot.min_workers", "is -1"),
+    "negative max": (put(f"{TYPES} gpu_spot max_workers", -2), "problem gpu_spot.max_workers", "is -2"),
+    "min above max": (
+        several(put(f"{TYPES} gpu_on_demand min_workers", 3)),
+        "problem gpu_on_demand.min_workers",
+        "more than its max_workers",
+    ),
+    "machines that always run": (put(f"{TYPES} gpu_spot min_workers", 2), "warning gpu_spot.min_workers", "cost"),
+    "no cap": (drop("max_workers"), "warning max_workers", "not given"),
+    "head as a worker": (put(f"{TYPES} head max_workers", 2), "problem head.max_workers", "as workers too"),
+    "head with GPUs": (put(f"{TYPES} head resources GPU", 1), "problem head.resources", "has GPUs"),
+    "GPU machine as head": (put(f"{TYPES} head node_config InstanceType", "g5.xlarge"), "problem head.resources", "g5"),
+    "spot head": (
+        put(f"{TYPES} head node_config InstanceMarketOptions", {"MarketType": "spot"}),
+        "problem head.node_config",
+        "spot machine",
+    ),
+    "workers on the head": (
+        several(put(f"{TYPES} head resources CPU", 4), rewrite("head_start_ray_commands", "--num-cpus=0", "")),
+        "warning head.resources",
+        "CPU is 4",
+    ),
+    "no idle time-out": (drop("idle_timeout_minutes"), "problem idle_timeout_minutes", "not given"),
+    "hours of idling": (put("idle_timeout_minutes", 240), "warning idle_timeout_minutes", "240 minutes"),
+    "another ray": (
+        rewrite("worker_setup_commands", '".[gpu]"', '".[gpu]" ray==2.9.0'),
+        "problem setup_commands",
+        f"ray==2.9.0, but constraints.txt has ray=={RAY}",
+    ),
+    "another torch, with an extra": (
+        put("setup_commands 0", "pip install -c constraints.txt Torch[opt]==2.5.1"),
+        "problem setup_commands",
+        "torch==2.5.1",
+    ),
+    "no constraints": (
+        rewrite("worker_setup_commands", "-c constraints.txt ", ""),
+        "problem setup_commands",
+        "installs without constraints.txt",
+    ),
+    "an image with another ray": (
+        put("docker", {"image": "rayproject/ray:2.44.1-py311-gpu", "container_name": "ray"}),
+        "problem docker.image",
+        "2.44.1",
+    ),
+    "no gpu extra": (rewrite("worker_setup_commands", "[gpu]", "[cpu]"), "warning worker_setup_commands", "gpu extra"),
+    "auth off": (
+        several(*(rewrite(f"{who}_start_ray_commands", "=token", "=disabled") for who in ("head", "worker"))),
+        "problem head_start_ray_commands",
+        "RAY_AUTH_MODE is disabled, token",
+    ),
+    "auth unset": (
+        several(
+            drop("initialization_commands"),
+            *(rewrite(f"{who}_start_ray_commands", "export RAY_AUTH_MODE=token;", "") for who in ("head", "worker")),
+        ),
+        "problem worker_start_ray_commands",
+        "not set",
+    ),
+    "no token file": (drop("file_mounts /home/ubuntu/.ray/auth_token"), "problem file_mounts", "token file"),
+    "dashboard for all": (
+        rewrite("head_start_ray_commands", "127.0.0.1", "0.0.0.0"),
+        "problem head_start_ray_commands",
+        "every network",
+    ),
+    "Ray's default commands": (drop("head_start_ray_commands"), "problem head_start_ray_commands", "0.0.0.0"),
+    "open ports": (
+        put(
+            "provider security_group IpPermissions",
+            [{"FromPort": 8265, "ToPort": 8265, "IpProtocol": "tcp", "IpRanges": WORLD}],
+        ),
+        "problem provider.security_group",
+        "8265",
+    ),
+    "open ports, IPv6": (
+        put(
+            "provider security_group IpPermissions",
+            [{"FromPort": 22, "ToPort": 6379, "IpProtocol": "tcp", "Ipv6Ranges": [{"CidrIpv6": "::/0"}]}],
+        ),
+        "problem provider.security_group",
+        "22 to 6379",
+    ),
+    "credentials": (
+        put("provider aws_credentials", {"aws_access_key_id": "x", "aws_secret_access_key": "y"}),
+        "problem provider.aws_credentials",
+        "credentials are in the file",
+    ),
+    "an access key": (
+        put("setup_commands 0", "export AWS_ACCESS_KEY_ID=" + "AKIA" + "ABCDEFGHIJKLMNOP"),
+        "problem secrets",
+        "AWS access key (AKIA...)",
+    ),
+    "a token": (
+        put("setup_commands 0", "export RAY_AUTH_TOKEN=" + "0123abcd" * 8),
+        "problem secrets",
+        "Ray token (0123",
+    ),
+    "a hub token": (put("setup_commands 0", "export HF_TOKEN=hf_" + "a1B2" * 8), "problem secrets", "(hf_a...)"),
+    "no watcher": (drop("worker_start_ray_commands 2"), "problem worker_start_ray_commands", "nothing watches"),
+    "a watcher that blocks": (
+        put("worker_start_ray_commands 2", "python -m clusterns_ray.launch.spot"),
+        "problem worker_start_ray_commands",
+        "never end",
+    ),
+    "spot alone": (drop(f"{TYPES} gpu_on_demand"), "warning available_node_types", "all worker types are spot"),
+    "no local path": (
+        rewrite("initialization_commands", "CLUSTERNS_LOCAL_PATH", "OTHER"),
+        "warning setup_commands",
+        "CLUSTERNS_LOCAL_PATH",
+    ),
+    "no role": (drop(f"{TYPES} gpu_spot node_config IamInstanceProfile"), "warning gpu_spot.node_config", "Iam"),
+    "stopped, not terminated": (
+        drop("provider cache_stopped_nodes"),
+        "warning provider.cache_stopped_nodes",
+        "cost on",
+    ),
+    "an unknown key": (put("max_worker", 3), "problem schema", "max_worker"),
+    "no such head type": (put("head_node_type", "hed"), "problem schema", "head_node_type"),
+    "a word for a number": (put("idle_timeout_minutes", "five"), "problem schema", "'five'"),
+    "less than its types": (
+        several(put("max_workers", 1), put(f"{TYPES} gpu_spot min_workers", 2)),
+        "problem max_workers",
+        "is 1, less than the min_workers",
+    ),
+}
+
+
+def findings(directory: Path, documents: list[Any]) -> list[str]:
+    path = directory / "mutated.yaml"
+    path.write_text(yaml.safe_dump_all(documents))
+    return [f"{found.level} {found.what}: {found.value}" for found in check_cluster_file(path)]
+
+
+ALSO = {
+    # Where one mistake is two, by the nature of it.
+    "auth off": {"problem worker_start_ray_commands"},
+    "auth unset": {"problem head_start_ray_commands", "warning setup_commands"},
+    "min above max": {"warning gpu_on_demand.min_workers"},
+    "Ray's default commands": {"problem head_start_ray_commands"},
+    "less than its types": {"warning gpu_spot.min_workers", "problem schema"},
+    "a word for a number": {"problem idle_timeout_minutes"},
+    "no such head type": {"problem head.max_workers", "warning"},
+}
+
+
+@pytest.mark.parametrize("mistake", LAUNCHER)
+def test_a_mistake_in_a_launcher_file_is_found(directory: Path, mistake: str) -> None:
+    change, where, words = LAUNCHER[mistake]
+    config = copy.deepcopy(SHIPPED["aws"][0])
+    change(config)
+    found = findings(directory, [config])
+    assert any(line.startswith(where) and words in line for line in found), found
+    expected = {where, *ALSO.get(mistake, set())}
+    assert [line for line in found if not line.startswith(tuple(expected))] == []
+
+
+def test_mistakes_of_google_cloud_are_found(directory: Path) -> None:
+    config = copy.deepcopy(SHIPPED["gcp"][0])
+    types = config[TYPES]
+    types["head"]["node_config"]["scheduling"] = [{"preemptible": True}]  # a list, as in Ray's own example
+    types["head"]["node_config"]["machineType"] = "zones/us-central1-a/machineTypes/g2-standard-8"
+    del types["gpu_on_demand"]["node_config"]["serviceAccounts"]
+    del config["worker_start_ray_commands"][2]
+    found = findings(directory, [config])
+    assert [re.sub(":.*", "", line) for line in found] == [
+        "problem head.resources",
+        "problem head.node_config",
+        "problem worker_start_ray_commands",
+        "warning gpu_on_demand.node_config",
+    ]
+
+
+GROUP = "spec workerGroupSpecs 0"
+POD = f"{GROUP} template spec"
+CONTAINER = f"{POD} containers 0"
+HEAD = "spec headGroupSpec"
+
+KUBERNETES: dict[str, tuple[int, Change, str, str]] = {
+    "negative count": (
+        0,
+        put(f"{GROUP} minReplicas", -1),
+        "problem RayCluster/clusterns.gpu-spot.minReplicas",
+        "is -1",
+    ),
+    "no cap": (0, drop(f"{GROUP} maxReplicas"), "problem RayCluster/clusterns.gpu-spot.maxReplicas", "is None"),
+    "min above max": (0, put(f"{GROUP} minReplicas", 9), "problem RayCluster/clusterns.gpu-spot", "rising order"),
+    "head with GPUs": (
+        0,
+        put(f"{HEAD} template spec containers 0 resources limits nvidia.com/gpu", "1"),
+        "problem RayCluster/clusterns.headGroupSpec",
+        "has GPUs",
+    ),
+    "workers on the head": (
+        0,
+        drop(f"{HEAD} rayStartParams num-cpus"),
+        "warning RayCluster/clusterns.headGroupSpec.rayStartParams",
+        "num-cpus is None",
+    ),
+    "no idle time-out": (
+        0,
+        drop("spec autoscalerOptions idleTimeoutSeconds"),
+        "problem RayCluster/clusterns.autoscalerOptions.idleTimeoutSeconds",
+        "is None",
+    ),
+    "no autoscaling": (
+        0,
+        put("spec enableInTreeAutoscaling", False),
+        "problem RayCluster/clusterns.enableInTreeAutoscaling",
+        "is False",
+    ),
+    "the old autoscaler": (
+        0,
+        put("spec autoscalerOptions version", "v1"),
+        "problem RayCluster/clusterns.autoscalerOptions.version",
+        "'v1'",
+    ),
+    "another ray": (0, put("spec rayVersion", "2.9.0"), "problem RayCluster/clusterns.rayVersion", RAY),
+    "auth off": (0, put("spec authOptions mode", "disabled"), "problem RayCluster/clusterns.authOptions", "'disabled'"),
+    "no token": (0, drop("spec authOptions secretName"), "problem RayCluster/clusterns.authOptions", "None"),
+    "a service for the world": (
+        0,
+        put(f"{HEAD} serviceType", "LoadBalancer"),
+        "problem RayCluster/clusterns.headGroupSpec",
+        "LoadBalancer",
+    ),
+    "an ingress": (
+        0,
+        put(f"{HEAD} enableIngress", True),
+        "problem RayCluster/clusterns.headGroupSpec",
+        "enableIngress",
+    ),
+    "the machine's network": (
+        0,
+        put(f"{POD} hostNetwork", True),
+        "problem RayCluster/clusterns.gpu-spot",
+        "hostNetwork",
+    ),
+    "a port of the machine": (
+        0,
+        put(f"{CONTAINER} ports", [{"containerPort": 8265, "hostPort": 8265}]),
+        "problem RayCluster/clusterns.gpu-spot",
+        "hostPort",
+    ),
+    "a token in the file": (
+        0,
+        put(f"{CONTAINER} env", [{"name": "HF_TOKEN", "value": "something"}]),
+        "problem RayCluster/clusterns.gpu-spot.env",
+        "HF_TOKEN",
+    ),
+    "no drain": (
+        0,
+        drop(f"{CONTAINER} lifecycle"),
+        "problem RayCluster/clusterns.gpu-spot.lifecycle.preStop",
+        "drains",
+    ),
+    "too little grace": (
+        0,
+        put(f"{POD} terminationGracePeriodSeconds", 60),
+        "problem RayCluster/clusterns.gpu-spot.terminationGracePeriodSeconds",
+        "is 60",
+    ),
+    "default grace": (
+        0,
+        drop(f"{POD} terminationGracePeriodSeconds"),
+        "problem RayCluster/clusterns.gpu-spot.terminationGracePeriodSeconds",
+        "is 30",
+    ),
+    "images that differ": (
+        0,
+        put(f"{CONTAINER} image", "registry.example.com/clusterns-ray:0.2.0"),
+        "problem RayCluster/clusterns",
+        "different images",
+    ),
+    "a cluster that stays": (
+        1,
+        drop("spec shutdownAfterJobFinishes"),
+        "problem RayJob/clusterns-sweep.shutdownAfterJobFinishes",
+        "would stay",
+    ),
+    "a job without end": (
+        1,
+        drop("spec activeDeadlineSeconds"),
+        "warning RayJob/clusterns-sweep.activeDeadlineSeconds",
+        "hangs",
+    ),
+    "no command": (1, put("spec entrypoint", " "), "problem RayJob/clusterns-sweep.entrypoint", "not given"),
+    "a job's cluster": (
+        1,
+        put("spec rayClusterSpec authOptions mode", "disabled"),
+        "problem RayJob/clusterns-sweep.rayClusterSpec.authOptions",
+        "'disabled'",
+    ),
+    "an old version of the API": (0, put("apiVersion", "ray.io/v1alpha1"), "problem RayCluster/clusterns", "v1alpha1"),
+    "no workers": (0, put("spec workerGroupSpecs", []), "problem RayCluster/clusterns.workerGroupSpecs", "none"),
+}
+
+
+@pytest.mark.parametrize("mistake", KUBERNETES)
+def test_a_mistake_in_kubernetes_documents_is_found(directory: Path, mistake: str) -> None:
+    number, change, where, words = KUBERNETES[mistake]
+    documents = copy.deepcopy(SHIPPED["kubernetes"])
+    change(documents[number])
+    found = findings(directory, documents)
+    assert any(line.startswith(where) and words in line for line in found), found
+    assert [line for line in found if not line.startswith(where)] == []
+
+
+def test_what_is_beside_the_documents(directory: Path) -> None:
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s"}, "stringData": {"auth_token": "x"}}
+    account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "clusterns"}}
+    assert findings(directory, [account, *SHIPPED["kubernetes"]]) == []
+    assert findings(directory, [secret, *SHIPPED["kubernetes"]]) == ["problem Secret/s: a Secret is in the file"]
+    assert findings(directory, [account]) == ["problem kind: there is no RayCluster and no RayJob"]
+
+
+def test_a_job_on_a_cluster_that_is_there(directory: Path) -> None:
+    job = copy.deepcopy(SHIPPED["kubernetes"][1])
+    job["spec"] = {"entrypoint": "clusterns train x.yaml", "clusterSelector": {"ray.io/cluster": "clusterns"}}
+    assert findings(directory, [job]) == []
+
+
+@pytest.mark.parametrize("image", ["rayproject/ray", "clusterns-ray:latest", "host:5000/clusterns-ray"])
+def test_images_that_may_change(directory: Path, image: str) -> None:
+    documents = [copy.deepcopy(SHIPPED["kubernetes"][0])]
+    spec = documents[0]["spec"]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        group["template"]["spec"]["containers"][0]["image"] = image
+    found = findings(directory, documents)
+    assert len(found) == 3 and all("names no version" in line for line in found), found
+
+
+def test_a_secret_is_not_repeated(directory: Path) -> None:
+    secret = "wJalrXUtnFEMI" + "K7MDENGbPxRfiCYEXAMPLEKEYab"
+    config = copy.deepcopy(SHIPPED["aws"][0])
+    config["setup_commands"].append(f"export AWS_SECRET_ACCESS_KEY={secret}")
+    (found,) = findings(directory, [config])
+    assert "AWS secret key (wJal...)" in found and secret not in found and "line " in found
+
+
+def test_references_are_no_secrets(directory: Path) -> None:
+    config = copy.deepcopy(SHIPPED["aws"][0])
+    config["setup_commands"] += [
+        'export RAY_AUTH_TOKEN="$(cat ~/.ray/auth_token)"',
+        "export HF_TOKEN=$(aws secretsmanager get-secret-value --secret-id hf)",
+        "echo password: $PASSWORD",
+    ]
+    assert findings(directory, [config]) == []
+
+
+def test_versions_without_constraints_are_those_installed_here(tmp_path: Path) -> None:
+    from importlib.metadata import version
+
+    config = copy.deepcopy(SHIPPED["aws"][0])
+    config["worker_setup_commands"] = [f'pip install -c constraints.txt ".[gpu]" ray=={version("ray")} pyyaml==0.1']
+    assert findings(tmp_path, [config]) == [
+        f"problem setup_commands: pyyaml==0.1, but constraints.txt has pyyaml=={version('pyyaml')}"
+    ]
+
+
+# ---- files that are none --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [", "is not YAML"),
+        ("", "neither one for `ray up`"),
+        ("- 1\n", "neither"),
+        ("encoder: {name: x}\n", "neither"),
+        ("kind: RayCluster\n---\nprovider: {}\n", "neither"),
+        ("\x00", "is not YAML"),
+    ],
+)
+def test_not_a_cluster_file(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        check_cluster_file(path)
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"missing.yaml' cannot be read: No such file"):
+        check_cluster_file(tmp_path / "missing.yaml")
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        check_cluster_file(tmp_path / "bytes.yaml")
+
+
+@pytest.mark.parametrize("key", [*SHIPPED["aws"][0], "available_node_types head", "provider type"])
+@pytest.mark.parametrize("value", [None, 7, "text", [], ["x", 7], {"x": None}])
+def test_nothing_that_is_written_there_makes_it_fail(directory: Path, key: str, value: Any) -> None:
+    config = copy.deepcopy(SHIPPED["aws"][0])
+    put(key, value)(config)
+    findings(directory, [config])
+
+
+@pytest.mark.parametrize("key", [*SHIPPED["kubernetes"][0]["spec"], "headGroupSpec template", "workerGroupSpecs 0"])
+@pytest.mark.parametrize("value", [None, 7, "text", [], ["x", 7], {"x": None}])
+def test_nothing_in_a_kubernetes_document_makes_it_fail(directory: Path, key: str, value: Any) -> None:
+    document = copy.deepcopy(SHIPPED["kubernetes"][0])
+    put(f"spec {key}", value)(document)
+    findings(directory, [document])
