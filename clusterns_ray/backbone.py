@@ -34,7 +34,7 @@ def load_transformer(
         try:
             config = transformers.AutoConfig.from_pretrained(source, revision=revision)
             _shorten(config, num_layers, source)
-            _override_dropout(config, dropout)
+            override_dropout(config, dropout)
             backbone = transformers.AutoModel.from_pretrained(
                 source, revision=revision, config=config, dtype=torch.float32
             )
@@ -97,7 +97,8 @@ def _dropout_keys(config: Any) -> list[str]:
     ]
 
 
-def _override_dropout(config: Any, dropout: float | None) -> None:
+def override_dropout(config: Any, dropout: float | None) -> None:
+    """Set every dropout of a transformers configuration, unless it is None."""
     if dropout is not None:
         for key in _dropout_keys(config):
             setattr(config, key, dropout)

@@ -116,6 +116,15 @@ class Encoder(nn.Module):
             num_layers=config.num_layers,
             dropout=config.dropout,
         )
+        return cls.around(backbone, tokenizer, config, seed, read_settings(source).get("max_length", LONGEST_ENCODED))
+
+    @classmethod
+    def around(cls, backbone: Any, tokenizer: Any, config: EncoderConfig, seed: int, reads: int) -> Encoder:
+        """:meth:`for_training` of a backbone that is loaded already.
+
+        Args:
+            reads: tokens of a finished embedding, where the model can read so many.
+        """
         limit = longest_text(backbone, tokenizer, config.prompt, config.second_prompt)
         if limit and config.max_length > limit:
             besides = " besides the prompt" if config.prompt else ""
@@ -140,7 +149,7 @@ class Encoder(nn.Module):
             backbone,
             tokenizer,
             pooling=config.pooling,
-            max_length=min(read_settings(source).get("max_length", LONGEST_ENCODED), limit or LONGEST_ENCODED),
+            max_length=min(reads, limit or LONGEST_ENCODED),
             prompt=config.prompt,
             denoise=config.denoise,
             second_prompt=config.second_prompt,

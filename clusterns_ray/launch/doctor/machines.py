@@ -1,0 +1,474 @@
+"""What the machines told (``inspection.py``), judged: plain facts in, findings out."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from clusterns_ray.launch.doctor.findings import Finding, from_error, size_text
+from clusterns_ray.launch.doctor.request import Request, Sizes
+from clusterns_ray.launch.estimates import checkpoint_bytes, held_shards, run_bytes, worker_memory
+from clusterns_ray.storage import is_url
+
+CLOCKS_S = 5.0
+"""Seconds by which clocks may differ before it is said."""
+
+NEARLY = 0.8
+"""Of what is free: what needs more than that share of it is warned of."""
+
+
+@dataclass
+class Machine:
+    """A node that is up, or this machine where no Ray is needed."""
+
+    name: str
+    address: str = "127.0.0.1"
+    resources: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, Any] | None = None
+    """of ``node.describe``; None: no answer in time"""
+    computed: dict[str, Any] | None = None
+    """of ``node.compute``"""
+
+
+@dataclass
+class Cluster:
+    """All that was told."""
+
+    driver: dict[str, Any]
+    machines: list[Machine]
+    types: list[dict[str, Any]] = field(default_factory=list)
+    """of the autoscaler"""
+    authenticated: bool = True
+    state_api_error: str | None = None
+    joined: bool = False
+    """through RAY_ADDRESS; else Ray was started here, or is not needed"""
+
+    @property
+    def gpu_types(self) -> list[str]:
+        return [kind["name"] for kind in self.types if kind["resources"].get("GPU") and kind["max_count"]]
+
+
+def read_facts(lines: Iterable[Mapping[str, Any]], joined: bool) -> Cluster | None:
+    """Put together what was told; None before the first line."""
+    cluster: Cluster | None = None
+    by_id: dict[str, Machine] = {}
+    for fact in lines:
+        kind = fact["kind"]
+        if kind == "driver":
+            by_id["driver"] = Machine("this machine", facts=dict(fact))
+            cluster = Cluster(dict(fact), [by_id["driver"]], joined=joined)
+        elif cluster is None:
+            continue
+        elif kind == "cluster":
+            by_id = {
+                node["id"]: Machine(f"node {node['id'][:8]} ({node['address']})", node["address"], node["resources"])
+                for node in fact["nodes"]
+            }
+            cluster.machines = list(by_id.values())
+            cluster.types, cluster.authenticated = fact["types"], fact["authenticated"]
+        elif kind == "state_api":
+            cluster.state_api_error = fact["error"]
+        elif kind == "describe" and fact["node"] in by_id:
+            by_id[fact["node"]].facts = dict(fact)
+        elif kind == "compute" and fact["node"] in by_id:
+            by_id[fact["node"]].computed = dict(fact)
+    return cluster
+
+
+def examine_answers(cluster: Cluster) -> list[Finding]:
+    """Nodes that said nothing, or nothing but that something is wrong."""
+    found = []
+    for machine in cluster.machines:
+        for told, what in ((machine.facts, "describe itself"), (machine.computed, "try its GPUs and faiss")):
+            if told is None or "error" in told:
+                reason = "did not answer in time" if told is None else f"failed: {told['error']}"
+                found.append(
+                    Finding(
+                        "problem",
+                        "nodes",
+                        f"{machine.name}: asked to {what}, it {reason}",
+                        "Look at that node (`ray status`, its logs in /tmp/ray), or remove it from the cluster.",
+                    )
+                )
+    if cluster.joined and cluster.machines and not found:
+        text = f"{len(cluster.machines)} up and answering"
+        if cluster.types:
+            text += "; the autoscaler starts " + ", ".join(
+                f"{k['name']} (at most {k['max_count']})" for k in cluster.types
+            )
+        found.append(Finding("ok", "nodes", text))
+    return found
+
+
+def examine_versions(cluster: Cluster) -> list[Finding]:
+    """Whether every node has what the driver has."""
+    own = cluster.driver["versions"]
+    found = []
+    for machine in cluster.machines:
+        theirs = (machine.facts or {}).get("versions", own)
+        for name, version in own.items():
+            if theirs.get(name) != version:
+                found.append(
+                    Finding(
+                        "problem",
+                        "versions",
+                        f"{machine.name} has {name} {theirs.get(name) or 'not at all'}, and the driver {version}",
+                        "Install the same on every node: pip install -c constraints.txt '.[cpu]' or '.[gpu]'.",
+                    )
+                )
+    where = f" on {_count(len(cluster.machines), 'node')} and the driver" if cluster.joined and cluster.machines else ""
+    same = ", ".join(f"{name} {version}" for name, version in own.items())
+    return found or [Finding("ok", "versions", same + where)]
+
+
+def examine_storage(request: Request, cluster: Cluster) -> list[Finding]:
+    """Whether every node writes and reads where the run lives, and sees there what the driver wrote."""
+    path = request.config.runtime.storage_path
+    found = []
+    for machine in cluster.machines:
+        facts = machine.facts or {}
+        for key, told in facts.get("directories", {}).items():
+            if told["error"]:
+                found.append(
+                    Finding(
+                        "problem",
+                        "storage",
+                        f"{machine.name}: {key} is {told['path']!r}, where nothing can be written ({told['error']})",
+                        "Choose a directory that can be written on every node.",
+                    )
+                )
+            elif told["shared"] is False:
+                found.append(
+                    Finding(
+                        "problem",
+                        "storage",
+                        f"{machine.name}: {key} is {told['path']!r}, where it does not see what the driver wrote",
+                        "Mount one file system there on every node, or set runtime.storage_path to s3://BUCKET/PREFIX.",
+                    )
+                )
+        if facts.get("store") and facts["store"]["error"]:
+            problem = from_error("storage", RuntimeError(facts["store"]["error"]))[0]
+            found.append(Finding("problem", "storage", f"{machine.name}: {problem.value}", problem.remedy))
+    if found:
+        return found
+    answered = [machine for machine in cluster.machines if machine.facts and "error" not in machine.facts]
+    several = f" on all of {len(answered)} nodes" if len(answered) > 1 else ""
+    kind = "object store, " if is_url(path) else "one directory, " if len(answered) > 1 else ""
+    return [Finding("ok", "storage", f"{path}: {kind}written and read{several}")] if answered else []
+
+
+def examine_model(cluster: Cluster) -> list[Finding]:
+    """Whether every node finds the encoder, where it is not staged to them."""
+    found = []
+    for machine in cluster.machines:
+        told = (machine.facts or {}).get("model")
+        if told and told["error"]:
+            problem = from_error("encoder", RuntimeError(told["error"]))[0]
+            found.append(Finding("problem", "encoder", f"{machine.name}: {problem.value}", problem.remedy))
+    return found
+
+
+def examine_clocks(cluster: Cluster) -> list[Finding]:
+    """Whether the nodes agree on the time; leases and signatures of requests to object stores carry it."""
+    found = []
+    for machine in cluster.machines:
+        facts = machine.facts or {}
+        if "asked" not in facts or "time" not in facts:
+            continue
+        middle, doubt = (facts["answered"] + facts["asked"]) / 2, (facts["answered"] - facts["asked"]) / 2
+        ahead = facts["time"] - middle
+        if abs(ahead) > doubt + CLOCKS_S:
+            found.append(
+                Finding(
+                    "warning",
+                    "clocks",
+                    f"{machine.name}: its clock is {abs(ahead):,.0f} s {'ahead of' if ahead > 0 else 'behind'} the "
+                    "driver's",
+                    "Let the nodes take their time from one place (chrony, systemd-timesyncd).",
+                )
+            )
+    return found
+
+
+def examine_security(cluster: Cluster) -> list[Finding]:
+    """Whether those who reach the head can run what they like."""
+    if not cluster.joined:
+        return []
+    reachable = sorted({machine.address for machine in cluster.machines if not _is_loopback(machine.address)})
+    if reachable and not cluster.authenticated:
+        return [
+            Finding(
+                "warning",
+                "authentication",
+                f"off, and the cluster listens on {', '.join(reachable[:3])}: whoever reaches it can run code there",
+                "Start every node and driver with RAY_AUTH_MODE=token and the same RAY_AUTH_TOKEN.",
+            )
+        ]
+    return [Finding("ok", "authentication", "by token" if cluster.authenticated else "off, on loopback alone")]
+
+
+def examine_state_api(request: Request | None, cluster: Cluster) -> list[Finding]:
+    """Ray's State API, through which trials with workers are watched: without it those of a stopped one may stay."""
+    needed = request is not None and request.needs_state_api
+    if not (needed or cluster.joined):
+        return []
+    if cluster.state_api_error is None:
+        return [Finding("ok", "State API", "answers")]
+    level = "problem" if needed else "warning"
+    return [
+        Finding(
+            level,
+            "State API",
+            f"does not answer ({cluster.state_api_error}); sweeps whose trials have workers need it",
+            'Install "ray[default]" and start the head with its dashboard'
+            + (", or set workers_per_trial to 0." if needed else "."),
+        )
+    ]
+
+
+# ---- resources ------------------------------------------------------------------------------------------------------
+
+
+def wants_gpu(request: Request, cluster: Cluster) -> bool:
+    """Whether workers would take a GPU each: as asked, else where there are any or the autoscaler brings them."""
+    wanted = request.config.runtime.use_gpu
+    if wanted is not None:
+        return wanted
+    if not request.on_ray:
+        return bool(_gpus_of_torch(cluster.machines[0]))
+    return any(machine.resources.get("GPU", 0) > 0 for machine in cluster.machines) or bool(cluster.gpu_types)
+
+
+def places(worker: Mapping[str, float], resources: Mapping[str, float]) -> int:
+    """How many workers a node holds."""
+    return min(int(resources.get(key, 0) / value + 1e-9) for key, value in worker.items() if value)
+
+
+def most_places(worker: Mapping[str, float], nodes: list[dict[str, float]], types: list[dict[str, Any]]) -> float:
+    """How many workers the cluster can ever hold: as it is, or as its autoscaler may make it."""
+    grown = 0.0
+    for kind in types:
+        count = math.inf if kind["max_count"] < 0 else kind["max_count"]
+        here = places(worker, kind["resources"])
+        grown += count * here if here else 0
+    return max(sum(places(worker, node) for node in nodes), grown)
+
+
+def examine_resources(request: Request, cluster: Cluster) -> list[Finding]:
+    """Whether the workers can ever start."""
+    if not request.on_ray:
+        return []
+    worker = {"CPU": float(request.config.runtime.cpus_per_worker)}
+    if wants_gpu(request, cluster):
+        worker["GPU"] = 1.0
+    each = " and ".join(f"{value:g} {key}" for key, value in worker.items())
+    nodes = [machine.resources for machine in cluster.machines]
+    room = most_places(worker, nodes, cluster.types)
+    has = ", ".join(f"{sum(node.get(key, 0) for node in nodes):g} {key}" for key in ("CPU", "GPU"))
+    there = f"{_count(len(nodes), 'node')} with {has}"
+    if cluster.types:
+        there += f", or {_types_text(cluster.types)}"
+    remedy = "Lower the number of workers or runtime.cpus_per_worker, set runtime.use_gpu to false, or add nodes."
+    asked = f"{_count(request.fewest, 'worker')} with {each} each"
+    if room < request.fewest:
+        text = f"{asked} can never start: there is room for {room:g} on {there}"
+        return [Finding("problem", "resources", text, remedy)]
+    most = request.most * request.concurrent
+    if room < most:
+        wanted = f"{request.concurrent} trials at a time" if request.study else f"up to {most} workers"
+        return [Finding("warning", "resources", f"room for {room:g} of {wanted}; {asked} fit", remedy)]
+    up = sum(places(worker, node) for node in nodes)
+    text = f"{_count(most, 'worker')} with {each} each: room on {there}"
+    return [Finding("ok", "resources", text + (f"; {up} could start now" if up < most else ""))]
+
+
+def examine_cpus(request: Request, cluster: Cluster, cpus: int) -> list[Finding]:
+    """Ray that is started here is told of as many CPUs as are asked for, so that workers share those there are."""
+    needed = request.most * request.config.runtime.cpus_per_worker * request.concurrent
+    if cluster.joined or needed <= cpus:
+        return []
+    return [
+        Finding(
+            "warning",
+            "CPUs",
+            f"{needed} are asked for on a machine with {cpus}: they are shared, and all runs slower",
+            "Ask for fewer workers, or a smaller runtime.cpus_per_worker.",
+        )
+    ]
+
+
+def examine_gpus(request: Request | None, cluster: Cluster) -> list[Finding]:
+    """Driver, torch, NCCL: what was tried on the nodes that are up, and whether what is asked for can be there."""
+    wanted = None if request is None else request.config.runtime.use_gpu
+    found, good = [], []
+    for machine in cluster.machines:
+        seen = (machine.facts or {}).get("gpus") or []
+        told = (machine.computed or {}).get("torch")
+        if told is None:
+            continue
+        if told["error"]:
+            found.append(
+                Finding(
+                    "problem",
+                    "GPU" if seen else "torch",
+                    f"{machine.name}: {told['error']}",
+                    "Install torch and the GPU's driver as constraints.txt has them; `nvidia-smi` tells of the driver.",
+                )
+            )
+        elif (seen or machine.resources.get("GPU")) and not told["value"]["gpus"] and wanted is not False:
+            names = ", ".join(gpu["name"] for gpu in seen) or "none that nvidia-smi tells of"
+            cuda = told["value"]["cuda"]
+            found.append(
+                Finding(
+                    "problem" if wanted or machine.resources.get("GPU") else "warning",
+                    "GPU",
+                    f"{machine.name}: torch sees no GPU ({names}; torch is built "
+                    f"{'for CUDA ' + cuda if cuda else 'without CUDA'})",
+                    "Install a torch with CUDA and a driver for it, or set runtime.use_gpu to false.",
+                )
+            )
+        elif told["value"]["gpus"]:
+            gpus, driver = told["value"]["gpus"], seen[0]["driver"] if seen else "unknown"
+            good.append(
+                f"{machine.name}: {len(gpus)} x {gpus[0]}, driver {driver}, CUDA {told['value']['cuda']}, "
+                f"NCCL {told['value']['nccl']}"
+            )
+    if wanted and not found and not good:
+        if cluster.gpu_types and request is not None and request.on_ray:
+            names = ", ".join(cluster.gpu_types)
+            return [Finding("ok", "GPU", f"no node with one is up, so none was tried; the autoscaler starts {names}")]
+        return [
+            Finding(
+                "problem",
+                "GPU",
+                "runtime.use_gpu is true, but no node has one and no autoscaler brings one",
+                "Set runtime.use_gpu to false, or run where there are GPUs.",
+            )
+        ]
+    if found or good:
+        return found + [Finding("ok", "GPU", text) for text in good]
+    return [Finding("ok", "GPU", "none, and none asked for: training is on CPUs")]
+
+
+def examine_faiss(cluster: Cluster) -> list[Finding]:
+    """Whether K-means runs, and in what."""
+    found, used = [], set()
+    for machine in cluster.machines:
+        computed = machine.computed or {}
+        if computed.get("faiss_conflict"):
+            found += [
+                Finding("problem", "faiss", f"{machine.name}: {one.value}", one.remedy)
+                for one in from_error("faiss", RuntimeError(computed["faiss_conflict"]))
+            ]
+        elif computed.get("kmeans") and computed["kmeans"]["error"]:
+            remedy = "Install faiss anew (pip install 'clusterns-ray[cpu]'), or uninstall it: torch then does its work."
+            found.append(Finding("problem", "faiss", f"{machine.name}: {computed['kmeans']['error']}", remedy))
+        elif computed.get("kmeans"):
+            used.add(computed["kmeans"]["value"])
+    return found or ([Finding("ok", "faiss", f"K-means runs in {' and '.join(sorted(used))}")] if used else [])
+
+
+# ---- room -----------------------------------------------------------------------------------------------------------
+
+
+def examine_memory(request: Request, cluster: Cluster, sizes: Sizes) -> list[Finding]:
+    """Whether the workers fit into the memory of GPUs and nodes, by the estimates."""
+    if sizes.model is None:
+        return []
+    gpu = wants_gpu(request, cluster)
+    shards = held_shards(request.config.train, request.fewest) * request.fewest
+    need = worker_memory(sizes.model, shards, request.fewest, gpu=gpu)
+    model = need.weights + need.gradients + need.optimizer + need.buckets
+    parts = f"{size_text(model)} weights, gradients and AdamW, {size_text(need.activations)} activations"
+    each = f"at most {size_text(need.total)} {'of GPU memory ' if gpu else ''}a worker ({parts})"
+    remedy = (
+        "Set train.cache_chunk, lower train.global_batch_size or encoder.max_length, use more workers"
+        + (", set train.precision to bf16" if gpu else "")
+        + ", or larger machines."
+    )
+    if gpu:
+        sizes_there = [g["memory"] for m in cluster.machines for g in (m.facts or {}).get("gpus", []) if g["memory"]]
+        if not sizes_there:
+            return [Finding("ok", "memory", f"{each}; no GPU is up to compare it with")]
+        return [_fits("memory", need.total, min(sizes_there), min(sizes_there), each, "the smallest GPU", remedy)]
+    worker = {"CPU": float(request.config.runtime.cpus_per_worker)}
+    running = request.fewest * request.concurrent
+    found = []
+    for machine in cluster.machines:
+        memory = (machine.facts or {}).get("memory")
+        here = min(running, places(worker, machine.resources)) if request.on_ray else 1
+        if memory is None or not here:
+            continue
+        text = each if here == 1 else f"{each}, {here} of them"
+        found.append(_fits("memory", here * need.total, memory["total"], memory["free"], text, machine.name, remedy))
+    return _worst(found)
+
+
+def examine_disk(request: Request, cluster: Cluster, sizes: Sizes) -> list[Finding]:
+    """Whether checkpoints, model and tokens fit onto the disk, by the estimates."""
+    if sizes.model is None:
+        return []
+    config = request.config
+    run = run_bytes(sizes.model, config) * request.concurrent
+    one = checkpoint_bytes(sizes.model, config.clustering.num_clusters)
+    parts = [f"{config.runtime.keep} + 1 checkpoints of {size_text(one)}"]
+    tokens = 0.0
+    if sizes.sample is not None and sizes.rows is not None:
+        tokens = sizes.rows * sizes.sample.row_bytes
+        parts.append(f"{size_text(tokens)} of tokens")
+    else:
+        parts.append("and the tokens, whose number is not known yet")
+    needs = {"runtime.storage_path": run, "runtime.local_path": run}
+    tokens_key = "data.cache_dir" if config.data.cache_dir else "runtime.storage_path"
+    found = []
+    for machine in cluster.machines or [Machine("this machine", facts=cluster.driver)]:
+        for key, told in ((machine.facts or {}).get("directories") or {}).items():
+            need = needs.get(key, 0) + (tokens if key in (tokens_key, "runtime.local_path") else 0)
+            if told["error"] or not need:
+                continue
+            text = f"at most {size_text(need)} ({', '.join(parts)})"
+            remedy = f"Free some, lower runtime.keep ({config.runtime.keep}), or choose another {key}."
+            where = f"{machine.name}, {told['path']}"
+            found.append(_fits("disk", need, told["free"], told["free"], text, where, remedy))
+    return _worst(found)
+
+
+def _fits(what: str, need: float, total: float, free: float, text: str, where: str, remedy: str) -> Finding:
+    if need > total:
+        return Finding("problem", what, f"{text}, but {where} has {size_text(total)}", remedy)
+    if need > NEARLY * free:
+        return Finding("warning", what, f"{text}, and {where} has {size_text(free)} free", remedy)
+    return Finding("ok", what, f"{text}; {where} has {size_text(free)} free")
+
+
+def _worst(found: list[Finding]) -> list[Finding]:
+    """What is not ok, else one that stands for all."""
+    return [finding for finding in found if finding.level != "ok"] or found[:1]
+
+
+def _types_text(types: list[dict[str, Any]]) -> str:
+    """What an autoscaler starts."""
+    parts = []
+    for kind in types:
+        resources = ", ".join(f"{kind['resources'][key]:g} {key}" for key in ("CPU", "GPU") if key in kind["resources"])
+        parts.append(f"at most {kind['max_count']} {kind['name']} with {resources or 'neither CPU nor GPU'}")
+    return ", ".join(parts)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s'[: number != 1]}"
+
+
+def _gpus_of_torch(machine: Machine) -> list[str]:
+    told = (machine.computed or {}).get("torch") or {}
+    return (told.get("value") or {}).get("gpus", [])
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:  # a name
+        return address == "localhost"

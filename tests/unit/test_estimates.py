@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import ARCHITECTURES, make_tiny_model
+from torch.utils._pytree import tree_leaves
+
+from clusterns_ray.config import Config, make_config
+from clusterns_ray.data.prepare import prepare
+from clusterns_ray.encoder import Encoder
+from clusterns_ray.errors import ConfigError
+from clusterns_ray.launch.estimates import (
+    FLOAT,
+    ModelSize,
+    TextSample,
+    checkpoint_bytes,
+    corpus_rows,
+    held_shards,
+    model_size,
+    run_bytes,
+    sample_text,
+    worker_memory,
+)
+from clusterns_ray.launch.trainer import train
+from clusterns_ray.tokenization import load_tokenizer, tokenize
+from clusterns_ray.training.objective import TwoViews
+from clusterns_ray.training.shards import Shard
+from clusterns_ray.training.views import chunked
+
+
+def config_of(model: Path, corpus: str = "none.txt", **sections: Any) -> Config:
+    values: dict[str, Any] = {
+        "encoder": {"name": str(model), "num_layers": 2},
+        "data": {"corpus": corpus},
+        "clustering": {"num_clusters": 4, "start_cosine": 1.0},
+        "train": {"global_batch_size": 16, "shards": 4, "max_steps": 2, "precision": "fp32"},
+        "runtime": {"trackers": []},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    return make_config(values)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("head", ["mlp", "none"])
+def test_parameters_are_those_of_the_real_encoder(
+    tiny_models: Callable[[str], Path], tmp_path: Path, kind: str, head: str
+) -> None:
+    config = config_of(tiny_models(kind), encoder={"head": head, "dropout": 0.1})
+    size = model_size(config)
+    real = Encoder.for_training(config.encoder, seed=0)
+    assert size.all == sum(p.numel() for p in real.parameters()) > 0
+    assert size.trained == sum(p.numel() for p in real.parameters() if p.requires_grad)
+    assert (size.width, size.layers) == (real.width, 2)
+    real.save(tmp_path)
+    written = (tmp_path / "model.safetensors").stat().st_size
+    assert size.exported_bytes <= written < 1.2 * size.exported_bytes + 8192
+
+
+def test_masked_language_modelling_adds_its_head(tiny_model: Path) -> None:
+    without = model_size(config_of(tiny_model, encoder={"dropout": 0.1}))
+    having = model_size(config_of(tiny_model, encoder={"dropout": 0.1}, loss={"mlm_weight": 0.1}))
+    assert having.all > without.all and having.shard_bytes > 1.5 * without.shard_bytes
+    assert having.exported_bytes == without.exported_bytes
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model: Path, corpus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
+    """A run of two steps with centroids."""
+    storage = tmp_path_factory.mktemp("runs")
+    runtime = {"storage_path": str(storage), "name": "run", "use_gpu": False, "checkpoint_every_steps": 1}
+    config = config_of(tiny_model, str(corpus_file), runtime={**runtime, "trackers": []})
+    train(config)
+    return config, storage
+
+
+def test_a_checkpoint_holds_what_was_estimated(trained: tuple[Config, Path]) -> None:
+    config, storage = trained
+    (file,) = storage.glob("run/checkpoints/step-00000002/state.pt")
+    state = torch.load(file, weights_only=True)
+    held = [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+    # What belongs to no parameter: AdamW's counts of steps, the health of the clusters.
+    tensors = sum(leaf.nbytes for leaf in held if leaf.ndim and leaf.numel() > 8)
+    assert len(held) > 50
+    estimate = checkpoint_bytes(model_size(config), 4)
+    assert estimate == pytest.approx(tensors, rel=0.002)
+    assert estimate <= file.stat().st_size < 1.5 * estimate + 100_000
+
+
+def test_a_run_takes_no_more_disk_than_was_estimated(trained: tuple[Config, Path]) -> None:
+    config, storage = trained
+    files = [
+        file for part in ("checkpoints", "model") for file in (storage / "run" / part).rglob("*") if file.is_file()
+    ]
+    written = sum(file.stat().st_size for file in files)
+    # Two checkpoints of the three that may be there for a moment, one model of two, and the tokenizer.
+    assert 0.4 * run_bytes(model_size(config), config) < written < 1.5 * run_bytes(model_size(config), config)
+
+
+def saved_by_real_tensors(config: Config, rows: int, tokens: int) -> int:
+    """What autograd keeps of a real forward pass of both views, each storage once; the weights' own left out."""
+    encoder = Encoder.for_training(config.encoder, seed=0).train()
+    views = TwoViews(encoder, config.train.precision)
+    ids = torch.ones(rows, tokens, dtype=torch.int64)
+    own = {p.untyped_storage().data_ptr() for p in views.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        views([Shard(ids, ids, 0)])
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_are_those_of_real_tensors(tiny_model: Path, precision: str) -> None:
+    config = config_of(tiny_model, encoder={"dropout": 0.1, "max_length": 24}, train={"precision": precision})
+    size = model_size(config)
+    assert (size.rows_a_shard, size.tokens_a_row) == (4, 24)
+    real = saved_by_real_tensors(config, 4, 24)
+    assert size.fixed_bytes + size.shard_bytes == pytest.approx(real, rel=0.02)
+
+
+def test_activations_are_about_those_of_the_published_formula(tiny_model: Path) -> None:
+    """Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", MLSys 2023, equation 1:
+    34 s b h + 5 a s^2 b bytes a layer in 16 bits with a feed-forward layer of 4 h. A byte of a mask stays a byte; in 32
+    bits, with a feed-forward layer of f, these are 4 (5 h + h + 2 f + 2 h) + 2 h a token, and 9 a s."""
+    batch, tokens, h, f, heads, layers = 64, 64, 32, 48, 2, 2
+    config = config_of(
+        tiny_model,
+        encoder={"dropout": 0.1, "max_length": tokens, "head": "none", "pooling": "mean"},
+        train={"global_batch_size": batch, "shards": 1},
+    )
+    size = model_size(config)
+    a_token = 4 * (5 * h + h + 2 * f + 2 * h) + 2 * h + 9 * heads * tokens
+    assert size.shard_bytes == pytest.approx(2 * batch * tokens * layers * a_token, rel=0.35)
+
+
+def test_memory_of_a_worker() -> None:
+    size = ModelSize(
+        all=1000,
+        trained=900,
+        width=8,
+        layers=1,
+        exported_bytes=4000,
+        rows_a_shard=4,
+        tokens_a_row=8,
+        fixed_bytes=10,
+        shard_bytes=100,
+        loss_bytes=64,
+    )
+    one, four = (worker_memory(size, 8, workers, gpu=False) for workers in (1, 4))
+    assert (one.weights, one.gradients, one.optimizer, one.buckets) == (4000, 3600, 7200, 0)
+    assert one.activations == 10 + 8 * 100 + 64
+    assert (four.buckets, four.activations) == (3600, 10 + 2 * 100 + 16)
+    assert one.total == 4000 + 3600 + 7200 + 874 + one.besides
+    assert worker_memory(size, 8, 1, gpu=True).besides != one.besides
+
+
+@pytest.mark.parametrize(
+    ("chunk", "workers", "held"), [(None, 1, 8), (None, 4, 2), (64, 1, 2), (33, 2, 1), (1, 1, 1), (999, 4, 2)]
+)
+def test_shards_whose_activations_are_held(tiny_model: Path, chunk: int | None, workers: int, held: int) -> None:
+    """As many as there are in the largest chunk that training makes of a worker's shards."""
+    config = config_of(tiny_model, train={"global_batch_size": 256, "shards": 8, "cache_chunk": chunk})
+    assert held_shards(config.train, workers) == held
+    ids = torch.zeros(32, 1, dtype=torch.int64)
+    chunks = chunked([Shard(ids, ids, 0)] * (8 // workers), chunk or 10_000)
+    assert max(map(len, chunks)) == held
+
+
+def test_the_loss_counts_where_the_batch_is_large(tiny_model: Path) -> None:
+    """Scores of a batch are B x B: four times as many with twice the batch."""
+    small, large = (
+        model_size(config_of(tiny_model, encoder={"dropout": 0.1}, train={"global_batch_size": size, "shards": 4}))
+        for size in (1 << 14, 1 << 15)
+    )
+    assert large.loss_bytes / small.loss_bytes == pytest.approx(4, rel=0.05)
+    assert small.loss_bytes > 4 * FLOAT * (1 << 28) / 2
+
+
+def test_tokens_on_disk(tiny_model: Path, corpus_file: Path, tmp_path: Path) -> None:
+    config = config_of(tiny_model, str(corpus_file), data={"cache_dir": str(tmp_path)})
+    prepared = prepare(config)
+    written = sum(file.stat().st_size for file in prepared.tokens_dir.glob("*.arrow"))
+    tokenizer = load_tokenizer(str(tiny_model))
+    first = corpus_file.read_text().splitlines()[:100]
+    sample = sample_text(first, False, lambda texts: tokenize(texts, tokenizer, 32)[0])
+    assert sample is not None
+    rows = corpus_rows(sample, corpus_file.stat().st_size, None)
+    assert rows == pytest.approx(300, rel=0.1)
+    assert rows is not None and rows * sample.row_bytes == pytest.approx(written, rel=0.15)
+    assert sample.mean_tokens == pytest.approx(prepared.manifest["mean_length"], rel=0.1)
+
+
+def test_rows_of_a_corpus() -> None:
+    sample = TextSample(rows=100, whole=False, mean_tokens=10, mean_bytes=49)
+    assert corpus_rows(sample, 50_000, None) == 1000
+    assert corpus_rows(sample, 50_000, 700) == 700
+    assert corpus_rows(sample, None, None) is None
+    assert corpus_rows(sample, None, 700) == 700
+    assert corpus_rows(TextSample(60, True, 10, 49), 50_000, None) == 60
+    assert sample_text([], True, lambda texts: []) is None
+
+
+@pytest.mark.parametrize(
+    ("encoder", "reason"),
+    [
+        ({"max_length": 500}, "encoder.max_length is 500"),
+        ({"pooling": "mask", "prompt": "{sentence} means nothing."}, "must hold the mask token"),
+        ({"name": "some/where-else"}, "cannot be loaded"),
+    ],
+)
+def test_what_the_encoder_cannot_do_is_refused(tiny_model: Path, encoder: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        model_size(config_of(tiny_model, encoder=encoder))
+
+
+def test_an_encoder_without_dropout_is_refused(tmp_path: Path) -> None:
+    make_tiny_model(tmp_path, "bert", dropout=0.0)
+    with pytest.raises(ConfigError, match="no dropout"):
+        model_size(config_of(tmp_path, encoder={"num_layers": 1}))
