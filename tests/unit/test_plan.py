@@ -1,0 +1,506 @@
+"""The model of a step against what real steps compute, exchange and keep; and the `plan` verb."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import WIDTH
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertConfig, BertModel
+from typer.testing import CliRunner, Result
+
+from clusterns_ray.cli import app
+from clusterns_ray.config import Config, dump_config, make_config
+from clusterns_ray.data.batches import BatchOrder
+from clusterns_ray.data.prepare import Prepared, prepare
+from clusterns_ray.data.tokens import TokenStore
+from clusterns_ray.errors import ConfigError, DataError
+from clusterns_ray.launch.plan import step as step_model
+from clusterns_ray.launch.plan.predict import memory, plan, plan_for, step_seconds
+from clusterns_ray.launch.plan.quantities import bytes_text, duration_text, read_quantity, read_workers
+from clusterns_ray.launch.plan.step import EncoderWork, Exchange, Machine, Network, Speed
+from clusterns_ray.launch.plan.workload import encoder_work, sampled_batches, workload
+from clusterns_ray.training.dev import DevSet
+from clusterns_ray.training.layout import lay_out
+from clusterns_ray.training.loop import Run
+
+CPU = torch.device("cpu")
+NETWORK = Network(1e9, 1e-4)
+SPEED = Speed(1e9, "as given")
+
+
+@pytest.fixture(autouse=True)
+def leave_the_random_state():
+    with torch.random.fork_rng(devices=[]):
+        yield
+
+
+@pytest.fixture
+def make(tiny_models: Callable[[str], Path], corpus_file: Path, sts_dir: Path, tmp_path: Path) -> Callable[..., Config]:
+    """Configurations of small runs; sections are laid over them."""
+
+    def config(kind: str = "bert", **sections: dict[str, Any]) -> Config:
+        values: dict[str, Any] = {
+            "encoder": {"name": str(tiny_models(kind)), "max_length": 16, "pooling": "mean"},
+            "data": {"corpus": str(corpus_file)},
+            "clustering": {"num_clusters": 6, "start_cosine": 1.0},
+            "train": {"global_batch_size": 32, "shards": 8, "precision": "fp32"},
+            "evaluation": {"sts": str(sts_dir), "every_steps": 5},
+            "runtime": {"storage_path": str(tmp_path / "runs"), "use_gpu": False, "trackers": []},
+        }
+        for name, section in sections.items():
+            values[name] = values.get(name, {}) | section
+        return make_config(values)
+
+    return config
+
+
+def run_of(config: Config, prepared: Prepared, directory: Path) -> Run:
+    return Run(config, prepared.tokens_dir, prepared.sts_dir, directory, CPU, lambda event: None, lambda metrics: None)
+
+
+def take_step(run: Run, step: int) -> None:
+    layout, shards = run.batch(step)
+    views = run.encode(shards)
+    loss = run.objective(views.z1_bD, views.z2_bD, layout, views.mlm)
+    run.optimizer.step(loss.to_backward, 1e-4, views.backward)
+
+
+# ---- FLOPs ----------------------------------------------------------------------------------------------------------
+
+STEPS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
+    "bert": ("bert", {}),
+    "no head": ("bert", {"encoder": {"head": "none"}}),
+    "fewer layers": ("bert", {"encoder": {"num_layers": 1, "pooling": "cls"}}),
+    "no clusters": ("bert", {"clustering": {"num_clusters": 0}}),
+    "masked words": ("bert", {"loss": {"mlm_weight": 0.1}}),
+    "cached": ("bert", {"train": {"cache_chunk": 8}}),
+    "cached, masked": ("bert", {"train": {"cache_chunk": 8}, "loss": {"mlm_weight": 0.1}}),
+    "roberta": ("roberta", {}),
+    "distilbert": ("distilbert", {}),
+    "mpnet": ("mpnet", {}),
+    "modernbert": ("modernbert", {}),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_flops_of_a_step_are_those_that_torch_counts(name: str, make: Callable[..., Config], tmp_path: Path):
+    kind, sections = STEPS[name]
+    config = make(kind, **{"loss": {}, **sections})
+    prepared = prepare(config)
+    run = run_of(config, prepared, tmp_path / "run")
+    take_step(run, 0)  # creates the centroids
+    layout, _ = run.batch(1)
+    lengths = run.tokens.lengths(layout.rows_B)
+    pieces = np.split(np.arange(layout.size), layout.starts[1:-1])
+    rows_S = np.array([len(piece) for piece in pieces])
+    tokens_S = np.array([lengths[piece].max() for piece in pieces])
+
+    with FlopCounterMode(display=False) as counter:
+        take_step(run, 1)
+
+    encoder = encoder_work(config)
+    loss = step_model.objective_flops(32, 32, WIDTH, config.clustering.num_clusters)
+    assert encoder.shard(rows_S, tokens_S).sum() + loss == counter.get_total_flops()
+
+
+def test_flops_of_a_plan_are_the_mean_of_those_of_its_batches(make: Callable[..., Config], tmp_path: Path):
+    config = make(encoder={"head": "none"})
+    prepared = prepare(config)
+    run = run_of(config, prepared, tmp_path / "run")
+    work = workload(config, prepared=prepared)
+    take_step(run, 0)
+    assert work.steps_per_epoch == len(work.rows_NS) == run.order.steps_per_epoch
+    full = np.flatnonzero(work.rows_NS.sum(axis=1) == 32)  # the loss of an epoch's last, odd batch is a smaller one
+    counted = []
+    for step in full.tolist():
+        with FlopCounterMode(display=False) as counter:
+            take_step(run, step)
+        counted.append(counter.get_total_flops())
+
+    assert len(set(counted)) > 1, "batches differ"
+    whole = replace(work, rows_NS=work.rows_NS[full], tokens_NS=work.tokens_NS[full])
+    assert whole.flops(1) == pytest.approx(np.mean(counted), rel=1e-12)
+
+
+def test_flops_of_the_dev_set_are_those_that_torch_counts(make: Callable[..., Config], tmp_path: Path):
+    config = make()
+    prepared = prepare(config)
+    run = run_of(config, prepared, tmp_path / "run")
+    assert isinstance(run.dev, DevSet)
+    # Torch does not count what its fused attention for CPUs computes.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run.dev.encode(run.encoder)
+    work = workload(config)
+    assert work.evaluation is not None and len(work.evaluation) > 1
+    assert sum(work.evaluation) == counter.get_total_flops()
+    assert work.evaluated == len(run.dev.ids)
+
+
+def test_the_busiest_worker_is_that_of_the_layout(make: Callable[..., Config]):
+    config = make()
+    prepared = prepare(config)
+    store = TokenStore.open(prepared.tokens_dir)
+    rows_NS, tokens_NS = sampled_batches(config, store)
+    encoder = encoder_work(config)
+    expected = []
+    work = workload(config, prepared=prepared)
+    order = BatchOrder(config.seed, len(store), 32, 8, config.data.order, store.lengths)
+    for step, (rows_S, tokens_S) in enumerate(zip(rows_NS, tokens_NS)):
+        ids = order.sample_ids(0, step)
+        layout = lay_out(ids, store.lengths(ids), 8, rank=0, workers=4)
+        flops_S = [encoder.shard(rows, tokens) for rows, tokens in zip(rows_S, tokens_S)]
+        expected.append(max(sum(flops_S[shard] for shard in hand) for hand in layout.hands))
+    found = step_model.busiest_worker(work.shard_flops_NS, rows_NS * tokens_NS, 4)
+    assert found == pytest.approx(np.mean(expected), rel=1e-12)
+    assert found > work.shard_flops_NS.sum(axis=1).mean() / 4, "shards differ, so one worker has more"
+
+
+def test_batches_are_dealt_in_turn_to_evaluators():
+    assert step_model.busiest_evaluator([5, 4, 3, 2, 1], 2) == 5 + 3 + 1
+    assert step_model.busiest_evaluator([5, 4], 4) == 5
+    assert step_model.busiest_evaluator([], 4) == 0
+
+
+# ---- exchanges ------------------------------------------------------------------------------------------------------
+
+
+def ring(workers: int, turns: int, size: float) -> tuple[float, float]:
+    """Bytes that one worker sends and the seconds of ``turns`` rounds of a ring, played message by message."""
+    sent, clock = [0.0] * workers, 0.0
+    for _ in range(turns):
+        for worker in range(workers):
+            sent[worker] += size / workers
+        clock += NETWORK.latency + size / workers / NETWORK.bandwidth
+    assert len(set(sent)) == 1
+    return sent[0], clock
+
+
+@pytest.mark.parametrize("workers", [2, 4, 7, 64])
+def test_a_sum_around_a_ring_is_a_reduce_scatter_and_a_gather(workers: int):
+    size = 8e6
+    sent, seconds = ring(workers, 2 * (workers - 1), size)
+    exchange = Exchange("x", "all_reduce", size)
+    assert exchange.sent(workers) == pytest.approx(sent)
+    assert exchange.seconds(workers, replace(NETWORK, trees=False)) == pytest.approx(seconds)
+
+    sent, seconds = ring(workers, workers - 1, size)
+    exchange = Exchange("x", "all_gather", size)
+    assert exchange.sent(workers) == pytest.approx(sent)
+    assert exchange.seconds(workers, NETWORK) == pytest.approx(seconds)
+
+
+def test_each_call_has_its_own_messages():
+    slow = replace(NETWORK, trees=False)
+    one, four = (Exchange("x", "all_reduce", 8e6, calls).seconds(4, slow) for calls in (1, 4))
+    assert four - one == pytest.approx(3 * 2 * 3 * NETWORK.latency)
+
+
+@pytest.mark.parametrize(("width", "layers"), [(384, 3), (384, 6), (768, 12), (1024, 24)])
+def test_gradients_are_in_no_more_buckets_than_said(width: int, layers: int):
+    with torch.device("meta"):
+        sizes = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": 4 * width}
+        shape = BertConfig(**sizes, num_attention_heads=width // 32)
+        parameters = list(BertModel(shape, add_pooling_layer=False).parameters())[::-1]
+    limits = [dist._DEFAULT_FIRST_BUCKET_BYTES, 25 << 20]
+    buckets, _ = dist._compute_bucket_assignment_by_size(parameters, limits)
+    found = step_model.gradient_exchange(sum(p.numel() for p in parameters)).calls
+    assert len(buckets) <= found <= 1.5 * len(buckets) + 2
+
+
+def test_sums_take_trees_where_that_is_quicker_and_the_library_chooses():
+    small, large = Exchange("x", "all_reduce", 8), Exchange("x", "all_reduce", 8e8)
+    around = replace(NETWORK, trees=False)
+    # up and down a tree of 512 is 2 x 9 messages, around the ring 2 x 511
+    assert small.seconds(512, NETWORK) == pytest.approx(18 * NETWORK.latency, rel=1e-3)
+    assert small.seconds(512, around) == pytest.approx(1022 * NETWORK.latency, rel=1e-3)
+    assert large.seconds(512, NETWORK) == pytest.approx(18 * NETWORK.latency + 1.6)
+    assert large.seconds(4, NETWORK) == large.seconds(4, around) < 1.6, "3/4 of the bytes twice"
+
+
+@pytest.mark.parametrize("kind", ["all_reduce", "all_gather"])
+def test_one_worker_exchanges_nothing(kind: Any):
+    exchange = Exchange("x", kind, 8e6, 3)
+    assert exchange.sent(1) == 0 and exchange.seconds(1, NETWORK) == 0
+
+
+def test_gradients_are_hidden_behind_the_last_shards_backward_pass_at_most():
+    gradients = Exchange("gradients", "all_reduce", 4e8, 10)
+    keys = Exchange("keys", "all_gather", 1e6)
+    both = gradients.seconds(8, NETWORK) + keys.seconds(8, NETWORK)
+
+    def exposed(backward_s: float, last: float = 0.0, overlaps: bool = True) -> float:
+        return step_model.exposed_seconds([gradients, keys], 8, NETWORK, backward_s, last, overlaps=overlaps)
+
+    assert exposed(100.0, overlaps=False) == both
+    assert exposed(0.01) == pytest.approx(both - 0.01)
+    assert exposed(100.0) == pytest.approx(both - 0.9 * gradients.seconds(8, NETWORK)), "the last bucket is late"
+    assert exposed(100.0, last=0.25) == pytest.approx(both - 0.75 * gradients.seconds(8, NETWORK))
+
+
+# ---- memory, disk ---------------------------------------------------------------------------------------------------
+
+
+def test_parameters_and_checkpoint_are_those_of_a_run(make: Callable[..., Config], tmp_path: Path):
+    config = make()
+    prepared = prepare(config)
+    run = run_of(config, prepared, tmp_path / "run")
+    take_step(run, 0)
+    take_step(run, 1)
+    run.save()
+    file = next((tmp_path / "run" / "checkpoints").glob("*/state.pt"))
+    tensors = 3 * sum(1 for _ in run.encoder.parameters())
+
+    found = plan(workload(config), [1], Machine())
+    assert found["parameters"] == sum(p.numel() for p in run.encoder.parameters())
+    assert found["trained_parameters"] == sum(p.numel() for p in run.encoder.parameters() if p.requires_grad)
+    assert found["checkpoint_bytes"] < file.stat().st_size < found["checkpoint_bytes"] + 700 * tensors + 4096
+
+
+def test_memory_that_is_of_the_whole_batch_does_not_shrink(make: Callable[..., Config]):
+    work = workload(make())
+    one, two, eight = (memory(work, n, gpu=False) for n in (1, 2, 8))
+    assert one["keys"] == 32 * WIDTH * 4 and two["keys"] == eight["keys"] == 3 * one["keys"]
+    assert one["clusters"] == eight["clusters"] == 4 * 6 * WIDTH * 4
+    assert one["optimizer"] == eight["optimizer"] == 8 * work.size.trained
+    assert eight["activations"] == pytest.approx(one["activations"] / 8, rel=0.01)
+    assert one["total"] == sum(value for key, value in one.items() if key != "total")
+
+
+def test_a_cached_chunk_holds_its_own_activations_alone(make: Callable[..., Config]):
+    # 32 sentences in 8 shards: a chunk of 8 sentences has 2 shards
+    whole, chunked = workload(make()), workload(make(train={"cache_chunk": 8}))
+    kept = whole.size.shard_bytes
+    assert memory(chunked, 1, gpu=False)["activations"] == memory(whole, 1, gpu=False)["activations"] - 6 * kept
+    assert memory(chunked, 8, gpu=False)["activations"] == memory(whole, 8, gpu=False)["activations"]
+    assert chunked.flops(1) / whole.flops(1) == pytest.approx(4 / 3, rel=0.02)
+
+
+# ---- a step's time --------------------------------------------------------------------------------------------------
+
+
+def test_a_step_is_the_sum_of_its_parts(make: Callable[..., Config]):
+    config = make(runtime={"checkpoint_every_steps": 4})
+    work = workload(config)
+    speed = Speed(1e9, "", each_worker_s=0.2, checkpoint_s=2.0)
+    found = step_seconds(work, 2, Machine(speed=speed, network=NETWORK))
+    assert found is not None and work.evaluation is not None
+    assert found.compute == pytest.approx(work.flops(2) / 1e9)
+    assert (found.each_worker, found.checkpoint) == pytest.approx((0.2, 0.5))
+    assert found.exchange == pytest.approx(sum(e.seconds(2, NETWORK) for e in work.exchanges()))
+    gathered = Exchange("", "all_reduce", 4 * WIDTH * work.evaluated).seconds(2, NETWORK)
+    encoded = step_model.busiest_evaluator(work.evaluation, 2) / 1e9
+    assert found.evaluation == pytest.approx((encoded + gathered) / 5)
+    assert found.total == found.compute + found.each_worker + found.exchange + found.evaluation + found.checkpoint
+
+
+def test_workers_that_share_cores_wait_for_one_another(make: Callable[..., Config]):
+    work = workload(make(runtime={"cpus_per_worker": 2}))
+    speed = replace(SPEED, each_worker_s=0.1)
+    own = step_seconds(work, 4, Machine(speed=speed, network=NETWORK))
+    shared = step_seconds(work, 4, Machine(speed=speed, network=NETWORK, cores=4))
+    enough = step_seconds(work, 4, Machine(speed=speed, network=NETWORK, cores=8))
+    assert own and shared and enough == own
+    assert shared.compute == pytest.approx(2 * own.compute) and shared.each_worker == pytest.approx(0.2)
+    assert shared.exchange == own.exchange
+
+
+def test_efficiency_is_of_the_same_global_batch(make: Callable[..., Config]):
+    found = plan(workload(make()), [1, 4], Machine(speed=SPEED, network=NETWORK, price=2.5))
+    one, four = found["workers"]
+    assert one["efficiency"] == 1
+    assert four["efficiency"] == pytest.approx(one["step_seconds"] / (4 * four["step_seconds"]))
+    assert four["sentences_per_second"] == pytest.approx(32 / four["step_seconds"])
+    assert four["checkpoint_bytes_per_hour"] == pytest.approx(
+        found["checkpoint_bytes"] * 3600 / four["step_seconds"] / 5
+    )
+    # at no cost of exchanges, all that is lost is that shards differ
+    free = plan(workload(make()), [4], Machine(speed=SPEED, network=Network(1e18, 0.0)))["workers"][0]
+    assert four["efficiency"] < free["efficiency"] <= 1
+
+
+def test_an_epoch_costs_its_hours_times_its_workers(make: Callable[..., Config]):
+    found = plan(workload(make(), sentences=32_000), [1, 2], Machine(speed=SPEED, network=NETWORK, price=2.5))
+    assert (found["steps_per_epoch"], found["sentences"]) == (1000, 32_000)
+    for column in found["workers"]:
+        assert column["epoch_hours"] == pytest.approx(column["step_seconds"] / 3.6)
+        assert column["epoch_cost"] == pytest.approx(2.5 * column["workers"] * column["epoch_hours"])
+
+
+def test_without_a_speed_or_a_network_there_are_no_times(make: Callable[..., Config]):
+    work = workload(make())
+    assert all(column["step_seconds"] is None for column in plan(work, [1, 2], Machine())["workers"])
+    alone, two = plan(work, [1, 2], Machine(speed=SPEED))["workers"]
+    assert alone["step_seconds"] > 0 and two["step_seconds"] is None
+    assert two["sent_bytes"]["gradients"] == 4 * work.size.trained, "2 (n - 1) / n of them, with n 2"
+
+
+def test_worker_counts_that_do_not_divide_the_shards_are_impossible(make: Callable[..., Config]):
+    found = plan(workload(make()), [1, 3, 6, 8, 16], Machine())
+    assert [column["workers"] for column in found["workers"]] == [1, 8]
+    assert found["impossible"] == {"3": [2, 4], "6": [4, 8], "16": [8]}
+
+
+def test_lengths_are_the_corpus_s_own_once_it_is_prepared(make: Callable[..., Config]):
+    config = make()
+    before = workload(config)
+    assert before.sentences is None and (before.tokens_NS == 16).all()
+    prepare(config)
+    after = workload(config)
+    assert after.sentences == 300 and after.tokens_NS.mean() < 16
+    assert after.rows_NS.sum() == 300
+    assert any("not prepared" in text for text in before.assumptions)
+    assert not any("not prepared" in text for text in after.assumptions)
+
+
+def test_a_corpus_that_is_elsewhere_is_planned_for(make: Callable[..., Config]):
+    work = workload(make(data={"corpus": "/nowhere/at/all.txt"}), sentences=10**9)
+    assert work.steps_per_epoch == 31_250_000
+
+
+def test_fewer_sentences_than_shards_are_refused(make: Callable[..., Config]):
+    with pytest.raises(DataError, match="7 rows"):
+        workload(make(), sentences=7)
+
+
+# ---- the request ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "value"),
+    [
+        ("--bandwidth", "25Gbit/s", 3.125e9),
+        ("--bandwidth", "25 Gbps", 3.125e9),
+        ("--bandwidth", "25Gb/s", 3.125e9),
+        ("--bandwidth", "3GB/s", 3e9),
+        ("--bandwidth", "0.5 MB/s", 5e5),
+        ("--latency", "50us", 5e-5),
+        ("--latency", "1.5 ms", 1.5e-3),
+        ("--latency", "2e-3s", 2e-3),
+    ],
+)
+def test_quantities_are_read(option: str, text: str, value: float):
+    assert read_quantity(option, text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        *[("--bandwidth", text) for text in ("25", "25us", "0GB/s", "-3GB/s", "")],
+        *[("--latency", text) for text in ("fast", "5GB/s", "0s", "1 2ms")],
+    ],
+)
+def test_other_quantities_are_refused(option: str, text: str):
+    with pytest.raises(ConfigError, match=f"{option} is '{text}'"):
+        read_quantity(option, text)
+
+
+def test_numbers_of_workers_are_read():
+    assert read_workers("8, 1,64,8") == [1, 8, 64]
+    for text in ("", "0,1", "1;2", "-1", "two"):
+        with pytest.raises(ConfigError, match="--workers is"):
+            read_workers(text)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (2.5e6, "2.5 MB"), (208e6, "208 MB"), (7e15, "7,000 TB")]
+)
+def test_bytes_are_told_in_a_readable_unit(count: float, text: str):
+    assert bytes_text(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (3e-7, "0.3 us"), (0.0744, "74.4 ms"), (90, "90 s"), (5400, "90 min"), (1e6, "11.6 d")],
+)
+def test_durations_are_told_in_a_readable_unit(seconds: float, text: str):
+    assert duration_text(seconds) == text
+
+
+def test_a_measured_plan_takes_its_speed_from_real_steps(make: Callable[..., Config], tmp_path: Path):
+    events: list[dict[str, Any]] = []
+    config = make(train={"max_steps": 3}, clustering={"start_cosine": -1})
+    found = plan_for(config, "1,2", bandwidth="1GB/s", measured_steps=2, watch=events.append)
+    one = found["workers"][0]
+    told = next(text for text in found["assumptions"] if text.startswith("Measured here on a CPU by 1 thread"))
+    assert "median of 2 steps" in told
+    assert 0 < one["seconds"]["compute"] < 30 and 0 < one["seconds"]["each_worker"] < 30
+    assert one["seconds"]["checkpoint"] > 0 and one["seconds"]["evaluation"] > 0
+    assert any("Timing" in event.get("text", "") for event in events)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["cache"], "only the prepared corpus stays"
+
+
+def test_steps_are_timed_with_clustering_and_the_rest_is_left_as_it_was(make: Callable[..., Config], tmp_path: Path):
+    from clusterns_ray.launch.plan.measure import WARM_UP_STEPS, timed_steps
+
+    config = make()
+    run = run_of(config, prepare(config), tmp_path / "run")
+    timed = timed_steps(run, 3)
+    assert run.clustering.started and run.progress.step == WARM_UP_STEPS + 3
+    assert 0 < timed.each_worker < timed.step
+
+
+def clusterns(config: Config, directory: Path, *arguments: str) -> Result:
+    file = directory / "plan.yaml"
+    file.write_text(dump_config(config))
+    return CliRunner().invoke(app, ["plan", str(file), *arguments])
+
+
+def test_the_verb_prints_a_table_with_what_it_assumes_and_writes_json(make: Callable[..., Config], tmp_path: Path):
+    options = ["--tflops", "0.01", "--bandwidth", "10Gbit/s", "--price", "0.5", "--sentences", "1000000"]
+    output = tmp_path / "plan.json"
+    result = clusterns(make(), tmp_path, "--workers", "1,3,8", *options, "--json", str(output))
+    assert result.exit_code == 0, result.output
+    for part in ("efficiency", "cost of an epoch", "AdamW", "gradients of keys", "100 %", "1,000,000 sentences"):
+        assert part in result.output
+    assert "3 workers are impossible, as they do not divide train.shards (8)" in " ".join(result.output.split())
+    found = json.loads(output.read_text())
+    assert [column["workers"] for column in found["workers"]] == [1, 8]
+    assert math.isclose(found["workers"][1]["memory"]["weights"], 4 * found["parameters"])
+    assert not (tmp_path / "runs").exists(), "a plan starts and writes nothing"
+
+
+def test_a_plan_without_any_possible_number_of_workers_says_so(make: Callable[..., Config], tmp_path: Path):
+    result = clusterns(make(), tmp_path, "--workers", "3")
+    assert result.exit_code == 0 and "the nearest that do: 2, 4" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--workers", "0"], "--workers is '0'"),
+        (["--bandwidth", "fast"], "--bandwidth is 'fast'"),
+        (["--tflops", "0"], "--tflops is 0"),
+        (["--tflops", "nan"], "--tflops is nan"),
+        (["--tflops", "1", "--measure"], "exclude each other"),
+        (["--json", "/nowhere/plan.json"], "--json"),
+        (["--set", "runtime.use_gpu=true", "--measure"], "no GPU"),
+        (["--set", "encoder.name=nobody/no-such-model"], "not in the hub's cache here"),
+        (["--set", "encoder.max_length=1000"], "reads at most"),
+    ],
+)
+def test_wrong_requests_are_refused(arguments: list[str], part: str, make: Callable[..., Config], tmp_path: Path):
+    if "--measure" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    result = clusterns(make(), tmp_path, *arguments)
+    assert result.exit_code == 2 and result.stderr.count("error: ") == 1
+    assert part in result.stderr
+
+
+def test_encoders_that_differ_have_different_work(make: Callable[..., Config]):
+    base = encoder_work(make())
+    assert base == EncoderWork(
+        width=32, layers=3, linear=3 * (4 * 32**2 + 2 * 32 * 48), embeddings=base.embeddings, pooler=32**2, head=32**2
+    )
+    assert encoder_work(make(encoder={"num_layers": 2})).linear == base.linear * 2 / 3
+    assert encoder_work(make(loss={"mlm_weight": 1.0})).prediction == 32**2 + base.embeddings
