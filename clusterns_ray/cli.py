@@ -23,7 +23,7 @@ app = typer.Typer(
     help="Train sentence embeddings without labels: ClusterNS on Ray.",
 )
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as experiments/quickstart.yaml.")]
+ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, such as experiments/quickstart.yaml.")]
 Overrides = Annotated[
     Optional[list[str]], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one value; may be repeated.")
 ]
@@ -149,15 +149,19 @@ def tune(
             typer.echo(text)
         from clusterns_ray.report.study import write_study_report
 
-        path, _ = write_study_report(request.directory)
-        typer.echo(f"Wrote {result['best']}, {result['model']} and {path}")
+        write_study_report(request.directory)
+        request.home.publish("report.html")
+        typer.echo(f"Wrote {result['best']}, {result['model']} and {(request.home / 'report.html').address}")
 
 
 @app.command()
 def evaluate(
     models: Annotated[
         list[str],
-        typer.Argument(metavar="MODEL...", help="A run's model/, a directory, a hub id, or package:PACKAGE/SUBDIR."),
+        typer.Argument(
+            metavar="MODEL...",
+            help="A run's model/ (also in s3:// or gs://), a directory, a hub id, or package:PACKAGE/SUBDIR.",
+        ),
     ],
     suite: Annotated[
         Optional[list[str]],
@@ -178,20 +182,29 @@ def evaluate(
     pooling: Annotated[Optional[str], typer.Option(help="Replaces the models' own.")] = None,
     max_length: Annotated[Optional[int], typer.Option(help="Replaces the models' own.")] = None,
     seed: Annotated[int, typer.Option(help="Of folds, K-means and resampling.")] = 1111,
-    json_file: Annotated[Optional[Path], typer.Option("--json", help="Also write every figure here.")] = None,
+    json_file: Annotated[
+        Optional[str], typer.Option("--json", metavar="FILE", help="Also write every figure here; also s3:// or gs://.")
+    ] = None,
 ) -> None:
     """Score encoders: the seven STS tests, transfer tasks, clustering, geometry; several models give one table."""
     with readable_errors():
         from clusterns_ray.evaluation.suite import Suite, check_suite, evaluate_models
         from clusterns_ray.evaluation.tables import render
-        from clusterns_ray.files import check_writable, write_atomic
+        from clusterns_ray.files import check_writable
+        from clusterns_ray.launch.preflight import check_store
+        from clusterns_ray.models import resolve_model
         from clusterns_ray.progress import progress_watch
+        from clusterns_ray.storage import is_url, split_url, write_text
 
         names = [name for part in suite or () for name in part.split(",")]
         request = check_suite(Suite(tuple(names), sts, transfer, tuple(clusters or ()), tuple(dev or ()), seed))
-        if json_file is not None:
-            check_writable(json_file, "--json")
+        if json_file is not None and is_url(json_file):
+            check_store("--json", split_url(json_file)[0])
+        elif json_file is not None:
+            check_writable(Path(json_file), "--json")
         watch = progress_watch()
+        for model in (*models, *((against,) if against else ())):
+            resolve_model(model, lambda text: watch({"event": "note", "text": text}))
         result = evaluate_models(
             models,
             request,
@@ -203,13 +216,13 @@ def evaluate(
         render(result)
         if json_file is not None:
             value = result["models"][0] if len(result["models"]) == 1 else result
-            write_atomic(json_file, json.dumps(value, indent=2) + "\n")
+            write_text(json_file, json.dumps(value, indent=2) + "\n")
             typer.echo(f"Wrote {json_file}")
 
 
 @app.command()
 def encode(
-    model: Annotated[str, typer.Argument(help="A run's model/, a directory, a hub id, or package:PACKAGE/SUBDIR.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="As of `evaluate`.")],
     files: Annotated[
         list[str], typer.Argument(metavar="FILE...", help="Text, csv, jsonl, parquet; globs, s3://, gs:// or hf://.")
     ],
@@ -230,9 +243,11 @@ def encode(
     with readable_errors("behind the parts that are done"):
         from clusterns_ray.encode_progress import encode_watch
         from clusterns_ray.launch.encode import encode as run_encoding
+        from clusterns_ray.models import resolve_model
 
         watch = encode_watch()
         try:
+            resolve_model(model, lambda text: watch({"event": "note", "text": text}))
             result = run_encoding(
                 model,
                 files,
@@ -271,12 +286,14 @@ def search(
     """Find the sentences of a corpus most similar to a query; the first time, index it."""
     with readable_errors("behind the parts that are done"):
         from clusterns_ray.encode_progress import encode_watch
+        from clusterns_ray.models import resolve_model
         from clusterns_ray.search.semantic import SemanticIndex, check_k, check_queries, hits_as_json, hits_as_text
 
         check_queries(queries)
         check_k(k)
         watch = encode_watch(sys.stderr)
         try:
+            resolve_model(model, lambda text: watch({"event": "note", "text": text}))
             found = SemanticIndex.build(
                 model, corpus, index, text_column=text_column, limit=limit, rebuild=rebuild, watch=watch
             ).search(queries, k)
@@ -288,21 +305,113 @@ def search(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="STORAGE_PATH/NAME of runs, or of one study.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="STORAGE_PATH/NAME of runs, or of one study; also s3:// or gs://."),
+    ],
     output: Annotated[
-        Optional[Path], typer.Option("--output", "-o", metavar="FILE.html", help="RUN/report.html if not given.")
+        Optional[str], typer.Option("--output", "-o", metavar="FILE.html", help="RUN/report.html if not given.")
     ] = None,
 ) -> None:
     """Write one HTML page about a run or a study; several runs are compared, with mean and deviation over seeds."""
     with readable_errors():
         from clusterns_ray.report import write_report
 
-        path, page = write_report(runs, output)
-        for text in page.headline:
+        written = write_report(runs, output)
+        for text in written.page.headline:
             typer.echo(text)
-        for warning in page.warnings:
+        for warning in written.page.warnings:
             typer.echo(("Warning: " if warning.level == "problem" else "Note: ") + warning.text)
-        typer.echo(f"Wrote {path}")
+        typer.echo(f"Wrote {written.url} (here: {written.path})" if written.url else f"Wrote {written.path}")
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    set: Overrides = None,
+    workers: Annotated[str, typer.Option(help="Numbers of workers, with commas.")] = "1,8,64,512",
+    bandwidth: Annotated[Optional[str], typer.Option(help="Between two workers, such as 25Gbit/s or 3GB/s.")] = None,
+    latency: Annotated[str, typer.Option(help="Of a message between two workers, such as 50us.")] = "50us",
+    tflops: Annotated[
+        Optional[float], typer.Option(help="What one worker gets done: matrix products, in 10^12 FLOPs a second.")
+    ] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Find that out by a few real steps here.")] = False,
+    steps: Annotated[int, typer.Option(min=1, help="How many steps --measure times.")] = 5,
+    sentences: Annotated[
+        Optional[int], typer.Option(min=1, help="Of the corpus, in place of how many there are.")
+    ] = None,
+    price: Annotated[Optional[float], typer.Option(min=0, help="Of a worker for an hour; any currency.")] = None,
+    cores: Annotated[Optional[int], typer.Option(min=1, help="That all workers share, on one machine.")] = None,
+    json_file: Annotated[Optional[Path], typer.Option("--json", help="Also write every figure here.")] = None,
+) -> None:
+    """Tell what a run needs on so many workers: memory, exchanges, time, efficiency and cost; nothing is started."""
+    with readable_errors():
+        from clusterns_ray.config import load_config
+        from clusterns_ray.files import check_writable, write_atomic
+        from clusterns_ray.launch.plan.predict import plan_for
+        from clusterns_ray.launch.plan.view import render
+        from clusterns_ray.progress import progress_watch
+
+        if json_file is not None:
+            check_writable(json_file, "--json")
+        watch = progress_watch()
+        try:
+            found = plan_for(
+                load_config(config, set or ()),
+                workers,
+                bandwidth=bandwidth,
+                latency=latency,
+                tflops=tflops,
+                measured_steps=steps if measure else 0,
+                sentences=sentences,
+                price=price,
+                cores=cores,
+                watch=watch,
+            )
+        finally:
+            watch.close()
+        render(found)
+        if json_file is not None:
+            write_atomic(json_file, json.dumps(found, indent=2) + "\n")
+            typer.echo(f"Wrote {json_file}")
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        Optional[Path],
+        typer.Argument(metavar="CONFIG", help="A configuration or a study; if none, the machines alone."),
+    ] = None,
+    set: Overrides = None,
+    cluster: Annotated[
+        Optional[Path], typer.Option(metavar="FILE", help="Also check a cluster file, such as cluster.yaml.")
+    ] = None,
+    json_file: Annotated[
+        Optional[Path], typer.Option("--json", metavar="FILE", help="Also write the findings here.")
+    ] = None,
+) -> None:
+    """Find what would go wrong, on the cluster of RAY_ADDRESS or on this machine, within a minute; change nothing."""
+    with readable_errors():
+        import shutil
+        import time
+
+        from clusterns_ray.files import check_writable, write_atomic
+        from clusterns_ray.launch.doctor.examine import as_json, examine, verdict
+        from clusterns_ray.tuning.study import load_study
+
+        if json_file is not None:
+            check_writable(json_file, "--json")
+        began, found = time.monotonic(), []
+        typer.echo("Looking at the request and the machines, for a minute at most.")
+        for finding in examine(config, set or (), load_study=load_study, cluster_file=cluster):
+            found.append(finding)
+            typer.echo(finding.text(shutil.get_terminal_size().columns))
+        typer.echo(verdict(found, time.monotonic() - began))
+        if json_file is not None:
+            write_atomic(json_file, as_json(found, time.monotonic() - began))
+            typer.echo(f"Wrote {json_file}")
+        if any(finding.level == "problem" for finding in found):
+            raise typer.Exit(1)
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from clusterns_ray.errors import ConfigError
+from clusterns_ray.storage import is_url, read_text
 
 
 class Section(BaseModel):
@@ -328,11 +329,17 @@ def _divisors(n: int) -> str:
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Read a YAML file and apply ``section.key=value`` overrides.
+    """Read a YAML file, also one in an object store, and apply ``section.key=value`` overrides.
 
     Raises:
+        StorageError: the store cannot be reached.
         ConfigError: no such file, not YAML, an unknown key, or an impossible value.
     """
+    if is_url(path):
+        text = read_text(path)
+        if text is None:
+            raise ConfigError(f"There is no configuration {str(path)!r}. Check the bucket and the path.")
+        return parse_config(text, overrides, source=str(path))
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

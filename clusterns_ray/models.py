@@ -5,24 +5,35 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from clusterns_ray.errors import ConfigError
+from clusterns_ray.storage import MANIFEST, Store, is_url, local_copy, split_url
 
 staged: dict[str, str] = {}
-"""Encoders by name that this machine has a copy of, made from another machine's directory."""
+"""Models by name that this process has a copy of, made from another machine's directory or from an object store."""
 
 
-def resolve_model(name: str) -> str:
+def resolve_model(name: str, note: Callable[[str], None] = lambda text: None) -> str:
     """A name as users write it to what transformers loads: a directory or a hub id.
+
+    A model in an object store is copied to this machine, verified, where it stays; within a process it is looked at
+    once, so that all that is done with it is done with the same.
+
+    Args:
+        note: told of a copy that is made.
 
     Raises:
         ConfigError: the directory or the package is not there.
+        StorageError: the object store cannot be read, or what it holds is damaged.
     """
     if name in staged:
         return staged[name]
-    if name.startswith("package:"):
+    if is_url(name):
+        path = _fetch(name, note)
+    elif name.startswith("package:"):
         package, _, subdir = name.removeprefix("package:").partition("/")
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
         if spec is None or not spec.submodule_search_locations:
@@ -44,7 +55,22 @@ def resolve_model(name: str) -> str:
             f"encoder {name!r}: {str(path)!r} holds no config.json, so it is not a transformer. Name the directory "
             "that a save_pretrained wrote, a hub id, or package:PYTHON_PACKAGE/SUBDIR."
         )
+    if is_url(name):
+        staged[name] = str(path)
     return str(path.resolve())
+
+
+def _fetch(url: str, note: Callable[[str], None]) -> Path:
+    """A copy of a model in an object store, beneath where this machine keeps copies of its run."""
+    holder, name = split_url(url)
+    path = local_copy(holder) / (name or ".")
+    if name and Store(holder).pull_directory(name, path, note):
+        return path
+    inside = "" if Store(url).manifest("model") is None else f" It is a run: give {url.rstrip('/')}/model."
+    raise ConfigError(
+        f"encoder {url!r}: there is no whole directory, as {name or 'the bucket'}{MANIFEST} is missing."
+        + (inside or " Give the model/ of a run that has come to its first evaluation, or copy the files here.")
+    )
 
 
 def local_model_config(source: str) -> dict[str, Any] | None:

@@ -1,7 +1,8 @@
 """Object stores: files, and directories that are whole or not there.
 
 A directory is its files under a prefix and, written last, ``PREFIX.manifest.json`` with their sizes and SHA-256.
-Without that object it is not there; what does not match it is not taken.
+Without that object it is not there; what does not match it is not taken. A :class:`Place` is a directory of a run or a
+study, wherever it is.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from clusterns_ray.errors import StorageError
-from clusterns_ray.files import sha256
+from clusterns_ray.files import sha256, write_atomic
 
 MANIFEST = ".manifest.json"
 ATTEMPTS = 4
 """Tries of one transfer; the waits between them are 1, 2 and 4 s."""
+REPLACED = 3
+"""How often a directory is read anew that was replaced while it was copied."""
 
 _URL = re.compile(r"([a-z][a-z0-9+]+)://")
 
@@ -42,6 +46,13 @@ def local_copy(storage_path: str, local_path: str | None = None) -> Path:
     base = os.environ.get("CLUSTERNS_LOCAL_PATH") or local_path
     directory = Path(base).expanduser() if base else Path(tempfile.gettempdir()) / f"clusterns-{os.getuid()}"
     return directory.resolve() / hashlib.sha256(storage_path.encode()).hexdigest()[:16]
+
+
+def split_url(url: str) -> tuple[str, str]:
+    """The URL of what holds ``url``, and the last part of its path; empty where that is the bucket itself."""
+    address, mark, options = url.partition("?")
+    holder, _, name = address.rstrip("/").rpartition("/")
+    return (holder + mark + options, name) if holder.count("/") > 1 else (url, "")
 
 
 class Store:
@@ -126,11 +137,17 @@ class Store:
 
     def names(self) -> list[str]:
         """Names of the objects below this prefix, sorted."""
+        return sorted(self.times())
+
+    def times(self) -> dict[str, float]:
+        """When each object below this prefix was last written, in seconds since 1970 by the store's clock."""
         from pyarrow.fs import FileSelector, FileType
 
-        def work() -> list[str]:
+        def work() -> dict[str, float]:
             found = self.filesystem.get_file_info(FileSelector(self.root, allow_not_found=True, recursive=True))
-            return sorted(info.path[len(self.root) + 1 :] for info in found if info.type == FileType.File)
+            return {
+                info.path[len(self.root) + 1 :]: info.mtime_ns / 1e9 for info in found if info.type == FileType.File
+            }
 
         return self._retried("listing", work)
 
@@ -180,10 +197,14 @@ class Store:
             raise StorageError(f"{self.address}/{name}{MANIFEST} is damaged ({error}).") from None
         return files
 
-    def pull_directory(self, name: str, local: Path) -> bool:
+    def pull_directory(self, name: str, local: Path, note: Callable[[str], None] = lambda text: None) -> bool:
         """Make ``local`` the directory ``name``, verified; what is there already and matches stays.
 
-        Only one process of a machine downloads at a time; the others wait for it.
+        Only one process of a machine downloads at a time; the others wait for it. A directory that is replaced
+        meanwhile is read anew.
+
+        Args:
+            note: told of a download, and every few seconds how far it is.
 
         Returns:
             Whether there is such a directory.
@@ -198,28 +219,46 @@ class Store:
         with only_one(local.parent / f".{local.name}.lock"):
             if local.is_dir() and _matches(local, files):
                 return True
-            temporary = local.parent / f".{local.name}.{uuid.uuid4().hex[:8]}"
-            try:
-                for file, entry in files.items():
-                    (temporary / file).parent.mkdir(parents=True, exist_ok=True)
-                    found = self.download(f"{name}/{file}", temporary / file)
-                    if found != entry["sha256"]:
-                        raise StorageError(
-                            f"{self.address}/{name}/{file} is damaged: its checksum is not the one in its manifest."
-                        )
-                if local.exists():
-                    shutil.rmtree(local)
-                temporary.rename(local)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-        return True
+            for _ in range(REPLACED):
+                try:
+                    self._pull(name, files, local, note)
+                    return True
+                except StorageError:
+                    before, files = files, self.manifest(name)
+                    if files == before:
+                        raise
+                    if files is None:
+                        return False
+        raise StorageError(f"{self.address}/{name} was replaced {REPLACED} times while it was copied. Try again later.")
+
+    def _pull(self, name: str, files: dict[str, dict[str, Any]], local: Path, note: Callable[[str], None]) -> None:
+        size, done, told = sum(entry["bytes"] for entry in files.values()), 0, time.monotonic()
+        note(f"Copying {self.address}/{name} to this machine ({size / 1e6:,.1f} MB)")
+        temporary = local.parent / f".{local.name}.{uuid.uuid4().hex[:8]}"
+        try:
+            for file, entry in files.items():
+                (temporary / file).parent.mkdir(parents=True, exist_ok=True)
+                found = self.download(f"{name}/{file}", temporary / file)
+                if found != entry["sha256"]:
+                    raise StorageError(
+                        f"{self.address}/{name}/{file} is damaged: its checksum is not the one in its manifest."
+                    )
+                done += entry["bytes"]
+                if time.monotonic() - told > 5:
+                    told = time.monotonic()
+                    note(f"  {done / 1e6:,.1f} of {size / 1e6:,.1f} MB")
+            if local.exists():
+                shutil.rmtree(local)
+            temporary.rename(local)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def delete_directory(self, name: str) -> None:
-        """Remove a directory: first its manifest, so that it is never half there."""
-        files = self.manifest(name) or {}
+        """Remove all below a name, and first its manifest, if it has one, so that it is never half there."""
         self.delete(name + MANIFEST)
-        for file in files:
-            self.delete(f"{name}/{file}")
+        below = self / name
+        for file in below.names():
+            below.delete(file)
 
     def directories(self) -> list[str]:
         """Names of the whole directories right below this prefix, sorted."""
@@ -248,6 +287,126 @@ class Store:
                         "and the rights on that bucket."
                     ) from error
                 time.sleep(2**attempt)
+
+
+@dataclass(frozen=True)
+class Place:
+    """The files of a run or a study: in a directory, or in an object store with a copy of some on this machine."""
+
+    local: Path
+    store: Store | None = None
+    """None where ``local`` is all there is."""
+
+    def __truediv__(self, name: str) -> Place:
+        return Place(self.local / name, self.store / name if self.store else None)
+
+    @property
+    def address(self) -> str:
+        """Where a person finds it."""
+        return self.store.address if self.store else str(self.local)
+
+    @property
+    def path(self) -> str:
+        """The same as a ``storage_path``."""
+        return self.store.url if self.store else str(self.local)
+
+    def read(self, name: str) -> str | None:
+        """A small text from where it belongs; None where there is none."""
+        if self.store is not None:
+            raw = self.store.read(name)
+            return None if raw is None else raw.decode("utf-8")
+        path = self.local / name
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+
+    def write(self, name: str, text: str) -> None:
+        """Write a small text to where it belongs, and to the copy."""
+        (self.local / name).parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.local / name, text)
+        if self.store is not None:
+            self.store.write(name, text.encode("utf-8"))
+
+    def publish(self, name: str) -> None:
+        """Copy a local file or directory to where it belongs."""
+        if self.store is not None:
+            path = self.local / name
+            self.store.push_directory(path, name) if path.is_dir() else self.store.upload(path, name)
+
+    def fetch(self, name: str) -> Path:
+        """The directory ``name``, on this machine.
+
+        Raises:
+            StorageError: it is not there, or damaged.
+        """
+        path = self.local / name
+        if self.store is not None and not self.store.pull_directory(name, path):
+            raise StorageError(f"{self.store.address}/{name} is not there, or not whole.")
+        return path
+
+    def fetch_files(self, leave_out: tuple[str, ...] = ()) -> None:
+        """Make the files right in it on this machine those of the store; directories stay as they are.
+
+        Args:
+            leave_out: endings of names that are not copied.
+        """
+        if self.store is None:
+            return
+        there = [
+            name
+            for name in self.store.names()
+            if "/" not in name and not name.startswith(".") and not name.endswith((MANIFEST, *leave_out))
+        ]
+        self.local.mkdir(parents=True, exist_ok=True)
+        for name in there:
+            self.fetch_file(name)
+        for path in self.local.iterdir():
+            if path.is_file() and path.name not in there and not path.name.startswith("."):
+                path.unlink()
+
+    def fetch_file(self, name: str) -> None:
+        """Copy one file that is there to this machine, in one step."""
+        assert self.store is not None
+        self.local.mkdir(parents=True, exist_ok=True)
+        temporary = self.local / f".{name}.{uuid.uuid4().hex[:8]}"
+        try:
+            self.store.download(name, temporary)
+            temporary.replace(self.local / name)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def remove(self, name: str) -> None:
+        """Remove a directory, if it is there."""
+        shutil.rmtree(self.local / name, ignore_errors=True)
+        if self.store is not None:
+            self.store.delete_directory(name)
+
+
+def place(storage_path: str, name: str, local_path: str | None = None) -> Place:
+    """``STORAGE_PATH/NAME``, of the machine that writes it."""
+    store = Store(storage_path) / name if is_url(storage_path) else None
+    return Place(local_copy(storage_path, local_path) / name, store)
+
+
+def reading_place(url: str) -> Place:
+    """What is at a URL, with a copy apart from the one that its writer may have on this machine."""
+    return Place(local_copy(url) / "files", Store(url))
+
+
+def read_text(where: str | Path) -> str | None:
+    """A small text file, or object; None where there is none."""
+    if not is_url(where):
+        return Path(where).read_text(encoding="utf-8") if Path(where).is_file() else None
+    holder, name = split_url(str(where))
+    raw = Store(holder).read(name)
+    return None if raw is None else raw.decode("utf-8")
+
+
+def write_text(where: str | Path, text: str) -> None:
+    """Replace a small text file, or object, in one step."""
+    if not is_url(where):
+        write_atomic(Path(where), text)
+        return
+    holder, name = split_url(str(where))
+    Store(holder).write(name, text.encode("utf-8"))
 
 
 @contextmanager

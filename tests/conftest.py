@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from helpers import make_tiny_model, write_corpus, write_pairs
+from s3_server import s3, store  # noqa: F401  fixtures
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ memory.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -270,10 +271,10 @@ def deal_shards(lengths_per_shard: Sequence[int] | np.ndarray, workers: int) -> 
             "the number of shards a multiple of the number of workers"
         )
     hands: list[list[int]] = [[] for _ in range(workers)]
-    loads = [0] * workers
+    lightest = [(0, worker) for worker in range(workers)]
     for shard in sorted(range(shards), key=lambda shard: -int(lengths_per_shard[shard])):
-        open_workers = (w for w in range(workers) if len(hands[w]) < shards // workers)
-        worker = min(open_workers, key=loads.__getitem__)
+        load, worker = heapq.heappop(lightest)
         hands[worker].append(shard)
-        loads[worker] += int(lengths_per_shard[shard])
+        if len(hands[worker]) < shards // workers:
+            heapq.heappush(lightest, (load + int(lengths_per_shard[shard]), worker))
     return [sorted(hand) for hand in hands]

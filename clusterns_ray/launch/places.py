@@ -13,13 +13,16 @@ from clusterns_ray import models
 from clusterns_ray.config import Config
 from clusterns_ray.data.prepare import Prepared, cache_directory
 from clusterns_ray.errors import StorageError
-from clusterns_ray.files import write_atomic
-from clusterns_ray.storage import Store, is_url, local_copy
+from clusterns_ray.storage import Place, Store, is_url, local_copy, place
+
+
+def run_place(config: Config) -> Place:
+    """``STORAGE_PATH/NAME``; absolute, as a worker's working directory is not the caller's."""
+    return place(config.runtime.storage_path, config.runtime.name, config.runtime.local_path)
 
 
 def run_directory(config: Config) -> Path:
-    """The run's files on this machine: ``STORAGE_PATH/NAME``, or the copy of it; absolute, as a worker's working
-    directory is not the caller's."""
+    """The run's files on this machine: ``STORAGE_PATH/NAME``, or the copy of it."""
     return local_copy(config.runtime.storage_path, config.runtime.local_path) / config.runtime.name
 
 
@@ -30,28 +33,17 @@ def run_url(config: Config) -> str | None:
 
 
 def run_store(config: Config) -> Store | None:
-    path = config.runtime.storage_path
-    return Store(path) / config.runtime.name if is_url(path) else None
+    return run_place(config).store
 
 
 def read_run_file(config: Config, name: str) -> str | None:
     """A small file of the run from where it belongs; None where there is none."""
-    store = run_store(config)
-    if store is not None:
-        raw = store.read(name)
-        return None if raw is None else raw.decode("utf-8")
-    path = run_directory(config) / name
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+    return run_place(config).read(name)
 
 
 def write_run_file(config: Config, name: str, text: str) -> None:
     """Write a small file of the run to where it belongs, and to the local copy."""
-    directory = run_directory(config)
-    directory.mkdir(parents=True, exist_ok=True)
-    write_atomic(directory / name, text)
-    store = run_store(config)
-    if store is not None:
-        store.write(name, text.encode("utf-8"))
+    run_place(config).write(name, text)
 
 
 def stage(config: Config, prepared: Prepared) -> dict[str, Any]:
@@ -61,7 +53,11 @@ def stage(config: Config, prepared: Prepared) -> dict[str, Any]:
     Returns:
         What :func:`unstage` takes; plain values.
     """
-    staged: dict[str, Any] = {"tokens_dir": str(prepared.tokens_dir), "sts_dir": prepared.sts_dir}
+    staged: dict[str, Any] = {
+        "tokens_dir": str(prepared.tokens_dir),
+        "sts_dir": prepared.sts_dir,
+        "storage_path": config.runtime.storage_path,
+    }
     if not is_url(config.runtime.storage_path):
         return staged
     cache = Store(config.runtime.storage_path) / "cache"
@@ -81,13 +77,15 @@ def stage(config: Config, prepared: Prepared) -> dict[str, Any]:
 def unstage(config: Config, staged: dict[str, Any]) -> tuple[Path, str | None]:
     """On a worker: the directories of the tokens and of the dev set, copied to this machine if they are not there.
 
+    Where they were staged, `config` may have a storage path of its own, as a trial of a study has.
+
     Raises:
         StorageError: what was staged is gone, damaged, or cannot be read.
     """
     if "tokens" not in staged:
         return Path(staged["tokens_dir"]), staged["sts_dir"]
-    store = Store(config.runtime.storage_path) / "cache"
-    cache = local_copy(config.runtime.storage_path, config.runtime.local_path) / "staged"
+    store = Store(staged["storage_path"]) / "cache"
+    cache = local_copy(staged["storage_path"], config.runtime.local_path) / "staged"
 
     def here(kind: str) -> Path:
         local = cache / staged[kind]

@@ -169,6 +169,7 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
     """What each Ray worker runs."""
     import ray.train
 
+    from clusterns_ray import distributed
     from clusterns_ray.launch.workers import DrainNotice, answer, worker_device
     from clusterns_ray.training.loop import train_worker
     from clusterns_ray.training.mirror import mirror_of
@@ -187,7 +188,7 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
             device=worker_device(config),
             watch=tell,
             report=ray.train.report,
-            leave=DrainNotice(lambda: tell({"event": "alive"})),
+            leave=DrainNotice(lambda: tell({"event": "alive"}) if distributed.rank() == 0 else None),
             command=settings["command"],
             mirror=mirror_of(run_url(config), run_dir),
         )

@@ -359,7 +359,8 @@ def _letter(at: int) -> str:
 def _names(runs: Sequence[RunRecord]) -> list[str]:
     """Names of the runs; with their directory where two have the same."""
     names = [run.name for run in runs]
-    return [name if names.count(name) == 1 else str(run.path) for name, run in zip(names, runs, strict=True)]
+    where = [run.address or str(run.path) for run in runs]
+    return [name if names.count(name) == 1 else place for name, place in zip(names, where, strict=True)]
 
 
 def _relative(path: Path, where: Path) -> str:

@@ -22,6 +22,7 @@ class RunRecord:
     """What a run wrote. Older and unfinished runs lack some of it: None, or empty."""
 
     path: Path
+    """the directory that was read"""
     config: Config
     steps: Sequence[dict[str, Any]]
     """of metrics.jsonl: those with `loss`"""
@@ -33,6 +34,8 @@ class RunRecord:
     clusters: dict[str, Any] | None = None
     sts: dict[str, Any] | None = None
     """evaluation.json, where it holds scores of the STS tests"""
+    address: str | None = None
+    """where the directory came from, if it is a copy"""
 
     @property
     def name(self) -> str:
@@ -112,8 +115,11 @@ def number(record: dict[str, Any], key: str) -> float | None:
     return value
 
 
-def read_run(directory: str | Path) -> RunRecord:
+def read_run(directory: str | Path, address: str | None = None) -> RunRecord:
     """Read ``STORAGE_PATH/NAME``.
+
+    Args:
+        address: where the directory came from, if it is a copy.
 
     Raises:
         ConfigError: it is not the directory of a run.
@@ -131,6 +137,7 @@ def read_run(directory: str | Path) -> RunRecord:
         environment=_read_object(path / "environment.json"),
         clusters=_read_object(path / "clusters.json", ("clusters",)),
         sts=_sts_scores(_read_object(path / "evaluation.json")),
+        address=address,
     )
 
 

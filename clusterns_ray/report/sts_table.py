@@ -109,5 +109,6 @@ def sts_row(name: str, runs: Sequence[RunRecord]) -> list[Cell]:
 def evaluate_command(run: RunRecord) -> str:
     sts = run.config.evaluation.sts
     directory = shlex.quote(sts) if sts and sts != "structure" else "STS_DIRECTORY"
-    model, output = shlex.quote(str(run.path / "model")), shlex.quote(str(run.path / "evaluation.json"))
+    place = run.address or run.path
+    model, output = shlex.quote(f"{place}/model"), shlex.quote(f"{place}/evaluation.json")
     return f"clusterns evaluate {model} --sts {directory} --json {output}"

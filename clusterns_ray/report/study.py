@@ -196,7 +196,7 @@ def outcome_section(study: StudyRecord, result: dict[str, Any] | None) -> Sectio
                 strong_rows=(first,),
             )
         ],
-        code=f"clusterns train {study.directory / 'best.yaml'}",
+        code=f"clusterns train {result['best']}",
     )
 
 

@@ -6,8 +6,8 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from clusterns_ray.config import Config
 from clusterns_ray.data.batches import BatchOrder, permute, stream_key
 from clusterns_ray.data.tokens import TokenStore
 from clusterns_ray.encoder import Encoder
-from clusterns_ray.errors import Drained, NonFiniteError, StorageError
+from clusterns_ray.errors import ClusterNSError, Drained, NonFiniteError, StorageError
 from clusterns_ray.files import write_atomic
 from clusterns_ray.models import resolve_model
 from clusterns_ray.training.alarms import Alarms
@@ -112,8 +112,8 @@ def train_worker(
         CheckpointError: checkpoints are there but none can be used.
         Drained: ``leave`` said so; the last step is in a checkpoint.
     """
-    with exclusive(Path(run_dir), distributed.rank() == 0):
-        mirror = mirror or NoMirror(Path(run_dir))
+    mirror = mirror or NoMirror(Path(run_dir))
+    with one_writer(Path(run_dir), mirror, lambda text: watch({"event": "note", "text": text})):
         mirror.pull(files=distributed.rank() == 0)
         run = Run(config, Path(tokens_dir), sts_dir, Path(run_dir), device, watch, report, mirror)
         run.restore()
@@ -127,6 +127,23 @@ def train_worker(
         finally:
             run.trackers.close()
             mirror.stop()
+
+
+@contextmanager
+def one_writer(run_dir: Path, mirror: NoMirror, note: Callable[[str], None]) -> Iterator[None]:
+    """Worker 0 takes the run for itself alone; where it may not, all workers raise, and none waits for the others."""
+    is_main = distributed.rank() == 0
+    refused: ClusterNSError | None = None
+    with ExitStack() as held:
+        try:
+            held.enter_context(exclusive(run_dir, is_main))
+            held.enter_context(mirror.alone(is_main, note))
+        except ClusterNSError as error:
+            refused = error
+        reason = distributed.broadcast_object(str(refused) if refused else None)
+        if reason is not None:
+            raise refused or ClusterNSError(reason)
+        yield
 
 
 def _train(run: Run, leave: Leave, score_before: float | None) -> dict[str, Any]:

@@ -11,13 +11,18 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from clusterns_ray.errors import StorageError
-from clusterns_ray.storage import Store, is_url, only_one
+from clusterns_ray.storage import Place, Store, is_url, only_one
+from clusterns_ray.training.exclusive import Lease, leased
 
 Warn = Callable[[str], None]
+
+LAST_COPY_S = 60.0
+"""How long the end waits for a copy that has begun, before others may write."""
 
 
 class NoMirror:
@@ -30,6 +35,18 @@ class NoMirror:
         """Where a person finds a file or directory of the run."""
         return str((self.run_dir / name).resolve())
 
+    @contextmanager
+    def alone(self, wanted: bool, note: Warn = lambda text: None, wait_s: float = 30.0) -> Iterator[None]:
+        """Be the one writer among all machines, if ``wanted``; around everything else.
+
+        Args:
+            note: told whom it waits for.
+
+        Raises:
+            Held: another machine writes this run, still after ``wait_s``.
+        """
+        yield
+
     def pull(self, *, files: bool) -> None:
         """Make the local checkpoints those of the store, before anything reads them; on every worker.
 
@@ -41,7 +58,11 @@ class NoMirror:
         """Start to copy; on worker 0 alone."""
 
     def push(self, name: str) -> None:
-        """Copy a file or directory of the run, soon. One of the same name that still waits is left out."""
+        """Copy a file or directory of the run, soon. One of the same name that still waits is left out.
+
+        Raises:
+            StorageError: another machine has taken the run over.
+        """
 
     def keep_newest(self, directory: str, keep: int) -> None:
         """Once what was pushed is there: remove all but the newest directories, by name."""
@@ -70,29 +91,31 @@ class Mirror(NoMirror):
         self._busy = False
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
+        self._lease: Lease | None = None
 
     def address(self, name: str) -> str:
         return f"{self.store.address}/{name}"
 
+    @contextmanager
+    def alone(self, wanted: bool, note: Warn = lambda text: None, wait_s: float = 30.0) -> Iterator[None]:
+        with leased(self.store, wanted, wait_s, note) as self._lease:
+            try:
+                yield
+            finally:
+                self.stop()
+                with self._changed:
+                    self._changed.wait_for(lambda: not self._busy, LAST_COPY_S)
+
     def pull(self, *, files: bool) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         with only_one(self.run_dir.parent / f".{self.run_dir.name}.pull"):
-            for name in self.store.names() if files else ():
-                if "/" not in name and not name.endswith(".manifest.json"):
-                    self._pull_file(name)
+            if files:
+                Place(self.run_dir, self.store).fetch_files()
             newest = self._pull_newest_checkpoint()
             # The store is what all machines share: a local checkpoint that never got there is not gone on from.
             for path in (self.run_dir / "checkpoints").glob("step-*"):
                 if path.name != newest:
                     shutil.rmtree(path, ignore_errors=True)
-
-    def _pull_file(self, name: str) -> None:
-        temporary = self.run_dir / f".{name}.{uuid.uuid4().hex[:8]}"
-        try:
-            self.store.download(name, temporary)
-            temporary.replace(self.run_dir / name)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def _pull_newest_checkpoint(self) -> str | None:
         checkpoints = self.store / "checkpoints"
@@ -114,6 +137,8 @@ class Mirror(NoMirror):
         self._thread.start()
 
     def push(self, name: str) -> None:
+        if self._lease is not None and self._lease.lost:
+            raise StorageError(self._lease.lost)
         path = self.run_dir / name
         aside = self.aside / uuid.uuid4().hex
         # metrics.jsonl and the like grow in place; whole files are replaced, never rewritten, so a link is enough.
@@ -174,6 +199,8 @@ class Mirror(NoMirror):
                 work, aside = self._waiting.pop(kind)
                 self._busy = True
             try:
+                if self._lease is not None:
+                    self._lease.check()
                 work()
                 self.failed.pop(kind, None)
             except (StorageError, OSError) as error:

@@ -8,39 +8,41 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from clusterns_ray.config import load_config
+from clusterns_ray.config import parse_config
 from clusterns_ray.errors import ConfigError
-from clusterns_ray.files import write_atomic
 from clusterns_ray.tuning.study import Study
-from clusterns_ray.tuning.sweep import owner
+from clusterns_ray.tuning.sweep import owner, runs_of
 
 
-def finalize(study: Study) -> tuple[dict[str, Any], Path]:
+def finalize(study: Study) -> tuple[dict[str, Any], str]:
     """Score the models of the winner, one a seed, on the STS tests; or read what was scored before.
 
     Returns:
-        What ``final.json`` holds (`when`, `trial`, `seeds`; `tasks` and `average` with mean and deviation), its path.
+        What ``final.json`` holds (`when`, `trial`, `seeds`; `tasks` and `average` with mean and deviation), and where
+        that is.
 
     Raises:
         ConfigError: the study is not finished, or its STS data holds no tests.
     """
-    directory = study.directory
-    final = directory / "final.json"
-    if final.is_file():
-        return json.loads(final.read_text(encoding="utf-8")), final
+    home = study.home
+    where = (home / "final.json").address
+    final = home.read("final.json")
+    if final is not None:
+        return json.loads(final), where
     if study.base.evaluation.sts == "structure":
         raise ConfigError(
             "evaluation.sts is structure, which has no test sets. Score the model with `clusterns evaluate "
-            f"{directory / 'model'} --sts DIRECTORY`."
+            f"{(home / 'model').address} --sts DIRECTORY`."
         )
-    if not (directory / "result.json").is_file():
+    found = home.read("result.json")
+    if found is None:
         raise ConfigError(
             f"The study {study.config.name!r} is not finished, and tests are looked at once. Run `clusterns tune` of "
             "it to its end first."
         )
     with owner(study):
-        result = json.loads((directory / "result.json").read_text(encoding="utf-8"))
-        sts = load_config(result["best"]).evaluation.sts
+        result = json.loads(found)
+        sts = parse_config(home.read("best.yaml") or "", source=result["best"]).evaluation.sts
         from clusterns_ray.evaluation.suite import evaluate_model
 
         scores = [evaluate_model(str(model), sts) for model in winners(study, result)]
@@ -53,16 +55,16 @@ def finalize(study: Study) -> tuple[dict[str, Any], Path]:
             "tasks": tasks,
             "average": spread(averages) if averages else None,
         }
-        write_atomic(final, json.dumps(value, indent=2) + "\n")
-    return value, final
+        home.write("final.json", json.dumps(value, indent=2) + "\n")
+    return value, where
 
 
 def winners(study: Study, result: dict[str, Any]) -> list[Path]:
     """The winner's model of every seed; the trial's own where nothing was confirmed."""
     trial, seeds = result["winner"]["trial"], result["winner"]["scores"]
     if not seeds:
-        return [study.directory / "model"]
-    return [study.directory / "confirmation" / f"{trial:04d}-seed{seed}" / "model" for seed in seeds]
+        return [study.home.fetch("model")]
+    return [(runs_of(study, None) / f"{trial:04d}-seed{seed}").fetch("model") for seed in seeds]
 
 
 def spread(scores: list[float]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 It is the truth of a sweep, and one process writes it. Every change is in it before anything follows from it, so that
 after a kill at any moment the same questions get the same answers: a trial is proposed by a sampler that is seeded by
-the trial's number, and a half-done proposal is completed, not repeated.
+the trial's number, and a half-done proposal is completed, not repeated. In an object store there are snapshots of it:
+one before a trial's first step, after its first evaluation and after its end, and meanwhile every half minute.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -22,14 +24,13 @@ from optuna.trial import FrozenTrial, TrialState
 
 from clusterns_ray.data.batches import stream_key
 from clusterns_ray.errors import ClusterNSError, ConfigError
+from clusterns_ray.tuning.snapshot import FILES, LOCK_WAIT_S, SNAPSHOT_S, pull_snapshot, push_snapshot
 from clusterns_ray.tuning.space import Overrides
 from clusterns_ray.tuning.study import Study, differences
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-FILES = {"sqlite": "study.db", "journal": "study.journal"}
-LOCK_WAIT_S = 60
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,28 @@ class Proposal:
 
 
 class Ledger:
-    """Open, or begin, the Optuna study in the directory of ``study``.
+    """Open, or begin, the Optuna study in the directory of ``study``; from its store, where it has one.
+
+    Args:
+        permit: called before anything is written to the store; raises where another process has taken over.
 
     Raises:
         ConfigError: the directory holds a study of that name with another identity.
+        StorageError: the store cannot be read or written; also from what changes the study.
     """
 
-    def __init__(self, study: Study, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        study: Study,
+        clock: Callable[[], float] = time.monotonic,
+        permit: Callable[[], None] = lambda: None,
+    ):
         self.config, self.space, self.workers = study.config, study.space, max(study.config.workers_per_trial, 1)
+        self.home, self.permit = study.home, permit
+        self._saving = threading.Lock()
+        self._changed, self._saved_at = False, -math.inf
         study.directory.mkdir(parents=True, exist_ok=True)
+        pull_snapshot(self.home, self.config.storage)
         self.optuna = optuna.create_study(
             storage=open_storage(study.directory, self.config.storage, writing=True),
             study_name=self.config.name,
@@ -68,7 +82,8 @@ class Ledger:
         identity = study.identity()
         known = self.optuna.user_attrs.get("identity")
         if known is None:
-            self.optuna.set_user_attr("identity", identity)
+            self.remember("identity", identity)
+            self.save()
             return
         changed = differences(known, identity)
         if changed:
@@ -78,6 +93,18 @@ class Ledger:
                 + (f"; and {len(changed) - 5} more" if len(changed) > 5 else "")
                 + ". Choose another name, or go back to those values to go on with it."
             )
+
+    def save(self) -> None:
+        """Bring the study to its store, as it is now."""
+        with self._saving:
+            self.permit()
+            self._changed, self._saved_at = False, time.monotonic()
+            push_snapshot(self.home, self.config.storage)
+
+    def save_if_due(self) -> None:
+        """The same, where something has changed and the last time was :data:`SNAPSHOT_S` ago."""
+        if self._changed and time.monotonic() - self._saved_at > SNAPSHOT_S:
+            self.save()
 
     # ---- reading ------------------------------------------------------------------------------------------------
 
@@ -114,6 +141,10 @@ class Ledger:
             self.optuna.enqueue_trial(point)
         return self._begin(self.optuna.ask())
 
+    def heard(self, number: int) -> int:
+        """The step of the newest evaluation of a trial that is in the study; 0 before the first."""
+        return max(self.optuna.get_trials(deepcopy=False)[number].intermediate_values, default=0)
+
     def resume(self, number: int) -> Proposal:
         """A trial that was left RUNNING, with the values it has or was about to get."""
         trial_id = self.optuna.get_trials(deepcopy=False)[number]._trial_id
@@ -125,6 +156,7 @@ class Ledger:
         trial.set_user_attr("attempts", attrs.get("attempts", 0) + 1)
         self._live[trial.number] = trial
         self._spent[trial.number] = attrs.get("seconds", 0.0), 0.0
+        self.save()
         return Proposal(trial.number, overrides)
 
     def _fixed_point(self, number: int) -> Overrides | None:
@@ -146,8 +178,12 @@ class Ledger:
         if step < newest:  # a resumed trial passes evaluations that were judged before
             return False
         if step > newest:
+            first = self._frozen(trial).user_attrs.get("attempts", 0) > 0
             trial.report(score, step)
             self._note(trial, steps=step, seconds=self._seconds(number, seconds), attempts=0)
+            self._changed = True
+            if first:  # so that no attempt counts as fruitless that was not
+                self.save()
         if last or not trial.should_prune():
             return False
         self._note(trial, reason=f"pruned at step {step}")
@@ -174,6 +210,7 @@ class Ledger:
     def remember(self, key: str, value: Any) -> None:
         """Keep a plain value with the study."""
         self.optuna.set_user_attr(key, value)
+        self._changed = True
 
     def recall(self, key: str, default: Any = None) -> Any:
         return self.optuna.user_attrs.get(key, default)
@@ -203,6 +240,7 @@ class Ledger:
     def _tell(self, number: int, value: float | None = None, state: TrialState | None = None) -> None:
         self.optuna.tell(self._live.pop(number), value, state)
         self.tick()
+        self.save()
 
 
 def begun(study: optuna.Study) -> list[FrozenTrial]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +11,10 @@ import ray
 from clusterns_ray import distributed
 from clusterns_ray.config import Config, make_config
 from clusterns_ray.errors import ClusterNSError
+from clusterns_ray.launch.places import run_place
 from clusterns_ray.launch.workers import DrainNotice, answer, run_workers, worker_device
 from clusterns_ray.training.loop import train_worker
-from clusterns_ray.tuning.trial import Job, Listener, Result, Stopped
+from clusterns_ray.tuning.trial import Job, Listener, Result, Stopped, run_files
 
 DESK_TIMEOUT_S = 60.0
 
@@ -68,7 +68,7 @@ def fit(job: Job, config: Config, tell: Callable[[Result], None]) -> dict[str, A
             config.runtime,
             use_gpu=job["use_gpu"],
             name=job["id"],
-            storage_path=os.path.join(job["run_dir"], "ray"),
+            storage_path=(run_place(config) / "ray").path,
             listen=listen,
         )
     except ClusterNSError:
@@ -82,7 +82,7 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
     job, desk = settings["job"], settings["desk"]
     config = make_config(job["config"])
     # Only reports are answered: there all workers stop together.
-    listener = Listener(lambda result: ray.get(desk.tell.remote(result)))
+    listener = Listener(lambda result: ray.get(desk.tell.remote(result)), config, job["heard"])
 
     def report(metrics: dict[str, Any]) -> None:
         go_on = True
@@ -94,17 +94,16 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
 
     def train() -> dict[str, Any]:
         try:
-            return train_worker(
-                config,
-                tokens_dir=job["tokens_dir"],
-                sts_dir=job["sts_dir"],
-                run_dir=job["run_dir"],
-                device=worker_device(config),
-                watch=listener.watch,
-                report=report,
-                leave=DrainNotice(lambda: desk.alive.remote()),
-                score_before=job["score_before"],
-            )
+            with run_files(job, config) as files:
+                return train_worker(
+                    config,
+                    **files,
+                    device=worker_device(config),
+                    watch=listener.watch,
+                    report=report,
+                    leave=DrainNotice(lambda: desk.alive.remote() if distributed.rank() == 0 else None),
+                    score_before=job["score_before"],
+                )
         except Stopped:
             raise ClusterNSError("it was stopped.") from None
 

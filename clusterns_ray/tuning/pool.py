@@ -6,6 +6,7 @@ resumption is not used.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import threading
 import time
@@ -72,6 +73,7 @@ class Pool:
         self._idle_since = time.monotonic()
         self._directory = directory
         shutil.rmtree(directory, ignore_errors=True)
+        logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it warns that what nobody reads is not there
         self._tuner = tune.Tuner(
             tune.with_resources(TrialProcess, resources),
             tune_config=TuneConfig(

@@ -13,6 +13,7 @@ import random
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +22,7 @@ from pydantic import Discriminator, Field, ValidationError, field_validator, mod
 
 from clusterns_ray.config import Config, Section, YamlDumper, YamlLoader, apply_override, known_keys, load_config
 from clusterns_ray.errors import ConfigError
-from clusterns_ray.storage import is_url
+from clusterns_ray.storage import Place, place
 from clusterns_ray.tuning.space import (
     FixedParameter,
     IntParameter,
@@ -140,7 +141,8 @@ class StudyConfig(Section):
     """Tried first, in this order; keys that are left out are proposed by the sampler."""
     confirmation: ConfirmationConfig = ConfirmationConfig()
     storage: Literal["sqlite", "journal"] = "sqlite"
-    """How the Optuna study is kept; `journal` where the directory is on a network file system."""
+    """How the Optuna study is kept; `journal` where the directory is on a network file system. In an object store there
+    are snapshots of it."""
 
     @field_validator("sampler", "scheduler", mode="before")
     @classmethod
@@ -182,10 +184,15 @@ class Study:
     """with `set`, fixed values and `workers_per_trial` applied"""
     space: Space
 
+    @cached_property
+    def home(self) -> Place:
+        """STORAGE_PATH/NAME."""
+        return place(self.base.runtime.storage_path, self.config.name, self.base.runtime.local_path)
+
     @property
     def directory(self) -> Path:
-        """STORAGE_PATH/NAME, absolute."""
-        return Path(self.base.runtime.storage_path).expanduser().resolve() / self.config.name
+        """STORAGE_PATH/NAME, or this machine's copy of it; absolute."""
+        return self.home.local
 
     @property
     def confirms(self) -> bool:
@@ -246,11 +253,6 @@ def check_study(values: dict[str, Any], path: Path, overrides: Iterable[str] = (
         key = override.partition("=")[0].strip()
         if key in config.space:
             raise ConfigError(f"--set {override!r}: {key} is in the study's space. Change the space instead.")
-    if is_url(base.runtime.storage_path):
-        raise ConfigError(
-            f"{path}: runtime.storage_path is {base.runtime.storage_path!r}, but a study is kept in a database file, "
-            "which needs a file system. Give a directory that every node sees."
-        )
     if base.evaluation.sts is None:
         raise ConfigError(
             f"{path}: the base configuration has no evaluation.sts, so trials have no score. Give it a directory of "

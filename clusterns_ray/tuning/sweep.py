@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import optuna
 
 from clusterns_ray.config import Config, dump_config, make_config
 from clusterns_ray.data.prepare import Prepared, cache_directory, describe, prepare
-from clusterns_ray.errors import ClusterNSError, ConfigError
-from clusterns_ray.files import write_atomic
+from clusterns_ray.errors import ClusterNSError, ConfigError, StorageError
+from clusterns_ray.launch.places import run_directory, stage
 from clusterns_ray.launch.preflight import check_data, check_encoder, check_storage
-from clusterns_ray.training.exclusive import exclusive
+from clusterns_ray.storage import Place
+from clusterns_ray.training.exclusive import Held, exclusive, leased
 from clusterns_ray.tuning.ledger import Ledger, Proposal
 from clusterns_ray.tuning.outcome import Candidate, choose, copy_model, summary, top_trials, write_trials
 from clusterns_ray.tuning.space import Overrides, with_values
@@ -49,9 +48,9 @@ def tune(study: Study, watch: Watch = lambda event: None) -> dict[str, Any]:
         ClusterNSError: no trial finished, or the cluster failed; what is finished is kept.
     """
     check_request(study)
-    with owner(study):
-        ledger = Ledger(study)
-        write_atomic(study.directory / "study.yaml", dump_study(study))
+    with owner(study, lambda text: watch({"event": "note", "text": text})) as permit:
+        ledger = Ledger(study, permit=permit)
+        study.home.write("study.yaml", dump_study(study))
         sweep = Sweep(study, ledger, watch)
         if sweep.exhausted():
             watch({"event": "note", "text": f"{study.config.name!r} is finished; raise the budget to go on with it."})
@@ -96,6 +95,8 @@ def _run(sweep: Sweep) -> None:
         pool.start()
         try:
             while not pool.wait(0.3):
+                sweep.ledger.permit()
+                sweep.ledger.save_if_due()
                 sweep.watch({"event": "look", "study": sweep.ledger.optuna})
         except KeyboardInterrupt:
             sweep.note("Stopping. Trials that run keep their newest checkpoints; finished ones are kept.")
@@ -120,20 +121,25 @@ def check_request(study: Study) -> None:
 
 
 @contextmanager
-def owner(study: Study) -> Iterator[None]:
-    """Hold the study's directory alone; ConfigError where another process does."""
-    held = exclusive(study.directory, True, wait_s=2.0)
-    try:
-        held.__enter__()
-    except ClusterNSError:
-        raise ConfigError(
-            f"The study {study.config.name!r} is being run by another process. Look at it with --status, let it "
-            "finish, or end it."
-        ) from None
-    try:
-        yield
-    finally:
-        held.__exit__(None, None, None)
+def owner(study: Study, note: Callable[[str], None] = lambda text: None) -> Iterator[Callable[[], None]]:
+    """Hold the study alone, among all machines that share its store; ConfigError where another process does.
+
+    Yields:
+        What raises StorageError as soon as it is held no more.
+    """
+    with ExitStack() as held:
+        try:
+            held.enter_context(exclusive(study.directory, True, wait_s=2.0))
+            lease = held.enter_context(leased(study.home.store, True, wait_s=2.0, note=note))
+        except StorageError:
+            raise
+        except ClusterNSError as error:
+            who = str(error.holder) if isinstance(error, Held) else "another process"
+            raise ConfigError(
+                f"The study {study.config.name!r} is being run by {who}. Look at it with --status, let it finish, or "
+                "end it."
+            ) from None
+        yield lease.check if lease else lambda: None
 
 
 class Sweep:
@@ -145,14 +151,14 @@ class Sweep:
         self._half_done = [trial.number for trial in ledger.running()]
         self._live: set[str] = set()
         self._confirmations: list[Job] | None = None
-        self._prepared: dict[str, Prepared] = {}
+        self._prepared: dict[str, tuple[Prepared, dict[str, Any]]] = {}
 
     def note(self, text: str) -> None:
         self.watch({"event": "note", "text": text})
 
     def prepare(self) -> None:
         """Tokenise the corpus, once for all trials."""
-        prepared = self._data(self.study.base)
+        prepared, _ = self._data(self.study.base)
         self.note(("Corpus, as prepared before: " if prepared.reused else "Corpus: ") + describe(prepared.manifest))
 
     # ---- a pool's source ----------------------------------------------------------------------------------------
@@ -182,7 +188,10 @@ class Sweep:
 
     def evaluated(self, job: Job, result: dict[str, Any]) -> bool:
         if result["step"] == 0:
-            self.ledger.remember("scores_before", {**self._scores_before(), _encoder_key(job): result["score"]})
+            known, key = self._scores_before(), _encoder_key(job)
+            if key not in known:
+                self.ledger.remember("scores_before", {**known, key: result["score"]})
+                self.ledger.save()
             return False
         self.ledger.tick()
         told = {"step": result["step"], "score": result["score"]}
@@ -209,6 +218,7 @@ class Sweep:
             else:
                 failures = self.ledger.recall("confirmation_failures", {})
                 self.ledger.remember("confirmation_failures", {**failures, job["id"]: result["reason"]})
+                self.ledger.save()
             told = {"reason": result["reason"]}
         self.watch({"event": "trial", "what": result["outcome"], **_told(job), **told})
         self._close(job)
@@ -226,46 +236,49 @@ class Sweep:
 
     def _begin(self, proposal: Proposal) -> Job:
         name = f"{proposal.number:04d}"
-        directory = self.study.directory / "trials"
-        job = self._job(name, proposal.number, directory, proposal.overrides)
+        job = self._job(name, proposal.number, proposal.overrides)
         self._live.add(name)
         self.watch({"event": "trial", "what": "begins", **_told(job)})
         return job
 
-    def _job(self, name: str, number: int | None, directory: Path, overrides: Overrides) -> Job:
-        config = trial_config(self.study, overrides, directory, name)
-        run_dir = directory / name
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomic(run_dir / "config.yaml", dump_config(config))
-        prepared = self._data(config)
+    def _job(self, name: str, number: int | None, overrides: Overrides) -> Job:
+        runs = runs_of(self.study, number)
+        config = trial_config(self.study, overrides, runs, name)
+        (runs / name).write("config.yaml", dump_config(config))
+        _, staged = self._data(config)
         job: Job = {
             "id": name,
             "number": number,
             "values": overrides,
             "config": config.resolved(),
-            "tokens_dir": str(prepared.tokens_dir),
-            "sts_dir": prepared.sts_dir,
-            "run_dir": str(run_dir),
+            "staged": staged,
+            "run_dir": str(run_directory(config)),
             "use_gpu": self.use_gpu,
         }
-        return {**job, "score_before": self._scores_before().get(_encoder_key(job))}
+        before = self._scores_before().get(_encoder_key(job))
+        heard = None if number is None else -1 if before is None else self.ledger.heard(number)
+        return {**job, "score_before": before, "heard": heard}
 
     def _plan_confirmations(self) -> list[Job]:
         failures = self.ledger.recall("confirmation_failures", {})
         jobs = []
         for trial, name, seed in planned_confirmations(self.study, self.ledger):
-            directory = self.study.directory / "confirmation"
-            if name not in failures and not (directory / name / "result.json").is_file():
-                overrides = {**values_of(self.study, trial), "seed": seed}
-                jobs.append(self._job(name, None, directory, overrides))
+            if name not in failures and runs_of(self.study, None).read(f"{name}/result.json") is None:
+                jobs.append(self._job(name, None, {**values_of(self.study, trial), "seed": seed}))
         return jobs
 
-    def _data(self, config: Config) -> Prepared:
+    def _data(self, config: Config) -> tuple[Prepared, dict[str, Any]]:
+        """What a run reads, and where it is staged for machines that share a store alone."""
         values = config.identity()
         key = json.dumps([values["data"], values["encoder"], values["evaluation"]["sts"]], sort_keys=True)
         if key not in self._prepared:
-            self._prepared[key] = prepare(
-                config, self.note, lambda rows: self.watch({"event": "tokenised", "rows": rows})
+            prepared = prepare(config, self.note, lambda rows: self.watch({"event": "tokenised", "rows": rows}))
+            if self.study.home.store is not None:
+                self.note(f"Staging its tokens in {self.study.base.runtime.storage_path}")
+            # Beside the study, so that all its runs share them.
+            self._prepared[key] = (
+                prepared,
+                stage(config.model_copy(update={"runtime": self.study.base.runtime}), prepared),
             )
         return self._prepared[key]
 
@@ -274,21 +287,40 @@ class Sweep:
 
     def _close(self, job: Job) -> None:
         self._live.discard(job["id"])
-        remove_leftovers(Path(job["run_dir"]), model=job["number"] is not None and self.study.confirms)
+        remove_leftovers(
+            runs_of(self.study, job["number"]) / job["id"], model=job["number"] is not None and self.study.confirms
+        )
 
 
-def remove_leftovers(run_dir: Path, model: bool) -> None:
+def runs_of(study: Study, number: int | None) -> Place:
+    """Where the runs of trials are, or those that confirm (which have no number)."""
+    return study.home / ("confirmation" if number is None else "trials")
+
+
+def remove_leftovers(run: Place, model: bool) -> None:
     """Remove what an ended run needs no more. The models of confirmations stay, as one of them wins."""
-    shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+    run.remove("checkpoints")
     if model:
-        shutil.rmtree(run_dir / "model", ignore_errors=True)
+        run.remove("model")
 
 
-def trial_config(study: Study, overrides: Overrides, directory: Path, name: str) -> Config:
-    """The base with a trial's values, as a run of its own in ``directory``."""
+def clean_up(study: Study, ledger: Ledger) -> None:
+    """Remove what a kill, between the note of a run's end and this, has left; or a pruned trial, still copying."""
+    runs = {f"trials/{trial.number:04d}": study.confirms for trial in ledger.ended()}
+    runs |= {f"confirmation/{name}": False for _, name, _ in planned_confirmations(study, ledger)}
+    store = study.home.store
+    there = None if store is None else {"/".join(name.split("/")[:3]) for name in store.names()}
+    for name, model in runs.items():
+        left = [f"{name}/checkpoints", *([f"{name}/model"] if model else [])]
+        if there is None or there.intersection(left):
+            remove_leftovers(study.home / name, model)
+
+
+def trial_config(study: Study, overrides: Overrides, runs: Place, name: str) -> Config:
+    """The base with a trial's values, as a run of its own in ``runs``."""
     config = study.space.config(overrides, source=f"trial {name}")
     where = {
-        "runtime.storage_path": str(directory),
+        "runtime.storage_path": runs.path,
         "runtime.name": name,
         "runtime.keep": 1,
         "runtime.trackers": [],
@@ -329,9 +361,9 @@ def candidates(study: Study, ledger: Ledger) -> list[Candidate]:
     """The best trials with the scores of their confirmations."""
     scores: dict[int, dict[int, float]] = {}
     for trial, name, seed in planned_confirmations(study, ledger):
-        result = study.directory / "confirmation" / name / "result.json"
-        if result.is_file():
-            scores.setdefault(trial.number, {})[seed] = json.loads(result.read_text(encoding="utf-8"))["sts_dev"]
+        result = runs_of(study, None).read(f"{name}/result.json")
+        if result is not None:
+            scores.setdefault(trial.number, {})[seed] = json.loads(result)["sts_dev"]
     return [
         Candidate(trial.number, values_of(study, trial), trial.value or 0.0, scores.get(trial.number, {}))
         for trial in top_trials(ledger.ended(), study.config.confirmation.top)
@@ -339,26 +371,25 @@ def candidates(study: Study, ledger: Ledger) -> list[Candidate]:
 
 
 def write_outcome(study: Study, ledger: Ledger) -> dict[str, Any]:
-    """``trials.parquet``, ``best.yaml``, ``model/`` and ``result.json``, from what is on disk."""
-    directory, trials = study.directory, ledger.trials()
-    for trial in ledger.ended():  # a kill may have come between the note of its end and this
-        remove_leftovers(directory / "trials" / f"{trial.number:04d}", model=study.confirms)
-    for _, name, _ in planned_confirmations(study, ledger):
-        remove_leftovers(directory / "confirmation" / name, model=False)
-    write_trials(directory / "trials.parquet", trials, list(study.space.parameters))
+    """``trials.parquet``, ``best.yaml``, ``model/`` and ``result.json``, from what the study and its runs hold."""
+    home, trials = study.home, ledger.trials()
+    clean_up(study, ledger)
+    write_trials(home.local / "trials.parquet", trials, list(study.space.parameters))
+    home.publish("trials.parquet")
     found = candidates(study, ledger)
     if not found:
         reasons = [trial.user_attrs["reason"] for trial in trials if "reason" in trial.user_attrs]
         raise ClusterNSError(
             f"None of the {len(trials)} trials of {study.config.name!r} finished"
             + (f"; the last: {reasons[-1]}" if reasons else ".")
-            + f" See {str(directory / 'trials')!r}."
+            + f" See {(home / 'trials').address!r}."
         )
     winner, alike = choose(found, len(study.config.confirmation.seeds))
     config = study.space.config(winner.overrides)
     best = make_config(with_values(config.resolved(), {"runtime.name": f"{study.config.name}-best"}))
-    write_atomic(directory / "best.yaml", dump_config(best))
-    copy_model(_models(study, winner)[0], directory / "model")
+    home.write("best.yaml", dump_config(best))
+    copy_model(_best_run(study, winner).fetch("model"), home.local / "model")
+    home.publish("model")
     scores_before = list(ledger.recall("scores_before", {}).values())
     result = {
         "study": study.config.name,
@@ -371,25 +402,26 @@ def write_outcome(study: Study, ledger: Ledger) -> dict[str, Any]:
         "not_told_apart": [candidate.number for candidate in alike],
         "candidates": [summary(candidate) for candidate in found],
         "confirmation_failures": ledger.recall("confirmation_failures", {}),
-        "best": str(directory / "best.yaml"),
-        "model": str(directory / "model"),
+        "best": (home / "best.yaml").address,
+        "model": (home / "model").address,
     }
-    write_atomic(directory / "result.json", json.dumps(result, indent=2) + "\n")
+    ledger.save()
+    home.write("result.json", json.dumps(result, indent=2) + "\n")  # last, as it says that everything is there
     return result
 
 
-def _models(study: Study, winner: Candidate) -> list[Path]:
-    """The models of the winner, that of its best seed first."""
+def _best_run(study: Study, winner: Candidate) -> Place:
+    """The winner's run with its best seed."""
     if not winner.scores:
-        return [study.directory / "trials" / f"{winner.number:04d}" / "model"]
-    seeds = sorted(winner.scores, key=lambda seed: (-winner.scores[seed], seed))
-    return [study.directory / "confirmation" / f"{winner.number:04d}-seed{seed}" / "model" for seed in seeds]
+        return runs_of(study, winner.number) / f"{winner.number:04d}"
+    seed = min(winner.scores, key=lambda seed: (-winner.scores[seed], seed))
+    return runs_of(study, None) / f"{winner.number:04d}-seed{seed}"
 
 
 def _check_not_finalized(study: Study) -> None:
-    final = study.directory / "final.json"
-    if final.is_file():
-        when = json.loads(final.read_text(encoding="utf-8"))["when"]
+    final = study.home.read("final.json")
+    if final is not None:
+        when = json.loads(final)["when"]
         raise ConfigError(
             f"The study {study.config.name!r} was finalized at {when}: its tests have been looked at, so nothing more "
             "may be chosen. Begin a study of another name."

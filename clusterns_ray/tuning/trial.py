@@ -8,31 +8,36 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import queue
+import shutil
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from ray import tune
 
+from clusterns_ray import distributed
 from clusterns_ray.config import Config, make_config
-from clusterns_ray.errors import ClusterNSError
+from clusterns_ray.errors import ClusterNSError, StorageError
+from clusterns_ray.launch.places import read_run_file, run_directory, run_place, run_url, unstage
+from clusterns_ray.storage import Place
 from clusterns_ray.training.metrics import read_metrics
+from clusterns_ray.training.mirror import mirror_of
 
 Job = dict[str, Any]
-"""Plain values: `id, config, tokens_dir, sts_dir, run_dir, score_before, use_gpu`."""
+"""Plain values: `id, config, staged, score_before, heard, use_gpu`."""
 
 Result = dict[str, Any]
 """Of an evaluation: `step, score, last, seconds`, the untrained encoder's at step 0. At the end: `outcome`, either
 ``finished`` (with `score, steps, curve`) or ``failed`` (with `reason`), and `seconds`."""
 
-STOP_S = 60.0
-"""How long a stopped trial is waited for before its process is given up."""
+STOP_S = 90.0
+"""How long a stopped trial is waited for before its process is given up; a store gets its last files meanwhile."""
 
 
 class Stopped(Exception):
@@ -78,19 +83,26 @@ class TrialRun:
 
     def __init__(self, job: Job):
         self.job, self.config = job, make_config(job["config"])
-        self.results: queue.Queue[Result] = queue.Queue()
+        self.results: queue.Queue[Result | StorageError] = queue.Queue()
         self.verdicts: queue.Queue[bool] = queue.Queue()
         self.thread = threading.Thread(target=self._run, daemon=True, name="trial")
         self.began: float | None = None
 
     def next(self) -> Result:
-        """Let the trial go on to its next evaluation or end, and wait for that."""
+        """Let the trial go on to its next evaluation or end, and wait for that.
+
+        Raises:
+            StorageError: what was done could not be kept; begun again, the trial goes on from what is there.
+        """
         if self.began is None:
             self.began = time.monotonic()
             self.thread.start()
         else:
             self.verdicts.put(True)
-        return {**self.results.get(), "seconds": time.monotonic() - self.began}
+        result = self.results.get()
+        if isinstance(result, StorageError):
+            raise result
+        return {**result, "seconds": time.monotonic() - self.began}
 
     def stop(self) -> None:
         """End the trial where it waits. RuntimeError if it does not end: its process cannot be used again."""
@@ -110,43 +122,72 @@ class TrialRun:
     def _run(self) -> None:
         try:
             train = _train_here if self.config.runtime.num_workers == 0 else _train_on_workers
-            self.results.put({"outcome": "finished", **finished(train(self.job, self.config, self.tell), self.job)})
+            self.results.put({"outcome": "finished", **finished(train(self.job, self.config, self.tell), self.config)})
         except Stopped:
             pass
+        except StorageError as error:  # no fault of the trial's values
+            self.results.put(error)
         except BaseException as error:
-            self.results.put({"outcome": "failed", "reason": failure(error, Path(self.job["run_dir"]))})
+            self.results.put({"outcome": "failed", "reason": failure(error, run_place(self.config))})
 
 
-def finished(result: dict[str, Any], job: Job) -> Result:
+def finished(result: dict[str, Any], config: Config) -> Result:
     """A run's result, and its evaluations: those of earlier attempts may not have been heard of."""
-    records = read_metrics(Path(job["run_dir"]) / "metrics.jsonl")
+    records = map(json.loads, (read_run_file(config, "metrics.jsonl") or "").splitlines())
     curve = [(r["step"], r["sts_dev"]) for r in records if r.get("sts_dev") is not None and r["step"] > 0]
     return {"score": result["sts_dev"], "steps": result["steps"], "before": result["sts_dev_before"], "curve": curve}
 
 
-def failure(error: BaseException, run_dir: Path) -> str:
+def failure(error: BaseException, run: Place) -> str:
     """One line on why, and the whole of it in ``error.txt``."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "error.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    with suppress(StorageError, OSError):  # which may be why it failed
+        run.write("error.txt", "".join(traceback.format_exception(error)))
     text = " ".join(str(error).split())
     return text if isinstance(error, ClusterNSError) else f"{type(error).__name__}: {text}"
 
 
-class Listener:
-    """The hooks of a training loop on its first worker, turned into results."""
+@contextmanager
+def run_files(job: Job, config: Config) -> Iterator[dict[str, Any]]:
+    """What ``train_worker`` is to be told of a trial's files on this machine. In the end a copy of what is in an
+    object store is removed: a sweep has many runs."""
+    tokens_dir, sts_dir = unstage(config, job["staged"])
+    run_dir, url = run_directory(config), run_url(config)
+    try:
+        yield {"tokens_dir": tokens_dir, "sts_dir": sts_dir, "run_dir": run_dir, "mirror": mirror_of(url, run_dir)}
+    finally:
+        if url and distributed.rank() == 0:
+            shutil.rmtree(run_dir, ignore_errors=True)
 
-    def __init__(self, tell: Callable[[Result], Any]):
+
+class Listener:
+    """The hooks of a training loop on its first worker, turned into results.
+
+    Args:
+        heard: the newest step whose score the study knows. Those that a resumed run has behind it are told again, in
+            order: the study may be a snapshot from before them. None if they do not matter.
+    """
+
+    def __init__(self, tell: Callable[[Result], Any], config: Config | None = None, heard: int | None = None):
         self.tell, self.total_steps = tell, 0
+        self.config, self.heard = config, heard
 
     def watch(self, event: dict[str, Any]) -> None:
         if event["event"] == "start":
             self.total_steps = event["total_steps"]
+            for metrics in self._missed(event["step"]):
+                self.report(metrics)
         if event["event"] == "evaluation" and event["step"] == 0:
-            self.tell({"step": 0, "score": event["sts_dev"], "last": False})
+            self.report(event)
 
     def report(self, metrics: dict[str, Any]) -> None:
         last = metrics["step"] >= self.total_steps
         self.tell({"step": metrics["step"], "score": metrics["sts_dev"], "last": last})
+
+    def _missed(self, step: int) -> list[dict[str, Any]]:
+        if self.config is None or self.heard is None or self.heard >= step:
+            return []
+        records = read_metrics(run_directory(self.config) / "metrics.jsonl")
+        return [r for r in records if r.get("sts_dev") is not None and self.heard < r["step"] <= step]
 
 
 def _train_here(job: Job, config: Config, tell: Callable[[Result], None]) -> dict[str, Any]:
@@ -157,18 +198,17 @@ def _train_here(job: Job, config: Config, tell: Callable[[Result], None]) -> dic
     device = torch.device("cuda" if job["use_gpu"] else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(config.runtime.cpus_per_worker)
-    listener = Listener(tell)
+    listener = Listener(tell, config, job["heard"])
     try:
-        return train_worker(
-            config,
-            tokens_dir=job["tokens_dir"],
-            sts_dir=job["sts_dir"],
-            run_dir=job["run_dir"],
-            device=device,
-            watch=listener.watch,
-            report=listener.report,
-            score_before=job["score_before"],
-        )
+        with run_files(job, config) as files:
+            return train_worker(
+                config,
+                **files,
+                device=device,
+                watch=listener.watch,
+                report=listener.report,
+                score_before=job["score_before"],
+            )
     finally:
         if device.type == "cuda":
             torch.cuda.empty_cache()

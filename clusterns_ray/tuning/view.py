@@ -250,13 +250,26 @@ def show_status(study: Study) -> None:
     """
     from rich.console import Console
 
+    from clusterns_ray.storage import reading_place
     from clusterns_ray.tuning.ledger import read_ledger
+    from clusterns_ray.tuning.snapshot import FILES
 
-    console = Console(highlight=False)
-    console.print(render(read_progress(study, read_ledger(study.directory))))
-    confirmed = len(list(study.directory.glob("confirmation/*/result.json")))
+    console, store = Console(highlight=False), study.home.store
+    here, names = study.home, []
+    if store is None:
+        found = [*here.local.glob("*.json"), *here.local.glob("confirmation/*/result.json")]
+        names = [path.relative_to(here.local).as_posix() for path in found]
+    else:
+        times = store.times()
+        names, here = list(times), reading_place(store.url)
+        newest = max((time for name, time in times.items() if name in FILES.values()), default=None)
+        if newest is not None:
+            here.fetch_files(leave_out=(".html", ".parquet"))
+            console.print(f"As of the snapshot of {datetime.fromtimestamp(newest):%H:%M:%S} in {store.address}.")
+    console.print(render(read_progress(study, read_ledger(here.local))))
+    confirmed = sum(name.startswith("confirmation/") and name.endswith("/result.json") for name in names)
     if confirmed:
         console.print(f"{confirmed} confirming runs finished.")
     for name, text in (("result.json", "Finished"), ("final.json", "Finalized")):
-        if (study.directory / name).is_file():
-            console.print(f"{text}: {study.directory / name}", soft_wrap=True)
+        if name in names:
+            console.print(f"{text}: {(study.home / name).address}", soft_wrap=True)

@@ -335,6 +335,7 @@ OTHER_VALUES = {
     "train.schedule": "cosine",
     "train.weight_decay": 0.1,
     "train.max_grad_norm": 2.0,
+    "train.cache_chunk": 64,
     "train.precision": "fp32",
     "evaluation.sts": "dir",
     "evaluation.dev": "STSB/test",
@@ -352,6 +353,8 @@ OTHER_VALUES = {
     "runtime.step_timeout_s": 1.0,
     "runtime.checkpoint_every_steps": 5,
     "runtime.keep": 3,
+    "runtime.resize_every_s": 5.0,
+    "runtime.log_rows": True,
     "runtime.log_every_steps": 1,
 }
 

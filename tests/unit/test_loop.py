@@ -330,7 +330,6 @@ def test_masked_language_modelling_leaves_the_contrastive_part_untouched(lab: La
 
 def test_two_prompts_make_two_different_views(lab: Lab, tmp_path: Path) -> None:
     config = lab.config(**RESUMED["prompt"])
-    config = lab.config()
     run = Run(config, prepare(config).tokens_dir, None, tmp_path, CPU, lambda event: None, lambda metrics: None)
     shard = run.batch(0)[1][0]
     assert shard.second is not None

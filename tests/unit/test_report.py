@@ -25,11 +25,12 @@ from clusterns_ray.cli import app
 from clusterns_ray.config import dump_config
 from clusterns_ray.errors import ConfigError, DataError
 from clusterns_ray.evaluation.sts import TASKS
-from clusterns_ray.report import advice, default_output, write_report
+from clusterns_ray.report import advice, write_report
 from clusterns_ray.report.advice import advise
 from clusterns_ray.report.charts import MAX_POINTS, Line, line_chart, quantile, size_bands, thin
 from clusterns_ray.report.compare import compare_page, group_runs, mean_curve, welch_interval
 from clusterns_ray.report.page import COLORS, HUES, Examples, Figure, Link, Page, Section, Table, render_page
+from clusterns_ray.report.places import default_output
 from clusterns_ray.report.record import RunRecord, read_records, read_run
 from clusterns_ray.report.run import changed_keys, run_page
 from clusterns_ray.report.sts_table import PUBLISHED
@@ -686,7 +687,7 @@ def test_requests_that_are_refused(tmp_path: Path, run_dir: Path, clusterns: Cal
 
 
 def test_a_report_that_fails_leaves_the_one_before(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, _ = write_report([run_dir])
+    path = write_report([run_dir]).path
     before = path.read_text(encoding="utf-8")
 
     def fail(*_: Any) -> None:
@@ -732,7 +733,7 @@ def test_a_real_small_run(tmp_path: Path, tiny_model: Path, corpus_file: Path, s
             }
         )
     )
-    path, page = write_report([tmp_path / "tiny"])
+    path, page, _ = write_report([tmp_path / "tiny"])
     html = Html(path.read_text(encoding="utf-8"))
     text = " ".join(html.text.split())
     records = read_records(tmp_path / "tiny" / "metrics.jsonl")

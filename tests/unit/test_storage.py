@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,39 +18,18 @@ from clusterns_ray.errors import ClusterNSError, ConfigError, StorageError
 from clusterns_ray.launch.places import read_run_file, run_directory, stage, unstage
 from clusterns_ray.launch.preflight import check_storage
 from clusterns_ray.launch.trainer import train
-from clusterns_ray.storage import Store, is_url, local_copy
+from clusterns_ray.storage import (
+    Place,
+    Store,
+    is_url,
+    local_copy,
+    place,
+    read_text,
+    reading_place,
+    split_url,
+    write_text,
+)
 from clusterns_ray.training.mirror import Mirror
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """``s3://bucket`` on moto's server."""
-    moto = pytest.importorskip("moto.server")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    import boto3
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    boto3.client("s3").create_bucket(Bucket="bucket")
-    yield "s3://bucket"
-    server.stop()
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-@pytest.fixture
-def store(s3: str, tmp_path: Path) -> Store:
-    return Store(s3) / tmp_path.name
 
 
 def directory(path: Path, **files: str) -> Path:
@@ -436,3 +412,126 @@ def test_another_configuration_under_the_name_is_refused(config: Config) -> None
     values = config.resolved()
     with pytest.raises(ConfigError, match=r"/run' holds already with another config: seed was 42 and is now 43"):
         train(make_config({**values, "seed": 43}))
+
+
+# ---- places -------------------------------------------------------------------------------------------------------
+
+
+def test_what_holds_a_url() -> None:
+    assert split_url("s3://b/p/name") == ("s3://b/p", "name")
+    assert split_url("s3://b/name/?x=1") == ("s3://b?x=1", "name")
+    assert split_url("s3://b") == ("s3://b", "") and split_url("file:///a/b") == ("file:///a", "b")
+
+
+def test_small_texts_here_and_there(store: Store, tmp_path: Path) -> None:
+    for where in (f"{store.url}/sub/a.txt", tmp_path / "a.txt"):
+        assert read_text(where) is None
+        write_text(where, "grün")
+        assert read_text(where) == "grün"
+
+
+@pytest.fixture(params=["directory", "store"])
+def home(request: pytest.FixtureRequest, store: Store, tmp_path: Path) -> Place:
+    """A place of each kind, in the eyes of its writer."""
+    if request.param == "directory":
+        return place(str(tmp_path / "runs"), "study")
+    return place(store.url, "study", str(tmp_path / "here"))
+
+
+def test_a_place(home: Place) -> None:
+    run = home / "trials" / "0001"
+    assert run.read("config.yaml") is None
+    run.write("config.yaml", "seed: 1\n")
+    assert run.read("config.yaml") == "seed: 1\n" and (run.local / "config.yaml").read_text() == "seed: 1\n"
+    assert run.address == f"{home.address}/trials/0001" and run.path.endswith("/trials/0001")
+    directory(run.local / "model", **{"a.txt": "1", "sub/b.txt": "2"})
+    run.publish("model")
+    (home.local / "page.html").write_text("page")
+    home.publish("page.html")
+    assert home.read("page.html") == "page"
+    assert (run.fetch("model") / "sub" / "b.txt").read_text() == "2"
+    run.remove("model")
+    run.remove("model")
+    assert not (run.local / "model").exists() and run.read("model/a.txt") is None
+    assert run.read("config.yaml") == "seed: 1\n"
+
+
+def test_another_machine_sees_what_was_published(store: Store, tmp_path: Path) -> None:
+    writer = place(store.url, "study", str(tmp_path / "one"))
+    directory(writer.local / "model", **{"a.txt": "1"})
+    writer.publish("model")
+    writer.write("a.json", "{}")
+    writer.write("b.json", "{}")
+    writer.write("page.html", "page")
+    (store / "study").write("deep/c.json", b"{}")
+    other = place(store.url, "study", str(tmp_path / "two"))
+    assert (other.fetch("model") / "a.txt").read_text() == "1"
+    other.fetch_files(leave_out=(".html",))
+    assert sorted(path.name for path in other.local.iterdir() if path.is_file() and path.name[0] != ".") == [
+        "a.json",
+        "b.json",
+    ]
+    (store / "study").delete("b.json")
+    other.fetch_files()
+    assert not (other.local / "b.json").exists() and (other.local / "page.html").read_text() == "page"
+    assert (other.local / "model" / "a.txt").exists(), "directories stay"
+    with pytest.raises(StorageError, match="study/none is not there, or not whole"):
+        other.fetch("none")
+
+
+def test_a_reader_has_a_copy_of_its_own(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLUSTERNS_LOCAL_PATH", str(tmp_path))
+    writer = place(store.url, "study")
+    reader = reading_place(f"{store.url}/study")
+    writer.write("study.db", "old")
+    reader.fetch_files()
+    (writer.local / "study.db").write_text("new, and not yet copied")
+    reader.fetch_files()
+    assert (writer.local / "study.db").read_text().startswith("new")
+    assert (reader.local / "study.db").read_text() == "old" and reader.address == writer.address
+
+
+def test_a_directory_that_is_replaced_while_it_is_copied_is_read_anew(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = directory(tmp_path / "first", **{"a.txt": "1", "b.txt": "1"})
+    second = directory(tmp_path / "second", **{"a.txt": "2", "b.txt": "2"})
+    store.push_directory(first, "d")
+    original, times = Store.download, 0
+
+    def download(self: Store, name: str, local: Path) -> str:
+        nonlocal times
+        times += 1
+        if times == 2:
+            self.push_directory(second, "d")
+        return original(self, name, local)
+
+    monkeypatch.setattr(Store, "download", download)
+    notes: list[str] = []
+    assert store.pull_directory("d", tmp_path / "copy", notes.append)
+    assert {path.read_text() for path in (tmp_path / "copy").iterdir()} == {"2"}
+    assert notes == [f"Copying {store.address}/d to this machine (0.0 MB)"] * 2
+
+    def replace(self: Store, name: str, local: Path) -> str:
+        nonlocal times
+        times += 1
+        self.push_directory(directory(tmp_path / f"d{times}", **{"a.txt": f"{times}"}), "d")
+        return original(self, name, local)
+
+    monkeypatch.setattr(Store, "download", replace)
+    with pytest.raises(StorageError, match="was replaced 3 times while it was copied"):
+        store.pull_directory("d", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_a_push_that_was_cut_off_has_left_is_removed_too(store: Store) -> None:
+    store.write("d/half.bin", b"1")
+    store.write("d-other/kept.bin", b"1")
+    store.delete_directory("d")
+    assert store.names() == ["d-other/kept.bin"]
+
+
+def test_the_times_of_objects_are_the_stores(store: Store) -> None:
+    before = time.time() - 2  # whole seconds
+    store.write("a", b"1")
+    assert list(store.times()) == ["a"] and before < store.times()["a"] < time.time() + 2

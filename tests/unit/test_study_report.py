@@ -74,6 +74,7 @@ def write_result(study: Study, ledger: Ledger, scores: dict[int, dict[int, float
     winner, alike = choose(found, 3 if scores is None else len(next(iter(scores.values()), {})))
     result = {
         "dev": "STSB/dev",
+        "best": "runs/pages/best.yaml",
         "sts_dev_before": 55.0,
         "winner": summary(winner),
         "not_told_apart": [candidate.number for candidate in alike],

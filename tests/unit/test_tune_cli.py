@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 from clusterns_ray.cli import app
 from clusterns_ray.errors import ClusterNSError, ConfigError
 from clusterns_ray.evaluation.sts import TASKS
+from clusterns_ray.storage import Place
 from clusterns_ray.tuning.cluster import check_fits
 from clusterns_ray.tuning.ledger import Ledger, read_ledger
 from clusterns_ray.tuning.study import Study, check_study, load_study
@@ -104,7 +105,6 @@ def test_a_wrong_study_is_refused_quickly_and_without_ray(write_study: Callable[
         (["--set", "data.corpus=none.txt"], "none.txt"),
         (["--set", "encoder.num_layers=9"], "encoder.num_layers is 9"),
         (["--set", "train.learning_rate=1"], "train.learning_rate is in the study's space"),
-        (["--set", "runtime.storage_path=s3://bucket/runs"], "a study is kept in a database file"),
         (["--set", "evaluation.dev=STSB/none"], "STSB/none"),
         (["--status"], "holds no study yet"),
         (["--finalize"], "is not finished"),
@@ -313,8 +313,8 @@ def test_a_killed_study_ends_as_the_whole_one(write_study: Callable[..., Path]) 
 
 
 def test_why_a_trial_failed(tmp_path: Path) -> None:
-    assert failure(ConfigError("that\n is wrong"), tmp_path) == "that is wrong"
-    assert failure(ZeroDivisionError("by zero"), tmp_path / "new") == "ZeroDivisionError: by zero"
+    assert failure(ConfigError("that\n is wrong"), Place(tmp_path)) == "that is wrong"
+    assert failure(ZeroDivisionError("by zero"), Place(tmp_path / "new")) == "ZeroDivisionError: by zero"
     assert "ZeroDivisionError: by zero" in (tmp_path / "new" / "error.txt").read_text()
 
 
