@@ -1,9 +1,11 @@
 # `make demo` and `make test` each do everything from a bare clone: make .venv, install under constraints.txt, run.
 PYTHON ?= python3
 BIN := .venv/bin
+# Test files at a time. Those with Ray wait more than they compute.
+PARALLEL ?= 3
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo check test clean
+.PHONY: demo check test test-cluster clean
 
 demo: .venv/.demo
 	$(BIN)/python experiments/quickstart.py
@@ -13,12 +15,16 @@ check: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest tests/unit -m "not slow"
+	$(BIN)/python -m pytest tests/unit -m "not slow" -n 2 --dist loadfile
 
 # Everything: check, the slow unit tests, a browser, two and four processes, real local Ray runs.
 test: check
 	$(BIN)/python -m pytest tests/unit -m slow
-	$(BIN)/python -m pytest tests/browser tests/dist tests/ray
+	$(BIN)/python -m pytest tests/browser tests/dist tests/ray -n $(PARALLEL) --dist loadfile
+
+# What clouds do: nodes that come, go and are drained, a head that is lost, an autoscaler; real clusters of several nodes.
+test-cluster: .venv/.dev
+	$(BIN)/python -m pytest tests/cluster -n $(PARALLEL) --dist loadfile
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

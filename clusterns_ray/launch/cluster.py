@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from clusterns_ray.config import RuntimeConfig
-from clusterns_ray.errors import ClusterNSError
+from clusterns_ray.errors import ClusterNSError, ConfigError
 
 ANSWER_TIMEOUT_S = 10.0
 
@@ -43,12 +43,38 @@ def connect(cpus: int, note: Callable[[str], None], *, dashboard: bool = False) 
 
 
 def uses_gpu(runtime: RuntimeConfig) -> bool:
-    """One GPU a worker, unless it was said otherwise, where the cluster has them or its autoscaler may bring them."""
+    """One GPU a worker, unless it was said otherwise, where the cluster has them or its autoscaler may bring them.
+
+    Raises:
+        ConfigError: it was not said, no node has one, and the autoscaler does not tell what it may bring.
+    """
     import ray
 
     if runtime.use_gpu is not None:
         return runtime.use_gpu
-    return ray.cluster_resources().get("GPU", 0) > 0 or (can_grow_to() or {}).get("GPU", 0) > 0
+    limits = can_grow_to()
+    found = ray.cluster_resources().get("GPU", 0) > 0 or (limits or {}).get("GPU", 0) > 0
+    if not found and limits is None and autoscales():
+        raise ConfigError(
+            "runtime.use_gpu is not set, and this cluster may yet start nodes with GPUs, or without: it does not tell. "
+            "Set it to true or false."
+        )
+    return found
+
+
+def autoscales() -> bool:
+    """Whether an autoscaler may add nodes, be its limits known or not."""
+    if can_grow_to() is not None:
+        return True
+    import ray
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
+
+    # The second version of the autoscaler publishes its state, though not its limits; without one the count stays 0.
+    reply = GetClusterStatusReply()
+    client = GcsClient(ray.get_runtime_context().gcs_address)
+    reply.ParseFromString(client.get_cluster_status(timeout_s=ANSWER_TIMEOUT_S))
+    return reply.autoscaling_state.autoscaler_state_version > 0
 
 
 def can_grow_to() -> Mapping[str, float] | None:
@@ -72,7 +98,26 @@ def _start(cpus: int, note: Callable[[str], None], dashboard: bool) -> None:
     there = os.cpu_count() or 1
     if cpus > there:
         note(f"{cpus} CPUs are asked for on a machine with {there}: they are shared, and all runs slower.")
-    ray.init(num_cpus=max(there, cpus), include_dashboard=dashboard, **options)
+    # Said, as without an address Ray would look for one that an earlier `ray start` left behind.
+    ray.init("local", num_cpus=max(there, cpus), include_dashboard=dashboard, **options)
+
+
+def on_this_node() -> dict[str, Any]:
+    """Options of an actor that belongs to the driver, and must not be lost with another node."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return {"num_cpus": 0, "scheduling_strategy": here}
+
+
+def head_answers() -> bool:
+    """Whether the cluster that was joined is there still."""
+    try:
+        _check_answers(os.environ.get("RAY_ADDRESS", "auto"))
+    except ClusterNSError:
+        return False
+    return True
 
 
 def _check_answers(address: str) -> None:

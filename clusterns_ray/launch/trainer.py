@@ -11,7 +11,7 @@ from typing import Any
 from clusterns_ray.config import Config, dump_config, make_config
 from clusterns_ray.data.prepare import Prepared, describe, prepare
 from clusterns_ray.errors import ClusterNSError, ConfigError
-from clusterns_ray.launch.cluster import connect, uses_gpu
+from clusterns_ray.launch.cluster import connect, on_this_node, uses_gpu
 from clusterns_ray.launch.places import read_run_file, run_directory, run_store, run_url, stage, unstage, write_run_file
 from clusterns_ray.launch.preflight import check_request, warn_of_faiss
 
@@ -104,7 +104,7 @@ def _fit(config: Config, prepared: Prepared, run_dir: Path, watch: Watch) -> dic
 
     from clusterns_ray.launch.workers import WorkersFailed, run_workers
 
-    mailbox = ray.remote(num_cpus=0)(_Mailbox).remote()
+    mailbox = ray.remote(**on_this_node())(_Mailbox).remote()
     store = run_store(config)
 
     def listen() -> bool:

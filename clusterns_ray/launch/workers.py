@@ -15,6 +15,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from clusterns_ray.config import Config, RuntimeConfig
 from clusterns_ray.errors import ClusterNSError, Drained
+from clusterns_ray.launch.cluster import head_answers
 
 DRAIN_POLL_S = 1.0
 """Seconds between looks at whether a machine is about to be taken away; clouds say so 30 s (GCP) or 120 s ahead."""
@@ -106,6 +107,11 @@ def _watched(
         if time.monotonic() - heard > patience:
             raise WorkersFailed(_silence(runtime, use_gpu, patience, started))
         time.sleep(0.2)
+    if "error" in outcome and not head_answers():
+        raise WorkersFailed(
+            f"The head of the cluster at {os.environ['RAY_ADDRESS']} does not answer any more. Start it again, or "
+            "another."
+        ) from outcome["error"]
     if "error" in outcome:
         raise WorkersFailed(f"The workers failed: {_innermost(outcome['error'])}") from outcome["error"]
     value = outcome["result"].return_value

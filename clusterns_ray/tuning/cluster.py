@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import ray
 
 from clusterns_ray.errors import ConfigError
-from clusterns_ray.launch.cluster import can_grow_to, connect, uses_gpu
+from clusterns_ray.launch.cluster import autoscales, can_grow_to, connect, uses_gpu
 from clusterns_ray.tuning.study import Study
 
 HEAD = {"node:__internal_head__": 0.001}
@@ -47,7 +47,10 @@ def trial_resources(study: Study) -> dict[str, float]:
 def check_resources(study: Study) -> None:
     """Whether one trial fits into the cluster, as it is or as its autoscaler may make it."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    check_fits(worker_resources(study), max(study.config.workers_per_trial, 1), nodes, can_grow_to())
+    can_grow = can_grow_to()
+    if can_grow is None and autoscales():
+        return  # It does not tell its limits; `runtime.start_timeout_s` bounds the wait.
+    check_fits(worker_resources(study), max(study.config.workers_per_trial, 1), nodes, can_grow)
 
 
 def check_fits(

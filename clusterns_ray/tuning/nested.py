@@ -11,6 +11,7 @@ import ray
 from clusterns_ray import distributed
 from clusterns_ray.config import Config, make_config
 from clusterns_ray.errors import ClusterNSError
+from clusterns_ray.launch.cluster import on_this_node
 from clusterns_ray.launch.places import run_place
 from clusterns_ray.launch.workers import DrainNotice, answer, run_workers, worker_device
 from clusterns_ray.training.loop import train_worker
@@ -45,7 +46,7 @@ class Desk:
 
 def fit(job: Job, config: Config, tell: Callable[[Result], None]) -> dict[str, Any]:
     """Train on ``config.runtime.num_workers`` workers; restarted from their checkpoint when one dies."""
-    desk: Any = ray.remote(Desk).options(num_cpus=0).remote()
+    desk: Any = ray.remote(Desk).options(**on_this_node()).remote()
     stopped = False
 
     def listen() -> bool:

@@ -14,8 +14,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import Outcome
 from optuna.trial import TrialState
+from ray_runs import Outcome
 from studies import STUDY, StudyRun, base_values
 
 pytestmark = pytest.mark.slow

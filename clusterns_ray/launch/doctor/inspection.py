@@ -60,6 +60,8 @@ def _inspect_nodes(request: dict[str, Any], tell: Tell) -> None:
     from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    from clusterns_ray.launch.cluster import autoscales
+
     nodes = [node for node in ray.nodes() if node["Alive"]]
     tell(
         {
@@ -69,6 +71,7 @@ def _inspect_nodes(request: dict[str, Any], tell: Tell) -> None:
                 for node in nodes
             ],
             "types": _node_types(),
+            "autoscales": autoscales(),
             "authenticated": _authenticated(),
         }
     )

@@ -40,7 +40,8 @@ class Cluster:
     driver: dict[str, Any]
     machines: list[Machine]
     types: list[dict[str, Any]] = field(default_factory=list)
-    """of the autoscaler"""
+    """of the autoscaler, where it tells them"""
+    autoscales: bool = False
     authenticated: bool = True
     state_api_error: str | None = None
     joined: bool = False
@@ -69,6 +70,7 @@ def read_facts(lines: Iterable[Mapping[str, Any]], joined: bool) -> Cluster | No
             }
             cluster.machines = list(by_id.values())
             cluster.types, cluster.authenticated = fact["types"], fact["authenticated"]
+            cluster.autoscales = fact.get("autoscales", False)
         elif kind == "state_api":
             cluster.state_api_error = fact["error"]
         elif kind == "describe" and fact["node"] in by_id:
@@ -273,6 +275,9 @@ def examine_resources(request: Request, cluster: Cluster) -> list[Finding]:
         there += f", or {_types_text(cluster.types)}"
     remedy = "Lower the number of workers or runtime.cpus_per_worker, set runtime.use_gpu to false, or add nodes."
     asked = f"{_count(request.fewest, 'worker')} with {each} each"
+    if room < request.fewest and cluster.autoscales and not cluster.types:
+        text = f"{asked}: room for {room:g} on {there}; the autoscaler does not tell what it may add"
+        return [Finding("warning", "resources", text, "See that a node type of the cluster's file holds a worker.")]
     if room < request.fewest:
         text = f"{asked} can never start: there is room for {room:g} on {there}"
         return [Finding("problem", "resources", text, remedy)]

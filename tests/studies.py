@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from conftest import Command, Outcome, start_command
 from optuna.trial import FrozenTrial
+from ray_runs import Command, Outcome, start_command
 
 from clusterns_ray.tuning.ledger import read_ledger
 

@@ -1,0 +1,89 @@
+"""What happens to a cluster does not change the result: nodes taken away, drivers killed, a head that comes back."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+from row_proof import proves_each_row_once, read_steps, world_sizes
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+ROWS = 300
+TIMEOUT_S = 240.0
+
+
+def check_same_run(run, undisturbed, attempts: int = 2) -> None:
+    """Bit for bit, on two workers at every step; at least so many groups of workers did it."""
+    assert run.losses() == undisturbed.losses() and len(run.losses()) == run.steps
+    assert run.weights() == undisturbed.weights()
+    for key in ("best_step", "sts_dev", "sts_dev_before", "sts_dev_last", "clustering_started_at", "steps"):
+        assert run.result()[key] == undisturbed.result()[key], key
+    steps = read_steps([run.directory])
+    proves_each_row_once(steps, read_steps([undisturbed.directory]), ROWS)
+    assert set(world_sizes(steps)) == {2} and len(world_sizes(steps)) >= attempts
+
+
+def hit_in_the_middle(run, command) -> int:
+    """Return at a moment that nobody chose, between two checkpoints; the step of the first."""
+    command.until(lambda: run.checkpointed() >= 2 * run.checkpoint_every)
+    time.sleep(random.uniform(0, 0.5))
+    assert not run.finished()
+    return run.checkpointed()
+
+
+def test_a_node_is_taken_away_and_another_comes(nodes, make_run_on, undisturbed):
+    nodes.start_head()
+    nodes.add("first")
+    nodes.add("second")
+    run = make_run_on("node-lost", "runtime.num_workers=2")
+    command = run.start()
+    hit_in_the_middle(run, command)
+    nodes.take_away(random.choice(("first", "second")))
+    reached = run.checkpointed()
+    nodes.add("third")
+    said = command.wait(TIMEOUT_S)
+    assert said.code == 0, said.err
+    assert "Training from step" in said.out and run.checkpointed() > reached
+    check_same_run(run, undisturbed)
+
+
+def test_the_driver_is_killed_on_a_cluster(nodes, make_run_on, undisturbed):
+    nodes.start_head()
+    nodes.add("first")
+    nodes.add("second")
+    run = make_run_on("driver-killed", "runtime.num_workers=2")
+    command = run.start()
+    hit_in_the_middle(run, command)
+    command.kill()
+    said = run.train(TIMEOUT_S)
+    assert (said.code, said.err) == (0, "")
+    assert "Training from step" in said.out
+    check_same_run(run, undisturbed)
+
+
+def test_the_head_is_lost_and_comes_back(nodes, make_run_on, undisturbed):
+    """With its machine goes Ray's memory of everything; the storage stays."""
+    nodes.start_head()
+    nodes.add("first")
+    nodes.add("second")
+    run = make_run_on("head-lost", "runtime.num_workers=2")
+    command = run.start()
+    hit_in_the_middle(run, command)
+    began = time.monotonic()
+    nodes.take_away("head")
+    said = command.wait(60)
+    print(said.err, time.monotonic() - began)
+    assert said.code == 1, "the driver did not end by itself"
+    assert "Traceback" not in said.err and "when the same command is given again" in said.err
+
+    nodes.start_head()
+    nodes.add("third")
+    nodes.add("fourth")
+    print({name: len(node.processes()) for name, node in nodes.nodes.items()})
+    said = run.train(TIMEOUT_S)
+    print({name: len(node.processes()) for name, node in nodes.nodes.items()}, time.monotonic() - began)
+    assert (said.code, said.err) == (0, "")
+    assert "Training from step" in said.out
+    check_same_run(run, undisturbed)
