@@ -5,7 +5,7 @@ BIN := .venv/bin
 PARALLEL ?= 3
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo check test test-cluster clean
+.PHONY: demo check test test-cluster bench clean
 
 demo: .venv/.demo
 	$(BIN)/python experiments/quickstart.py
@@ -25,6 +25,11 @@ test: check
 # What clouds do: nodes that come, go and are drained, a head that is lost, an autoscaler; real clusters of several nodes.
 test-cluster: .venv/.dev
 	$(BIN)/python -m pytest tests/cluster -n $(PARALLEL) --dist loadfile
+
+# Our training step beside sentence-transformers' and a plain loop's, and its parts alone: under ten minutes.
+bench: .venv/.dev
+	$(BIN)/python experiments/benchmarks/train_speed.py --json bench-train.json
+	$(BIN)/python experiments/benchmarks/parts.py --json bench-parts.json
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
