@@ -176,6 +176,8 @@ class EvaluationConfig(Section):
     """A directory of TASK/SUBSET.jsonl files, `hf`: the public sets of the hub, or `structure`: pairs graded by the
     documents' structure.
     If unset, nothing is selected: the last step's model is exported."""
+    structure_pairs: int = Field(default=2000, ge=40)
+    """Pairs graded by structure, a quarter of each grade; where sts is `structure`."""
     dev: str = "STSB/dev"
     """The set that selects, as TASK/SUBSET; `STRUCTURE/dev` where sts is `structure`."""
     every_steps: int = Field(default=125, ge=1)

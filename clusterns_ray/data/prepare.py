@@ -18,7 +18,6 @@ from clusterns_ray.evaluation.hub import fetch_sts
 from clusterns_ray.models import resolve_model
 from clusterns_ray.storage import local_copy
 
-STRUCTURE_PAIRS = 2000
 STRUCTURE_SEED = 0
 """Not the run's seed: runs of different seeds have to be judged by the same pairs."""
 
@@ -105,11 +104,12 @@ def prepare(
             progress=progress,
         )
     if sts_dir == "structure":
-        identity = {"documents": documents_fingerprint(config), "pairs": STRUCTURE_PAIRS, "seed": STRUCTURE_SEED}
+        pairs = config.evaluation.structure_pairs
+        identity = {"documents": documents_fingerprint(config), "pairs": pairs, "seed": STRUCTURE_SEED}
         directory = cache / f"structure-{_short_hash(identity)}"
         if not (directory / "STRUCTURE" / "dev.jsonl").is_file():
             note("Grading pairs of sentences by where they stand in their documents")
-            write_structure_dev(read(), directory, pairs=STRUCTURE_PAIRS, seed=STRUCTURE_SEED)
+            write_structure_dev(read(), directory, pairs=pairs, seed=STRUCTURE_SEED)
         sts_dir = str(directory)
     elif sts_dir is not None:
         sts_dir = str(Path(sts_dir).expanduser().resolve())

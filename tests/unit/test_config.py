@@ -341,6 +341,7 @@ OTHER_VALUES = {
     "evaluation.dev": "STSB/test",
     "evaluation.every_steps": 7,
     "evaluation.patience": None,
+    "evaluation.structure_pairs": 400,
     "runtime.num_workers": 2,
     "runtime.use_gpu": False,
     "runtime.cpus_per_worker": 2,

@@ -170,41 +170,38 @@ def documents(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def few_pairs(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Fewer pairs than 2,000, as the invented documents have not so many."""
-    monkeypatch.setattr(prepare_module, "STRUCTURE_PAIRS", 80)
-    return 80
+PAIRS = 80
+"""Fewer than 2,000, as the invented documents have not so many."""
+STRUCTURE = {"sts": "structure", "structure_pairs": PAIRS}
 
 
-def test_documents_to_a_dev_set(config: Callable[..., Config], documents: Path, few_pairs: int) -> None:
-    settings = config(data={"documents": str(documents)}, evaluation={"sts": "structure"})
+def test_documents_to_a_dev_set(config: Callable[..., Config], documents: Path) -> None:
+    settings = config(data={"documents": str(documents)}, evaluation=STRUCTURE)
     prepared = prepare(settings)
     assert prepared.sts_dir is not None
     assert sorted(str(path.relative_to(prepared.sts_dir)) for path in Path(prepared.sts_dir).rglob("*.jsonl")) == [
         "STRUCTURE/dev.jsonl"
     ]
     pairs = read_pairs(prepared.sts_dir, settings.evaluation.dev)
-    assert len(pairs) == few_pairs and set(pairs.scores) == {0, 1, 2, 3}
+    assert len(pairs) == PAIRS and set(pairs.scores) == {0, 1, 2, 3}
     whole = "\n".join(file.read_text() for file in sorted(documents.iterdir()))
     assert all(sentence in whole for sentence in pairs.sentences())
     assert rows(prepared)[0] == sentences(30), "with a corpus, documents are for the dev set alone"
 
 
 def test_the_dev_set_does_not_depend_on_the_run(
-    config: Callable[..., Config], documents: Path, few_pairs: int, monkeypatch: pytest.MonkeyPatch
+    config: Callable[..., Config], documents: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def settings(**more: Any) -> Config:
-        return config(data={"documents": str(documents)}, evaluation={"sts": "structure"}, **more)
+        return config(data={"documents": str(documents)}, evaluation=STRUCTURE, **more)
 
     first = prepare(settings())
     assert first.sts_dir is not None
     text = (Path(first.sts_dir) / "STRUCTURE" / "dev.jsonl").read_text()
     monkeypatch.setattr(prepare_module, "read_documents", lambda *_: pytest.fail("documents were read again"))
     again = prepare(settings(encoder={"max_length": 16}, train={"epochs": 2}))
-    assert again.sts_dir == first.sts_dir and text.count("\n") == few_pairs
+    assert again.sts_dir == first.sts_dir and text.count("\n") == PAIRS
     monkeypatch.undo()
-    monkeypatch.setattr(prepare_module, "STRUCTURE_PAIRS", 80)
     values = settings().resolved()
     other_seed = prepare(make_config({**values, "seed": 7}))
     assert other_seed.sts_dir == first.sts_dir, "runs of different seeds have to be judged by the same pairs"
