@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # Test files at a time. Those with Ray wait more than they compute.
-PARALLEL ?= 3
+PARALLEL ?= 2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo check test test-cluster bench clean
