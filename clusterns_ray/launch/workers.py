@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 import ray.train.collective
+from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
@@ -98,7 +99,7 @@ def _watched(
     heard, started = time.monotonic(), False
     while True:
         alive = thread.is_alive()
-        if listen():
+        if _listen(listen):
             heard, started = time.monotonic(), True
         if not alive:
             break
@@ -107,17 +108,30 @@ def _watched(
         if time.monotonic() - heard > patience:
             raise WorkersFailed(_silence(runtime, use_gpu, patience, started))
         time.sleep(0.2)
-    if "error" in outcome and not head_answers():
-        raise WorkersFailed(
-            f"The head of the cluster at {os.environ['RAY_ADDRESS']} does not answer any more. Start it again, or "
-            "another."
-        ) from outcome["error"]
     if "error" in outcome:
+        _check_head(outcome["error"])
         raise WorkersFailed(f"The workers failed: {_innermost(outcome['error'])}") from outcome["error"]
     value = outcome["result"].return_value
     if value is None:
         raise WorkersFailed(f"The workers ended without a result: {outcome['result'].error or 'no reason given'}.")
     return value
+
+
+def _listen(listen: Callable[[], bool]) -> bool:
+    try:
+        return listen()
+    except RayError as error:
+        _check_head(error)
+        return False  # It may come back; silence has a deadline of its own.
+
+
+def _check_head(error: BaseException) -> None:
+    """Whether it is the head that is gone."""
+    if not head_answers():
+        raise WorkersFailed(
+            f"The head of the cluster at {os.environ['RAY_ADDRESS']} does not answer any more. Start it again, or "
+            "another."
+        ) from error
 
 
 def _silence(runtime: RuntimeConfig, use_gpu: bool, waited_s: float, started: bool) -> str:

@@ -71,19 +71,16 @@ def test_the_head_is_lost_and_comes_back(nodes, make_run_on, undisturbed):
     run = make_run_on("head-lost", "runtime.num_workers=2")
     command = run.start()
     hit_in_the_middle(run, command)
-    began = time.monotonic()
     nodes.take_away("head")
     said = command.wait(60)
-    print(said.err, time.monotonic() - began)
     assert said.code == 1, "the driver did not end by itself"
-    assert "Traceback" not in said.err and "when the same command is given again" in said.err
+    assert "Traceback" not in said.err and "does not answer any more. Start it again" in said.err
+    assert "when the same command is given again" in said.err
 
     nodes.start_head()
     nodes.add("third")
     nodes.add("fourth")
-    print({name: len(node.processes()) for name, node in nodes.nodes.items()})
     said = run.train(TIMEOUT_S)
-    print({name: len(node.processes()) for name, node in nodes.nodes.items()}, time.monotonic() - began)
     assert (said.code, said.err) == (0, "")
     assert "Training from step" in said.out
     check_same_run(run, undisturbed)
