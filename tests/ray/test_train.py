@@ -36,7 +36,11 @@ def test_progress_is_shown_where_the_command_was_given_and_nothing_else(on_two_w
     ]
     assert [int(step) for step in re.findall(r"^step (\d+)  dev \d", said.out, re.M)] == [*range(0, run.steps + 1, 20)]
     assert lines[-1] == f"Wrote {run.directory / 'model'}"
-    known = r"Tokenising|  300 sentences|Corpus|Training|Clustering starts|Collapse|step \d|STSB/dev|Wrote|2 CPUs are"
+    # "Training did not improve" and "At step" are of the model's state, which differs between kinds of CPU.
+    known = (
+        r"Tokenising|  300 sentences|Corpus|Training|Clustering starts|Collapse|At step \d|step \d|STSB/dev|Wrote|"
+        r"2 CPUs are"
+    )
     assert [line for line in lines if not re.match(known, line)] == []
 
 
@@ -65,7 +69,7 @@ def test_a_finished_run_is_left_as_it_is(on_two_workers, ray_directory):
     again = run.train()
     assert again.code == 0, again.err
     assert "'two' is finished, and left as it is." in again.out
-    assert not re.search(r"^Training", again.out, re.M)
+    assert not re.search(r"^Training:", again.out, re.M)
     assert state(run.directory) == before
     assert len(ray_directory.sessions()) == sessions, "it started Ray for nothing"
 
