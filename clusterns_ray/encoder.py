@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clusterns_ray.attention import can_pack, use_fast_training
 from clusterns_ray.backbone import first_position, has_dropout, load_transformer, longest_input
-from clusterns_ray.dropout import use_fast_dropout
 from clusterns_ray.errors import ConfigError
 from clusterns_ray.model_files import (
     HIDDEN_STATE_POOLINGS,
@@ -25,6 +25,7 @@ from clusterns_ray.model_files import (
     write_settings,
 )
 from clusterns_ray.models import resolve_model
+from clusterns_ray.packing import Packing
 from clusterns_ray.tokenization import prompt_frame, prompt_length, tokenize
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class Encoder(nn.Module):
         self.normalize = normalize
         self.denoise = denoise
         self.head = head
+        self.packs = can_pack(backbone)
         if pooling == "mask":
             _check_mask_prompt("prompt", prompt, tokenizer)
             if second_prompt is not None:
@@ -132,7 +134,7 @@ class Encoder(nn.Module):
                 f"encoder.max_length is {config.max_length}, but {config.name} reads at most {limit} tokens{besides}. "
                 f"Set encoder.max_length to {limit} or less."
             )
-        use_fast_dropout(backbone)
+        use_fast_training(backbone)
         if not has_dropout(backbone):
             raise ConfigError(
                 f"{config.name} has no dropout, so the two views of a sentence would be equal and there would be "
@@ -176,15 +178,11 @@ class Encoder(nn.Module):
             view: 1 where the rows have the second prompt.
             words_BTD: the embeddings of the tokens, where they were looked up before.
         """
-        output = self.backbone(
-            **({"input_ids": input_ids_BT} if words_BTD is None else {"inputs_embeds": words_BTD}),
-            attention_mask=attention_mask_BT,
-            output_hidden_states=self.pooling in HIDDEN_STATE_POOLINGS,
-        )
+        last_BTD, hidden_L = self._states(input_ids_BT, attention_mask_BT, words_BTD)
         mask_token = self.tokenizer.mask_token_id if self.pooling == "mask" else None
         z_BD = pool(
-            output.last_hidden_state,
-            getattr(output, "hidden_states", None),
+            last_BTD,
+            hidden_L,
             attention_mask_BT,
             self.pooling,
             is_mask_BT=None if mask_token is None else input_ids_BT == mask_token,
@@ -192,6 +190,29 @@ class Encoder(nn.Module):
         if self.denoise:
             z_BD = z_BD - self.template_states(attention_mask_BT.sum(dim=1), view)
         return nn.functional.normalize(z_BD, dim=-1) if self.normalize else z_BD
+
+    def _states(
+        self, input_ids_BT: Tensor, attention_mask_BT: Tensor, words_BTD: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """States of the last layer, and of all layers where pooling asks for them; each (B, T, D).
+
+        In training on a CPU the batch is packed on its way through the layers.
+        """
+        all_layers = self.pooling in HIDDEN_STATE_POOLINGS
+        if not (self.training and self.packs and input_ids_BT.device.type == "cpu"):
+            words = {"input_ids": input_ids_BT} if words_BTD is None else {"inputs_embeds": words_BTD}
+            output = self.backbone(**words, attention_mask=attention_mask_BT, output_hidden_states=all_layers)
+            return output.last_hidden_state, getattr(output, "hidden_states", None)
+        packing = Packing.of(attention_mask_BT)
+        words = self.backbone.get_input_embeddings()(input_ids_BT) if words_BTD is None else words_BTD
+        output = self.backbone(
+            inputs_embeds=packing.pack(words)[None],
+            position_ids=packing.positions_N[None] + first_position(self.backbone),
+            packing=packing,
+            output_hidden_states=all_layers,
+        )
+        hidden = output.hidden_states if all_layers else None
+        return packing.unpack(output.last_hidden_state[0]), hidden and tuple(packing.unpack(x[0]) for x in hidden)
 
     def template_states(self, lengths_B: Tensor, view: int = 0) -> Tensor:
         """States of the mask token of the template alone (B x D), at the positions that it has in rows of so many

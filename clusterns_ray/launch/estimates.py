@@ -99,6 +99,7 @@ def model_size(config: Config) -> ModelSize:
     with FakeTensorMode(), no_init_weights():
         backbone = transformers.AutoModel.from_config(shape, dtype=torch.float32)
         built = Encoder.around(backbone, tokenizer, encoder, seed=0, reads=encoder.max_length).train()
+        built.packs = False  # the rows are all as long as can be, and packing asks for values
         width = built.width
         language_model = None
         if config.loss.mlm_weight:

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from clusterns_ray.attention import ATTENTION, attention, use_fast_training
 from clusterns_ray.backbone import load_transformer
 from clusterns_ray.config import EncoderConfig
-from clusterns_ray.dropout import ATTENTION, Dropout, attention, drop, keep_mask, use_fast_dropout
+from clusterns_ray.dropout import Dropout, drop, kept
 from clusterns_ray.encoder import Encoder
 
 
@@ -27,14 +28,14 @@ def seeded():
 def test_the_share_of_zeros_at_every_place_of_a_word(p: float) -> None:
     """Each 64-bit word holds four numbers: all of them, the one with the sign bit too, have the same probability."""
     n = 400_000
-    keep = keep_mask(torch.empty(n, 4), p)
+    keep = kept(torch.empty(n, 4), p)
     bound = 5 * math.sqrt(p * (1 - p) / n)
-    for place in keep.float().mean(dim=0).tolist():
+    for place in keep.mean(dim=0).tolist():
         assert place == pytest.approx(1 - p, abs=bound + 1 / 65536)
 
 
 def test_neighbours_are_independent() -> None:
-    keep = keep_mask(torch.empty(1_000_000), 0.5).float() - 0.5
+    keep = kept(torch.empty(1_000_000), 0.5) - 0.5
     for lag in (1, 2, 3, 4, 7):
         assert abs(float((keep[:-lag] * keep[lag:]).mean())) < 5 * 0.25 / 1000
 
@@ -45,11 +46,11 @@ def test_values_mean_and_gradient(shape: tuple[int, ...]) -> None:
     torch.manual_seed(3)
     y = drop(x, 0.25)
     torch.manual_seed(3)
-    keep = keep_mask(x, 0.25)
-    torch.testing.assert_close(y, torch.where(keep, x / 0.75, 0.0))
+    keep = kept(x, 0.25)
+    torch.testing.assert_close(y, torch.where(keep.bool(), x / 0.75, 0.0))
     weights = torch.randn_like(x)
     (gradient,) = torch.autograd.grad((y * weights).sum(), x)
-    torch.testing.assert_close(gradient, torch.where(keep, weights / 0.75, 0.0))
+    torch.testing.assert_close(gradient, torch.where(keep.bool(), weights / 0.75, 0.0))
 
 
 def test_the_mean_is_kept() -> None:
@@ -93,7 +94,7 @@ def test_attention_without_its_dropout_is_torchs(kind: str, monkeypatch: pytest.
     query, key, value = (torch.randn(2, 3, 6, 8) for _ in range(3))
     module = nn.Module()
     module.is_causal = False  # type: ignore[assignment]
-    monkeypatch.setattr("clusterns_ray.dropout.drop", lambda x, p: x)
+    monkeypatch.setattr("clusterns_ray.attention.drop", lambda x, p: x)
     ours, _ = attention(module, query, key, value, masks(kind), dropout=0.5, scaling=0.3)
     theirs = nn.functional.scaled_dot_product_attention(query, key, value, masks(kind), scale=0.3)
     torch.testing.assert_close(ours, theirs.transpose(1, 2), atol=1e-6, rtol=1e-5)
@@ -145,7 +146,7 @@ def test_dropout_of_the_model_is_as_large_as_torchs(tiny_model: Path) -> None:
     for fast in (False, True):
         backbone, _ = load_transformer(str(tiny_model), dropout=0.2)
         if fast:
-            use_fast_dropout(backbone)
+            use_fast_training(backbone)
         backbone.train()
         with torch.no_grad():
             states = backbone(input_ids=ids.expand(3000, -1)).last_hidden_state

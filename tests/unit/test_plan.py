@@ -99,6 +99,7 @@ def test_flops_of_a_step_are_those_that_torch_counts(name: str, make: Callable[.
     config = make(kind, **{"loss": {}, **sections})
     prepared = prepare(config)
     run = run_of(config, prepared, tmp_path / "run")
+    run.encoder.packs = False
     take_step(run, 0)  # creates the centroids
     layout, _ = run.batch(1)
     lengths = run.tokens.lengths(layout.rows_B)
@@ -119,6 +120,7 @@ def test_flops_of_a_plan_are_the_mean_of_those_of_its_batches(make: Callable[...
     prepared = prepare(config)
     run = run_of(config, prepared, tmp_path / "run")
     work = workload(config, prepared=prepared)
+    run.encoder.packs = False
     take_step(run, 0)
     assert work.steps_per_epoch == len(work.rows_NS) == run.order.steps_per_epoch
     full = np.flatnonzero(work.rows_NS.sum(axis=1) == 32)  # the loss of an epoch's last, odd batch is a smaller one

@@ -52,6 +52,8 @@ class EncoderWork:
     def forward(self, rows, length):
         """FLOPs of one forward pass of ``rows`` rows padded to ``length`` tokens; numbers, or arrays of them.
 
+        At most: packed batches (see ``packing.py``) spare the linear layers the padding.
+
         ``rows T 2 linear + rows L 4 T^2 D``: two a weight and token, and two for each of the T x T x D products of
         attention, queries with keys and probabilities with values (Hoffmann et al., "Training Compute-Optimal Large
         Language Models", 2022, appendix F).
