@@ -275,12 +275,12 @@ def test_the_run_is_a_function_of_its_seed(lab: Lab, tmp_path: Path) -> None:
     assert losses("c", 2) != first
 
 
-@pytest.mark.parametrize("mlm_weight", [0.0, 0.5])
-def test_a_cached_gradient_trains_the_same(lab: Lab, tmp_path: Path, mlm_weight: float) -> None:
+@pytest.mark.parametrize("sections", [{}, {"loss": {"mlm_weight": 0.5}}, {"clustering": {"scope": "corpus"}}])
+def test_a_cached_gradient_trains_the_same(lab: Lab, tmp_path: Path, sections: dict[str, dict[str, Any]]) -> None:
     """8 of 32 sentences at a time, with dropout replayed, over steps without and with clusters."""
     records = {}
     for name, chunk in (("whole", None), ("cached", 8)):
-        lab.run(tmp_path / name, lab.config(loss={"mlm_weight": mlm_weight}, train={"cache_chunk": chunk}))
+        lab.run(tmp_path / name, lab.config(**sections, train={"cache_chunk": chunk}))
         records[name] = [r for r in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in r]
     assert any(record["clusters_used"] > 1 for record in records["whole"] if "clusters_used" in record)
     for ours, other in zip(records["cached"], records["whole"], strict=True):
