@@ -95,11 +95,13 @@ class LossConfig(Section):
     temperature: float = Field(default=0.05, gt=0)
     """Divides every cosine in InfoNCE."""
     hard_negatives: bool = True
-    """Put the second nearest centroid into the denominator."""
+    """Put the second nearest centroid into the denominator, or sentences of it where clustering.scope is corpus."""
     hard_negative_columns: Literal["batch", "own", "not_own_cluster"] = "batch"
-    """Whose hard negatives a row sees: every row's (the authors'), its own, or all but its own cluster's centroid."""
+    """Whose hard negatives a row sees: every row's (the authors'), its own, or all but those of its own cluster."""
     hard_negative_weight: float = Field(default=0.0, ge=-20, le=20)
     """A logit added to a row's own hard negative."""
+    bank_negatives: int = Field(default=1, ge=1)
+    """Hard negatives drawn for each row, with replacement; where clustering.scope is corpus."""
     bml_weight: float = Field(default=1e-3, ge=0)
     """Weight of the Bidirectional Margin Loss on in-batch false negatives; 0 turns it off."""
     bml_alpha: float = Field(default=0.0, ge=0)
@@ -124,8 +126,11 @@ class LossConfig(Section):
 
 
 class ClusteringConfig(Section):
+    scope: Literal["batch", "corpus"] = "batch"
+    """`batch`: centroids follow the batches, as in the paper. `corpus`: spherical K-means over a bank of embeddings of
+    the corpus; hard negatives are its sentences. `rate`, `update` and `init` then mean nothing."""
     num_clusters: int = Field(default=128, ge=0)
-    """K; 0 is plain SimCSE."""
+    """K; 0 is plain SimCSE. At most the rows of a batch, or of the bank where scope is corpus."""
     start_cosine: float = Field(default=0.4, ge=-1, le=1)
     """Clustering starts at the first step whose mean cosine between the views of all rows is at most this."""
     rate: float = Field(default=1e-3, gt=0, le=1)
@@ -135,6 +140,17 @@ class ClusteringConfig(Section):
     init: Literal["farthest_chain", "kmeans"] = "farthest_chain"
     """First centroids: rows of the batch, each far from the one before (the authors'), or spherical K-means over a
     sample of the corpus."""
+    bank_rows: int = Field(default=65_536, ge=2)
+    """Sentences of the bank, a random sample of the corpus, or all of it. They take 4 x embedding width bytes each (201
+    MB at the default and width 768) on every worker, in a memory-mapped file of the run's directory, or in GPU memory;
+    as much in each checkpoint; and 2 times that on worker 0 while it clusters."""
+    recluster_every_steps: int = Field(default=100, ge=1)
+    """Steps between runs of K-means over the bank, which begin with the centroids that are there."""
+    refresh_rows: int = Field(default=0, ge=0)
+    """Rows of the bank that are encoded anew each step, in turn, besides those of the batch."""
+    false_negative_cosine: float = Field(default=0.7, ge=-1, le=1)
+    """Batch mates of one cluster are false negatives if the cosine of their views is above this; where scope is
+    corpus."""
 
     @field_validator("num_clusters")
     @classmethod
@@ -257,6 +273,16 @@ class RuntimeConfig(Section):
         return range(max(low, 1), max(high, 1) + 1)
 
 
+BANK_KEYS = (
+    ("clustering", "bank_rows"),
+    ("clustering", "recluster_every_steps"),
+    ("clustering", "refresh_rows"),
+    ("clustering", "false_negative_cosine"),
+    ("loss", "bank_negatives"),
+)
+"""Keys that mean something only where clustering.scope is corpus."""
+
+
 class Config(Section):
     """The whole configuration of a run."""
 
@@ -286,7 +312,7 @@ class Config(Section):
                     f"every worker takes the same number of shards. Set train.shards to a multiple of "
                     f"{math.lcm(*self.runtime.worker_counts())}, or use {_divisors(shards)} workers"
                 )
-        if k > batch:
+        if k > batch and self.clustering.scope == "batch":
             raise ValueError(
                 f"clustering.num_clusters is {k}, more than train.global_batch_size ({batch}); the first centroids are "
                 f"rows of one batch. Use at most {batch} clusters, or a larger batch"
@@ -302,6 +328,32 @@ class Config(Section):
             raise ValueError(
                 "evaluation.sts is structure, but data.documents is not set; pairs are graded by where their sentences "
                 "stand in a document, so name the documents, or give evaluation.sts a directory"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _bank(self):
+        clustering = self.clustering
+        if clustering.scope == "batch":
+            for section, key in BANK_KEYS:
+                values = getattr(self, section)
+                if getattr(values, key) != type(values).model_fields[key].default:
+                    raise ValueError(
+                        f"{section}.{key} is {getattr(values, key)}, but clustering.scope is batch, which has no bank "
+                        f"of the corpus; set clustering.scope to corpus, or leave {section}.{key} out"
+                    )
+            return self
+        rows = min(clustering.bank_rows, self.data.limit or clustering.bank_rows)
+        source = "clustering.bank_rows" if rows == clustering.bank_rows else "data.limit"
+        if clustering.num_clusters > rows:
+            raise ValueError(
+                f"clustering.num_clusters is {clustering.num_clusters}, more than {source} ({rows}); each cluster "
+                f"needs a sentence of the bank. Use at most {rows} clusters, or raise {source}"
+            )
+        if clustering.refresh_rows > rows:
+            raise ValueError(
+                f"clustering.refresh_rows is {clustering.refresh_rows}, more than {source} ({rows}); a step would "
+                f"encode the same row twice. Use at most {rows}"
             )
         return self
 

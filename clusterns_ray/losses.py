@@ -47,6 +47,25 @@ class Clusters(NamedTuple):
     """how many rows of the global batch have each centroid as their hard negative"""
 
 
+class BankNegatives(NamedTuple):
+    """Sentences of the corpus drawn as hard negatives: n of them, M for each row of the global batch."""
+
+    nearest_b: Tensor
+    """int64, cluster of each local row"""
+    nearest_B: Tensor
+    """int64, cluster of every row of the global batch"""
+    own_b: Tensor
+    """int64, place of each local row in the bank, -1 where it has none"""
+    z_nD: Tensor
+    """their stored embeddings, without gradient"""
+    slot_n: Tensor
+    """int64, their places in the bank; -1 where there is none after all"""
+    row_n: Tensor
+    """int64, the row of the global batch that each was drawn for"""
+    cluster_n: Tensor
+    """int64, the cluster of each"""
+
+
 def info_nce_share(
     cos_bB: Tensor, positive_b: Tensor, temperature: float, hard_logits_bK: Tensor | None = None
 ) -> Tensor:
@@ -90,6 +109,31 @@ def hard_negative_logits(
     # Of the n_k copies of row i's own hard negative, one is its own and carries e^weight.
     copies_bK = (copies_bK - others * own_bK) + math.exp(weight) * own_bK
     return cos_bK / temperature + copies_bK.log()
+
+
+def bank_negative_logits(
+    cos_bn: Tensor,
+    positive_b: Tensor,
+    negatives: BankNegatives,
+    temperature: float,
+    columns: HardNegativeColumns,
+    weight: float,
+) -> Tensor:
+    """Logits (b x n) of sentences of the bank in the denominator of each row: ``cos(z1_i, bank_n) / t``, plus
+    ``weight`` where n was drawn for row i; -inf for those that row i does not see.
+
+    ``batch``: a row sees those of every row. ``own``: its own. ``not_own_cluster``: all but the sentences of its own
+    cluster. It never sees its own sentence, whoever drew it.
+    """
+    own_bn = negatives.row_n == positive_b[:, None]
+    seen_bn = (negatives.slot_n >= 0) & (negatives.slot_n != negatives.own_b[:, None])
+    if columns == "own":
+        seen_bn = seen_bn & own_bn
+    elif columns == "not_own_cluster":
+        seen_bn = seen_bn & (negatives.cluster_n != negatives.nearest_b[:, None])
+    elif columns != "batch":
+        raise ConfigError(f"loss.hard_negative_columns is {columns!r}; it must be batch, own or not_own_cluster.")
+    return (cos_bn / temperature + weight * own_bn).masked_fill(~seen_bn, -torch.inf)
 
 
 def bidirectional_margin_terms(cos_bB: Tensor, positive_b: Tensor, mask_bB: Tensor, alpha: float, beta: float):
@@ -164,6 +208,38 @@ def clusterns_loss_share(
 def false_negative_mask(nearest_b: Tensor, nearest_B: Tensor, positive_b: Tensor) -> Tensor:
     """``m_ij`` (b x B, bool): different rows that share a cluster, and so may mean the same."""
     return (nearest_b[:, None] == nearest_B[None, :]).scatter(1, positive_b[:, None], False)
+
+
+def corpus_loss_share(
+    cos_bB: Tensor,
+    hard_logits_bn: Tensor | None,
+    positive_b: Tensor,
+    mask_bB: Tensor,
+    pairs: Tensor | float,
+    *,
+    temperature: float,
+    bml_weight: float,
+    bml_alpha: float,
+    bml_beta: float,
+    bml_reduction: BMLReduction = "all_pairs",
+) -> ClusterNSLoss:
+    """:func:`clusterns_loss_share` with clusters of the whole corpus.
+
+    Args:
+        hard_logits_bn: of :func:`bank_negative_logits`, or None without hard negatives.
+        mask_bB, pairs: false negatives, and how many there are in the global batch; see
+            :func:`bidirectional_margin_share`.
+    """
+    info_nce = info_nce_share(cos_bB, positive_b, temperature, hard_logits_bn)
+    if bml_weight == 0:
+        return ClusterNSLoss(info_nce, info_nce, torch.zeros_like(info_nce))
+    bml = bidirectional_margin_share(cos_bB, positive_b, mask_bB, pairs, bml_alpha, bml_beta, bml_reduction)
+    return ClusterNSLoss(info_nce + bml_weight * bml, info_nce, bml)
+
+
+def similar_mask(cos_bB: Tensor, nearest_b: Tensor, nearest_B: Tensor, positive_b: Tensor, cosine: float) -> Tensor:
+    """``m_ij`` (b x B, bool): different rows that share a cluster, and ``cos(z1_i, z2_j) > cosine``."""
+    return false_negative_mask(nearest_b, nearest_B, positive_b) & (cos_bB.detach() > cosine)
 
 
 # ---- the single-process meaning of what the workers compute together --------------------------------------------

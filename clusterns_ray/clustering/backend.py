@@ -15,12 +15,15 @@ from clusterns_ray.clustering.kmeans import member_statistics
 from clusterns_ray.errors import DataError
 
 
-def spherical_kmeans(z_ND: np.ndarray, k: int, *, seed: int, iterations: int = 25) -> np.ndarray:
+def spherical_kmeans(
+    z_ND: np.ndarray, k: int, *, seed: int, iterations: int = 25, initial_KD: np.ndarray | None = None
+) -> np.ndarray:
     """Cluster directions: unit centroids that (locally) maximise the summed cosine of each row with its centroid.
 
     Args:
         z_ND: float32 embeddings of any length; rows are normalised here.
         seed: the result is a function of it (and of the backend).
+        initial_KD: directions to begin with; rows of the embeddings if not given.
 
     Returns:
         float32 (K, D), unit rows.
@@ -33,25 +36,28 @@ def spherical_kmeans(z_ND: np.ndarray, k: int, *, seed: int, iterations: int = 2
     n_ND = np.ascontiguousarray(z_ND, dtype=np.float32)
     n_ND = n_ND / np.maximum(np.linalg.norm(n_ND, axis=1, keepdims=True), 1e-8)
     if importlib.util.find_spec("faiss") is not None:
-        return _faiss_kmeans(n_ND, k, seed, iterations)
-    return _torch_kmeans(n_ND, k, seed, iterations)
+        return _faiss_kmeans(n_ND, k, seed, iterations, initial_KD)
+    return _torch_kmeans(n_ND, k, seed, iterations, initial_KD)
 
 
-def _faiss_kmeans(n_ND: np.ndarray, k: int, seed: int, iterations: int) -> np.ndarray:
+def _faiss_kmeans(n_ND: np.ndarray, k: int, seed: int, iterations: int, initial_KD: np.ndarray | None) -> np.ndarray:
     import faiss
 
     # By itself faiss would train on a sample of 256 rows a centroid.
     limits = {"min_points_per_centroid": 1, "max_points_per_centroid": len(n_ND)}
     kmeans = faiss.Kmeans(n_ND.shape[1], k, niter=iterations, spherical=True, seed=seed % 2**31, **limits)
-    kmeans.train(n_ND)
+    kmeans.train(n_ND, init_centroids=initial_KD)
     return np.asarray(kmeans.centroids)
 
 
-def _torch_kmeans(n_ND: np.ndarray, k: int, seed: int, iterations: int) -> np.ndarray:
+def _torch_kmeans(n_ND: np.ndarray, k: int, seed: int, iterations: int, initial_KD: np.ndarray | None) -> np.ndarray:
     """Lloyd's iterations on the sphere; an empty cluster restarts at the row farthest from its centroid."""
     rows_ND = torch.from_numpy(n_ND)
-    first_K = torch.randperm(len(rows_ND), generator=torch.Generator().manual_seed(seed))[:k]
-    centroids_KD = rows_ND[first_K]
+    if initial_KD is None:
+        first_K = torch.randperm(len(rows_ND), generator=torch.Generator().manual_seed(seed))[:k]
+        centroids_KD = rows_ND[first_K]
+    else:
+        centroids_KD = torch.from_numpy(initial_KD)
     for _ in range(iterations):
         cosine_N, nearest_N = (rows_ND @ centroids_KD.T).max(dim=1)
         sums_KD, counts_K = member_statistics(rows_ND, nearest_N, k)

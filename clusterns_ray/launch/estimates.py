@@ -180,16 +180,26 @@ def worker_memory(size: ModelSize, shards: int, workers: int, *, gpu: bool) -> W
     )
 
 
-def checkpoint_bytes(size: ModelSize, num_clusters: int) -> int:
-    """Of one checkpoint's tensors: all weights, two moments of the trained ones, centroids."""
-    return FLOAT * (size.all + 2 * size.trained + num_clusters * size.width)
+def bank_bytes(size: ModelSize, config: Config) -> int:
+    """Of the bank of the corpus, on each worker and in each checkpoint: an embedding and an int64 a row, at most."""
+    clustering = config.clustering
+    if clustering.scope == "batch" or not clustering.num_clusters:
+        return 0
+    return min(clustering.bank_rows, config.data.limit or clustering.bank_rows) * (FLOAT * size.width + 8)
+
+
+def checkpoint_bytes(size: ModelSize, config: Config) -> int:
+    """Of one checkpoint's tensors: all weights, two moments of the trained ones, centroids, and the bank."""
+    weights = size.all + 2 * size.trained + config.clustering.num_clusters * size.width
+    return FLOAT * weights + bank_bytes(size, config)
 
 
 def run_bytes(size: ModelSize, config: Config) -> int:
     """On disk, of a run's directory: ``runtime.keep`` checkpoints and the one being written; the model, and the one
-    that replaces it."""
-    checkpoints = (config.runtime.keep + 1) * checkpoint_bytes(size, config.clustering.num_clusters)
-    return checkpoints + 2 * size.exported_bytes
+    that replaces it; each worker's bank."""
+    checkpoints = (config.runtime.keep + 1) * checkpoint_bytes(size, config)
+    banks = config.runtime.worker_counts()[-1] * bank_bytes(size, config)
+    return checkpoints + 2 * size.exported_bytes + banks
 
 
 @dataclass(frozen=True)

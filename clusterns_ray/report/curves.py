@@ -142,13 +142,19 @@ def cluster_section(run: RunRecord) -> Section | None:
     start, k = run.clustering_started, run.num_clusters
     lines = [Line("used in the batch", *run.curve("clusters_used"))]
     if run.curve("empty_clusters")[0]:
-        lines.append(Line("empty for 50 steps", *run.curve("empty_clusters"), hue="orange", dash="dash"))
+        empty = "empty" if run.of_corpus else "empty for 50 steps"
+        lines.append(Line(empty, *run.curve("empty_clusters"), hue="orange", dash="dash"))
     figures = [
         Figure(
             "Clusters in use",
             line_chart(lines, y="clusters", shown=",.0f", from_zero=True, levels=[Level(k, f"K = {k}")], start=start),
-            "A cluster is empty when no sentence was nearest to its centroid in 50 steps (or since clustering "
-            "started). From 30\u00a0% on they are dead weight.",
+            (
+                "A cluster is empty when no sentence of the bank is in it."
+                if run.of_corpus
+                else "A cluster is empty when no sentence was nearest to its centroid in 50 steps (or since clustering "
+                "started)."
+            )
+            + " From 30\u00a0% on they are dead weight.",
         )
     ]
     batch = run.config.train.global_batch_size
@@ -207,13 +213,16 @@ def cluster_section(run: RunRecord) -> Section | None:
             "false_negative_rate",
             "False negatives",
             "share of the pairs",
-            "Pairs of the batch that share a cluster: they are not pushed apart, but kept at a margin.",
+            f"Pairs of the batch that share a cluster{' and are alike' if run.of_corpus else ''}: they are not pushed "
+            "apart, but kept at a margin.",
         ),
         (
             "hard_negative_cosine",
             "Hard negatives",
             "mean cosine",
-            "Cosine of a sentence to its hard negative, the second nearest centroid. Higher is harder.",
+            "Cosine of a sentence to its hard negative, "
+            + ("drawn from the second nearest cluster" if run.of_corpus else "the second nearest centroid")
+            + ". Higher is harder.",
         ),
     ):
         steps, values = run.curve(key)

@@ -50,6 +50,11 @@ class RunRecord:
         return self.config.clustering.num_clusters
 
     @property
+    def of_corpus(self) -> bool:
+        """Whether the clusters are of the whole corpus, not of the batches."""
+        return self.config.clustering.scope == "corpus"
+
+    @property
     def dev(self) -> str | None:
         """TASK/SUBSET that selected, or None."""
         return self.config.evaluation.dev if self.config.evaluation.sts else None
@@ -62,7 +67,9 @@ class RunRecord:
 
     @property
     def method(self) -> str:
-        return f"ClusterNS, K = {self.num_clusters}" if self.num_clusters else "SimCSE (no clusters)"
+        if not self.num_clusters:
+            return "SimCSE (no clusters)"
+        return f"ClusterNS, K = {self.num_clusters}" + (" over the corpus" if self.of_corpus else "")
 
     @cached_property
     def dev_scores(self) -> list[tuple[int, float | None]]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,11 @@ import torch
 
 from clusterns_ray import distributed
 from clusterns_ray.backbone import load_language_model
-from clusterns_ray.clustering.backend import spherical_kmeans
 from clusterns_ray.clustering.describe import describe_clusters
 from clusterns_ray.clustering.health import ClusterHealth
-from clusterns_ray.clustering.kmeans import cosine_matrix, member_statistics, update_centroids
 from clusterns_ray.clustering.state import Clustering
 from clusterns_ray.config import Config
-from clusterns_ray.data.batches import BatchOrder, permute, stream_key
+from clusterns_ray.data.batches import BatchOrder, stream_key
 from clusterns_ray.data.tokens import TokenStore
 from clusterns_ray.encoder import Encoder
 from clusterns_ray.errors import ClusterNSError, Drained, NonFiniteError, StorageError
@@ -31,6 +30,7 @@ from clusterns_ray.files import write_atomic
 from clusterns_ray.models import resolve_model
 from clusterns_ray.training.alarms import Alarms
 from clusterns_ray.training.checkpoint import load_newest, replace_directory, save_checkpoint
+from clusterns_ray.training.corpus_clusters import CorpusClusters
 from clusterns_ray.training.dev import DevSet, encode_together
 from clusterns_ray.training.environment import describe_environment
 from clusterns_ray.training.exclusive import exclusive
@@ -42,6 +42,7 @@ from clusterns_ray.training.model_card import model_card
 from clusterns_ray.training.objective import Objective, TwoViews
 from clusterns_ray.training.optim import Optimizer, learning_rate
 from clusterns_ray.training.rows import NoRowLog, RowLog
+from clusterns_ray.training.sample import sample_centroids, sample_rows, token_ids
 from clusterns_ray.training.shards import Shard, ShardReader
 from clusterns_ray.training.trackers import Trackers
 from clusterns_ray.training.views import CachedViews, Views, chunked
@@ -229,11 +230,16 @@ class Run:
         self.optimizer = Optimizer(self.views, config.train, precision, device)
         c = config.clustering
         self.clustering = Clustering(c.num_clusters, c.start_cosine, c.rate, c.update)
+        self.corpus = None
+        if c.scope == "corpus" and c.num_clusters:
+            self.corpus = CorpusClusters(config, self.clustering, self.tokens, self.encoder, run_dir, self.note)
+        by_kmeans = partial(sample_centroids, config, self.tokens, self.encoder)
         self.objective = Objective(
             config.loss,
             self.clustering,
             first_centroid=stream_key("first_centroid", config.seed),
-            initial_centroids=self.sample_centroids if c.init == "kmeans" else None,
+            initial_centroids=by_kmeans if c.init == "kmeans" else None,
+            corpus=self.corpus,
         )
         self.health = ClusterHealth()
         self.alarms = Alarms(c.num_clusters)
@@ -285,25 +291,6 @@ class Run:
         (z1_bD.sum() + z2_bD.sum() + mlm[0]).backward()
         self.optimizer.adamw.zero_grad(set_to_none=True)
 
-    def sample_centroids(self) -> torch.Tensor:
-        """First centroids by spherical K-means over a seeded sample of the corpus, at the scale of the embeddings."""
-        k = self.config.clustering.num_clusters
-        _, ids = self.sample_corpus(max(256 * k, 4096), "kmeans")
-        z_ND = encode_together(self.encoder, ids, project=True)
-        directions_KD = np.zeros((k, z_ND.shape[1]), dtype=np.float32)
-        if self.is_main:
-            directions_KD = spherical_kmeans(z_ND, k, seed=stream_key("kmeans_init", self.config.seed))
-        z, centroids_KD = torch.from_numpy(z_ND), torch.from_numpy(directions_KD)
-        sums_KD, counts_K = member_statistics(z, cosine_matrix(z, centroids_KD).argmax(dim=1), k)
-        return update_centroids(centroids_KD, sums_KD, counts_K, rate=1.0, rule="mean").to(self.device)
-
-    def sample_corpus(self, n: int, stream: str) -> tuple[np.ndarray, list[list[int]]]:
-        """``n`` random rows of the corpus, or all: sorted row numbers (int64) and their token ids."""
-        n = min(n, len(self.tokens))
-        rows = np.sort(permute(np.arange(n), len(self.tokens), stream_key(stream, self.config.seed)))
-        input_ids, mask = self.tokens.tokens(rows, 0)
-        return rows, [row[: int(length)].tolist() for row, length in zip(input_ids, mask.sum(axis=1), strict=True)]
-
     # ---- what is told -------------------------------------------------------------------------------------------
 
     def record(self, event: dict[str, Any]) -> None:
@@ -326,7 +313,7 @@ class Run:
     def log_step(self, step_loss: Any, layout: Layout, rate: float, grad_norm: torch.Tensor) -> None:
         values: dict[str, Any] = step_metrics(step_loss, layout.size, mlm=self.config.loss.mlm_weight > 0)
         if step_loss.counts_K is not None:
-            values["empty_clusters"] = self.health.empty()
+            values["empty_clusters"] = self.corpus.bank.empty() if self.corpus else self.health.empty()
         skipped, in_a_row = self.optimizer.skipped.tolist()
         if in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise NonFiniteError(
@@ -437,6 +424,8 @@ class Run:
             "health": self.health.state_dict(),
             "progress": asdict(self.progress),
         }
+        if self.corpus:
+            state["corpus"] = self.corpus.state_dict()
         keep = self.config.runtime.keep
         path = save_checkpoint(self.run_dir / "checkpoints", self.progress.step, state, self.config.fingerprint(), keep)
         self.mirror.push("metrics.jsonl")
@@ -458,6 +447,8 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
             self.clustering.load_state_dict(state["clustering"], self.device)
             self.health.load_state_dict(state["health"], self.device)
+            if self.corpus:
+                self.corpus.load_state_dict(state["corpus"])
             self.progress = Progress(**state["progress"])
         if self.is_main:
             self.metrics = MetricsLog(self.run_dir / "metrics.jsonl", self.progress.step if found else -1)
@@ -470,8 +461,8 @@ class Run:
         centroids_KD = self.clustering.centroids_KD
         if centroids_KD is None:
             return
-        rows, ids = self.sample_corpus(DESCRIBED, "describe")
-        z_ND = encode_together(self.encoder, ids, project=True)
+        rows = sample_rows(self.tokens, DESCRIBED, "describe", self.config.seed)
+        z_ND = encode_together(self.encoder, token_ids(self.tokens, rows), project=True)
         clusters = describe_clusters(z_ND, centroids_KD.cpu().numpy(), lambda found: self.tokens.texts(rows[found]))
         self.write_json("clusters.json", {"step": self.progress.step, "sample": len(rows), "clusters": clusters})
 

@@ -56,6 +56,9 @@ def step_metrics(step_loss: StepLoss, batch_size: int, *, mlm: bool = False) -> 
     counts_K = step_loss.counts_K
     values["clusters_used"] = int((counts_K > 0).sum())
     values["largest_cluster"] = int(counts_K.max())
-    pairs = (counts_K * (counts_K - 1)).sum()
+    if step_loss.false_negatives is None:
+        pairs = (counts_K * (counts_K - 1)).sum()
+    else:
+        pairs = distributed.all_reduce_sum(step_loss.false_negatives.clone())
     values["false_negative_rate"] = float(pairs / (batch_size * (batch_size - 1)))
     return values

@@ -11,6 +11,7 @@ def model_card(config: Config, progress: dict[str, Any]) -> str:
     """Markdown: how to load the model, how it was trained, and what was measured."""
     method = (
         f"ClusterNS with {config.clustering.num_clusters} clusters"
+        + (" of the whole corpus" if config.clustering.scope == "corpus" else "")
         if config.clustering.num_clusters
         else "SimCSE (ClusterNS with num_clusters 0)"
     )

@@ -17,7 +17,16 @@ from clusterns_ray.clustering.kmeans import cluster_sizes, cosine_matrix, neares
 from clusterns_ray.clustering.state import Clustering
 from clusterns_ray.config import LossConfig
 from clusterns_ray.encoder import Encoder
-from clusterns_ray.losses import ClusterNSLoss, Clusters, clusterns_loss_share, info_nce_share
+from clusterns_ray.losses import (
+    ClusterNSLoss,
+    Clusters,
+    bank_negative_logits,
+    clusterns_loss_share,
+    corpus_loss_share,
+    info_nce_share,
+    similar_mask,
+)
+from clusterns_ray.training.corpus_clusters import CorpusClusters
 from clusterns_ray.training.layout import Layout
 from clusterns_ray.training.mlm import prediction_loss
 from clusterns_ray.training.shards import Shard
@@ -80,6 +89,8 @@ class StepLoss(NamedTuple):
     """this worker's shares of the values named in ``SHARE_NAMES``; over all workers they add up to them"""
     counts_K: Tensor | None
     """rows of the global batch in each cluster, or None before clustering has started"""
+    false_negatives: Tensor | None = None
+    """this worker's share of the number of false negatives, where the clusters alone do not tell it"""
 
 
 SHARE_NAMES = ("loss", "info_nce", "bml", "mean_cosine", "hard_negative_cosine", "mlm")
@@ -94,32 +105,38 @@ class Objective:
         clustering: Clustering,
         first_centroid: int,
         initial_centroids: Callable[[], Tensor] | None = None,
+        corpus: CorpusClusters | None = None,
     ):
         """
         Args:
             first_centroid: where the chain of first centroids begins, a number taken modulo the batch's rows.
             initial_centroids: makes them otherwise, on all workers together, in place of the chain.
+            corpus: clusters of the whole corpus, in place of those that follow the batches.
         """
         self.loss = loss
         self.clustering = clustering
         self.first_centroid = first_centroid
         self.initial_centroids = initial_centroids
+        self.corpus = corpus
 
     def __call__(self, z1_bD: Tensor, z2_bD: Tensor, layout: Layout, mlm: Tensor | None = None) -> StepLoss:
         """Loss of this worker's rows against the whole batch; ``mlm`` as :class:`TwoViews` gives it.
 
         Order: keys are gathered; until clustering has started the loss is InfoNCE, also in the very step that
         creates the centroids; after that the centroids move first, and hard negatives, false negatives and loss
-        are taken from the moved ones.
+        are taken from the moved ones. With clusters of the corpus, the batch goes into the bank at the end.
         """
         positive_b = layout.positive_b(z1_bD.device)
         z2_BD = layout.gather(z2_bD)
         cos_bB = cosine_matrix(z1_bD, z2_BD)
         mean_cosine = cos_bB.detach().sum() / layout.size**2
 
-        counts_K = None
+        counts_K = false_negatives = None
         hard_negative_cosine = torch.zeros_like(mean_cosine)
-        if self.clustering.centroids_KD is not None:
+        if self.clustering.started and self.corpus is not None:
+            found = self._with_corpus(self.corpus, z1_bD, cos_bB, positive_b, layout)
+            terms, counts_K, hard_negative_cosine, false_negatives = found
+        elif self.clustering.centroids_KD is not None:
             counts_K = self.clustering.update(z1_bD.detach())
             cos_bK = cosine_matrix(z1_bD, self.clustering.centroids_KD)
             clusters = self._assign(cos_bK.detach(), layout)
@@ -138,7 +155,8 @@ class Objective:
             mlm_share = mlm[0] / tokens.clamp(min=1)
             loss = loss + self.loss.mlm_weight * mlm_share
         shares = [loss, terms.info_nce, terms.bml, mean_cosine, hard_negative_cosine, mlm_share]
-        return StepLoss(loss * distributed.world_size(), torch.stack([share.detach() for share in shares]), counts_K)
+        shares = torch.stack([share.detach() for share in shares])
+        return StepLoss(loss * distributed.world_size(), shares, counts_K, false_negatives)
 
     def _assign(self, cos_bK: Tensor, layout: Layout) -> Clusters:
         nearest_b, second_b = nearest_two(cos_bK)
@@ -161,11 +179,46 @@ class Objective:
             bml_reduction=self.loss.bml_reduction,
         )
 
+    def _with_corpus(
+        self, corpus: CorpusClusters, z1_bD: Tensor, cos_bB: Tensor, positive_b: Tensor, layout: Layout
+    ) -> tuple[ClusterNSLoss, Tensor, Tensor, Tensor]:
+        """The loss, rows in each cluster, and shares of the hard negatives' mean cosine and of the false negatives."""
+        loss = self.loss
+        negatives = corpus.draw(z1_bD.detach(), layout)
+        cos_bn = cosine_matrix(z1_bD, negatives.z_nD)
+        logits_bn = None
+        if loss.hard_negatives:
+            columns, weight = loss.hard_negative_columns, loss.hard_negative_weight
+            logits_bn = bank_negative_logits(cos_bn, positive_b, negatives, loss.temperature, columns, weight)
+        lowest = corpus.settings.false_negative_cosine
+        mask_bB = similar_mask(cos_bB, negatives.nearest_b, negatives.nearest_B, positive_b, lowest)
+        pairs = mask_bB.sum()
+        terms = corpus_loss_share(
+            cos_bB,
+            logits_bn,
+            positive_b,
+            mask_bB,
+            distributed.all_reduce_sum(pairs.clone()) if loss.bml_reduction == "false_negatives" else pairs,
+            temperature=loss.temperature,
+            bml_weight=loss.bml_weight,
+            bml_alpha=loss.bml_alpha,
+            bml_beta=loss.bml_beta,
+            bml_reduction=loss.bml_reduction,
+        )
+        own_bn = (negatives.row_n == positive_b[:, None]) & (negatives.slot_n >= 0)
+        hard_negative_cosine = (cos_bn.detach() * own_bn).sum() / len(negatives.row_n)
+        corpus.refresh(z1_bD.detach(), layout)
+        counts_K = cluster_sizes(negatives.nearest_B, self.clustering.num_clusters)
+        return terms, counts_K, hard_negative_cosine, pairs
+
     def _start_clustering(self, mean_cosine_share: Tensor, z1_bD: Tensor, z2_BD: Tensor, layout: Layout) -> None:
         mean_cosine = distributed.all_reduce_sum(mean_cosine_share.clone())
-        if not self.clustering.should_start(mean_cosine, layout.size):
+        rows = layout.size if self.corpus is None else len(self.corpus.bank)
+        if not self.clustering.should_start(mean_cosine, rows):
             return
-        if self.initial_centroids is not None:
+        if self.corpus is not None:
+            self.corpus.start()
+        elif self.initial_centroids is not None:
             self.clustering.set_centroids(self.initial_centroids())
         else:
             z1_BD = layout.gather(z1_bD.detach())

@@ -54,6 +54,10 @@ CASES: dict[str, dict[str, Any]] = {
     "clusters": {},
     "no clusters": {"clustering": {"num_clusters": 0}},
     "masked words": {"loss": {"mlm_weight": 0.1}},
+    "clusters of the corpus": {
+        "clustering": {"scope": "corpus", "num_clusters": 40, "start_cosine": 1.0, "refresh_rows": 7},
+        "loss": {"bank_negatives": 3, "bml_reduction": "false_negatives"},
+    },
     "in chunks": {"train": {"cache_chunk": 8}},
 }
 
@@ -70,6 +74,6 @@ def test_a_step_exchanges_what_the_plan_says(
     results = run_ranks(exchanged, ranks, config, tokens_dir, tmp_path / "run")
 
     expected = Counter((exchange.kind, int(exchange.size)) for exchange in workload(config).exchanges())
-    assert expected[("all_gather", 32 * WIDTH * 4)] == 1
+    assert expected[("all_gather", 32 * WIDTH * 4)] == (2 if "corpus" in case else 1)
     for found in results:
         assert Counter(found) == expected

@@ -159,7 +159,7 @@ def pure_gradients(run: Run, name: str, step: int) -> Gradients:
     centroids_KD, members_BD = centroids_KD.double(), z1_BD.detach()
     statistics = member_statistics(members_BD, assign(members_BD, centroids_KD)[0], K)
     moved_KD = update_centroids(centroids_KD, *statistics, RATE, case.update)
-    settings = loss.model_dump(exclude={"mlm_weight", "mlm_probability"})
+    settings = loss.model_dump(exclude={"mlm_weight", "mlm_probability", "bank_negatives"})
     return gradients_of(run, clusterns_loss(z1_BD, z2_BD, moved_KD, **settings).loss)
 
 

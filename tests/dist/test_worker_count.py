@@ -116,18 +116,70 @@ def test_prompts_and_masked_language_modelling_do_not_depend_on_the_workers_eith
         assert results[ranks]["sts_dev"] == pytest.approx(results[1]["sts_dev"], abs=0.01)
 
 
+CORPUS = {
+    "batch columns": {},
+    "own columns, refreshed": {
+        "loss": {"hard_negative_columns": "own", "bml_reduction": "false_negatives"},
+        "clustering": {"refresh_rows": 10},
+    },
+    # Batches of 32, and one of 9, whose shards have 3, 2, 2 and 2 rows; not all rows are in the bank.
+    "odd last batches": {
+        "data": {"limit": 297, "order": "random"},
+        "loss": {"hard_negative_columns": "not_own_cluster"},
+        "clustering": {"bank_rows": 200},
+    },
+}
+
+
+def corpus_job(make_job, case: str, **runtime: Any) -> Job:
+    """More clusters than the batch has rows, clustered anew twice."""
+    sections = {name: dict(section) for name, section in CORPUS[case].items()}
+    sections["clustering"] = {
+        "scope": "corpus",
+        "num_clusters": 40,
+        "recluster_every_steps": 5,
+        "false_negative_cosine": 0.3,
+        **sections.get("clustering", {}),
+    }
+    sections["loss"] = {"bank_negatives": 2, **sections.get("loss", {})}
+    return make_job(**sections, **({"runtime": runtime} if runtime else {}))
+
+
+@pytest.mark.parametrize("case", CORPUS)
+def test_clusters_of_the_corpus_do_not_depend_on_the_workers_either(make_job, case: str):
+    job = corpus_job(make_job, case)
+    jobs = {ranks: job.named(f"on-{ranks}") for ranks in (1, 2, 4)}
+    results = {ranks: run_ranks(train_here, ranks, jobs[ranks], deadline_s=240)[0] for ranks in jobs}
+    records = [r for r in read_metrics(jobs[1].run_dir / "metrics.jsonl") if "loss" in r]
+    started = results[1]["clustering_started_at"]
+    assert STEPS - started > 10, "it is clustered twice more"
+    clustered = [record for record in records if record["step"] > started]
+    assert min(record["hard_negative_cosine"] for record in clustered) > 0
+    assert max(record["false_negative_rate"] for record in clustered) > 0
+    for ranks in (2, 4):
+        assert losses(jobs[ranks]) == pytest.approx(losses(jobs[1]), rel=1e-5)
+        assert results[ranks]["sts_dev"] == pytest.approx(results[1]["sts_dev"], abs=0.01)
+        others = [r for r in read_metrics(jobs[ranks].run_dir / "metrics.jsonl") if "loss" in r]
+        for found, expected in zip(others, records, strict=True):
+            for key in ("false_negative_rate", "clusters_used", "empty_clusters"):
+                assert found.get(key) == pytest.approx(expected.get(key)), (ranks, found["step"], key)
+
+
 def final_state(job: Job) -> dict[str, torch.Tensor]:
     """Weights, head included, and centroids after the last step."""
     newest = list_checkpoints(job.run_dir / "checkpoints")[0]
     state = torch.load(newest / "state.pt", weights_only=True)
     assert state["progress"]["step"] == STEPS
-    return {**state["encoder"], "centroids": state["clustering"]["centroids_KD"]}
+    corpus = state.get("corpus", {})
+    tensors = {f"corpus.{name}": value for name, value in corpus.items() if torch.is_tensor(value)}
+    return {**state["encoder"], "centroids": state["clustering"]["centroids_KD"], **tensors}
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_a_killed_run_resumes_to_the_same_bits(make_job, ranks: int):
+@pytest.mark.parametrize(("ranks", "scope"), [(2, "batch"), (4, "batch"), (2, "corpus")])
+def test_a_killed_run_resumes_to_the_same_bits(make_job, ranks: int, scope: str):
     """Killed two steps after a checkpoint, with clustering under way."""
-    job = make_job(runtime={"checkpoint_every_steps": 7})
+    every = {"checkpoint_every_steps": 7}
+    job = make_job(runtime=every) if scope == "batch" else corpus_job(make_job, "own columns, refreshed", **every)
     whole, broken = job.named("whole"), job.named("broken")
     result = run_ranks(train_here, ranks, whole)[0]
     assert result["clustering_started_at"] < 14
@@ -142,6 +194,7 @@ def test_a_killed_run_resumes_to_the_same_bits(make_job, ranks: int):
     resumed = run_ranks(train_here, ranks, broken)[0]
 
     expected, found = final_state(whole), final_state(broken)
+    assert ("corpus.z_ND" in expected) is (scope == "corpus")
     assert expected.keys() == found.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
     assert losses(broken) == losses(whole) and len(losses(whole)) == STEPS

@@ -7,6 +7,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from clusterns_ray.config import (
+    BANK_KEYS,
     Config,
     Section,
     apply_override,
@@ -213,6 +214,28 @@ REFUSED = [
         ["clustering.num_clusters=257"],
         ["clustering.num_clusters is 257", "train.global_batch_size (256)", "at most 256"],
     ),
+    (["clustering.scope=world"], ["clustering.scope is 'world'", "'batch'", "'corpus'"]),
+    (
+        ["clustering.scope=corpus", "clustering.num_clusters=501", "clustering.bank_rows=500"],
+        ["clustering.num_clusters is 501", "clustering.bank_rows (500)", "a sentence of the bank", "at most 500"],
+    ),
+    (
+        ["clustering.scope=corpus", "clustering.num_clusters=501", "data.limit=500"],
+        ["clustering.num_clusters is 501", "data.limit (500)", "at most 500 clusters, or raise data.limit"],
+    ),
+    (
+        ["clustering.scope=corpus", "clustering.bank_rows=500", "clustering.refresh_rows=501"],
+        ["clustering.refresh_rows is 501", "clustering.bank_rows (500)", "the same row twice", "at most 500"],
+    ),
+    (
+        ["clustering.bank_rows=500"],
+        ["clustering.bank_rows is 500", "scope is batch", "no bank", "set"],
+    ),
+    (["loss.bank_negatives=2"], ["loss.bank_negatives is 2", "clustering.scope is batch", "leave loss.bank_negatives"]),
+    (["clustering.refresh_rows=2"], ["clustering.refresh_rows is 2", "clustering.scope is batch"]),
+    (["clustering.recluster_every_steps=2"], ["clustering.recluster_every_steps is 2", "clustering.scope is batch"]),
+    (["clustering.false_negative_cosine=0"], ["clustering.false_negative_cosine is 0", "clustering.scope is batch"]),
+    (["clustering.false_negative_cosine=2"], ["clustering.false_negative_cosine is 2", "less than or equal to 1"]),
     (["clustering.start_cosine=1.5"], ["clustering.start_cosine is 1.5", "less than or equal to 1"]),
     (["clustering.rate=0"], ["clustering.rate is 0", "greater than 0"]),
     (["clustering.update=median"], ["clustering.update is 'median'", "'replace_sum'"]),
@@ -245,6 +268,10 @@ def test_impossible_value(overrides: list[str], parts: list[str]) -> None:
     text = message(*overrides)
     assert text.startswith("c.yaml: ")
     assert [part for part in parts if part not in text] == [], text
+
+
+def test_there_may_be_more_clusters_than_rows_of_a_batch_if_they_are_of_the_corpus() -> None:
+    assert parsed("clustering.scope=corpus", "clustering.num_clusters=4096").clustering.num_clusters == 4096
 
 
 @pytest.mark.parametrize("override", ["train.learning_rate=.inf", "loss.temperature=.inf", "loss.bml_weight=.inf"])
@@ -319,8 +346,14 @@ OTHER_VALUES = {
     "loss.bml_alpha": 0.1,
     "loss.bml_beta": 0.4,
     "loss.bml_reduction": "false_negatives",
+    "loss.bank_negatives": 2,
     "loss.mlm_weight": 0.1,
     "loss.mlm_probability": 0.3,
+    "clustering.scope": "corpus",
+    "clustering.bank_rows": 1000,
+    "clustering.recluster_every_steps": 7,
+    "clustering.refresh_rows": 3,
+    "clustering.false_negative_cosine": 0.5,
     "clustering.num_clusters": 8,
     "clustering.start_cosine": 0.5,
     "clustering.rate": 0.5,
@@ -363,6 +396,7 @@ OTHER_VALUES = {
 NEEDS = {
     "encoder.second_prompt": ("encoder.prompt={sentence} means",),
     "encoder.denoise": ("encoder.prompt={sentence} means", "encoder.pooling=mask"),
+    **dict.fromkeys((f"{section}.{key}" for section, key in BANK_KEYS), ("clustering.scope=corpus",)),
 }
 """What must be set for the other value to mean anything."""
 

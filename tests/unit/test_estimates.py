@@ -4,11 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import ARCHITECTURES, make_tiny_model
 from torch.utils._pytree import tree_leaves
 
+from clusterns_ray.clustering.bank import Bank
 from clusterns_ray.config import Config, make_config
 from clusterns_ray.data.prepare import prepare
 from clusterns_ray.encoder import Encoder
@@ -17,6 +19,7 @@ from clusterns_ray.launch.estimates import (
     FLOAT,
     ModelSize,
     TextSample,
+    bank_bytes,
     checkpoint_bytes,
     corpus_rows,
     held_shards,
@@ -86,9 +89,24 @@ def test_a_checkpoint_holds_what_was_estimated(trained: tuple[Config, Path]) -> 
     # What belongs to no parameter: AdamW's counts of steps, the health of the clusters.
     tensors = sum(leaf.nbytes for leaf in held if leaf.ndim and leaf.numel() > 8)
     assert len(held) > 50
-    estimate = checkpoint_bytes(model_size(config), 4)
+    estimate = checkpoint_bytes(model_size(config), config)
     assert estimate == pytest.approx(tensors, rel=0.002)
     assert estimate <= file.stat().st_size < 1.5 * estimate + 100_000
+
+
+def test_the_bank_is_in_the_estimates(tiny_model: Path, tmp_path: Path) -> None:
+    few = {"scope": "corpus", "bank_rows": 100, "start_cosine": 1.0}
+    config, without = (config_of(tiny_model, clustering=c) for c in ({"num_clusters": 4, **few}, {"num_clusters": 4}))
+    size = model_size(config)
+    bank = Bank(np.arange(100), size.width, 4, tmp_path, torch.device("cpu"))
+    bank.write(torch.arange(100), torch.randn(100, size.width, out=bank.allocate()))
+    bank.cluster(0, None)
+    held = sum(value.nbytes for value in bank.state_dict().values())
+    assert held == bank_bytes(size, config) and bank_bytes(size, without) == 0
+    assert checkpoint_bytes(size, config) == checkpoint_bytes(size, without) + held
+    # Of two checkpoints that stay, and the one that is written; and on the one worker.
+    assert run_bytes(size, config) == run_bytes(size, without) + 4 * held
+    assert bank_bytes(size, config_of(tiny_model, clustering={"num_clusters": 0, "scope": "corpus"})) == 0
 
 
 def test_a_run_takes_no_more_disk_than_was_estimated(trained: tuple[Config, Path]) -> None:

@@ -78,11 +78,14 @@ def take_step(run: Run, step: int) -> None:
 
 # ---- FLOPs ----------------------------------------------------------------------------------------------------------
 
+CORPUS = {"scope": "corpus", "num_clusters": 40, "start_cosine": 1.0}
+
 STEPS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "bert": ("bert", {}),
     "no head": ("bert", {"encoder": {"head": "none"}}),
     "fewer layers": ("bert", {"encoder": {"num_layers": 1, "pooling": "cls"}}),
     "no clusters": ("bert", {"clustering": {"num_clusters": 0}}),
+    "corpus": ("bert", {"clustering": CORPUS, "loss": {"bank_negatives": 3}}),
     "masked words": ("bert", {"loss": {"mlm_weight": 0.1}}),
     "cached": ("bert", {"train": {"cache_chunk": 8}}),
     "cached, masked": ("bert", {"train": {"cache_chunk": 8}, "loss": {"mlm_weight": 0.1}}),
@@ -111,7 +114,8 @@ def test_flops_of_a_step_are_those_that_torch_counts(name: str, make: Callable[.
         take_step(run, 1)
 
     encoder = encoder_work(config)
-    loss = step_model.objective_flops(32, 32, WIDTH, config.clustering.num_clusters)
+    negatives = config.loss.bank_negatives if config.clustering.scope == "corpus" else None
+    loss = step_model.objective_flops(32, 32, WIDTH, config.clustering.num_clusters, negatives)
     assert encoder.shard(rows_S, tokens_S).sum() + loss == counter.get_total_flops()
 
 

@@ -418,7 +418,7 @@ def examine_disk(request: Request, cluster: Cluster, sizes: Sizes) -> list[Findi
         return []
     config = request.config
     run = run_bytes(sizes.model, config) * request.concurrent
-    one = checkpoint_bytes(sizes.model, config.clustering.num_clusters)
+    one = checkpoint_bytes(sizes.model, config)
     parts = [f"{config.runtime.keep} + 1 checkpoints of {size_text(one)}"]
     tokens = 0.0
     if sizes.sample is not None and sizes.rows is not None:

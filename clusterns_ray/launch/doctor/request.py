@@ -74,7 +74,9 @@ def examine_values(request: Request) -> list[Finding]:
     parts = [
         f"batch {train.global_batch_size} in {train.shards} shards of {train.global_batch_size // train.shards} rows",
         workers + ("" if request.on_ray else " in the process itself"),
-        f"{k} clusters" if k else "no clusters (SimCSE)",
+        f"{k} clusters{' of the corpus' if config.clustering.scope == 'corpus' else ''}"
+        if k
+        else "no clusters (SimCSE)",
     ]
     if request.study:
         parts.append(f"{_count(request.concurrent, 'trial')} at a time")

@@ -49,6 +49,9 @@ def measure(
     # Clustering is on from the first step: nearly all steps of a run are after it has started.
     values = config.resolved()
     values["clustering"] |= {"start_cosine": 1.0, "init": "farthest_chain"}
+    if config.clustering.scope == "corpus":  # what a step takes does not depend on how large the bank is
+        few = max(config.clustering.num_clusters, config.clustering.refresh_rows, 1024)
+        values["clustering"]["bank_rows"] = min(config.clustering.bank_rows, few)
     values["runtime"] |= {"num_workers": 0, "log_rows": False}
     settled = make_config(values)
     place = local_copy(config.runtime.storage_path, config.runtime.local_path)

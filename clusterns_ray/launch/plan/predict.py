@@ -13,7 +13,7 @@ from typing import Any
 
 from clusterns_ray.config import Config
 from clusterns_ray.errors import ConfigError
-from clusterns_ray.launch.estimates import FLOAT, checkpoint_bytes, held_shards, worker_memory
+from clusterns_ray.launch.estimates import FLOAT, bank_bytes, checkpoint_bytes, held_shards, worker_memory
 from clusterns_ray.launch.plan import step as model
 from clusterns_ray.launch.plan.quantities import bytes_text, read_quantity, read_workers
 from clusterns_ray.launch.plan.step import Exchange, Machine, Network, Speed, StepSeconds
@@ -104,7 +104,7 @@ def plan(work: Workload, workers: Sequence[int], machine: Machine) -> dict[str, 
         "steps_per_epoch": work.steps_per_epoch,
         "parameters": work.size.all,
         "trained_parameters": work.size.trained,
-        "checkpoint_bytes": checkpoint_bytes(work.size, work.config.clustering.num_clusters),
+        "checkpoint_bytes": checkpoint_bytes(work.size, work.config),
         "model_bytes": work.size.exported_bytes,
         "workers": [predict(work, n, machine) for n in possible],
         "impossible": {str(n): model.nearest_possible(n, shards) for n in workers if shards % n},
@@ -115,11 +115,11 @@ def plan(work: Workload, workers: Sequence[int], machine: Machine) -> dict[str, 
 def predict(work: Workload, workers: int, machine: Machine) -> dict[str, Any]:
     """What one worker needs and does, and how long a step and an epoch take, on ``workers`` of them."""
     config = work.config
-    batch, clusters = config.train.global_batch_size, config.clustering.num_clusters
+    batch = config.train.global_batch_size
     exchanges = work.exchanges()
     step = step_seconds(work, workers, machine)
     every = config.runtime.checkpoint_every_steps or config.evaluation.every_steps
-    checkpoint = checkpoint_bytes(work.size, clusters)
+    checkpoint = checkpoint_bytes(work.size, config)
     found: dict[str, Any] = {
         "workers": workers,
         "sentences_per_worker": batch / workers,
@@ -159,11 +159,13 @@ def memory(work: Workload, workers: int, *, gpu: bool) -> dict[str, int]:
 
     ``keys``: B x D float32 in three copies, as gathered, in canonical order, and normalised; one worker has only the
     last. ``clusters``: K x D float32 in four: centroids, those at the last evaluation, the sums, and where they go.
+    ``bank``: that of the corpus, where there is one; on a CPU a memory-mapped file.
     """
     train, width = work.config.train, work.size.width
     found = asdict(worker_memory(work.size, held_shards(train, workers) * workers, workers, gpu=gpu))
     found["keys"] = FLOAT * train.global_batch_size * width * (3 if workers > 1 else 1)
     found["clusters"] = 4 * FLOAT * work.config.clustering.num_clusters * width
+    found["bank"] = bank_bytes(work.size, work.config)
     return {**found, "total": sum(found.values())}
 
 
@@ -225,6 +227,8 @@ def _assumptions(work: Workload, machine: Machine) -> list[str]:
         )
     if machine.cores is not None:
         found.append(f"All workers share {machine.cores} cores; that memory bandwidth is shared too is not counted.")
+    if bank_bytes(work.size, config):
+        found.append("Left out: filling the bank of the corpus, K-means over it, and encoding its rows anew.")
     if config.train.max_steps is not None:
         found.append(f"An epoch is a whole pass; train.max_steps ends a run after {config.train.max_steps:,} steps.")
     if machine.price is not None:

@@ -76,13 +76,19 @@ class EncoderWork:
         return flops
 
 
-def objective_flops(rows: float, batch: int, width: int, clusters: int) -> float:
+def objective_flops(rows: float, batch: int, width: int, clusters: int, negatives: int | None = None) -> float:
     """FLOPs of the loss of a worker's b rows: ``6 b B D + 6 b K D``.
 
     The scores of b rows with B keys, and from them the gradients of both: 3 products of 2 b B D. With K centroids: once
     to move them, once for the hard negatives, and the rows' gradients of these, as centroids have none.
+
+    Args:
+        negatives: M sentences drawn for each row from clusters of the corpus: then ``6 b B D + 2 b K D + 4 b B M D``,
+            as centroids only say which, and stored embeddings have no gradient.
     """
-    return 6 * rows * width * (batch + clusters)
+    if negatives is None:
+        return 6 * rows * width * (batch + clusters)
+    return rows * width * (6 * batch + 2 * clusters + 4 * batch * negatives)
 
 
 def busiest_worker(flops_NS: np.ndarray, padded_NS: np.ndarray, workers: int) -> float:
@@ -162,10 +168,25 @@ def gradient_exchange(trained: int) -> Exchange:
     return Exchange("gradients", "all_reduce", size, 1 + math.ceil(max(size - FIRST_BUCKET, 0) / BUCKET))
 
 
-def step_exchanges(*, trained: int, batch: int, width: int, clusters: int, mlm: bool) -> list[Exchange]:
+def step_exchanges(
+    *,
+    trained: int,
+    batch: int,
+    width: int,
+    clusters: int,
+    mlm: bool,
+    negatives: int | None = None,
+    encoded_anew: int = 0,
+    counted: bool = False,
+) -> list[Exchange]:
     """What workers exchange in a step once clustering has started.
 
     That a gradient is finite is not exchanged: the sum of gradients is not, where one of them is not.
+
+    Args:
+        negatives: as of :func:`objective_flops`.
+        encoded_anew: rows of the bank, besides those of the batch.
+        counted: whether the bank's false negatives have to be, as the loss divides by their number.
     """
     found = [
         gradient_exchange(trained),
@@ -173,7 +194,14 @@ def step_exchanges(*, trained: int, batch: int, width: int, clusters: int, mlm: 
         # Summed whole, as gloo has no reduce-scatter in every version: each worker takes its rows of it.
         Exchange("gradients of keys", "all_reduce", FLOAT * batch * width),
     ]
-    if clusters:
+    if clusters and negatives is not None:
+        found += [
+            Exchange("clusters of rows", "all_gather", INDEX * batch * (1 + negatives)),
+            Exchange("rows of the bank", "all_gather", FLOAT * batch * width),
+        ]
+        found += [Exchange("rows encoded anew", "all_reduce", FLOAT * encoded_anew * width)] if encoded_anew else []
+        found += [Exchange("false negatives", "all_reduce", INDEX)] if counted else []
+    elif clusters:
         found += [
             Exchange("cluster sums", "all_reduce", FLOAT * clusters * (width + 1)),
             Exchange("clusters of rows", "all_gather", INDEX * batch * 2),

@@ -15,6 +15,7 @@ MEMORY = {
     "activations": "activations, scores",
     "keys": "keys of the batch",
     "clusters": "centroids",
+    "bank": "bank of the corpus",
     "besides": "process, libraries",
 }
 SECONDS = {

@@ -67,15 +67,23 @@ class Workload:
             width=self.size.width,
             clusters=config.clustering.num_clusters,
             mlm=config.loss.mlm_weight > 0,
+            negatives=_bank_negatives(config),
+            encoded_anew=config.clustering.refresh_rows,
+            counted=config.loss.bml_reduction == "false_negatives",
         )
 
 
 @lru_cache(maxsize=64)  # with many shards, dealing those of every sampled batch takes seconds
 def _worker_flops(work: Workload, workers: int) -> float:
-    train, clusters = work.config.train, work.config.clustering.num_clusters
+    train, clusters, negatives = work.config.train, work.config.clustering.num_clusters, _bank_negatives(work.config)
     encoder = busiest_worker(work.shard_flops_NS, work.rows_NS * work.tokens_NS, workers)
     rows = train.global_batch_size / workers
-    return encoder + objective_flops(rows, train.global_batch_size, work.size.width, clusters)
+    return encoder + objective_flops(rows, train.global_batch_size, work.size.width, clusters, negatives)
+
+
+def _bank_negatives(config: Config) -> int | None:
+    clustering = config.clustering
+    return config.loss.bank_negatives if clustering.scope == "corpus" and clustering.num_clusters else None
 
 
 def workload(config: Config, sentences: int | None = None, prepared: Prepared | None = None) -> Workload:
