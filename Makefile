@@ -24,7 +24,7 @@ test: check
 
 # What clouds do: nodes that come, go and are drained, a head that is lost, an autoscaler; real clusters of several nodes.
 test-cluster: .venv/.dev
-	$(BIN)/python -m pytest tests/cluster -n $(PARALLEL) --dist loadfile
+	$(BIN)/python -m pytest tests/cluster -m "not long" -n $(PARALLEL) --dist loadfile
 
 # Our training step beside sentence-transformers' and a plain loop's, and its parts alone: under ten minutes.
 bench: .venv/.dev

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
@@ -53,14 +53,23 @@ def proves_each_row_once(steps: list[Step], undisturbed: list[Step], num_rows: i
     assert epochs and not epoch, "the run has to end with an epoch, or its last one proves nothing"
 
 
+def steps_by_attempt(directories: Iterable[Path]) -> dict[int, set[int]]:
+    """The steps that each attempt did, by its number."""
+    steps: dict[int, set[int]] = defaultdict(set)
+    for path in (path for directory in directories for path in directory.glob("rows/*.jsonl")):
+        for line in path.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):  # else it is being written
+                record = json.loads(line)
+                steps[record["attempt"]].add(record["step"])
+    return steps
+
+
 def done_twice(directories: Iterable[Path]) -> list[int]:
     """The steps that more than one attempt did: what was lost when something happened."""
-    attempts: dict[int, set[int]] = defaultdict(set)
-    for path in (path for directory in directories for path in directory.glob("rows/*.jsonl")):
-        for record in map(json.loads, path.read_text().splitlines()):
-            attempts[record["step"]].add(record["attempt"])
+    attempts = steps_by_attempt(directories)
     assert attempts, "no rows were logged"
-    return sorted(step for step, found in attempts.items() if len(found) > 1)
+    counts = Counter(step for steps in attempts.values() for step in steps)
+    return sorted(step for step, count in counts.items() if count > 1)
 
 
 def world_sizes(steps: list[Step]) -> list[int]:
