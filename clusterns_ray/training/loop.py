@@ -82,6 +82,8 @@ class Progress:
     clustering_started_at: int | None = None
     seconds: float = 0.0
     """spent in steps and evaluations, over all resumptions"""
+    checkpoint_seconds: float = 0.0
+    """that the loop waited for checkpoints and for their last copies, over all resumptions"""
 
 
 def train_worker(
@@ -106,7 +108,7 @@ def train_worker(
         mirror: copies the run to where it belongs, where ``run_dir`` is this machine's alone.
 
     Returns:
-        What ``result.json`` holds; the same on every worker but for `seconds`.
+        What ``result.json`` holds; the same on every worker but for the seconds.
 
     Raises:
         NonFiniteError: gradients stay NaN or infinite.
@@ -416,6 +418,7 @@ class Run:
         """Write a checkpoint of everything that changes; worker 0 alone, as all workers hold the same."""
         if not self.is_main:
             return
+        began = time.perf_counter()
         state = {
             "encoder": self.encoder.state_dict(),
             "language_model_head": head_state(self.views.language_model) if self.views.language_model else None,
@@ -431,6 +434,7 @@ class Run:
         self.mirror.push("metrics.jsonl")
         self.mirror.push(f"checkpoints/{path.name}")
         self.mirror.keep_newest("checkpoints", keep)
+        self.progress.checkpoint_seconds += time.perf_counter() - began
 
     def restore(self) -> None:
         """Take up the newest whole checkpoint, which worker 0 chooses for all."""
@@ -473,6 +477,14 @@ class Run:
         if self.dev is None:
             progress.best_step = progress.step
             self.export()
+        self.trackers.close()
+        if self.is_main:
+            began = time.perf_counter()
+            self.mirror.push("metrics.jsonl")
+            if (self.run_dir / "tensorboard").is_dir():
+                self.mirror.push("tensorboard")
+            self.mirror.finish(self.config.runtime.step_timeout_s)
+            progress.checkpoint_seconds += time.perf_counter() - began
         result = {
             "best_step": progress.best_step,
             "sts_dev": progress.best_score,
@@ -483,18 +495,13 @@ class Run:
             "stopped_early": progress.step < self.total_steps,
             "clustering_started_at": progress.clustering_started_at,
             "seconds": round(progress.seconds, 1),
+            "checkpoint_seconds": round(progress.checkpoint_seconds, 2),
             "num_workers": distributed.world_size(),
             "model": self.mirror.address("model"),
             "fingerprint": self.config.fingerprint(),
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
-        self.trackers.close()
-        if self.is_main:
-            self.mirror.push("metrics.jsonl")
-            if (self.run_dir / "tensorboard").is_dir():
-                self.mirror.push("tensorboard")
-            self.mirror.finish(self.config.runtime.step_timeout_s)
         self.write_json("result.json", result)  # last, as it says that everything is there
         self.mirror.finish(self.config.runtime.step_timeout_s)
         self.watch({"event": "done", **result})

@@ -314,6 +314,29 @@ def test_a_run_in_the_store_is_that_of_a_directory(config: Config, tmp_path: Pat
     assert any("is finished" in note for note in notes)
 
 
+def test_training_does_not_wait_for_copies(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing gets to the store before the last step is done; then the end waits for all of it."""
+    upload, gate, before = Store.upload, threading.Event(), []
+
+    def wait(self: Store, path: Path, name: str) -> None:
+        before.append(name)
+        assert gate.wait(60), "the loop waits for its copies"
+        upload(self, path, name)
+
+    monkeypatch.setattr(Store, "upload", wait)
+    waited: list[float] = []
+
+    def watch(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 6:
+            waited.append(len(before))
+            threading.Timer(1.0, gate.set).start()
+
+    result = train(config, watch)
+    assert waited == [1], "one copy had begun, and none was over"
+    assert result["checkpoint_seconds"] > 0.9, "the wait at the end counts"
+    assert (Store(config.runtime.storage_path) / "run" / "checkpoints").directories()[-1] == "step-00000006"
+
+
 def test_a_machine_that_is_lost_is_replaced_by_another(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
