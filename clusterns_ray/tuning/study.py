@@ -438,7 +438,9 @@ def _describe(error: ValidationError, source: str) -> str:
         reason = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             close = difflib.get_close_matches(parts[-1], _NAMES, n=1, cutoff=0.6)
-            lines.append(f"unknown key {key}" + (f": did you mean {close[0]}?" if close else "."))
+            # The right word in the wrong place: say the right one.
+            meant = [_PLACES.get(name, name) if name == parts[-1] else name for name in close]
+            lines.append(f"unknown key {key}" + (f": did you mean {meant[0]}?" if meant else "."))
         elif item["type"] == "missing":
             lines.append(f"{key} is missing.")
         elif item["type"] == "value_error":
@@ -459,6 +461,12 @@ _NAMES = sorted(
     }
     | {"choices", "min_steps", "reduction_factor", "warmup_steps"}
 )
+
+_PLACES = {
+    name: f"{section}.{name}"
+    for section, model in (("budget", BudgetConfig), ("confirmation", ConfirmationConfig))
+    for name in model.model_fields
+}
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:

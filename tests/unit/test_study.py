@@ -115,6 +115,7 @@ RATE = STUDY["space"]["train.learning_rate"]
 CLUSTERS = STUDY["space"]["clustering.num_clusters"]
 WRONG = [
     ({"nme": "x"}, "unknown key nme: did you mean name?"),
+    ({"trials": 3}, "unknown key trials: did you mean budget.trials?"),
     ({"name": "a/b"}, "name: must be a file name"),
     ({"name": None}, "name is missing"),
     ({"base": "nope.yaml"}, "nope.yaml"),
