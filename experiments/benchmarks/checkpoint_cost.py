@@ -61,7 +61,8 @@ def main() -> None:
         )
     print(f"As configured is every {every} steps. Medians of {arguments.rounds} rounds.")
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps({"every": every, "cpus": os.cpu_count(), "runs": results}, indent=1) + "\n")
+        record = {"every": every, "cpus": os.cpu_count(), "runs": results}
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
