@@ -85,6 +85,11 @@ def can_grow_to() -> Mapping[str, float] | None:
     return state.get_max_resources_from_cluster_config()
 
 
+def places(worker: Mapping[str, float], resources: Mapping[str, float]) -> int:
+    """How many workers a node with such resources holds."""
+    return min(int(resources.get(key, 0) / value + 1e-9) for key, value in worker.items() if value)
+
+
 def _start(cpus: int, note: Callable[[str], None], dashboard: bool) -> None:
     import ray
 

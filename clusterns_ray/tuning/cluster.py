@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import ray
 
 from clusterns_ray.errors import ConfigError
-from clusterns_ray.launch.cluster import autoscales, can_grow_to, connect, uses_gpu
+from clusterns_ray.launch.cluster import autoscales, can_grow_to, connect, places, uses_gpu
 from clusterns_ray.tuning.study import Study
 
 HEAD = {"node:__internal_head__": 0.001}
@@ -64,10 +64,8 @@ def check_fits(
     if can_grow is not None:
         short = {key: can_grow.get(key, 0) for key, value in worker.items() if can_grow.get(key, 0) < value * workers}
     else:
-        places = sum(
-            min(int(node.get(key, 0) / value + 1e-9) for key, value in worker.items() if value) for node in nodes
-        )
-        short = {} if places >= workers else {key: sum(node.get(key, 0) for node in nodes) for key in worker}
+        room = sum(places(worker, node) for node in nodes)
+        short = {} if room >= workers else {key: sum(node.get(key, 0) for node in nodes) for key in worker}
     if short:
         each = " and ".join(f"{value:g} {key}" for key, value in worker.items())
         has = ", ".join(f"{value:g} {key}" for key, value in short.items())

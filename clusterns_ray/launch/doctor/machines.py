@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from clusterns_ray.launch.cluster import places
 from clusterns_ray.launch.doctor.findings import Finding, from_error, size_text
 from clusterns_ray.launch.doctor.request import Request, Sizes
 from clusterns_ray.launch.estimates import checkpoint_bytes, held_shards, run_bytes, worker_memory
@@ -242,11 +243,6 @@ def wants_gpu(request: Request, cluster: Cluster) -> bool:
     if not request.on_ray:
         return bool(_gpus_of_torch(cluster.machines[0]))
     return any(machine.resources.get("GPU", 0) > 0 for machine in cluster.machines) or bool(cluster.gpu_types)
-
-
-def places(worker: Mapping[str, float], resources: Mapping[str, float]) -> int:
-    """How many workers a node holds."""
-    return min(int(resources.get(key, 0) / value + 1e-9) for key, value in worker.items() if value)
 
 
 def most_places(worker: Mapping[str, float], nodes: list[dict[str, float]], types: list[dict[str, Any]]) -> float:
