@@ -16,11 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from clusterns_ray.clustering.bank import Bank, draw_negatives, list_members, mapped_zeros
+from clusterns_ray.clustering.kmeans import cosine_matrix
 from clusterns_ray.config import Config, make_config
 from clusterns_ray.data.batches import permute, stream_key
 from clusterns_ray.data.prepare import prepare
 from clusterns_ray.errors import ClusterNSError, ConfigError
-from clusterns_ray.losses import BankNegatives, bank_negative_logits, similar_mask
+from clusterns_ray.losses import BankNegatives, bank_negative_logits, corpus_loss_share, similar_mask
 from clusterns_ray.training.loop import Run
 from clusterns_ray.training.metrics import step_metrics
 from clusterns_ray.training.objective import SHARE_NAMES, StepLoss
@@ -207,6 +208,29 @@ def test_false_negatives_share_a_cluster_and_are_similar() -> None:
         for i, j in np.ndindex(3, 5):
             same = int(nearest_b[i]) == int(nearest_B[j]) and j != int(positive_b[i])
             assert bool(found[i, j]) is (same and float(cos_bB[i, j]) > lowest)
+
+
+@pytest.mark.parametrize("columns", ["batch", "own", "not_own_cluster"])
+def test_gradients_are_those_of_finite_differences(columns: Any) -> None:
+    """Of the whole loss with sentences of the bank; some are not seen, and one row has none."""
+    drawn = torch.rand(8, 5, generator=generator(1), dtype=torch.float64) - 0.5
+    positive_b = torch.arange(4)
+    nearest_b = torch.tensor([0, 0, 1, 1])
+    slot_n = torch.tensor([3, 4, 5, 6, 0, 7, -1, -1])
+    row_n, cluster_n = torch.arange(4).repeat_interleave(2), torch.tensor([1, 1, 2, 2, 0, 2, 0, 0])
+    negatives = BankNegatives(nearest_b, nearest_b, torch.tensor([0, 1, 2, -1]), drawn, slot_n, row_n, cluster_n)
+
+    def loss(z1_BD: torch.Tensor, z2_BD: torch.Tensor) -> torch.Tensor:
+        cos_BB = cosine_matrix(z1_BD, z2_BD)
+        logits = bank_negative_logits(cosine_matrix(z1_BD, drawn), positive_b, negatives, 0.5, columns, 0.7)
+        mask_BB = similar_mask(cos_BB, nearest_b, nearest_b, positive_b, -1.0)
+        margins = {"bml_weight": 0.5, "bml_alpha": 0.05, "bml_beta": 0.2}
+        return corpus_loss_share(cos_BB, logits, positive_b, mask_BB, mask_BB.sum(), temperature=0.5, **margins).loss
+
+    views = [
+        (torch.rand(4, 5, generator=generator(seed), dtype=torch.float64) - 0.5).requires_grad_() for seed in (2, 3)
+    ]
+    assert torch.autograd.gradcheck(loss, views)
 
 
 # ---- in a step ----------------------------------------------------------------------------------------------------
