@@ -20,11 +20,11 @@ check: .venv/.dev
 # Everything: check, the slow unit tests, a browser, two and four processes, real local Ray runs.
 test: check
 	$(BIN)/python -m pytest tests/unit -m slow
-	$(BIN)/python -m pytest tests/browser tests/dist tests/ray -n $(PARALLEL) --dist loadfile
+	$(BIN)/python -m pytest tests/browser tests/dist tests/ray -n $(PARALLEL) --dist loadfile --durations 10
 
 # What clouds do: nodes that come, go and are drained, a head that is lost, an autoscaler; real clusters of several nodes.
 test-cluster: .venv/.dev
-	$(BIN)/python -m pytest tests/cluster -m "not long" -n $(PARALLEL) --dist loadfile
+	$(BIN)/python -m pytest tests/cluster -m "not long" -n $(PARALLEL) --dist loadfile --durations 10
 
 # Our training step beside sentence-transformers' and a plain loop's, and its parts alone: under ten minutes.
 bench: .venv/.dev
