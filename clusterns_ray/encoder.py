@@ -69,7 +69,8 @@ class Encoder(nn.Module):
         self.normalize = normalize
         self.denoise = denoise
         self.head = head
-        self.packs = can_pack(backbone)
+        self.packs = True
+        """whether to pack where it can be done"""
         if pooling == "mask":
             _check_mask_prompt("prompt", prompt, tokenizer)
             if second_prompt is not None:
@@ -199,7 +200,9 @@ class Encoder(nn.Module):
         In training on a CPU the batch is packed on its way through the layers.
         """
         all_layers = self.pooling in HIDDEN_STATE_POOLINGS
-        if not (self.training and self.packs and input_ids_BT.device.type == "cpu"):
+        # Asked each time: without our attention a packed batch would be read as one sentence.
+        packs = self.training and self.packs and can_pack(self.backbone) and input_ids_BT.device.type == "cpu"
+        if not packs:
             words = {"input_ids": input_ids_BT} if words_BTD is None else {"inputs_embeds": words_BTD}
             output = self.backbone(**words, attention_mask=attention_mask_BT, output_hidden_states=all_layers)
             return output.last_hidden_state, getattr(output, "hidden_states", None)

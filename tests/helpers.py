@@ -58,7 +58,7 @@ def make_tiny_model(
     """A randomly drawn encoder of width 32 with a fast tokenizer, as ``save_pretrained`` writes it.
 
     Args:
-        kind: one of ``ARCHITECTURES``.
+        kind: one of ``ARCHITECTURES``, or of RoBERTa's kin: xlm-roberta, camembert.
         dropout: every dropout of the model; None leaves the architecture's own.
         positions: tokens that it reads at most.
     """
@@ -67,7 +67,9 @@ def make_tiny_model(
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    tokenizer = _byte_tokenizer() if kind in ("roberta", "modernbert") else _word_tokenizer(kind)
+    tokenizer = (
+        _byte_tokenizer() if kind in ("roberta", "xlm-roberta", "camembert", "modernbert") else _word_tokenizer(kind)
+    )
     tokenizer.model_max_length = positions
     common: dict[str, Any] = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     layered = {"num_hidden_layers": layers, "num_attention_heads": 2, "hidden_size": WIDTH, "intermediate_size": 48}
@@ -87,6 +89,8 @@ def make_tiny_model(
         classes = {
             "bert": transformers.BertConfig,
             "roberta": transformers.RobertaConfig,
+            "xlm-roberta": transformers.XLMRobertaConfig,
+            "camembert": transformers.CamembertConfig,
             "mpnet": transformers.MPNetConfig,
         }
         # RoBERTa and MPNet number positions from behind the padding index.

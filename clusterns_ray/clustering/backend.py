@@ -14,6 +14,9 @@ import torch
 from clusterns_ray.clustering.kmeans import member_statistics
 from clusterns_ray.errors import DataError
 
+AT_ONCE = 8192
+"""Rows whose cosines with all centroids are held at a time."""
+
 
 def spherical_kmeans(
     z_ND: np.ndarray, k: int, *, seed: int, iterations: int = 25, initial_KD: np.ndarray | None = None
@@ -59,7 +62,9 @@ def _torch_kmeans(n_ND: np.ndarray, k: int, seed: int, iterations: int, initial_
     else:
         centroids_KD = torch.from_numpy(initial_KD)
     for _ in range(iterations):
-        cosine_N, nearest_N = (rows_ND @ centroids_KD.T).max(dim=1)
+        # In parts, as the cosines of all rows with all centroids may be larger than the rows.
+        found = [(part_ND @ centroids_KD.T).max(dim=1) for part_ND in rows_ND.split(AT_ONCE)]
+        cosine_N, nearest_N = torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
         sums_KD, counts_K = member_statistics(rows_ND, nearest_N, k)
         empty = (counts_K == 0).nonzero().squeeze(1)
         sums_KD[empty] = rows_ND[cosine_N.argsort()[: len(empty)]]

@@ -17,15 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clusterns_ray import distributed
-from clusterns_ray.clustering.backend import spherical_kmeans
+from clusterns_ray.clustering.backend import AT_ONCE, spherical_kmeans
 from clusterns_ray.clustering.kmeans import COSINE_EPS, cluster_sizes, cosine_matrix
 from clusterns_ray.errors import ClusterNSError
 
 FIRST_ITERATIONS, LATER_ITERATIONS = 25, 10
 """Of K-means: from random rows, and from the centroids of the time before."""
-
-ASSIGNED_AT_ONCE = 8192
-"""Rows whose cosines with all centroids are held at a time."""
 
 
 class Members(NamedTuple):
@@ -108,10 +105,23 @@ class Bank:
         return np.where(self.rows_N[place] == rows, place, -1)
 
     def allocate(self) -> Tensor:
-        """Make room for all rows; zeros."""
-        shape = (len(self), self.width)
-        on_cpu = self.device.type == "cpu"
-        self.z_ND = mapped_zeros(self.directory, *shape) if on_cpu else torch.zeros(shape, device=self.device)
+        """Make room for all rows, zeros, on all workers together.
+
+        Raises:
+            ClusterNSError: on every worker, where one has no room: none waits for the others.
+        """
+        shape, refused = (len(self), self.width), None
+        try:
+            on_cpu = self.device.type == "cpu"
+            self.z_ND = mapped_zeros(self.directory, *shape) if on_cpu else torch.zeros(shape, device=self.device)
+        except ClusterNSError as error:
+            refused = error
+        if bool(distributed.all_reduce_sum(torch.tensor(float(refused is not None), device=self.device))):
+            raise refused or ClusterNSError(
+                f"The bank of embeddings needs {4 * len(self) * self.width / 1e6:,.0f} MB on the machine of each "
+                "worker, and that of another has no room for it. Free some, or lower clustering.bank_rows."
+            )
+        assert self.z_ND is not None
         return self.z_ND
 
     @torch.no_grad()
@@ -143,7 +153,7 @@ class Bank:
                 initial_KD=None if initial_KD is None else F.normalize(initial_KD, eps=COSINE_EPS).cpu().numpy(),
             )
             directions_KD = torch.from_numpy(found).to(self.device)
-            parts = self.z_ND.split(ASSIGNED_AT_ONCE)
+            parts = self.z_ND.split(AT_ONCE)
             cluster_N = torch.cat([cosine_matrix(part, directions_KD).argmax(dim=1) for part in parts])
         directions_KD = distributed.broadcast(directions_KD)
         self.members = list_members(distributed.broadcast(cluster_N), self.num_clusters)
@@ -182,10 +192,10 @@ def mapped_zeros(directory: Path, *shape: int) -> Tensor:
         finally:
             os.close(handle)
         return torch.from_file(name, shared=True, size=count, dtype=torch.float32).view(shape)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch's, where the file system maps no files
         raise ClusterNSError(
             f"The bank of embeddings needs {4 * count / 1e6:,.0f} MB in {str(directory)!r}, which cannot be had "
-            f"({error.strerror}). Free some, or lower clustering.bank_rows."
+            f"({getattr(error, 'strerror', None) or error}). Free some, or lower clustering.bank_rows."
         ) from error
     finally:
         if name is not None:

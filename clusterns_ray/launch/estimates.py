@@ -125,6 +125,8 @@ def model_size(config: Config) -> ModelSize:
         parameters = {id(p): p for p in weights}.values()
         batch, k = config.train.global_batch_size, config.clustering.num_clusters
         z1_BD, z2_BD = (torch.zeros(batch, width, requires_grad=True) for _ in range(2))
+        if config.clustering.scope == "corpus" and k and config.loss.hard_negatives:
+            k = batch * config.loss.bank_negatives  # sentences of the bank stand where centroids do
         # Also without clusters, as the scores are as many; then with the two that there must be.
         loss = _saved_bytes(
             lambda: clusterns_loss(

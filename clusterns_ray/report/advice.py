@@ -101,6 +101,12 @@ def dead_clusters(run: RunRecord) -> Iterator[Warning]:
     if not many:
         return
     step, empty = counts[-1]
+    if run.of_corpus:
+        yield Warning(
+            f"Empty clusters: at step {many[-1][0]:,} {many[-1][1]} of {run.num_clusters} held no sentence of the "
+            "bank. Use fewer clusters (clustering.num_clusters), or a larger bank (clustering.bank_rows)."
+        )
+        return
     now = (
         f"{empty} of {run.num_clusters} clusters had no sentence in the last {EMPTY_AFTER} steps"
         if counts[-1] == many[-1]

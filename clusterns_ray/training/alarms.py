@@ -14,8 +14,13 @@ SPREAD_COSINE, COLLAPSED_COSINE = 0.8, 0.9
 class Alarms:
     """Looks at each logged step; speaks once for each trouble, and again if it comes back after it had passed."""
 
-    def __init__(self, num_clusters: int):
+    def __init__(self, num_clusters: int, of_corpus: bool = False):
+        """
+        Args:
+            of_corpus: the clusters are those of a bank, not of the batches.
+        """
         self.num_clusters = num_clusters
+        self.of_corpus = of_corpus
         self.was_spread = False
         self.open: set[str] = set()
 
@@ -35,9 +40,12 @@ class Alarms:
                 "alike. Lower train.learning_rate or loss.bml_weight; the best model so far is kept."
             )
         if steps_clustered >= EMPTY_AFTER and empty >= EMPTY_SHARE * self.num_clusters:
-            found["empty"] = (
-                f"At step {step}, {empty} of {self.num_clusters} clusters have had no sentence for {EMPTY_AFTER} "
-                "steps. Use fewer clusters (clustering.num_clusters), or move centroids faster (clustering.rate)."
+            found["empty"] = f"At step {step}, {empty} of {self.num_clusters} clusters " + (
+                "hold no sentence of the bank. Use fewer clusters (clustering.num_clusters), or a larger bank "
+                "(clustering.bank_rows)."
+                if self.of_corpus
+                else f"have had no sentence for {EMPTY_AFTER} steps. Use fewer clusters (clustering.num_clusters), or "
+                "move centroids faster (clustering.rate)."
             )
         self.was_spread = self.was_spread or cosine <= SPREAD_COSINE
         new = [text for name, text in found.items() if name not in self.open]

@@ -79,7 +79,7 @@ def lay_out(
     """
     pieces = cut_shards(lengths, shards)
     sizes = [len(piece) for piece in pieces]
-    # What a shard costs is what it is padded to.
+    # What a shard costs is what it is padded to, or hardly less where it is packed.
     padded = [len(piece) * int(lengths[piece].max()) for piece in pieces]
     workers = distributed.world_size() if workers is None else workers
     return Layout(

@@ -83,7 +83,8 @@ class Progress:
     seconds: float = 0.0
     """spent in steps and evaluations, over all resumptions"""
     checkpoint_seconds: float = 0.0
-    """that the loop waited for checkpoints and for their last copies, over all resumptions"""
+    """that the loop waited for checkpoints and for their last copies, over all resumptions but for the checkpoints that
+    these began with"""
 
 
 def train_worker(
@@ -244,7 +245,7 @@ class Run:
             corpus=self.corpus,
         )
         self.health = ClusterHealth()
-        self.alarms = Alarms(c.num_clusters)
+        self.alarms = Alarms(c.num_clusters, of_corpus=c.scope == "corpus")
         self.dev = DevSet(sts_dir, config.evaluation.dev, self.encoder) if sts_dir else None
         self.progress = Progress()
         self.metrics: MetricsLog | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ import torch
 from spawn import RanksFailed, run_ranks
 
 from clusterns_ray import distributed
+from clusterns_ray.clustering import bank
+from clusterns_ray.errors import ClusterNSError
 from clusterns_ray.training.layout import Layout, lay_out
 
 ROWS, WIDTH = 3, 2
@@ -158,3 +161,25 @@ def test_a_rank_that_fails_ends_the_others(how: str, told: str):
     with pytest.raises(RanksFailed, match=told):
         run_ranks(one_rank_fails, 2, how)
     assert time.monotonic() - began < 15
+
+
+def allocate_a_bank(directory: Path) -> str:
+    """On the last rank there is no room."""
+    made = bank.Bank(np.arange(10), 4, 2, directory, torch.device("cpu"))
+    if distributed.rank() == distributed.world_size() - 1:
+        bank.mapped_zeros = refuse
+    try:
+        made.allocate()
+    except ClusterNSError as error:
+        return str(error)
+    return "allocated"
+
+
+def refuse(directory: Path, *shape: int) -> torch.Tensor:
+    raise ClusterNSError("no room here")
+
+
+def test_a_bank_that_one_rank_has_no_room_for_fails_on_all(tmp_path: Path):
+    first, last = run_ranks(allocate_a_bank, 2, tmp_path)
+    assert last == "no room here"
+    assert "that of another has no room for it" in first and "clustering.bank_rows" in first

@@ -53,6 +53,21 @@ def objective(z: np.ndarray, centroids: np.ndarray) -> float:
     return float((z / np.linalg.norm(z, axis=1, keepdims=True) @ centroids.T).max(axis=1).mean())
 
 
+def test_it_goes_on_from_given_centroids(library: str) -> None:
+    z, _ = blobs(noise=0.4)
+    first = spherical_kmeans(z, 7, seed=1, iterations=2)
+    again = spherical_kmeans(z, 7, seed=99, iterations=5, initial_KD=first)
+    assert objective(z, again) >= objective(z, first) - 1e-5
+    assert float(np.median((first * again).sum(axis=1))) > 0.85, "it began elsewhere"
+
+
+def test_the_size_of_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    z, _ = blobs(noise=0.4)
+    whole = backend._torch_kmeans(z, 7, 3, 5, None)
+    monkeypatch.setattr(backend, "AT_ONCE", 13)
+    np.testing.assert_allclose(backend._torch_kmeans(z, 7, 3, 5, None), whole, atol=1e-6)
+
+
 def test_separable_clusters_are_found(library: str) -> None:
     z, truth = blobs()
     # Lloyd's iterations may stop in a local optimum; of some seeds one finds the best.

@@ -109,3 +109,8 @@ def test_empty_clusters_are_told_after_fifty_steps() -> None:
     assert len(told) == 1 and "3 of 10 clusters" in told[0] and "clustering.num_clusters" in told[0]
     assert alarms(60, {**values, "empty_clusters": 5}, 60) == []
     assert Alarms(10)(60, {**values, "empty_clusters": 2}, 60) == []
+
+
+def test_clusters_of_a_bank_are_told_of_in_their_own_words() -> None:
+    (text,) = Alarms(10, of_corpus=True)(60, {"mean_cosine": 0.1, "empty_clusters": 4}, 60)
+    assert text.startswith("At step 60, 4 of 10 clusters hold no sentence of the bank.") and "bank_rows" in text

@@ -11,7 +11,7 @@ from typing import Any
 from clusterns_ray.launch.cluster import places
 from clusterns_ray.launch.doctor.findings import Finding, from_error, size_text
 from clusterns_ray.launch.doctor.request import Request, Sizes
-from clusterns_ray.launch.estimates import checkpoint_bytes, held_shards, run_bytes, worker_memory
+from clusterns_ray.launch.estimates import bank_bytes, checkpoint_bytes, held_shards, run_bytes, worker_memory
 from clusterns_ray.storage import is_url
 
 CLOCKS_S = 5.0
@@ -384,7 +384,11 @@ def examine_memory(request: Request, cluster: Cluster, sizes: Sizes) -> list[Fin
     need = worker_memory(sizes.model, shards, request.fewest, gpu=gpu)
     model = need.weights + need.gradients + need.optimizer + need.buckets
     parts = f"{size_text(model)} weights, gradients and AdamW, {size_text(need.activations)} activations"
-    each = f"at most {size_text(need.total)} {'of GPU memory ' if gpu else ''}a worker ({parts})"
+    bank = bank_bytes(sizes.model, request.config)
+    if bank:
+        parts += f", {size_text(bank)} bank"
+    total = need.total + bank
+    each = f"at most {size_text(total)} {'of GPU memory ' if gpu else ''}a worker ({parts})"
     remedy = (
         "Set train.cache_chunk, lower train.global_batch_size or encoder.max_length, use more workers"
         + (", set train.precision to bf16" if gpu else "")
@@ -394,7 +398,7 @@ def examine_memory(request: Request, cluster: Cluster, sizes: Sizes) -> list[Fin
         sizes_there = [g["memory"] for m in cluster.machines for g in (m.facts or {}).get("gpus", []) if g["memory"]]
         if not sizes_there:
             return [Finding("ok", "memory", f"{each}; no GPU is up to compare it with")]
-        return [_fits("memory", need.total, min(sizes_there), min(sizes_there), each, "the smallest GPU", remedy)]
+        return [_fits("memory", total, min(sizes_there), min(sizes_there), each, "the smallest GPU", remedy)]
     worker = {"CPU": float(request.config.runtime.cpus_per_worker)}
     running = request.fewest * request.concurrent
     found = []
@@ -404,7 +408,7 @@ def examine_memory(request: Request, cluster: Cluster, sizes: Sizes) -> list[Fin
         if memory is None or not here:
             continue
         text = each if here == 1 else f"{each}, {here} of them"
-        found.append(_fits("memory", here * need.total, memory["total"], memory["free"], text, machine.name, remedy))
+        found.append(_fits("memory", here * total, memory["total"], memory["free"], text, machine.name, remedy))
     return _worst(found)
 
 

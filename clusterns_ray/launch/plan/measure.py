@@ -13,6 +13,7 @@ from clusterns_ray import distributed
 from clusterns_ray.config import Config, make_config
 from clusterns_ray.data.prepare import Prepared
 from clusterns_ray.errors import ClusterNSError
+from clusterns_ray.launch.estimates import checkpoint_bytes
 from clusterns_ray.launch.plan.quantities import duration_text
 from clusterns_ray.launch.plan.step import Speed
 from clusterns_ray.launch.plan.workload import Workload
@@ -50,8 +51,9 @@ def measure(
     values = config.resolved()
     values["clustering"] |= {"start_cosine": 1.0, "init": "farthest_chain"}
     if config.clustering.scope == "corpus":  # what a step takes does not depend on how large the bank is
-        few = max(config.clustering.num_clusters, config.clustering.refresh_rows, 1024)
+        few = max(config.clustering.num_clusters, 1024)
         values["clustering"]["bank_rows"] = min(config.clustering.bank_rows, few)
+        values["clustering"] |= {"refresh_rows": 0, "recluster_every_steps": WARM_UP_STEPS + steps + 1}  # left out
     values["runtime"] |= {"num_workers": 0, "log_rows": False}
     settled = make_config(values)
     place = local_copy(config.runtime.storage_path, config.runtime.local_path)
@@ -71,6 +73,7 @@ def measure(
             began = time.perf_counter()
             run.save()
             checkpoint_s = time.perf_counter() - began
+            checkpoint_s *= checkpoint_bytes(work.size, config) / checkpoint_bytes(work.size, settled)
         except torch.OutOfMemoryError as error:
             raise ClusterNSError(
                 f"--measure: the memory of this GPU is not enough for one worker ({str(error).splitlines()[0]}). "
