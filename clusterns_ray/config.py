@@ -143,8 +143,8 @@ class ClusteringConfig(Section):
     bank_rows: int = Field(default=65_536, ge=2)
     """Sentences of the bank, a random sample of the corpus, or all of it. They take 4 x embedding width bytes each (201
     MB at the default and width 768) on every worker, in a memory-mapped file of the run's directory, or in GPU memory;
-    as much in each checkpoint; and 2 times that on worker 0 while it clusters, on its CPU and within
-    runtime.step_timeout_s, as the others wait."""
+    as much in each checkpoint; and 2 times that on worker 0 while it clusters, on its GPU where
+    faiss sees one, and within runtime.step_timeout_s, as the others wait."""
     recluster_every_steps: int = Field(default=100, ge=1)
     """Steps between runs of K-means over the bank, which begin with the centroids that are there."""
     refresh_rows: int = Field(default=0, ge=0)

@@ -48,7 +48,8 @@ def _faiss_kmeans(n_ND: np.ndarray, k: int, seed: int, iterations: int, initial_
 
     # By itself faiss would train on a sample of 256 rows a centroid.
     limits = {"min_points_per_centroid": 1, "max_points_per_centroid": len(n_ND)}
-    kmeans = faiss.Kmeans(n_ND.shape[1], k, niter=iterations, spherical=True, seed=seed % 2**31, **limits)
+    gpu = min(faiss.get_num_gpus(), 1)  # one is this worker's; 0 is the CPU
+    kmeans = faiss.Kmeans(n_ND.shape[1], k, niter=iterations, spherical=True, seed=seed % 2**31, gpu=gpu, **limits)
     kmeans.train(n_ND, init_centroids=initial_KD)
     return np.asarray(kmeans.centroids)
 

@@ -68,6 +68,24 @@ def test_the_size_of_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     np.testing.assert_allclose(backend._torch_kmeans(z, 7, 3, 5, None), whole, atol=1e-6)
 
 
+@pytest.mark.skipif(not HAS_FAISS, reason="faiss is not installed")
+@pytest.mark.parametrize("seen", [0, 1, 8])
+def test_faiss_takes_one_gpu_where_it_sees_any(monkeypatch: pytest.MonkeyPatch, seen: int) -> None:
+    import faiss
+
+    asked: list[int] = []
+
+    class Kmeans(faiss.Kmeans):
+        def __init__(self, *args: Any, gpu: int, **others: Any):
+            asked.append(gpu)
+            super().__init__(*args, **others)  # there is none here
+
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: seen)
+    monkeypatch.setattr(faiss, "Kmeans", Kmeans)
+    spherical_kmeans(blobs()[0], 5, seed=0)
+    assert asked == [min(seen, 1)]
+
+
 def test_separable_clusters_are_found(library: str) -> None:
     z, truth = blobs()
     # Lloyd's iterations may stop in a local optimum; of some seeds one finds the best.
