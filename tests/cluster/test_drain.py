@@ -56,7 +56,7 @@ def test_at_most_one_step_is_lost_in_nineteen_of_twenty_drains(nodes, make_run_o
     there = ["node-0", "node-1"]
     for name in there:
         nodes.add(name)
-    run = make_run_on("many-drains", "runtime.num_workers=2", "train.epochs=1000")
+    run = make_run_on("many-drains", "runtime.num_workers=2", "train.epochs=1000", "train.max_steps=null")
     command = run.start()
     began = time.monotonic()
     for number in range(1, drains + 1):
