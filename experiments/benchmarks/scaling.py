@@ -224,7 +224,7 @@ def compare(work: Workload, found: dict[str, list], arguments: argparse.Namespac
         )
     threads = {case.split()[1]: median(case) for case in found if case.startswith("threads")}
     return {
-        "config": work.config.resolved(),
+        "config": {"file": Path(arguments.config).name, "set": arguments.set},  # its paths are this machine's
         "cores": arguments.cores,
         "rounds": arguments.rounds,
         "steps": arguments.steps,
