@@ -56,6 +56,7 @@ def test_aws_notice_and_its_time(cloud: Callable[..., FakeCloud], action: str) -
         ('{"action": "stop", "time": "soon"}', 120),
         ('{"action": "stop", "time": 7}', 120),
     ],
+    ids=["past", "far ahead", "none", "a word", "a number"],  # the texts hold the time of day
 )
 def test_aws_notice_with_a_time_that_cannot_be(cloud: Callable[..., FakeCloud], body: str, left: float) -> None:
     notice = Aws(cloud("aws", (200, body)).endpoint).notice()
