@@ -164,7 +164,9 @@ def test_clusters_of_the_corpus_do_not_depend_on_the_workers_either(make_job, ca
     for ranks in (2, 4):
         found_losses, expected_losses = losses(jobs[ranks]), losses(jobs[1])
         assert found_losses[:exact] == pytest.approx(expected_losses[:exact], rel=1e-5)
-        assert found_losses[exact:] == pytest.approx(expected_losses[exact:], rel=0.3)
+        clusters = [final_state(jobs[n])["corpus.cluster_N"] for n in (ranks, 1)]
+        after = 1e-5 if torch.equal(*clusters) else 0.3
+        assert found_losses[exact:] == pytest.approx(expected_losses[exact:], rel=after)
         others = [r for r in read_metrics(jobs[ranks].run_dir / "metrics.jsonl") if "loss" in r]
         for found, expected in list(zip(others, records, strict=True))[:exact]:
             for key in ("false_negative_rate", "clusters_used", "empty_clusters"):
