@@ -195,14 +195,13 @@ def clusterns_loss_share(
         hard_logits_bK = hard_negative_logits(
             cos_bK, clusters, temperature, hard_negative_columns, hard_negative_weight
         )
-    info_nce = info_nce_share(cos_bB, positive_b, temperature, hard_logits_bK)
-    if bml_weight == 0:
-        return ClusterNSLoss(info_nce, info_nce, torch.zeros_like(info_nce))
-    mask_bB = false_negative_mask(clusters.nearest_b, clusters.nearest_B, positive_b)
-    sizes_K = cluster_sizes(clusters.nearest_B, cos_bK.shape[1])
-    pairs = (sizes_K * (sizes_K - 1)).sum()
-    bml = bidirectional_margin_share(cos_bB, positive_b, mask_bB, pairs, bml_alpha, bml_beta, bml_reduction)
-    return ClusterNSLoss(info_nce + bml_weight * bml, info_nce, bml)
+    mask_bB, pairs = None, 0.0
+    if bml_weight:
+        mask_bB = false_negative_mask(clusters.nearest_b, clusters.nearest_B, positive_b)
+        sizes_K = cluster_sizes(clusters.nearest_B, cos_bK.shape[1])
+        pairs = (sizes_K * (sizes_K - 1)).sum()
+    margins = (bml_weight, bml_alpha, bml_beta, bml_reduction)
+    return weighed_share(cos_bB, hard_logits_bK, positive_b, mask_bB, pairs, temperature, *margins)
 
 
 def false_negative_mask(nearest_b: Tensor, nearest_B: Tensor, positive_b: Tensor) -> Tensor:
@@ -210,28 +209,27 @@ def false_negative_mask(nearest_b: Tensor, nearest_B: Tensor, positive_b: Tensor
     return (nearest_b[:, None] == nearest_B[None, :]).scatter(1, positive_b[:, None], False)
 
 
-def corpus_loss_share(
+def weighed_share(
     cos_bB: Tensor,
-    hard_logits_bn: Tensor | None,
+    hard_logits_bH: Tensor | None,
     positive_b: Tensor,
-    mask_bB: Tensor,
+    mask_bB: Tensor | None,
     pairs: Tensor | float,
-    *,
     temperature: float,
     bml_weight: float,
     bml_alpha: float,
     bml_beta: float,
     bml_reduction: BMLReduction = "all_pairs",
 ) -> ClusterNSLoss:
-    """:func:`clusterns_loss_share` with clusters of the whole corpus.
+    """InfoNCE and the Bidirectional Margin Loss together, whatever clusters their terms are of.
 
     Args:
-        hard_logits_bn: of :func:`bank_negative_logits`, or None without hard negatives.
+        hard_logits_bH: further logits of the denominator, of centroids or of sentences; None without hard negatives.
         mask_bB, pairs: false negatives, and how many there are in the global batch; see
-            :func:`bidirectional_margin_share`.
+            :func:`bidirectional_margin_share`. Not read where ``bml_weight`` is 0.
     """
-    info_nce = info_nce_share(cos_bB, positive_b, temperature, hard_logits_bn)
-    if bml_weight == 0:
+    info_nce = info_nce_share(cos_bB, positive_b, temperature, hard_logits_bH)
+    if bml_weight == 0 or mask_bB is None:
         return ClusterNSLoss(info_nce, info_nce, torch.zeros_like(info_nce))
     bml = bidirectional_margin_share(cos_bB, positive_b, mask_bB, pairs, bml_alpha, bml_beta, bml_reduction)
     return ClusterNSLoss(info_nce + bml_weight * bml, info_nce, bml)

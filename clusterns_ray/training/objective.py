@@ -22,9 +22,9 @@ from clusterns_ray.losses import (
     Clusters,
     bank_negative_logits,
     clusterns_loss_share,
-    corpus_loss_share,
     info_nce_share,
     similar_mask,
+    weighed_share,
 )
 from clusterns_ray.training.corpus_clusters import CorpusClusters
 from clusterns_ray.training.layout import Layout
@@ -193,7 +193,7 @@ class Objective:
         lowest = corpus.settings.false_negative_cosine
         mask_bB = similar_mask(cos_bB, negatives.nearest_b, negatives.nearest_B, positive_b, lowest)
         pairs = mask_bB.sum()
-        terms = corpus_loss_share(
+        terms = weighed_share(
             cos_bB,
             logits_bn,
             positive_b,
