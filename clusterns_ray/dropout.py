@@ -28,7 +28,7 @@ def dropout_scale(p: float) -> float:
 def kept(like: Tensor, p: float) -> Tensor:
     """1 with probability ``1 - p`` and else 0, by torch's default generator of the CPU; shape and dtype of ``like``.
 
-    Not bool: to multiply by that takes the CPU seven times as long.
+    Not bool: a CPU multiplies by that several times slower (measured: experiments/LOG.md).
     """
     n = like.numel()
     words = torch.empty((n + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
