@@ -39,8 +39,9 @@ from clusterns_ray.training.metrics import MetricsLog, step_metrics
 from clusterns_ray.training.mirror import NoMirror
 from clusterns_ray.training.mlm import head_state
 from clusterns_ray.training.model_card import model_card
-from clusterns_ray.training.objective import Objective, TwoViews
+from clusterns_ray.training.objective import DTYPES, Objective, TwoViews
 from clusterns_ray.training.optim import Optimizer, learning_rate
+from clusterns_ray.training.precision import agreed_precision, multiplies_bf16
 from clusterns_ray.training.rows import NoRowLog, RowLog
 from clusterns_ray.training.sample import sample_centroids, sample_rows, token_ids
 from clusterns_ray.training.shards import Shard, ShardReader
@@ -82,6 +83,8 @@ class Progress:
     clustering_started_at: int | None = None
     seconds: float = 0.0
     """spent in steps and evaluations, over all resumptions"""
+    precision: str = "fp32"
+    """of matrix products; what ``train.precision: auto`` was when the run began"""
     checkpoint_seconds: float = 0.0
     """that the loop waited for checkpoints and for their last copies, over all resumptions but for the checkpoints that
     these began with"""
@@ -225,7 +228,7 @@ class Run:
         self.total_steps = min(epoch_steps, config.train.max_steps or epoch_steps)
         self.checkpoint_every = config.runtime.checkpoint_every_steps or config.evaluation.every_steps
 
-        precision = resolve_precision(config.train.precision, device)
+        precision = agreed_precision(config.train.precision, device)
         self.encoder = Encoder.for_training(config.encoder, stream_key("head", config.seed)).to(device).train()
         self.shards = ShardReader(config, self.tokens, self.encoder.tokenizer, device)
         self.views = TwoViews(self.encoder, precision, self.load_language_model())
@@ -247,7 +250,7 @@ class Run:
         self.health = ClusterHealth()
         self.alarms = Alarms(c.num_clusters, of_corpus=c.scope == "corpus")
         self.dev = DevSet(sts_dir, config.evaluation.dev, self.encoder) if sts_dir else None
-        self.progress = Progress()
+        self.progress = Progress(precision=precision)
         self.metrics: MetricsLog | None = None
         self.trackers = Trackers()
         self.row_log = RowLog(run_dir / "rows") if config.runtime.log_rows else NoRowLog()
@@ -454,12 +457,22 @@ class Run:
             self.health.load_state_dict(state["health"], self.device)
             if self.corpus:
                 self.corpus.load_state_dict(state["corpus"])
-            self.progress = Progress(**state["progress"])
+            self.progress = Progress(**{"precision": self.progress.precision, **state["progress"]})
+            self.go_on_in(self.progress.precision)
         if self.is_main:
             self.metrics = MetricsLog(self.run_dir / "metrics.jsonl", self.progress.step if found else -1)
             self.mirror.begin(self.note)
             self.trackers.begin(self.config, self.run_dir, self.progress.step, self.note)
         self.last_log = (time.perf_counter(), self.progress.step)
+
+    def go_on_in(self, precision: str) -> None:
+        """Compute as before the checkpoint, on other machines too."""
+        self.views.dtype = DTYPES[precision]
+        if precision == "bf16" and not multiplies_bf16(self.device):
+            self.note(
+                "This run was begun in bf16, which this machine only emulates, slowly: it goes on so, to stay the same "
+                "run. For fp32 begin another one, with train.precision=fp32."
+            )
 
     def describe_clusters(self) -> None:
         """Write ``clusters.json``: a sample of the corpus in the clusters of the last step, by all workers."""
@@ -495,6 +508,7 @@ class Run:
             "steps": progress.step,
             "stopped_early": progress.step < self.total_steps,
             "clustering_started_at": progress.clustering_started_at,
+            "precision": progress.precision,
             "seconds": round(progress.seconds, 1),
             "checkpoint_seconds": round(progress.checkpoint_seconds, 2),
             "num_workers": distributed.world_size(),
@@ -507,10 +521,3 @@ class Run:
         self.mirror.finish(self.config.runtime.step_timeout_s)
         self.watch({"event": "done", **result})
         return result
-
-
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """``auto`` to bf16 on a GPU that computes in it, else fp32."""
-    if precision != "auto":
-        return precision
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"

@@ -22,9 +22,10 @@ from clusterns_ray.tokenization import tokenize
 from clusterns_ray.training import loop
 from clusterns_ray.training.checkpoint import list_checkpoints
 from clusterns_ray.training.dev import DevSet
-from clusterns_ray.training.loop import Run, resolve_precision, train_worker
+from clusterns_ray.training.loop import Run, train_worker
 from clusterns_ray.training.metrics import read_metrics
 from clusterns_ray.training.optim import Optimizer
+from clusterns_ray.training.precision import agreed_precision
 from clusterns_ray.training.views import CachedViews, Views, chunked
 
 CPU = torch.device("cpu")
@@ -91,7 +92,7 @@ def base(
         "data": {"corpus": str(corpus_file), "cache_dir": str(tmp_path_factory.mktemp("cache"))},
         "loss": {"bml_weight": 0.1, "bml_alpha": 0.1},
         "clustering": {"num_clusters": 6, "start_cosine": 1.0, "rate": 0.1},
-        "train": {"global_batch_size": 32, "shards": 4, "max_steps": 6, "learning_rate": 1e-3},
+        "train": {"global_batch_size": 32, "shards": 4, "max_steps": 6, "learning_rate": 1e-3, "precision": "fp32"},
         "evaluation": {"sts": str(sts_dir), "every_steps": 2, "patience": None},
         "runtime": {"log_every_steps": 1, "keep": 9},
     }
@@ -616,9 +617,40 @@ def test_half_precision(lab: Lab, tmp_path: Path, precision: str) -> None:
         assert skipped[-1] == skipped[-2] < 5 and records[precision][-1]["grad_norm"] > 0
 
 
-def test_auto_precision_on_a_cpu_is_fp32() -> None:
-    assert resolve_precision("auto", CPU) == "fp32"
-    assert resolve_precision("bf16", CPU) == "bf16"
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx512_bf16": False, "avx2": True}, "fp32")],
+)
+def test_auto_precision_follows_the_processor(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert agreed_precision("auto", CPU) == expected
+    assert agreed_precision("fp32", CPU) == "fp32" and agreed_precision("bf16", CPU) == "bf16"
+
+
+def test_auto_precision_where_torch_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert agreed_precision("auto", CPU) == "fp32"
+
+
+@pytest.mark.parametrize("began", [True, False])
+def test_a_resumed_run_keeps_its_precision(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, began: bool
+) -> None:
+    """What the first machine chose stays, on one that would choose otherwise."""
+    config = lab.config(train={"precision": "auto"}, evaluation={"sts": None})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": began})
+    whole = lab.run(tmp_path / "whole", config)
+    with pytest.raises(Killed):
+        lab.run(tmp_path / "halves", config, watch=kill_at(4))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": not began})
+    events: list[dict[str, Any]] = []
+    halves = lab.run(tmp_path / "halves", config, watch=events.append)
+    assert whole["precision"] == halves["precision"] == ("bf16" if began else "fp32")
+    ours, theirs = weights(tmp_path / "halves", 6), weights(tmp_path / "whole", 6)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert began == any("only emulates" in event.get("text", "") for event in events)
 
 
 def test_one_bad_gradient_is_skipped_and_counted(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
