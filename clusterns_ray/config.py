@@ -110,6 +110,13 @@ class LossConfig(Section):
     """A false negative's cosine should not fall more than this below the positive's."""
     bml_reduction: Literal["all_pairs", "false_negatives"] = "all_pairs"
     """Mean over all pairs of the batch (the authors') or over the false negatives alone."""
+    teacher: str | None = None
+    """A finished encoder, named as `encoder.name` is, such as the model/ of an earlier run, with the same tokenizer and
+    prompt: how it ranks the batch for each sentence is learnt as well."""
+    distillation_weight: float = Field(default=1.0, gt=0)
+    """Weight of that ranking distillation; where there is a teacher."""
+    teacher_temperature: float = Field(default=0.05, gt=0)
+    """Divides the teacher's cosines: the lower, the more only its nearest count."""
     mlm_weight: float = Field(default=0.0, ge=0)
     """Weight of masked language modelling on a masked copy of the batch; 0 turns it off."""
     mlm_probability: float = Field(default=0.15, gt=0, lt=1)

@@ -15,6 +15,7 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clusterns_ray.clustering.kmeans import cluster_sizes, cosine_matrix, nearest_two
@@ -238,6 +239,27 @@ def weighed_share(
 def similar_mask(cos_bB: Tensor, nearest_b: Tensor, nearest_B: Tensor, positive_b: Tensor, cosine: float) -> Tensor:
     """``m_ij`` (b x B, bool): different rows that share a cluster, and ``cos(z1_i, z2_j) > cosine``."""
     return false_negative_mask(nearest_b, nearest_B, positive_b) & (cos_bB.detach() > cosine)
+
+
+def rank_distillation_share(
+    cos_bB: Tensor, teacher_cos_bB: Tensor, positive_b: Tensor, temperature: float, teacher_temperature: float
+) -> Tensor:
+    """This worker's share of the distance between two rankings of the batch: for each row the Kullback-Leibler
+    divergence of ``softmax_j(cos(z1_i, z2_j) / t)`` from the teacher's ``softmax_j(cos(u_i, u_j) / t_T)``, both over
+    the other rows j != i; mean over all rows. 0 where both agree.
+
+    ListNet (Cao et al., "Learning to Rank: From Pairwise Approach to Listwise Approach", ICML 2007), less a constant,
+    as distilled in Liu et al., "RankCSE: Unsupervised Sentence Representations Learning via Learning to Rank", ACL
+    2023.
+
+    Args:
+        teacher_cos_bB: ``cos(u_i, u_j)`` of the teacher's embeddings, without gradient.
+    """
+    # Finite, as 0 times infinity is no number.
+    out, column_b1 = torch.finfo(cos_bB.dtype).min / 2, positive_b[:, None]
+    student_bB = (cos_bB / temperature).scatter(1, column_b1, out).log_softmax(dim=1)
+    teacher_bB = (teacher_cos_bB / teacher_temperature).scatter(1, column_b1, out).log_softmax(dim=1)
+    return F.kl_div(student_bB, teacher_bB, reduction="sum", log_target=True) / cos_bB.shape[1]
 
 
 # ---- the single-process meaning of what the workers compute together --------------------------------------------

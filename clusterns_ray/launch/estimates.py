@@ -46,6 +46,8 @@ class ModelSize:
     """saved for the backward pass of one shard, both views"""
     loss_bytes: int
     """saved for the backward pass of the loss of the whole batch"""
+    teacher: int = 0
+    """those of the teacher, which are held and nothing else; 0 without one"""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def model_size(config: Config) -> ModelSize:
 
     from clusterns_ray.backbone import override_dropout
     from clusterns_ray.encoder import Encoder
-    from clusterns_ray.losses import clusterns_loss
+    from clusterns_ray.losses import clusterns_loss, rank_distillation_share
     from clusterns_ray.tokenization import cannot_load, load_tokenizer, prompt_length
     from clusterns_ray.training.objective import TwoViews
     from clusterns_ray.training.shards import Shard
@@ -127,6 +129,10 @@ def model_size(config: Config) -> ModelSize:
         z1_BD, z2_BD = (torch.zeros(batch, width, requires_grad=True) for _ in range(2))
         if config.clustering.scope == "corpus" and k and config.loss.hard_negatives:
             k = batch * config.loss.bank_negatives  # sentences of the bank stand where centroids do
+        teacher = 0
+        if config.loss.teacher is not None:
+            taught_by = transformers.AutoConfig.from_pretrained(resolve_model(config.loss.teacher))
+            teacher = sum(p.numel() for p in transformers.AutoModel.from_config(taught_by).parameters())
         # Also without clusters, as the scores are as many; then with the two that there must be.
         loss = _saved_bytes(
             lambda: clusterns_loss(
@@ -140,6 +146,10 @@ def model_size(config: Config) -> ModelSize:
             ),
             [z1_BD, z2_BD],
         )
+        if teacher:
+            cos_BB = torch.zeros(batch, batch, requires_grad=True)
+            rows_B = torch.arange(batch)
+            loss += _saved_bytes(lambda: rank_distillation_share(cos_BB, cos_BB.detach(), rows_B, 1.0, 1.0), [cos_BB])
     return ModelSize(
         all=sum(p.numel() for p in parameters),
         trained=sum(p.numel() for p in parameters if p.requires_grad),
@@ -151,6 +161,7 @@ def model_size(config: Config) -> ModelSize:
         fixed_bytes=max(2 * one - two, 0),
         shard_bytes=two - one,
         loss_bytes=loss,
+        teacher=teacher,
     )
 
 
@@ -173,7 +184,7 @@ def worker_memory(size: ModelSize, shards: int, workers: int, *, gpu: bool) -> W
     """
     mine = math.ceil(shards / workers)
     return WorkerMemory(
-        weights=FLOAT * size.all,
+        weights=FLOAT * (size.all + size.teacher),
         gradients=FLOAT * size.trained,
         optimizer=2 * FLOAT * size.trained,
         buckets=FLOAT * size.trained if workers > 1 else 0,

@@ -47,8 +47,8 @@ def write_run_file(config: Config, name: str, text: str) -> None:
 
 
 def stage(config: Config, prepared: Prepared) -> dict[str, Any]:
-    """Put into the object store what workers on other machines read: tokens, dev set, and an encoder that is a
-    directory here. What is there already is not copied again.
+    """Put into the object store what workers on other machines read: tokens, dev set, and an encoder and a teacher that
+    are directories here. What is there already is not copied again.
 
     Returns:
         What :func:`unstage` takes; plain values.
@@ -57,6 +57,8 @@ def stage(config: Config, prepared: Prepared) -> dict[str, Any]:
         "tokens_dir": str(prepared.tokens_dir),
         "sts_dir": prepared.sts_dir,
         "storage_path": config.runtime.storage_path,
+        # A worker's working directory is not the caller's.
+        "directories": {name: models.resolve_model(name) for name in named_models(config) if os.path.isdir(name)},
     }
     if not is_url(config.runtime.storage_path):
         return staged
@@ -67,11 +69,18 @@ def stage(config: Config, prepared: Prepared) -> dict[str, Any]:
         local = _dev_set_alone(config, prepared.sts_dir)
         staged["sts"] = local.name
         cache.push_directory(local, local.name)
-    source = models.resolve_model(config.encoder.name)
-    if os.path.isdir(source):
-        staged["encoder"] = f"encoder-{_hash(source)}"
-        cache.push_directory(Path(source), staged["encoder"])
+    staged["models"] = {}
+    for name in named_models(config):
+        source = models.resolve_model(name)
+        if os.path.isdir(source):
+            staged["models"][name] = f"encoder-{_hash(source)}"
+            cache.push_directory(Path(source), staged["models"][name])
     return staged
+
+
+def named_models(config: Config) -> list[str]:
+    """The encoders that workers load."""
+    return [name for name in (config.encoder.name, config.loss.teacher) if name is not None]
 
 
 def unstage(config: Config, staged: dict[str, Any]) -> tuple[Path, str | None]:
@@ -82,23 +91,22 @@ def unstage(config: Config, staged: dict[str, Any]) -> tuple[Path, str | None]:
     Raises:
         StorageError: what was staged is gone, damaged, or cannot be read.
     """
+    models.staged.update(staged["directories"])
     if "tokens" not in staged:
         return Path(staged["tokens_dir"]), staged["sts_dir"]
     store = Store(staged["storage_path"]) / "cache"
     cache = local_copy(staged["storage_path"], config.runtime.local_path) / "staged"
 
-    def here(kind: str) -> Path:
-        local = cache / staged[kind]
-        if not store.pull_directory(staged[kind], local):
+    def here(name: str) -> Path:
+        local = cache / name
+        if not store.pull_directory(name, local):
             raise StorageError(
-                f"{store.address}/{staged[kind]} is gone, which this run needs. Give the same command again: it is "
-                "made anew."
+                f"{store.address}/{name} is gone, which this run needs. Give the same command again: it is made anew."
             )
         return local
 
-    if "encoder" in staged:
-        models.staged[config.encoder.name] = str(here("encoder"))
-    return here("tokens"), str(here("sts")) if "sts" in staged else None
+    models.staged.update({name: str(here(copy)) for name, copy in staged["models"].items()})
+    return here(staged["tokens"]), str(here(staged["sts"])) if "sts" in staged else None
 
 
 def _dev_set_alone(config: Config, sts_dir: str) -> Path:

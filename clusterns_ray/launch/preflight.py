@@ -62,6 +62,8 @@ def check_encoder(config: Config) -> None:
             f"encoder.num_layers is {config.encoder.num_layers}, but {config.encoder.name} has {layers} layers. "
             f"Use at most {layers}, or leave it unset."
         )
+    if config.loss.teacher is not None:
+        resolve_model(config.loss.teacher)
 
 
 def check_storage(config: Config) -> None:

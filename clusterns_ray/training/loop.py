@@ -45,6 +45,7 @@ from clusterns_ray.training.precision import agreed_precision, multiplies_bf16
 from clusterns_ray.training.rows import NoRowLog, RowLog
 from clusterns_ray.training.sample import sample_centroids, sample_rows, token_ids
 from clusterns_ray.training.shards import Shard, ShardReader
+from clusterns_ray.training.teacher import Teacher
 from clusterns_ray.training.trackers import Trackers
 from clusterns_ray.training.views import CachedViews, Views, chunked
 
@@ -175,7 +176,7 @@ def _train(run: Run, leave: Leave, score_before: float | None) -> dict[str, Any]
         run.row_log.append(step, layout)
 
         views = run.encode(shards)
-        step_loss = run.objective(views.z1_bD, views.z2_bD, layout, views.mlm)
+        step_loss = run.objective(views.z1_bD, views.z2_bD, layout, views.mlm, run.teach(shards))
         run.health.observe(run.clustering.centroids_KD, step_loss.counts_K)
         rate = learning_rate(step, run.total_steps, config.train)
         grad_norm = run.optimizer.step(step_loss.to_backward, rate, views.backward)
@@ -232,6 +233,7 @@ class Run:
         self.encoder = Encoder.for_training(config.encoder, stream_key("head", config.seed)).to(device).train()
         self.shards = ShardReader(config, self.tokens, self.encoder.tokenizer, device)
         self.views = TwoViews(self.encoder, precision, self.load_language_model())
+        self.teacher = Teacher(config.loss.teacher, device) if config.loss.teacher else None
         self.model = distributed.data_parallel(self.views)
         self.optimizer = Optimizer(self.views, config.train, precision, device)
         c = config.clustering
@@ -269,6 +271,10 @@ class Run:
         """Both views of this worker's shards."""
         rows = self.config.train.cache_chunk
         return Views(self.model, shards) if rows is None else CachedViews(self.model, chunked(shards, rows))
+
+    def teach(self, shards: list[Shard]) -> torch.Tensor | None:
+        """The teacher's embeddings of this worker's shards, where there is one."""
+        return None if self.teacher is None else self.teacher(shards, self.views.dtype)
 
     def load_language_model(self) -> Any:
         """The head of masked language modelling around the encoder's backbone, where its loss is on."""
@@ -317,7 +323,9 @@ class Run:
             self.mirror.push(name)
 
     def log_step(self, step_loss: Any, layout: Layout, rate: float, grad_norm: torch.Tensor) -> None:
-        values: dict[str, Any] = step_metrics(step_loss, layout.size, mlm=self.config.loss.mlm_weight > 0)
+        loss = self.config.loss
+        used = {"distillation": loss.teacher is not None, "mlm": loss.mlm_weight > 0}
+        values: dict[str, Any] = step_metrics(step_loss, layout.size, [name for name in used if not used[name]])
         if step_loss.counts_K is not None:
             values["empty_clusters"] = self.corpus.bank.empty() if self.corpus else self.health.empty()
         skipped, in_a_row = self.optimizer.skipped.tolist()
@@ -325,7 +333,7 @@ class Run:
             raise NonFiniteError(
                 f"The last {int(in_a_row)} gradients before step {self.progress.step} were NaN or infinite, so the "
                 f"weights stand still. Lower train.learning_rate ({self.config.train.learning_rate}), raise "
-                f"loss.temperature ({self.config.loss.temperature}), or set train.precision to fp32. The checkpoints "
+                f"loss.temperature ({loss.temperature}), or set train.precision to fp32. The checkpoints "
                 "before it are whole."
             )
         now = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,13 @@ def _step_of(line: str) -> int:
         return 2**62
 
 
-def step_metrics(step_loss: StepLoss, batch_size: int, *, mlm: bool = False) -> dict[str, float]:
-    """The values of one step over all workers. One small all-reduce; waits for the device."""
+def step_metrics(step_loss: StepLoss, batch_size: int, unused: Collection[str] = ()) -> dict[str, float]:
+    """The values of one step over all workers, but for those of terms that are ``unused``. One small all-reduce; waits
+    for the device."""
     shares = distributed.all_reduce_sum(step_loss.shares.clone())
     values: dict[str, float] = dict(zip(SHARE_NAMES, shares.tolist(), strict=True))
-    if not mlm:
-        del values["mlm"]
+    for name in unused:
+        del values[name]
     if step_loss.counts_K is None:
         del values["hard_negative_cosine"]
         return values

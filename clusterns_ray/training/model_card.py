@@ -15,6 +15,8 @@ def model_card(config: Config, progress: dict[str, Any]) -> str:
         if config.clustering.num_clusters
         else "SimCSE (ClusterNS with num_clusters 0)"
     )
+    if config.loss.teacher is not None:
+        method += f" and the ranking of `{config.loss.teacher}`"
     before, after = progress["score_before"], progress["best_score"]
     measured = (
         f"Spearman x 100 on {config.evaluation.dev}, which also chose the step: {before:.2f} before training, "

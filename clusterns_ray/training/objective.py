@@ -23,6 +23,7 @@ from clusterns_ray.losses import (
     bank_negative_logits,
     clusterns_loss_share,
     info_nce_share,
+    rank_distillation_share,
     similar_mask,
     weighed_share,
 )
@@ -93,7 +94,7 @@ class StepLoss(NamedTuple):
     """this worker's share of the number of false negatives, where the clusters alone do not tell it"""
 
 
-SHARE_NAMES = ("loss", "info_nce", "bml", "mean_cosine", "hard_negative_cosine", "mlm")
+SHARE_NAMES = ("loss", "info_nce", "bml", "mean_cosine", "hard_negative_cosine", "distillation", "mlm")
 
 
 class Objective:
@@ -119,8 +120,16 @@ class Objective:
         self.initial_centroids = initial_centroids
         self.corpus = corpus
 
-    def __call__(self, z1_bD: Tensor, z2_bD: Tensor, layout: Layout, mlm: Tensor | None = None) -> StepLoss:
-        """Loss of this worker's rows against the whole batch; ``mlm`` as :class:`TwoViews` gives it.
+    def __call__(
+        self,
+        z1_bD: Tensor,
+        z2_bD: Tensor,
+        layout: Layout,
+        mlm: Tensor | None = None,
+        teacher_bD: Tensor | None = None,
+    ) -> StepLoss:
+        """Loss of this worker's rows against the whole batch; ``mlm`` as :class:`TwoViews` gives it, ``teacher_bD`` as
+        :class:`~clusterns_ray.training.teacher.Teacher` does.
 
         Order: keys are gathered; until clustering has started the loss is InfoNCE, also in the very step that
         creates the centroids; after that the centroids move first, and hard negatives, false negatives and loss
@@ -149,12 +158,17 @@ class Objective:
             if self.clustering.num_clusters:
                 self._start_clustering(mean_cosine, z1_bD, z2_BD, layout)
 
-        loss, mlm_share = terms.loss, torch.zeros_like(mean_cosine)
+        loss, distillation, mlm_share = terms.loss, torch.zeros_like(mean_cosine), torch.zeros_like(mean_cosine)
+        if teacher_bD is not None:
+            teacher_cos_bB = cosine_matrix(teacher_bD, layout.gather(teacher_bD))
+            temperatures = (self.loss.temperature, self.loss.teacher_temperature)
+            distillation = rank_distillation_share(cos_bB, teacher_cos_bB, positive_b, *temperatures)
+            loss = loss + self.loss.distillation_weight * distillation
         if self.loss.mlm_weight and mlm is not None:
             tokens = distributed.all_reduce_sum(mlm[1].detach().clone())
             mlm_share = mlm[0] / tokens.clamp(min=1)
             loss = loss + self.loss.mlm_weight * mlm_share
-        shares = [loss, terms.info_nce, terms.bml, mean_cosine, hard_negative_cosine, mlm_share]
+        shares = [loss, terms.info_nce, terms.bml, mean_cosine, hard_negative_cosine, distillation, mlm_share]
         shares = torch.stack([share.detach() for share in shares])
         return StepLoss(loss * distributed.world_size(), shares, counts_K, false_negatives)
 

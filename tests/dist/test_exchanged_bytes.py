@@ -45,7 +45,7 @@ def exchanged(config: Config, tokens_dir: Path, run_dir: Path) -> list[tuple[str
         recorder.found.clear()
         with recorder:
             views = run.encode(shards)
-            loss = run.objective(views.z1_bD, views.z2_bD, layout, views.mlm)
+            loss = run.objective(views.z1_bD, views.z2_bD, layout, views.mlm, run.teach(shards))
             run.optimizer.step(loss.to_backward, 1e-4, views.backward)
     return recorder.found
 
@@ -58,6 +58,7 @@ CASES: dict[str, dict[str, Any]] = {
         "clustering": {"scope": "corpus", "num_clusters": 40, "start_cosine": 1.0, "refresh_rows": 7},
         "loss": {"bank_negatives": 3, "bml_reduction": "false_negatives"},
     },
+    "teacher": {"loss": {"teacher": "TEACHER"}},
     "in chunks": {"train": {"cache_chunk": 8}},
 }
 
@@ -67,13 +68,14 @@ CASES: dict[str, dict[str, Any]] = {
 def test_a_step_exchanges_what_the_plan_says(
     case: str, ranks: int, tiny_model: Path, corpus_file: Path, tmp_path: Path
 ):
-    config = small_config(
-        tiny_model, corpus_file, None, tmp_path, **{"clustering": {"start_cosine": 1.0}, **CASES[case]}
-    )
+    sections = {"clustering": {"start_cosine": 1.0}, **CASES[case]}
+    if case == "teacher":
+        sections["loss"] = {"teacher": str(tiny_model)}
+    config = small_config(tiny_model, corpus_file, None, tmp_path, **sections)
     tokens_dir = prepare(config).tokens_dir
     results = run_ranks(exchanged, ranks, config, tokens_dir, tmp_path / "run")
 
     expected = Counter((exchange.kind, int(exchange.size)) for exchange in workload(config).exchanges())
-    assert expected[("all_gather", 32 * WIDTH * 4)] == (2 if "corpus" in case else 1)
+    assert expected[("all_gather", 32 * WIDTH * 4)] == (2 if case in ("clusters of the corpus", "teacher") else 1)
     for found in results:
         assert Counter(found) == expected

@@ -103,6 +103,19 @@ EXTRAS = {
 }
 
 
+def test_a_teacher_does_not_make_it_depend_on_the_workers_either(make_job, tiny_model: Path):
+    job = make_job(loss={"teacher": str(tiny_model), "distillation_weight": 2.0}, train={"max_steps": 8})
+    jobs = {ranks: job.named(f"on-{ranks}") for ranks in (1, 2, 4)}
+    for ranks, each in jobs.items():
+        run_ranks(train_here, ranks, each)
+    records = {ranks: read_metrics(jobs[ranks].run_dir / "metrics.jsonl") for ranks in jobs}
+    parts = {ranks: [(r["loss"], r["distillation"]) for r in found if "loss" in r] for ranks, found in records.items()}
+    assert len(parts[1]) == 8 and all(0.01 < distillation < loss for loss, distillation in parts[1])
+    for ranks in (2, 4):
+        for found, expected in zip(parts[ranks], parts[1], strict=True):
+            assert found == pytest.approx(expected, rel=1e-5)
+
+
 def test_prompts_and_masked_language_modelling_do_not_depend_on_the_workers_either(make_job):
     job = make_job(**EXTRAS)
     jobs = {ranks: job.named(f"on-{ranks}") for ranks in (1, 2, 4)}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import WIDTH
+from helpers import WIDTH, make_tiny_model
 
 from clusterns_ray.config import Config, make_config
 from clusterns_ray.data.prepare import Prepared, prepare
@@ -417,12 +417,17 @@ RESUMED: dict[str, dict[str, dict[str, Any]]] = {
     "fp16": {"train": {"precision": "fp16", "weight_decay": 0.1}},
     "prompt": {"encoder": {"pooling": "mask", "prompt": PROMPT, "second_prompt": SECOND_PROMPT, "denoise": True}},
     "mlm": {"loss": {"mlm_weight": 0.1}},
+    "teacher": {"loss": {"teacher": "TEACHER", "distillation_weight": 0.5}},
 }
 
 
 @pytest.mark.parametrize("case", RESUMED)
 def test_a_resumed_run_is_the_same_to_the_bit(lab: Lab, tmp_path: Path, case: str) -> None:
-    config = lab.config(**RESUMED[case])
+    sections = RESUMED[case]
+    if case == "teacher":
+        teacher = make_tiny_model(tmp_path / "teacher", layers=1)
+        sections = {"loss": {**sections["loss"], "teacher": str(teacher)}}
+    config = lab.config(**sections)
     whole = lab.run(tmp_path / "whole", config)
     # Killed in step 4, after the checkpoint of step 2: steps 3 and 4 are done again.
     with pytest.raises(Killed):

@@ -113,7 +113,7 @@ def timed_steps(run: Run, steps: int, progress: Callable[[int], None] = lambda d
         layout, shards = run.batch(step % run.total_steps)
         times.append(now())
         views = run.encode(shards)
-        loss = run.objective(views.z1_bD, views.z2_bD, layout, views.mlm)
+        loss = run.objective(views.z1_bD, views.z2_bD, layout, views.mlm, run.teach(shards))
         rate = learning_rate(step % run.total_steps, run.total_steps, run.config.train)
         run.optimizer.step(loss.to_backward, rate, views.backward)
         times.append(now())

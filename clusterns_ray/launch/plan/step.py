@@ -175,6 +175,7 @@ def step_exchanges(
     width: int,
     clusters: int,
     mlm: bool,
+    teacher: int = 0,
     negatives: int | None = None,
     encoded_anew: int = 0,
     counted: bool = False,
@@ -184,6 +185,7 @@ def step_exchanges(
     That a gradient is finite is not exchanged: the sum of gradients is not, where one of them is not.
 
     Args:
+        teacher: width of its embeddings; 0 without one.
         negatives: as of :func:`objective_flops`.
         encoded_anew: rows of the bank, besides those of the batch.
         counted: whether the bank's false negatives have to be, as the loss divides by their number.
@@ -206,6 +208,7 @@ def step_exchanges(
             Exchange("cluster sums", "all_reduce", FLOAT * clusters * (width + 1)),
             Exchange("clusters of rows", "all_gather", INDEX * batch * 2),
         ]
+    found += [Exchange("the teacher's embeddings", "all_gather", FLOAT * batch * teacher)] if teacher else []
     return [*found, Exchange("masked tokens", "all_reduce", FLOAT)] if mlm else found
 
 

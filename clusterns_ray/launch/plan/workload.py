@@ -3,7 +3,7 @@ from the corpus and the dev set where they are at hand. No weights are loaded.""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ class Workload:
     config: Config
     size: ModelSize
     encoder: EncoderWork
+    teacher: EncoderWork | None
+    """that each row is embedded by, once; None without one"""
     rows_NS: np.ndarray
     """of each shard"""
     tokens_NS: np.ndarray
@@ -53,7 +55,8 @@ class Workload:
 
     @property
     def shard_flops_NS(self) -> np.ndarray:
-        return self.encoder.shard(self.rows_NS, self.tokens_NS)
+        taught = 0 if self.teacher is None else self.teacher.encode(self.rows_NS, self.tokens_NS)
+        return self.encoder.shard(self.rows_NS, self.tokens_NS) + taught
 
     def flops(self, workers: int) -> float:
         """Of the busiest worker in a step."""
@@ -67,6 +70,7 @@ class Workload:
             width=self.size.width,
             clusters=config.clustering.num_clusters,
             mlm=config.loss.mlm_weight > 0,
+            teacher=self.teacher.width if self.teacher else 0,
             negatives=_bank_negatives(config),
             encoded_anew=config.clustering.refresh_rows,
             counted=config.loss.bml_reduction == "false_negatives",
@@ -78,7 +82,8 @@ def _worker_flops(work: Workload, workers: int) -> float:
     train, clusters, negatives = work.config.train, work.config.clustering.num_clusters, _bank_negatives(work.config)
     encoder = busiest_worker(work.shard_flops_NS, work.rows_NS * work.tokens_NS, workers)
     rows = train.global_batch_size / workers
-    return encoder + objective_flops(rows, train.global_batch_size, work.size.width, clusters, negatives)
+    taught = 2 * rows * train.global_batch_size * (work.teacher.width if work.teacher else 0)  # its scores
+    return encoder + objective_flops(rows, train.global_batch_size, work.size.width, clusters, negatives) + taught
 
 
 def _bank_negatives(config: Config) -> int | None:
@@ -131,7 +136,8 @@ def workload(config: Config, sentences: int | None = None, prepared: Prepared | 
     assumptions += [told] if told else []
     if config.encoder.denoise or config.encoder.second_prompt:
         assumptions.append("Left out: template denoising, and what a second prompt is longer than the first.")
-    return Workload(config, size, encoder, rows_NS, tokens_NS, count, batches, evaluated, tuple(assumptions))
+    teacher = finished_work(config.loss.teacher) if config.loss.teacher else None
+    return Workload(config, size, encoder, teacher, rows_NS, tokens_NS, count, batches, evaluated, tuple(assumptions))
 
 
 def check_reachable(config: Config) -> None:
@@ -144,16 +150,28 @@ def check_reachable(config: Config) -> None:
 
 def encoder_work(config: Config) -> EncoderWork:
     """The matrices of the encoder, counted in one that has shapes and no values."""
+    encoder = config.encoder
+    work = finished_work(encoder.name, encoder.revision, encoder.num_layers, language_model=config.loss.mlm_weight > 0)
+    return replace(
+        work,
+        head=work.width**2 if encoder.head == "mlp" else 0,
+        cached=config.train.cache_chunk is not None,
+    )
+
+
+def finished_work(
+    name: str, revision: str | None = None, num_layers: int | None = None, *, language_model: bool = False
+) -> EncoderWork:
+    """The matrices of an encoder without a training head."""
     import torch
     import transformers
 
     from clusterns_ray.tokenization import cannot_load
 
-    encoder = config.encoder
-    source = resolve_model(encoder.name)
-    layers = {} if encoder.num_layers is None else {"num_hidden_layers": encoder.num_layers}
+    source = resolve_model(name)
+    layers = {} if num_layers is None else {"num_hidden_layers": num_layers}
     try:
-        shape = transformers.AutoConfig.from_pretrained(source, revision=encoder.revision, **layers)
+        shape = transformers.AutoConfig.from_pretrained(source, revision=revision, **layers)
     except (OSError, ValueError) as error:
         raise cannot_load(source, error) from error
 
@@ -167,18 +185,15 @@ def encoder_work(config: Config) -> EncoderWork:
     with torch.device("meta"):
         backbone = transformers.AutoModel.from_config(shape)
         linear, prediction = matrices(backbone), 0
-        if config.loss.mlm_weight:
+        if language_model:
             prediction = matrices(transformers.AutoModelForMaskedLM.from_config(shape)) - linear
-    width = shape.hidden_size
     return EncoderWork(
-        width=width,
+        width=shape.hidden_size,
         layers=shape.num_hidden_layers,
         linear=linear,
         embeddings=backbone.get_input_embeddings().weight.numel(),
         pooler=matrices(backbone, pooler=True),
-        head=width**2 if encoder.head == "mlp" else 0,
         prediction=prediction,
-        cached=config.train.cache_chunk is not None,
     )
 
 

@@ -1,0 +1,206 @@
+"""Compare methods over seeds on one testbed: mean, deviation, and the difference from the first method, seed by seed.
+
+    python experiments/methods.py experiments/methods/minilm-cpu.yaml --jobs 2 --test
+
+A file of methods names a base configuration, values that all methods share, and for each method the values that make
+it. Every method runs with the same seeds, so with the same batches and first dropout masks. Finished runs are not
+repeated, unfinished ones are resumed. The dev score of the best step is what a method would be chosen by; with --test
+the seven STS tests are scored as well: they choose nothing, and are for the final figure alone.
+
+A value may name another method's model of the same seed as ``model:METHOD``, such as a teacher; that one runs first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from clusterns_ray import load_config
+from clusterns_ray.errors import ClusterNSError, ConfigError
+from clusterns_ray.files import write_atomic
+
+COLUMNS = {"dev": "dev, best step", "last": "dev, last step", "tests": "seven tests"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
+    parser.add_argument("--only", nargs="+", help="methods, by name; the first one always")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="for every method")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="runs are RUNS/FILE/METHOD-seedS")
+    parser.add_argument("--test", action="store_true", help="score the seven STS tests of evaluation.sts, too")
+    parser.add_argument("--json", type=Path, help="where to write all scores")
+    arguments = parser.parse_args()
+
+    study = Study(arguments.methods, arguments.runs / arguments.methods.stem, arguments.set, arguments.jobs)
+    names = [name for name in study.methods if not arguments.only or name in arguments.only or name == study.first]
+    scores = study.run(names, arguments.seeds, test=arguments.test)
+    print(table(scores))
+    if arguments.json:
+        command = " ".join(["python", "experiments/methods.py", *sys.argv[1:]])
+        write_atomic(arguments.json, json.dumps({"command": command, "scores": scores}, indent=1) + "\n")
+        print(f"Wrote {arguments.json}")
+
+
+class Study:
+    """The methods of a file, and their runs."""
+
+    def __init__(self, file: Path, runs: Path, overrides: list[str], jobs: int):
+        """
+        Raises:
+            ConfigError: the file is no such file, or one of its methods is no possible configuration.
+        """
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        if set(content) - {"base", "set", "methods"} or not content.get("base") or not content.get("methods"):
+            raise ConfigError(
+                f"{file} needs base and methods, and may have set; it has {', '.join(content) or 'nothing'}."
+            )
+        self.base, self.runs, self.jobs = file.parent / content["base"], runs, jobs
+        self.methods: dict[str, dict[str, Any]] = content["methods"]
+        self.first = next(iter(self.methods))
+        shared = [f"{key}={json.dumps(value)}" for key, value in content.get("set", {}).items()]
+        self.overrides = [*shared, *overrides]
+        for method in self.methods:
+            load_config(self.base, self.values(method, seed=1))
+
+    def values(self, method: str, seed: int) -> list[str]:
+        """``section.key=value`` of one run."""
+        own = []
+        for key, value in self.methods[method].items():
+            teacher = named_model(value)
+            value = str(self.path(teacher, seed) / "model") if teacher else value
+            own.append(f"{key}={json.dumps(value)}")
+        path = self.path(method, seed)
+        return [
+            *self.overrides,
+            *own,
+            f"runtime.storage_path={path.parent}",
+            f"runtime.name={path.name}",
+            f"seed={seed}",
+        ]
+
+    def path(self, method: str, seed: int) -> Path:
+        if method not in self.methods:
+            raise ConfigError(f"model:{method} names no method; there are {', '.join(self.methods)}.")
+        return self.runs / f"{re.sub('[^A-Za-z0-9.]+', '-', method)}-seed{seed}"
+
+    def run(self, names: list[str], seeds: list[int], *, test: bool) -> dict[str, dict[str, list[float]]]:
+        """Scores of every method, in the order of ``seeds``: ``{"dev": ..., "last": ..., "tests": ...}``."""
+        needed = {named_model(value) for name in names for value in self.methods[name].values()} - {None}
+        first = [name for name in self.methods if name in needed]
+        self.began, self.done, self.total = time.monotonic(), 0, len({*first, *names}) * len(seeds)
+        for group in (first, [name for name in names if name not in first]):
+            with ThreadPoolExecutor(self.jobs) as pool:
+                runs = [pool.submit(self.one, name, seed, test) for seed in seeds for name in group]
+                try:
+                    for run in as_completed(runs):
+                        run.result()
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)  # those that train end by themselves
+                    raise
+        return {name: self.scores(name, seeds, test) for name in names}
+
+    def one(self, method: str, seed: int, test: bool) -> None:
+        """Train, and score the tests, in processes of their own with this job's share of the cores."""
+        path = self.path(method, seed)
+        if not (path / "result.json").exists():
+            pairs = [part for value in self.values(method, seed) for part in ("--set", value)]
+            self.command(path, "train", str(self.base), *pairs)
+        if test and not (path / "evaluation.json").exists():
+            sts = load_config(self.base, self.values(method, seed)).evaluation.sts
+            if sts in (None, "structure"):
+                raise ConfigError(f"--test needs the seven tests, and evaluation.sts is {sts}. Set a directory.")
+            self.command(path, "evaluate", str(path / "model"), "--sts", str(sts), "--json", f"{path}/evaluation.json")
+        self.done += 1
+        left = (time.monotonic() - self.began) / self.done * (self.total - self.done)
+        result = json.loads((path / "result.json").read_text())
+        print(
+            f"{self.done}/{self.total}  {method}, seed {seed}: dev {result['sts_dev']:.2f} at step "
+            f"{result['best_step']}; about {left / 60:.0f} min left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def command(self, path: Path, *arguments: str) -> None:
+        threads = max(1, (os.cpu_count() or 1) // self.jobs)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log = path.parent / f"{path.name}.log"
+        with log.open("a", encoding="utf-8") as output:
+            code = subprocess.run(
+                [sys.executable, "-m", "clusterns_ray.cli", *arguments],
+                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            ).returncode
+        if code:
+            last = "\n".join(log.read_text(encoding="utf-8").splitlines()[-5:])
+            raise ClusterNSError(f"clusterns {arguments[0]} of {path.name} ended with {code}; {log} ends with\n{last}")
+
+    def scores(self, method: str, seeds: list[int], test: bool) -> dict[str, list[float]]:
+        results = [json.loads((self.path(method, seed) / "result.json").read_text()) for seed in seeds]
+        found = {"dev": [r["sts_dev"] for r in results], "last": [r["sts_dev_last"] for r in results]}
+        if test:
+            files = [self.path(method, seed) / "evaluation.json" for seed in seeds]
+            found["tests"] = [json.loads(file.read_text())["average"] for file in files]
+        return found
+
+
+def named_model(value: Any) -> str | None:
+    """The method of a value ``model:METHOD``."""
+    return value.removeprefix("model:") if isinstance(value, str) and value.startswith("model:") else None
+
+
+def table(scores: dict[str, dict[str, list[float]]]) -> str:
+    """Markdown: mean +- standard deviation of each method, and the mean difference from the first, paired by seed,
+    with its 95 % interval by Student's t."""
+    first = next(iter(scores.values()))
+    columns = [column for column in COLUMNS if column in first]
+    seeds = len(first["dev"])
+    lines = [
+        f"| Spearman x 100, {seeds} seeds | " + " | ".join(f"{COLUMNS[c]} | against the first" for c in columns) + " |",
+        "|---" * (1 + 2 * len(columns)) + "|",
+    ]
+    for name, found in scores.items():
+        cells = []
+        for column in columns:
+            cells.append(spread(found[column]))
+            cells.append("" if found is first else difference(found[column], first[column]))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def spread(scores: list[float]) -> str:
+    deviation = statistics.stdev(scores) if len(scores) > 1 else math.nan
+    return f"{statistics.mean(scores):.2f} +- {deviation:.2f}"
+
+
+def difference(ours: list[float], theirs: list[float]) -> str:
+    from scipy import stats
+
+    gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
+    mean = statistics.mean(gaps)
+    if len(gaps) < 2:
+        return f"{mean:+.2f}"
+    reach = stats.t.ppf(0.975, len(gaps) - 1) * statistics.stdev(gaps) / math.sqrt(len(gaps))
+    return f"{mean:+.2f} ({mean - reach:+.2f} to {mean + reach:+.2f})"
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ClusterNSError as error:
+        sys.exit(f"error: {error}")
