@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -51,6 +52,7 @@ from clusterns_ray.config import ClusteringConfig
 from clusterns_ray.data.prepare import prepare
 from clusterns_ray.dropout import LEVELS, drop, dropped_levels
 from clusterns_ray.encoder import Encoder
+from clusterns_ray.errors import ClusterNSError
 from clusterns_ray.evaluation.sts import TASKS, cosines_of, read_tests, score_tests
 from clusterns_ray.losses import Clusters, clusterns_loss_share, info_nce_share
 from clusterns_ray.models import resolve_model
@@ -427,4 +429,7 @@ def dropout(rounds: int, rows: int = 1800, width: int = 384, p: float = 0.1, rep
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ClusterNSError as error:
+        sys.exit(f"error: {error}")

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from clusterns_ray.data.prepare import prepare
+from clusterns_ray.errors import ClusterNSError
 from clusterns_ray.launch.plan.step import BACKWARD, EncoderWork, objective_flops
 from clusterns_ray.launch.plan.workload import encoder_work
 from clusterns_ray.training.loop import Run
@@ -318,4 +320,7 @@ def show(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ClusterNSError as error:
+        sys.exit(f"error: {error}")

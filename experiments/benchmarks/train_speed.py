@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from torch import nn
 
 from clusterns_ray.config import Config
 from clusterns_ray.data.prepare import prepare
+from clusterns_ray.errors import ClusterNSError
 from clusterns_ray.models import resolve_model
 
 
@@ -186,4 +188,7 @@ class PlainLoop:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ClusterNSError as error:
+        sys.exit(f"error: {error}")

@@ -62,7 +62,7 @@ def test_intervals_hold_the_true_ratio_nearly_as_often_as_they_say():
         assert found.low <= found.value <= found.high
         held += found.low <= 1.3 <= found.high
         clear += found.low > 1
-    assert held >= 180, "the percentile bootstrap of a median is a little narrow with few rounds"
+    assert held >= 180
     assert clear == 200
 
 
