@@ -1,9 +1,17 @@
-"""The parts of a step alone: the loss by batch and clusters, K-means beside its peers, reading batches.
+"""The parts of training alone, and what clusters add to a whole step.
 
-    python experiments/benchmarks/parts.py [--json FILE]
+    python experiments/benchmarks/parts.py [--only loss step ...] [--json FILE]
 
-Medians of several rounds. The loss is that of one of eight workers, forward and backward, at width 768; its memory is
-what autograd keeps for the backward pass, which grows with b x B and b x K and never holds a B x B x D.
+Contestants take turns in random order, several rounds; medians, and 95 % intervals of their ratios by a bootstrap over
+the rounds.
+
+    loss        of one of eight workers at width 768, forward and backward, by batch and clusters
+    step        the whole step with 128 clusters beside SimCSE's, batch 512, width 768
+    kmeans      beside faiss and scikit-learn
+    reading     rows of the corpus as tensors
+    evaluation  the seven STS tests with all-MiniLM-L6-v2, where CLUSTERNS_DATA is set
+    dropout     the ways to draw masks and to multiply by them
+    corpus      a step with clusters of the whole corpus beside one with clusters of the batches
 """
 
 from __future__ import annotations
@@ -11,83 +19,116 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from racing import (
+    MODEL,
+    ClusterNS,
+    Contestant,
+    environment,
+    print_race,
+    quiet_run,
+    race,
+    ratio,
+    step_config,
+    summary,
+    timed,
+)
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from clusterns_ray.clustering.backend import spherical_kmeans
 from clusterns_ray.clustering.kmeans import cluster_sizes, cosine_matrix, nearest_two
-from clusterns_ray.config import load_config
+from clusterns_ray.config import ClusteringConfig
 from clusterns_ray.data.prepare import prepare
+from clusterns_ray.dropout import LEVELS, drop, dropped_levels
+from clusterns_ray.encoder import Encoder
+from clusterns_ray.errors import ClusterNSError
+from clusterns_ray.evaluation.sts import TASKS, cosines_of, read_tests, score_tests
 from clusterns_ray.losses import Clusters, clusterns_loss_share, info_nce_share
-from clusterns_ray.training.loop import Run
+from clusterns_ray.models import resolve_model
 
-WIDTH, WORKERS = 768, 8
-QUICKSTART = Path(__file__).parents[1] / "quickstart.yaml"
+WORKERS = 8
+PARTS = ("loss", "step", "kmeans", "reading", "evaluation", "dropout", "corpus")
+SIMCSE = "SimCSE"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, nargs="+", default=[512, 4096, 16384])
-    parser.add_argument("--clusters", type=int, nargs="+", default=[0, 128, 4096])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--batches", type=int, nargs="+", default=[512, 4096, 16384], help="of the loss")
+    parser.add_argument("--clusters", type=int, nargs="+", default=[0, 128, 4096], help="of the loss")
+    parser.add_argument("--layers", type=int, default=1, help="of the step of width 768")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--corpus", default="demo", help="one sentence a line; the quickstart's text by default")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    found: dict[str, Any] = {
-        "machine": platform.machine(),
-        "threads": arguments.threads,
-        "torch": torch.__version__,
-        "loss": losses(arguments.batches, arguments.clusters, arguments.rounds),
-        "kmeans": kmeans(arguments.rounds),
-        "reading": reading(arguments.rounds),
+    rounds, corpus = arguments.rounds, arguments.corpus
+    data = os.environ.get("CLUSTERNS_DATA")
+    parts: dict[str, Callable[[], Any]] = {
+        "loss": lambda: losses(arguments.batches, arguments.clusters, rounds),
+        "step": lambda: whole_step(corpus, rounds, layers=arguments.layers),
+        "kmeans": lambda: kmeans(rounds),
+        "reading": lambda: reading(corpus, rounds),
+        "evaluation": lambda: evaluation(Path(data) / "sts" if data else None),
+        "dropout": lambda: dropout(rounds),
+        "corpus": lambda: corpus_clusters(corpus, rounds),
     }
+    found = {**environment("scikit-learn"), **{name: parts[name]() for name in PARTS if name in arguments.only}}
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
         print(f"Wrote {arguments.json}")
 
 
-def median(work: Callable[[], Any], rounds: int) -> float:
-    """Seconds; one round more comes first."""
-    seconds = []
-    for _ in range(rounds + 1):
-        began = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[1:])
-
-
 # ---- the loss -------------------------------------------------------------------------------------------------------
 
 
-def losses(batches: list[int], clusters: list[int], rounds: int) -> list[dict[str, Any]]:
-    print(f"The loss of one of {WORKERS} workers, width {WIDTH}, forward and backward")
-    print(f"{'B':>7}{'K':>7}{'ms':>10}{'MB kept':>10}{'without clusters':>20}")
+def losses(batches: Sequence[int], clusters: Sequence[int], rounds: int, width: int = 768) -> list[dict[str, Any]]:
+    """Time, bytes that autograd keeps, and the largest tensor that is made: all grow with b x B and b x K."""
+    print(f"The loss of one of {WORKERS} workers, width {width}, forward and backward")
+    print(f"{'B':>7}{'K':>7}{'ms':>10}{'MB kept':>10}{'largest tensor':>16}{'B x B x D':>14}   x without clusters")
     found = []
     for batch in batches:
-        plain = None
-        for k in (k for k in clusters if k <= batch):
-            z1_bD, z2_BD = inputs(batch)
-            centroids_KD = torch.randn(k, WIDTH) if k else None
-            seconds = median(lambda z1=z1_bD, z2=z2_BD, c=centroids_KD: loss(z1, z2, c).backward(), rounds)
-            kept = kept_bytes(lambda z1=z1_bD, z2=z2_BD, c=centroids_KD: loss(z1, z2, c))
-            plain = plain or seconds
-            found.append({"batch": batch, "clusters": k, "seconds": seconds, "kept_bytes": kept})
-            print(f"{batch:>7}{k:>7}{1000 * seconds:>10.1f}{kept / 1e6:>10.1f}{seconds / plain:>19.2f}x", flush=True)
+        sizes = [k for k in clusters if k <= batch]
+        works = {k: loss_work(batch, k, width) for k in sizes}
+        seconds = race({f"B {batch}, K {k}": timed(work) for k, work in works.items()}, rounds)
+        for k, work in works.items():
+            taken = seconds[f"B {batch}, K {k}"]
+            kept, largest = kept_bytes(work), largest_bytes(work)
+            row = {"batch": batch, "clusters": k, "seconds": taken, "median": statistics.median(taken)}
+            against = ratio(taken, seconds[f"B {batch}, K 0"]) if k and 0 in sizes else None
+            row |= {"kept_bytes": kept, "largest_tensor_bytes": largest, "ratio": against and against._asdict()}
+            found.append(row)
+            print(
+                f"{batch:>7}{k:>7}{1000 * row['median']:>10.1f}{kept / 1e6:>10.1f}{largest / 1e6:>13.1f} MB"
+                f"{4 * batch**2 * width / 1e6:>11,.0f} MB   {against or ''}",
+                flush=True,
+            )
     return found
 
 
-def inputs(batch: int) -> tuple[Tensor, Tensor]:
+def loss_work(batch: int, clusters: int, width: int) -> Callable[[], None]:
+    """The loss of a worker's rows and its backward pass."""
     torch.manual_seed(0)
-    return torch.randn(batch // WORKERS, WIDTH, requires_grad=True), torch.randn(batch, WIDTH, requires_grad=True)
+    z1_bD, z2_BD = torch.randn(batch // WORKERS, width), torch.randn(batch, width)
+    centroids_KD = torch.randn(clusters, width) if clusters else None
+
+    def work() -> None:
+        loss(z1_bD.requires_grad_(), z2_BD.requires_grad_(), centroids_KD).backward()
+        z1_bD.grad = z2_BD.grad = None
+
+    return work
 
 
 def loss(z1_bD: Tensor, z2_BD: Tensor, centroids_KD: Tensor | None) -> Tensor:
@@ -106,68 +147,289 @@ def loss(z1_bD: Tensor, z2_BD: Tensor, centroids_KD: Tensor | None) -> Tensor:
 
 
 def kept_bytes(work: Callable[[], Any]) -> int:
-    """Of the storages that autograd keeps."""
-    storages: dict[int, int] = {}
+    """Of the storages that autograd keeps for the backward pass."""
+    storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is given twice
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
+        storages[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = work()  # noqa: F841  so that no storage is given to the next tensor
-    return sum(storages.values())
+        work()
+    return sum(storage.nbytes() for storage in storages.values())
 
 
-# ---- K-means and reading --------------------------------------------------------------------------------------------
+def largest_bytes(work: Callable[[], Any]) -> int:
+    """Of the largest storage that any operation returns, forward or backward."""
+
+    class Largest(TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            sizes = [leaf.untyped_storage().nbytes() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+            self.found = max([self.found, *sizes])
+            return out
+
+    with Largest() as largest:
+        work()
+    return largest.found
 
 
-def kmeans(rounds: int) -> dict[str, dict[str, float]]:
-    """20,000 rows of width 384 around 100 directions, 128 clusters, 25 iterations, from one seed."""
+# ---- whole steps ----------------------------------------------------------------------------------------------------
+
+
+def whole_step(
+    corpus: str, rounds: int, *, batch: int = 512, clusters: int = 128, width: int = 768, layers: int = 1
+) -> dict[str, Any]:
+    """Of a BERT drawn at random, with clusters and without; and the objective alone, as the noise of whole steps is
+    larger than what it takes."""
+    ours = f"ClusterNS, K {clusters}"
+    names = {SIMCSE: 0, ours: clusters}
+    with tempfile.TemporaryDirectory() as scratch:
+        model = Path(scratch) / "model"
+        random_bert(model, width, layers)
+        configs = {
+            name: step_config(
+                layers=None,
+                batch=batch,
+                corpus=corpus,
+                precision="fp32",
+                clusters=k,
+                settings=[f"encoder.name={model}"],
+            )
+            for name, k in names.items()
+        }
+        tokens_dir = prepare(configs[SIMCSE]).tokens_dir
+        contestants = {name: ClusterNS(config, tokens_dir, Path(scratch)) for name, config in configs.items()}
+        print(
+            f"A whole step of {batch} sentences, width {width}, layers: {layers}, fp32; with more of "
+            "them the share of the clusters only falls"
+        )
+        steps = race(dict(contestants), rounds)
+        print_race(steps, SIMCSE)
+        alone = race({name: objective(made) for name, made in contestants.items()}, 4 * rounds)
+    print("Of that the objective alone, forward and backward:")
+    print_race(alone, SIMCSE)
+    added = statistics.median(alone[ours]) - statistics.median(alone[SIMCSE])
+    share = added / statistics.median(steps[SIMCSE])
+    print(f"  {ours} adds {1000 * added:.2f} ms, which is {share:.2%} of SimCSE's step")
+    return {
+        "batch": batch,
+        "width": width,
+        "layers": layers,
+        "steps": summary(steps, SIMCSE),
+        "objective": summary(alone, SIMCSE),
+        "share of SimCSE's step": share,
+    }
+
+
+def random_bert(directory: Path, width: int, layers: int) -> None:
+    """A BERT with heads of 64 (or one), and MiniLM's vocabulary and tokenizer."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    source = resolve_model(MODEL)
+    config = transformers.AutoConfig.from_pretrained(source)
+    config.hidden_size, config.intermediate_size = width, 4 * width
+    config.num_attention_heads, config.num_hidden_layers = max(1, width // 64), layers
+    transformers.AutoModel.from_config(config).save_pretrained(directory)
+    transformers.AutoTokenizer.from_pretrained(source).save_pretrained(directory)
+
+
+def objective(contestant: ClusterNS) -> Contestant:
+    """The loss of one batch of a run, from its embeddings to their gradients; the centroids move."""
+    run = contestant.run
+    layout, _ = run.batch(0)
+    z1_BD, z2_BD = torch.randn(2, layout.size, run.encoder.width).unbind()
+
+    def work() -> None:
+        found = run.objective(z1_BD.detach().requires_grad_(), z2_BD.detach().requires_grad_(), layout)
+        found.to_backward.backward()
+
+    return timed(work, repeats=5)
+
+
+def corpus_clusters(
+    corpus: str,
+    rounds: int,
+    *,
+    layers: int = 3,
+    batch: int = 128,
+    batch_clusters: int = 32,
+    clusters: int = 256,
+    bank: int = 4096,
+    refreshed: Sequence[int] = (0, 32),
+) -> dict[str, Any]:
+    """Steps with clusters of a bank and with those of the batches; what is done once, or now and then, apart."""
+    against = f"scope batch, K {batch_clusters}"
+    # In the timed steps the bank is not clustered anew.
+    of_corpus = ["clustering.scope=corpus", f"clustering.bank_rows={bank}", f"clustering.recluster_every_steps={10**6}"]
+    settings = {against: (batch_clusters, [])} | {
+        f"scope corpus, K {clusters}, refresh {rows}": (clusters, [*of_corpus, f"clustering.refresh_rows={rows}"])
+        for rows in refreshed
+    }
+    configs = {
+        name: step_config(layers=layers, batch=batch, corpus=corpus, precision="fp32", clusters=k, settings=lines)
+        for name, (k, lines) in settings.items()
+    }
+    every = ClusteringConfig().recluster_every_steps
+    tokens_dir = prepare(configs[against]).tokens_dir
+    with tempfile.TemporaryDirectory() as scratch:
+        contestants = {name: ClusterNS(config, tokens_dir, Path(scratch)) for name, config in configs.items()}
+        print(f"A whole step of {batch} sentences, layers of MiniLM: {layers}, fp32, by what is clustered")
+        steps = race(dict(contestants), rounds)
+        print_race(steps, against)
+        run = [made.run for made in contestants.values()][-1]
+        assert run.corpus is not None
+        held, start_KD = run.corpus.bank, run.clustering.centroids_KD
+        again = race({"K-means of the bank": timed(lambda: held.cluster(0, start_KD))}, rounds)["K-means of the bank"]
+    filled = [made.bank_seconds for made in contestants.values() if made.run.corpus is not None]
+    once, now = statistics.median(filled), statistics.median(again)
+    print(f"  Once: {bank:,} rows encoded, and clustered, in {once:.1f} s")
+    print(f"  Clustered anew in {1000 * now:.0f} ms: {1000 * now / every:.2f} ms a step, at every {every} of them")
+    return {
+        "batch": batch,
+        "layers": layers,
+        "bank_rows": bank,
+        "steps": summary(steps, against),
+        "filled_seconds": filled,
+        "clustered_anew_seconds": again,
+    }
+
+
+# ---- K-means, reading, evaluation -----------------------------------------------------------------------------------
+
+
+def kmeans(rounds: int, rows: int = 20_000, width: int = 384, k: int = 128) -> dict[str, Any]:
+    """Rows around 100 directions, 25 iterations, from one seed."""
     import faiss
     from sklearn.cluster import KMeans
 
     draw = np.random.default_rng(0)
-    directions = draw.normal(size=(100, 384))
-    z_ND = (directions[draw.integers(100, size=20_000)] + 2 * draw.normal(size=(20_000, 384))).astype(np.float32)
+    directions = draw.normal(size=(100, width))
+    z_ND = (directions[draw.integers(100, size=rows)] + 2 * draw.normal(size=(rows, width))).astype(np.float32)
     n_ND = z_ND / np.linalg.norm(z_ND, axis=1, keepdims=True)
 
     def with_faiss() -> np.ndarray:
-        found = faiss.Kmeans(384, 128, niter=25, seed=0, spherical=True, max_points_per_centroid=len(n_ND))
+        found = faiss.Kmeans(width, k, niter=25, seed=0, spherical=True, max_points_per_centroid=len(n_ND))
         found.train(n_ND)
         return np.asarray(found.centroids)
 
     def with_sklearn() -> np.ndarray:
-        model = KMeans(128, n_init=1, max_iter=25, random_state=0)  # type: ignore[arg-type]
+        model = KMeans(k, n_init=1, max_iter=25, random_state=0)  # type: ignore[arg-type]
         return model.fit(n_ND).cluster_centers_
 
     contestants = {
-        "spherical_kmeans": lambda: spherical_kmeans(z_ND, 128, seed=0),
+        "spherical_kmeans": lambda: spherical_kmeans(z_ND, k, seed=0),
         "faiss.Kmeans": with_faiss,
         "sklearn.KMeans (not spherical)": with_sklearn,
     }
-    print("K-means of 20,000 x 384 into 128 clusters: seconds, and mean cosine of a row with its centroid")
-    found = {}
+    print(f"K-means of {rows:,} x {width} into {k} clusters")
+    seconds = race({name: timed(work) for name, work in contestants.items()}, min(rounds, 3))
+    print_race(seconds, "faiss.Kmeans")
+    found = summary(seconds, "faiss.Kmeans")
     for name, work in contestants.items():
         centroids_KD = work()
         centroids_KD = centroids_KD / np.linalg.norm(centroids_KD, axis=1, keepdims=True)
-        score = float((n_ND @ centroids_KD.T).max(axis=1).mean())
-        found[name] = {"seconds": median(work, min(rounds, 3)), "mean_cosine": score}
-        print(f"  {name:<32}{found[name]['seconds']:>8.2f} s {score:>8.4f}", flush=True)
+        found[name]["mean_cosine"] = float((n_ND @ centroids_KD.T).max(axis=1).mean())
+        print(f"  {name:<36}{found[name]['mean_cosine']:>12.4f} mean cosine of a row with its centroid", flush=True)
     return found
 
 
-def reading(rounds: int) -> dict[str, float]:
+def reading(corpus: str, rounds: int, batch: int = 1024) -> dict[str, Any]:
     """Rows a second: choosing a step's rows, reading their tokens, and laying them out in shards."""
-    config = load_config(QUICKSTART, ["evaluation.sts=null", "train.global_batch_size=1024", "train.shards=8"])
-    tokens_dir = prepare(config).tokens_dir
-    run = Run(config, tokens_dir, None, Path("."), torch.device("cpu"), lambda event: None, lambda metrics: None)
-    steps = range(run.order.steps_per_epoch)
-    seconds = median(lambda: [run.batch(step) for step in steps], rounds)
-    rows = len(steps) * 1024 / seconds
-    print(f"Reading batches of 1,024 as tensors: {rows:,.0f} rows/s")
-    return {"rows_per_second": rows}
+    config = step_config(
+        layers=1, batch=batch, corpus=corpus, precision="fp32", clusters=0, settings=["train.shards=8"]
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        run = quiet_run(config, prepare(config).tokens_dir, Path(scratch))
+        steps = range(run.order.steps_per_epoch)
+        rows = sum(run.batch(step)[0].size for step in steps)
+        seconds = race({"reading": timed(lambda: [run.batch(step) for step in steps])}, rounds)["reading"]
+    rate = rows / statistics.median(seconds)
+    print(f"Reading batches of {batch:,} as tensors: {rate:,.0f} rows/s")
+    return {"rows": rows, "seconds": seconds, "rows_per_second": rate}
+
+
+def evaluation(sts: Path | None, model: str = MODEL) -> dict[str, Any] | None:
+    """One round, as it takes long enough: reading the tests, encoding each different sentence once, and scoring."""
+    if sts is None:
+        print("The seven STS tests: left out, as CLUSTERNS_DATA is not set to a directory that holds sts/")
+        return None
+    encoder = Encoder.load(model)
+    encoded = 0
+    times = [time.perf_counter()]
+    tests = read_tests(sts)
+    times.append(time.perf_counter())
+
+    def embed(sentences: Sequence[str]) -> np.ndarray:
+        nonlocal encoded
+        encoded += len(sentences)
+        return encoder.encode(sentences)
+
+    cosines = cosines_of(tests, embed)
+    times.append(time.perf_counter())
+    scores = score_tests(tests, cosines)
+    times.append(time.perf_counter())
+    read, encode, score = np.diff(times).tolist()
+    print(
+        f"{len(tests.tasks)} of the {len(TASKS)} STS tests with {model}: {times[-1] - times[0]:.1f} s; reading "
+        f"{read:.1f}, encoding {encoded:,} sentences {encode:.1f} ({encoded / encode:,.0f} sentences/s), scoring "
+        f"{score:.1f}",
+        flush=True,
+    )
+    return {
+        "model": model,
+        "tasks": list(tests.tasks),
+        "average": scores["average"],
+        "sentences": encoded,
+        "sentences_per_second": encoded / encode,
+        "seconds": {"reading": read, "encoding": encode, "scoring": score},
+    }
+
+
+# ---- dropout --------------------------------------------------------------------------------------------------------
+
+
+def dropout(rounds: int, rows: int = 1800, width: int = 384, p: float = 0.1, repeats: int = 50) -> dict[str, Any]:
+    """Drawing random numbers, making a mask of them, multiplying by it, and all together."""
+    x = torch.randn(rows, width).bfloat16()
+    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    numbers = words.view(torch.int16)[: x.numel()].view(x.shape)
+    level = dropped_levels(p) - LEVELS // 2
+    masks = {dtype: numbers.ge(level).to(dtype) for dtype in (torch.bool, torch.bfloat16)}
+    out = {dtype: torch.empty_like(mask) for dtype, mask in masks.items()}
+    contests: list[dict[str, Callable[[], Any]]] = [
+        {
+            "draw by Tensor.bernoulli_, float32": lambda: torch.empty(x.shape).bernoulli_(1 - p),
+            "draw 64-bit words": lambda: torch.empty_like(words).random_(-(2**63), None),
+        },
+        {
+            "compare words into bool": lambda: torch.ge(numbers, level, out=out[torch.bool]),
+            "compare words into bfloat16": lambda: torch.ge(numbers, level, out=out[torch.bfloat16]),
+        },
+        {
+            "multiply by bool": lambda: x * masks[torch.bool],
+            "multiply by bfloat16": lambda: x * masks[torch.bfloat16],
+        },
+        {
+            "torch.nn.functional.dropout": lambda: nn.functional.dropout(x, p),
+            "clusterns_ray.dropout.drop": lambda: drop(x, p),
+        },
+    ]
+    print(f"Dropout of {rows:,} x {width} states in bfloat16, forward: each of ours beside what it stands for")
+    found = {}
+    for works in contests:
+        seconds = race({name: timed(work, repeats) for name, work in works.items()}, 2 * rounds)
+        print_race(seconds, next(iter(works)))
+        found |= summary(seconds, next(iter(works)))
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ClusterNSError as error:
+        sys.exit(f"error: {error}")

