@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,8 @@ class Encoder(nn.Module):
         self.head = head
         self.packs = True
         """whether to pack where it can be done"""
+        self.autocast_dtype = torch.float32
+        """in which :meth:`encode_ids` multiplies; a run sets its own, a finished encoder keeps float32"""
         if pooling == "mask":
             _check_mask_prompt("prompt", prompt, tokenizer)
             if second_prompt is not None:
@@ -272,7 +275,7 @@ class Encoder(nn.Module):
         embeddings = np.empty((len(ids), self.width), dtype=np.float32)
         done = 0
         for rows in length_batches([len(row) for row in ids], batch_size):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            with autocast(self.device, torch.bfloat16 if bf16 else torch.float32):
                 embeddings[rows] = self.encode_ids([ids[row] for row in rows]).cpu().numpy()
             done += len(rows)
             if progress is not None:
@@ -286,7 +289,8 @@ class Encoder(nn.Module):
         self.eval()
         try:
             input_ids_BT, mask_BT = pad(ids, self.tokenizer.pad_token_id)
-            return self(input_ids_BT.to(self.device), mask_BT.to(self.device)).float()
+            with autocast(self.device, self.autocast_dtype):
+                return self(input_ids_BT.to(self.device), mask_BT.to(self.device)).float()
         finally:
             self.train(was_training)
 
@@ -316,6 +320,11 @@ class Encoder(nn.Module):
             )
         else:
             write_prompt_module(path)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Matrix products in ``dtype``; float32 changes nothing."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def longest_text(backbone: Any, tokenizer: Any, *prompts: str | None) -> int | None:

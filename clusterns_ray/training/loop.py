@@ -253,6 +253,7 @@ class Run:
         self.alarms = Alarms(c.num_clusters, of_corpus=c.scope == "corpus")
         self.dev = DevSet(sts_dir, config.evaluation.dev, self.encoder) if sts_dir else None
         self.progress = Progress(precision=precision)
+        self.compute_in(precision)
         self.metrics: MetricsLog | None = None
         self.trackers = Trackers()
         self.row_log = RowLog(run_dir / "rows") if config.runtime.log_rows else NoRowLog()
@@ -466,21 +467,21 @@ class Run:
             if self.corpus:
                 self.corpus.load_state_dict(state["corpus"])
             self.progress = Progress(**{"precision": self.progress.precision, **state["progress"]})
-            self.go_on_in(self.progress.precision)
+            self.compute_in(self.progress.precision)
+            if self.progress.precision == "bf16" and not multiplies_bf16(self.device):
+                self.note(
+                    "This run was begun in bf16, which this machine only emulates, slowly: it goes on so, to stay the "
+                    "same run. For fp32 begin another one, with train.precision=fp32."
+                )
         if self.is_main:
             self.metrics = MetricsLog(self.run_dir / "metrics.jsonl", self.progress.step if found else -1)
             self.mirror.begin(self.note)
             self.trackers.begin(self.config, self.run_dir, self.progress.step, self.note)
         self.last_log = (time.perf_counter(), self.progress.step)
 
-    def go_on_in(self, precision: str) -> None:
-        """Compute as before the checkpoint, on other machines too."""
-        self.views.dtype = DTYPES[precision]
-        if precision == "bf16" and not multiplies_bf16(self.device):
-            self.note(
-                "This run was begun in bf16, which this machine only emulates, slowly: it goes on so, to stay the same "
-                "run. For fp32 begin another one, with train.precision=fp32."
-            )
+    def compute_in(self, precision: str) -> None:
+        """Training, and all that is encoded within it: the dev set, the bank of the corpus."""
+        self.views.dtype = self.encoder.autocast_dtype = DTYPES[precision]
 
     def describe_clusters(self) -> None:
         """Write ``clusters.json``: a sample of the corpus in the clusters of the last step, by all workers."""

@@ -6,7 +6,6 @@ Shape suffixes: B rows of the global batch, b rows of this worker, D width, K cl
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from clusterns_ray import distributed
 from clusterns_ray.clustering.kmeans import cluster_sizes, cosine_matrix, nearest_two
 from clusterns_ray.clustering.state import Clustering
 from clusterns_ray.config import LossConfig
-from clusterns_ray.encoder import Encoder
+from clusterns_ray.encoder import Encoder, autocast
 from clusterns_ray.losses import (
     ClusterNSLoss,
     Clusters,
@@ -50,9 +49,8 @@ class TwoViews(nn.Module):
         sum of the losses and the number of tokens (2), zeros where it is off."""
         views = []
         mlm = torch.zeros(2, device=shards[0].input_ids_BT.device)
-        device = shards[0].input_ids_BT.device.type
         # One context for all shards, as it casts each weight once.
-        with torch.autocast(device, self.dtype) if self.dtype != torch.float32 else nullcontext():
+        with autocast(shards[0].input_ids_BT.device, self.dtype):
             for shard, words in zip(shards, self._look_up(shards), strict=True):
                 torch.manual_seed(shard.dropout_key)
                 views.append(self.encoder.project(self._both(shard, words)).float().chunk(2))

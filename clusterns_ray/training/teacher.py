@@ -5,14 +5,13 @@ Shape suffixes: b rows of this worker, D the teacher's width.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from clusterns_ray.config import Config
-from clusterns_ray.encoder import Encoder
+from clusterns_ray.encoder import Encoder, autocast
 from clusterns_ray.errors import ConfigError
 from clusterns_ray.model_files import read_settings
 from clusterns_ray.models import resolve_model
@@ -53,7 +52,6 @@ class Teacher:
     @torch.no_grad()
     def __call__(self, shards: list[Shard], dtype: torch.dtype) -> Tensor:
         """float32 (b, D), the shards' rows one after the other; products in ``dtype``."""
-        device = shards[0].input_ids_BT.device.type
-        with torch.autocast(device, dtype) if dtype != torch.float32 else nullcontext():
+        with autocast(shards[0].input_ids_BT.device, dtype):
             rows = [self.encoder(shard.input_ids_BT, shard.attention_mask_BT).float() for shard in shards]
         return torch.cat(rows)

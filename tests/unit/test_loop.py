@@ -658,6 +658,22 @@ def test_a_resumed_run_keeps_its_precision(
     assert began == any("only emulates" in event.get("text", "") for event in events)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_dev_set_is_encoded_in_the_precision_of_training(lab: Lab, tmp_path: Path, precision: str) -> None:
+    config = lab.config(train={"precision": precision})
+    prepared = prepare(config)
+    run = Run(config, prepared.tokens_dir, prepared.sts_dir, tmp_path, CPU, lambda event: None, lambda metrics: None)
+    assert run.dev is not None
+    found = run.dev.encode(run.encoder)
+    run.encoder.save(tmp_path / "model")
+    finished = Encoder.load(tmp_path / "model")
+    finished.max_length = run.encoder.max_length
+    texts = run.dev.pairs.sentences()
+    np.testing.assert_allclose(found, finished.encode(texts, bf16=precision == "bf16"), atol=1e-6)
+    error = np.abs(found - finished.encode(texts)).max()
+    assert (error < 1e-6) if precision == "fp32" else (1e-4 < error < 0.05)
+
+
 def test_one_bad_gradient_is_skipped_and_counted(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original, count = Optimizer.step, []
 
