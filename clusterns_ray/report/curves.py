@@ -72,7 +72,13 @@ def evaluation_table(run: RunRecord) -> Table:
 def loss_section(run: RunRecord) -> Section | None:
     if not run.steps:
         return None
-    weight = run.config.loss.bml_weight
+    settings = run.config.loss
+    weight = settings.bml_weight
+    terms = ["InfoNCE", f"{weight:g} times the Bidirectional Margin Loss (BML)"]
+    if settings.teacher is not None:
+        terms.append(f"{settings.distillation_weight:g} times the distance from the teacher's ranking")
+    if settings.mlm_weight:
+        terms.append(f"{settings.mlm_weight:g} times masked language modelling")
     steps, loss = run.curve("loss")
     _, info_nce = run.curve("info_nce")
     known = [value for value in [*loss, *info_nce] if value is not None]
@@ -89,7 +95,7 @@ def loss_section(run: RunRecord) -> Section | None:
                 may_be_logarithmic=True,
                 start=run.clustering_started,
             ),
-            f"What is minimised: InfoNCE plus {weight:g} times the Bidirectional Margin Loss (BML)."
+            f"What is minimised: {' plus '.join(terms)}."
             + (" Logarithmic." if spans_decades(known) else "")
             + (" Hard negatives come in when clustering starts." if run.num_clusters else ""),
         )
@@ -107,6 +113,15 @@ def loss_section(run: RunRecord) -> Section | None:
                     start=run.clustering_started,
                 ),
                 "How far the cosines of false negatives lie outside their margins; 0 until clustering starts.",
+            )
+        )
+    taught_steps, taught = run.curve("distillation")
+    if taught_steps:
+        figures.append(
+            Figure(
+                "Distance from the teacher",
+                line_chart([Line("distance", taught_steps, taught)], y="nats, unweighted", shown=".3g", from_zero=True),
+                f"How far the ranking of the batch is from that of {settings.teacher}; 0 where both agree.",
             )
         )
     figures.append(

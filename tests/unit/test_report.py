@@ -429,6 +429,16 @@ def test_what_the_page_of_a_run_holds(run_dir: Path) -> None:
     assert len(source) < 3_000_000
 
 
+def test_a_run_with_a_teacher_shows_the_distance_from_it(tmp_path: Path) -> None:
+    directory = make_run(tmp_path, loss={"teacher": "runs/first/model", "distillation_weight": 3.0, "mlm_weight": 0.1})
+    records = read_records(directory / "metrics.jsonl")
+    write_records(directory, [{**r, "distillation": 1.0 / r["step"]} if "loss" in r else r for r in records])
+    section = next(s for s in run_page(read_run(directory)).sections if s.title == "Loss")
+    figures = {figure.title: figure for figure in section.figures}
+    assert "plus 3 times the distance from the teacher's ranking plus 0.1 times masked" in figures["Loss"].words
+    assert "runs/first/model" in figures["Distance from the teacher"].words
+
+
 def test_examples_of_the_largest_and_the_tightest(run_dir: Path) -> None:
     clusters = read_run(run_dir).clusters
     assert clusters is not None
