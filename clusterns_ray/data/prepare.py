@@ -14,6 +14,7 @@ from clusterns_ray.data.corpus import ReadCounts, list_sources, read_sentences
 from clusterns_ray.data.documents import Document, document_sentences, list_documents, read_documents
 from clusterns_ray.data.structure import write_structure_dev
 from clusterns_ray.data.tokens import TokenStore, prepare_tokens, reuse_tokens
+from clusterns_ray.errors import ConfigError
 from clusterns_ray.evaluation.hub import fetch_sts
 from clusterns_ray.models import resolve_model
 from clusterns_ray.storage import local_copy
@@ -79,6 +80,7 @@ def prepare(
     if sts_dir == "hf":  # first, as a machine without a network has to be told at once
         sts_dir = str(fetch_sts(cache / "sts-hub", [config.evaluation.dev], note))
     tokenizer = load_tokenizer(config)
+    check_teacher(config, tokenizer)
     fingerprint = corpus_fingerprint(config, tokenizer)
     tokens_dir = cache / f"tokens-{_short_hash(fingerprint)}"
     store = reuse_tokens(tokens_dir, fingerprint)
@@ -114,6 +116,32 @@ def prepare(
     elif sts_dir is not None:
         sts_dir = str(Path(sts_dir).expanduser().resolve())
     return Prepared(tokens_dir, sts_dir, store.manifest, reused)
+
+
+def check_teacher(config: Config, tokenizer: Any) -> None:
+    """Refuse a teacher that cannot read the encoder's tokens.
+
+    Raises:
+        ConfigError: it is not there, or has another tokenizer or prompt.
+    """
+    name = config.loss.teacher
+    if name is None:
+        return
+    from clusterns_ray.model_files import read_settings
+    from clusterns_ray.tokenization import load_tokenizer
+
+    source = resolve_model(name)
+    if load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"loss.teacher is {name!r}, whose tokenizer is not that of {config.encoder.name!r}; it reads the tokens of "
+            "the batch as they are. Name an encoder of the same family, such as the model/ of an earlier run."
+        )
+    prompt = read_settings(source).get("prompt")
+    if prompt != config.encoder.prompt:
+        raise ConfigError(
+            f"loss.teacher is {name!r}, which was trained with the prompt {prompt!r}, but encoder.prompt is "
+            f"{config.encoder.prompt!r}, and both read the same tokens. Use one prompt, or a teacher of this one."
+        )
 
 
 def load_tokenizer(config: Config) -> Any:

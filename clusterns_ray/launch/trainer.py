@@ -48,10 +48,6 @@ def train(config: Config, watch: Watch = lambda event: None) -> dict[str, Any]:
         _wants_gpu(config)
     prepared = prepare(config, note, lambda rows: watch({"event": "tokenised", "rows": rows}))
     note(("Corpus, as prepared before: " if prepared.reused else "Corpus: ") + describe(prepared.manifest))
-    if config.loss.teacher is not None:
-        from clusterns_ray.training.teacher import check_teacher
-
-        check_teacher(config)
     # Before anything else, as it is what makes a name taken.
     write_run_file(config, "config.yaml", dump_config(config))
     if config.runtime.num_workers == 0:

@@ -10,37 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clusterns_ray.config import Config
 from clusterns_ray.encoder import Encoder, autocast
-from clusterns_ray.errors import ConfigError
-from clusterns_ray.model_files import read_settings
-from clusterns_ray.models import resolve_model
-from clusterns_ray.tokenization import load_tokenizer
 from clusterns_ray.training.shards import Shard
-
-
-def check_teacher(config: Config) -> None:
-    """Refuse a teacher that cannot read the student's tokens; loads tokenizers alone.
-
-    Raises:
-        ConfigError: it is not there, or has another tokenizer or prompt.
-    """
-    name = config.loss.teacher
-    if name is None:
-        return
-    source = resolve_model(name)
-    student = load_tokenizer(resolve_model(config.encoder.name), revision=config.encoder.revision)
-    if load_tokenizer(source).get_vocab() != student.get_vocab():
-        raise ConfigError(
-            f"loss.teacher is {name!r}, whose tokenizer is not that of {config.encoder.name!r}; it reads the tokens of "
-            "the batch as they are. Name an encoder of the same family, such as the model/ of an earlier run."
-        )
-    prompt = read_settings(source).get("prompt")
-    if prompt != config.encoder.prompt:
-        raise ConfigError(
-            f"loss.teacher is {name!r}, which was trained with the prompt {prompt!r}, but encoder.prompt is "
-            f"{config.encoder.prompt!r}, and both read the same tokens. Use one prompt, or a teacher of this one."
-        )
 
 
 class Teacher:

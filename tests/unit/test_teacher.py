@@ -15,13 +15,14 @@ from scipy.special import rel_entr, softmax
 
 from clusterns_ray import Encoder, train
 from clusterns_ray.config import Config, make_config
+from clusterns_ray.data.prepare import prepare
 from clusterns_ray.errors import ConfigError
 from clusterns_ray.launch.estimates import model_size, worker_memory
 from clusterns_ray.launch.places import stage, unstage
 from clusterns_ray.losses import rank_distillation_share
 from clusterns_ray.training.metrics import read_metrics
 from clusterns_ray.training.shards import Shard
-from clusterns_ray.training.teacher import Teacher, check_teacher
+from clusterns_ray.training.teacher import Teacher
 
 CPU = torch.device("cpu")
 
@@ -186,8 +187,8 @@ def test_a_teacher_of_another_prompt_is_refused(make: Callable[..., Config], tin
     encoder.prompt, encoder.pooling = 'it says "{sentence}" [MASK].', "mask"
     encoder.save(tmp_path / "prompted")
     with pytest.raises(ConfigError, match=r"the prompt 'it says .*encoder.prompt is None"):
-        check_teacher(make(loss={"teacher": str(tmp_path / "prompted")}))
-    check_teacher(
+        prepare(make(loss={"teacher": str(tmp_path / "prompted")}))
+    prepare(
         make(
             loss={"teacher": str(tmp_path / "prompted")},
             encoder={"prompt": 'it says "{sentence}" [MASK].', "pooling": "mask"},
@@ -209,7 +210,6 @@ def test_a_directory_named_from_here_is_found_by_workers_elsewhere(
 ) -> None:
     """A worker of Ray has another working directory."""
     from clusterns_ray import models
-    from clusterns_ray.data.prepare import prepare
 
     Encoder.load(tiny_model).save(tmp_path / "here" / "first" / "model")
     monkeypatch.chdir(tmp_path / "here")
