@@ -468,7 +468,8 @@ class Run:
                 self.corpus.load_state_dict(state["corpus"])
             self.progress = Progress(**{"precision": self.progress.precision, **state["progress"]})
             self.compute_in(self.progress.precision)
-            if self.progress.precision == "bf16" and not multiplies_bf16(self.device):
+            chosen = self.config.train.precision == "auto" and self.progress.precision == "bf16"
+            if chosen and not multiplies_bf16(self.device):
                 self.note(
                     "This run was begun in bf16, which this machine only emulates, slowly: it goes on so, to stay the "
                     "same run. For fp32 begin another one, with train.precision=fp32."
