@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from itertools import pairwise, product
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from spawn import run_ranks, small_config
+from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -49,13 +51,14 @@ class Case(NamedTuple):
 
 
 PLAIN = LossConfig(temperature=TEMPERATURE, bml_weight=0.0)
+TAUGHT = PLAIN.model_copy(update={"teacher": "one", "distillation_weight": 2.0, "teacher_temperature": 0.2})
 CLUSTERED = {
     f"{columns}-{reduction}-{update}": Case(columns, reduction, update, 1.5)
     for columns, reduction, update in product(
         ("batch", "own", "not_own_cluster"), ("all_pairs", "false_negatives"), ("mean", "sum")
     )
 } | {"no_weight": Case("batch", "all_pairs", "mean", 0.0)}
-CASES = ["plain", *CLUSTERED]
+CASES = ["plain", "taught", *CLUSTERED]
 CACHED = "not_own_cluster-false_negatives-mean"
 Gradients = dict[str, torch.Tensor]
 
@@ -94,7 +97,7 @@ def all_cases(config: Config, tokens_dir: Path, run_dir: Path) -> dict[str, Any]
     for batch, step in STEPS.items():
         for name in CASES:
             objective = objective_of(run, name)
-            found["gradients"][name, batch] = step_gradients(run, objective, step)
+            found["gradients"][name, batch] = step_gradients(run, objective, step, taught=name == "taught")
             if distributed.world_size() == 1:
                 found["pure"][name, batch] = pure_gradients(run, name, step)
     for batch, step in STEPS.items():
@@ -116,8 +119,8 @@ def all_cases(config: Config, tokens_dir: Path, run_dir: Path) -> dict[str, Any]
 
 def objective_of(run: Run, name: str) -> Objective:
     """The objective of a case; where it clusters, batch 0 has created the centroids."""
-    if name == "plain":
-        return Objective(PLAIN, Clustering(0, 1.0, RATE, "mean"), FIRST)
+    if name in ("plain", "taught"):
+        return Objective({"plain": PLAIN, "taught": TAUGHT}[name], Clustering(0, 1.0, RATE, "mean"), FIRST)
     case = CLUSTERED[name]
     objective = Objective(case.loss(), Clustering(K, 1.0, RATE, case.update), FIRST)
     layout, shards = run.batch(0)
@@ -127,10 +130,19 @@ def objective_of(run: Run, name: str) -> Objective:
     return objective
 
 
-def step_gradients(run: Run, objective: Objective, step: int, divide_by: int = 1) -> Gradients:
+def step_gradients(
+    run: Run, objective: Objective, step: int, *, divide_by: int = 1, taught: bool = False
+) -> Gradients:
     layout, shards = run.batch(step)
     z1_bD, z2_bD, _ = run.model(shards)
-    return gradients_of(run, objective(z1_bD, z2_bD, layout).to_backward / divide_by)
+    teacher_bD = teacher(z1_bD) if taught else None
+    return gradients_of(run, objective(z1_bD, z2_bD, layout, None, teacher_bD).to_backward / divide_by)
+
+
+def teacher(z1_bD: torch.Tensor) -> torch.Tensor:
+    """Embeddings that rank otherwise than ``z1``, of each row alone."""
+    directions = torch.randn(z1_bD.shape[1], 6, generator=torch.Generator().manual_seed(0), dtype=z1_bD.dtype)
+    return z1_bD.detach() @ directions
 
 
 def cached_gradients(run: Run, step: int, rows: int) -> Gradients:
@@ -153,14 +165,29 @@ def pure_gradients(run: Run, name: str, step: int) -> Gradients:
     z1_BD, z2_BD = (z.double() for z in run.views(run.batch(step)[1])[:2])
     if name == "plain":
         return gradients_of(run, info_nce(z1_BD, z2_BD, PLAIN.temperature))
+    if name == "taught":
+        return gradients_of(run, info_nce(z1_BD, z2_BD, TAUGHT.temperature) + 2 * divergence(z1_BD, z2_BD))
     case, loss = CLUSTERED[name], CLUSTERED[name].loss()
     centroids_KD = objective_of(run, name).clustering.centroids_KD
     assert centroids_KD is not None
     centroids_KD, members_BD = centroids_KD.double(), z1_BD.detach()
     statistics = member_statistics(members_BD, assign(members_BD, centroids_KD)[0], K)
     moved_KD = update_centroids(centroids_KD, *statistics, RATE, case.update)
-    settings = loss.model_dump(exclude={"mlm_weight", "mlm_probability", "bank_negatives"})
-    return gradients_of(run, clusterns_loss(z1_BD, z2_BD, moved_KD, **settings).loss)
+    known = set(inspect.signature(clusterns_loss).parameters)
+    return gradients_of(run, clusterns_loss(z1_BD, z2_BD, moved_KD, **loss.model_dump(include=known)).loss)
+
+
+def divergence(z1_BD: torch.Tensor, z2_BD: torch.Tensor) -> torch.Tensor:
+    """From the teacher's ranking of the batch, row by row over the other rows."""
+    scores_BB = normalize(z1_BD) @ normalize(z2_BD).T / TEMPERATURE
+    taught_B6 = normalize(teacher(z1_BD.float()).double())
+    taught_BB = taught_B6 @ taught_B6.T / TAUGHT.teacher_temperature
+    found = []
+    for i in range(len(z1_BD)):
+        others = torch.arange(len(z1_BD)) != i
+        p, q = taught_BB[i, others].softmax(dim=0), scores_BB[i, others].softmax(dim=0)
+        found.append((p * (p / q).log()).sum())
+    return torch.stack(found).mean()
 
 
 def gather_with_gradient_of_own_rows_alone(rows: torch.Tensor) -> torch.Tensor:
@@ -230,6 +257,7 @@ def test_the_cases_test_what_they_say(by_ranks):
     for batch in STEPS:
         for first, second in (
             ("plain", "no_weight"),
+            ("plain", "taught"),
             ("no_weight", "batch-all_pairs-mean"),
             ("batch-all_pairs-mean", "own-all_pairs-mean"),
             ("batch-all_pairs-mean", "not_own_cluster-all_pairs-mean"),
