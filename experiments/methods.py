@@ -47,7 +47,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     study = Study(arguments.methods, arguments.runs / arguments.methods.stem, arguments.set, arguments.jobs)
-    names = [name for name in study.methods if not arguments.only or name in arguments.only or name == study.first]
+    names = study.chosen(arguments.only)
     scores = study.run(names, arguments.seeds, test=arguments.test)
     print(table(scores))
     if arguments.json:
@@ -64,6 +64,8 @@ class Study:
         Raises:
             ConfigError: the file is no such file, or one of its methods is no possible configuration.
         """
+        if not file.is_file():
+            raise ConfigError(f"{file} is not a file. Name one such as experiments/methods/minilm-cpu.yaml.")
         content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
         if set(content) - {"base", "set", "methods"} or not content.get("base") or not content.get("methods"):
             raise ConfigError(
@@ -76,6 +78,13 @@ class Study:
         self.overrides = [*shared, *overrides]
         for method in self.methods:
             load_config(self.base, self.values(method, seed=1))
+
+    def chosen(self, only: list[str] | None) -> list[str]:
+        """The first method and those named, or all, in the order of the file."""
+        unknown = [name for name in only or () if name not in self.methods]
+        if unknown:
+            raise ConfigError(f"--only {unknown[0]!r} names no method; there are {', '.join(self.methods)}.")
+        return [name for name in self.methods if not only or name in only or name == self.first]
 
     def values(self, method: str, seed: int) -> list[str]:
         """``section.key=value`` of one run."""

@@ -116,6 +116,15 @@ def test_what_is_wrong_with_a_file_is_said_before_anything_runs(
             methods.Study(file, tmp_path / "runs", [], 1)
 
 
+def test_a_wrong_request_is_refused(methods: ModuleType, file: Path, tmp_path: Path) -> None:
+    study = methods.Study(file, tmp_path / "runs", [], 1)
+    assert study.chosen(["clusters"]) == ["SimCSE", "clusters"] and study.chosen(None) == list(study.methods)
+    with pytest.raises(ConfigError, match=r"--only 'cluster' names no method; there are SimCSE, from SimCSE, clusters"):
+        study.chosen(["clusters", "cluster"])
+    with pytest.raises(ConfigError, match=r"nothing.yaml is not a file"):
+        methods.Study(tmp_path / "nothing.yaml", tmp_path / "runs", [], 1)
+
+
 def test_the_table_gives_mean_deviation_and_a_paired_interval(methods: ModuleType) -> None:
     draw = np.random.default_rng(0)
     first = draw.normal(70, 1, 5)
