@@ -1,4 +1,4 @@
-"""Attention of an encoder in training on a CPU, with our dropout, of padded batches and of packed ones."""
+"""Dropout and attention of transformers' own forward pass in training on a CPU, for what is not packed."""
 
 from __future__ import annotations
 
@@ -8,16 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from clusterns_ray.dropout import Dropout, drop
-from clusterns_ray.packing import Packing, packed_attention
 
 ATTENTION = "clusterns_sdpa"
 """The name under which transformers knows :func:`attention`."""
 
 SPECIAL = ("position_bias", "softcap", "cache")
 """What an attention may ask for that is left to transformers."""
-
-PACKABLE = ("bert", "roberta", "xlm-roberta", "camembert")
-"""Architectures that take positions from ``position_ids`` alone and hand a ``packing`` through to their attention."""
 
 
 def attention(
@@ -28,15 +24,13 @@ def attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    packing: Packing | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers' ``sdpa`` has it; on a CPU, where torch has no fused kernel with dropout, step by step.
 
     Args:
-        query, key, value: (B, heads, T, width of a head); of a packed batch (1, heads, N, width of a head).
+        query, key, value: (B, heads, T, width of a head).
         attention_mask: bool, True where a key is read; or a number that is added; (B, 1 or heads, 1 or T, T).
-        packing: of a packed batch, which has no mask.
 
     Returns:
         (B, T, heads, width of a head), and None.
@@ -44,8 +38,6 @@ def attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     scale: float = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if packing is not None:
-        return packed_attention(query, key, value, packing, dropout, scale), None
     causal = others.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     special = causal or query.shape[1] != key.shape[1] or any(others.get(k) is not None for k in SPECIAL)
@@ -59,12 +51,6 @@ def attention(
         scores = scores.masked_fill(~attention_mask, -torch.inf) if boolean else scores + attention_mask
     weights = drop(torch.softmax(scores, dim=-1).to(value.dtype), dropout)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), None
-
-
-def can_pack(backbone: Any) -> bool:
-    """Whether a transformers model reads packed batches: its architecture, and its attention, which is ours."""
-    config = backbone.config
-    return getattr(config, "model_type", "") in PACKABLE and config._attn_implementation == ATTENTION
 
 
 def use_fast_training(backbone: Any) -> None:

@@ -1,14 +1,16 @@
 """Dropout for training on a CPU, where drawing the random numbers one by one takes a sixth of a step.
 
-64-bit words of torch's generator are read as four 16-bit numbers each, and one is compared for each element: the
-probability is exact to 1/65536, and the scale makes up for what it was rounded to. On other devices torch's own
-dropout is used.
+64-bit words are read as four 16-bit numbers each, and one is compared for each element: the probability is exact to
+1/65536, and the scale makes up for what it was rounded to. The words come from torch's generator or, faster, from
+numpy's SFC64. On other devices torch's own dropout is used.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,37 +27,54 @@ def dropout_scale(p: float) -> float:
     return LEVELS / (LEVELS - dropped_levels(p))
 
 
-def kept(like: Tensor, p: float) -> Tensor:
-    """1 with probability ``1 - p`` and else 0, by torch's default generator of the CPU; shape and dtype of ``like``.
+def kept(like: Tensor, p: float, streams: Sequence[np.random.SFC64] = (), rows: Sequence[int] = ()) -> Tensor:
+    """1 with probability ``1 - p`` and else 0; shape and dtype of ``like``.
 
     Not bool: a CPU multiplies by that several times slower (measured: experiments/LOG.md).
+
+    Args:
+        streams, rows: each stream draws for so many rows of ``like``, one after the other; torch's default generator
+            of the CPU for all of them, if there is none.
     """
-    n = like.numel()
-    words = torch.empty((n + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    mask = torch.empty(n, dtype=like.dtype)
-    torch.ge(words.view(torch.int16)[:n], dropped_levels(p) - LEVELS // 2, out=mask)
-    return mask.view(like.shape)
+    mask = torch.empty(like.shape, dtype=like.dtype)
+    parts = mask.split(list(rows)) if streams else (mask,)
+    for part, stream in zip(parts, streams or (None,), strict=True):
+        n = part.numel()
+        numbers = _words((n + 3) // 4, stream).view(torch.int16)[:n]
+        torch.ge(numbers, dropped_levels(p) - LEVELS // 2, out=part.view(-1))
+    return mask
+
+
+def _words(n: int, stream: np.random.SFC64 | None) -> Tensor:
+    """So many random 64-bit words."""
+    if stream is None:
+        return torch.empty(n, dtype=torch.int64).random_(-(2**63), None)
+    return torch.from_numpy(stream.random_raw(n).view(np.int64))
 
 
 class _Drop(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        keep = kept(x, p)
+    def forward(ctx: Any, x: Tensor, keep: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(keep)
-        ctx.scale = dropout_scale(p)
-        return x.mul(keep).mul_(ctx.scale)
+        ctx.scale = scale
+        return x.mul(keep).mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (keep,) = ctx.saved_tensors
-        return gradients[0].mul(keep).mul_(ctx.scale), None
+        return gradients[0].mul(keep).mul_(ctx.scale), None, None
 
 
-def drop(x: Tensor, p: float) -> Tensor:
-    """Zeros with probability ``p``, the rest divided by ``1 - p``; in the dtype of ``x``."""
-    if x.device.type != "cpu" or not 0 < dropped_levels(p) < LEVELS:
+def drops(p: float) -> bool:
+    """Whether some are dropped and some kept."""
+    return 0 < dropped_levels(p) < LEVELS
+
+
+def drop(x: Tensor, p: float, streams: Sequence[np.random.SFC64] = (), rows: Sequence[int] = ()) -> Tensor:
+    """Zeros with probability ``p``, drawn as by :func:`kept`, the rest divided by ``1 - p``; in the dtype of ``x``."""
+    if x.device.type != "cpu" or not drops(p):
         return nn.functional.dropout(x, p)
-    return _Drop.apply(x, p)  # type: ignore[return-value]
+    return _Drop.apply(x, kept(x, p, streams, rows), dropout_scale(p))  # type: ignore[return-value]
 
 
 class Dropout(nn.Dropout):

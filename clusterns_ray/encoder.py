@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clusterns_ray.attention import can_pack, use_fast_training
+from clusterns_ray.attention import use_fast_training
 from clusterns_ray.backbone import first_position, has_dropout, load_transformer, longest_input
+from clusterns_ray.bert import PackedBert, can_pack
 from clusterns_ray.errors import ConfigError
 from clusterns_ray.model_files import (
     HIDDEN_STATE_POOLINGS,
@@ -34,6 +35,19 @@ if TYPE_CHECKING:
 
 LONGEST_ENCODED = 512
 """Tokens that a newly trained encoder reads at most, unless the encoder it came from says otherwise."""
+
+
+class TokenBatch(NamedTuple):
+    """What :meth:`Encoder.embed` reads."""
+
+    input_ids_BT: Tensor
+    attention_mask_BT: Tensor
+    view: int = 0
+    """1 where the rows have the second prompt"""
+    words_BTD: Tensor | None = None
+    """the embeddings of the tokens, where they were looked up before"""
+    dropout_key: int | None = None
+    """seeds its dropout; without it that goes on from torch's generator"""
 
 
 class Encoder(nn.Module):
@@ -72,6 +86,7 @@ class Encoder(nn.Module):
         self.head = head
         self.packs = True
         """whether to pack where it can be done"""
+        self._weights: PackedBert | None = None
         self.autocast_dtype = torch.float32
         """in which :meth:`encode_ids` multiplies; a run sets its own, a finished encoder keeps float32"""
         if pooling == "mask":
@@ -176,49 +191,95 @@ class Encoder(nn.Module):
     def forward(
         self, input_ids_BT: Tensor, attention_mask_BT: Tensor, view: int = 0, words_BTD: Tensor | None = None
     ) -> Tensor:
-        """Embeddings (B x D), without the training head.
+        """Embeddings (B x D) of one batch, without the training head; see :class:`TokenBatch`."""
+        return self.embed([TokenBatch(input_ids_BT, attention_mask_BT, view, words_BTD)])[0]
 
-        Args:
-            view: 1 where the rows have the second prompt.
-            words_BTD: the embeddings of the tokens, where they were looked up before.
+    def embed(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
+        """Embeddings (B x D) of each batch, without the training head; dropout where the encoder is in training.
+
+        On a CPU all of them go through the layers packed, in one pass.
         """
-        last_BTD, hidden_L = self._states(input_ids_BT, attention_mask_BT, words_BTD)
-        mask_token = self.tokenizer.mask_token_id if self.pooling == "mask" else None
-        z_BD = pool(
-            last_BTD,
-            hidden_L,
-            attention_mask_BT,
-            self.pooling,
-            is_mask_BT=None if mask_token is None else input_ids_BT == mask_token,
-        )
-        if self.denoise:
-            z_BD = z_BD - self.template_states(attention_mask_BT.sum(dim=1), view)
-        return nn.functional.normalize(z_BD, dim=-1) if self.normalize else z_BD
+        packs = self.packs and self.device.type == "cpu" and can_pack(self.backbone)
+        pooled = self._pooled_packed(batches) if packs else map(self._pooled, batches)
+        found = []
+        for batch, z_BD in zip(batches, pooled, strict=True):
+            if self.denoise:
+                if batch.dropout_key is not None:
+                    torch.manual_seed(batch.dropout_key)
+                z_BD = z_BD - self.template_states(batch.attention_mask_BT.sum(dim=1), batch.view)
+            found.append(nn.functional.normalize(z_BD, dim=-1) if self.normalize else z_BD)
+        return found
 
-    def _states(
-        self, input_ids_BT: Tensor, attention_mask_BT: Tensor, words_BTD: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """States of the last layer, and of all layers where pooling asks for them; each (B, T, D).
-
-        In training on a CPU the batch is packed on its way through the layers.
-        """
+    def _pooled(self, batch: TokenBatch) -> Tensor:
+        """Padded, by transformers."""
+        if batch.dropout_key is not None:
+            torch.manual_seed(batch.dropout_key)
+        words = {"inputs_embeds": batch.words_BTD}
+        if batch.words_BTD is None:
+            words = {"input_ids": batch.input_ids_BT}
         all_layers = self.pooling in HIDDEN_STATE_POOLINGS
-        # Asked each time: without our attention a packed batch would be read as one sentence.
-        packs = self.training and self.packs and can_pack(self.backbone) and input_ids_BT.device.type == "cpu"
-        if not packs:
-            words = {"input_ids": input_ids_BT} if words_BTD is None else {"inputs_embeds": words_BTD}
-            output = self.backbone(**words, attention_mask=attention_mask_BT, output_hidden_states=all_layers)
-            return output.last_hidden_state, getattr(output, "hidden_states", None)
-        packing = Packing.of(attention_mask_BT)
-        words = self.backbone.get_input_embeddings()(input_ids_BT) if words_BTD is None else words_BTD
-        output = self.backbone(
-            inputs_embeds=packing.pack(words)[None],
-            position_ids=packing.positions_N[None] + first_position(self.backbone),
-            packing=packing,
-            output_hidden_states=all_layers,
-        )
-        hidden = output.hidden_states if all_layers else None
-        return packing.unpack(output.last_hidden_state[0]), hidden and tuple(packing.unpack(x[0]) for x in hidden)
+        output = self.backbone(**words, attention_mask=batch.attention_mask_BT, output_hidden_states=all_layers)
+        states = output.hidden_states if all_layers else (output.last_hidden_state,)
+        return pool(states, batch.attention_mask_BT, self.pooling, self._read_B(batch))
+
+    def _pooled_packed(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
+        """Packed, in one pass; of the last layer no more is computed than is read."""
+        embedding = self.backbone.get_input_embeddings()
+        packings = [Packing.of(batch.attention_mask_BT) for batch in batches]
+        words = [embedding(b.input_ids_BT) if b.words_BTD is None else b.words_BTD for b in batches]
+        words_ND = torch.cat([packing.pack(words_BTD) for packing, words_BTD in zip(packings, words, strict=True)])
+        columns = [self._read_B(batch) for batch in batches]
+        read_R, first = [], 0
+        for packing, column_B in zip(packings, columns, strict=True):
+            if column_B is not None:
+                read_R.append(first + packing.find(column_B))
+            first += len(packing)
+        all_layers = self.pooling in HIDDEN_STATE_POOLINGS
+        weights, dtype = self._weights, autocast_dtype()
+        if weights is None or weights.dtype != dtype:
+            weights = PackedBert(self.backbone, dtype)
+        with torch.autocast("cpu", enabled=False):
+            states = weights(
+                words_ND,
+                packings,
+                self._streams(batches) if self.backbone.training else (),
+                read_R=torch.cat(read_R) if read_R else None,
+                all_layers=all_layers,
+            )
+        if read_R:
+            return list(states[-1].split([packing.rows for packing in packings]))
+        parts = zip(*(state.split([len(packing) for packing in packings]) for state in states), strict=True)
+        return [
+            pool([packing.unpack(x_ND) for x_ND in part], batch.attention_mask_BT, self.pooling)
+            for packing, batch, part in zip(packings, batches, parts, strict=True)
+        ]
+
+    def _read_B(self, batch: TokenBatch) -> Tensor | None:
+        """The column of the one token whose state in the last layer is a row's embedding; None where it is not one."""
+        if self.pooling == "cls":
+            return batch.input_ids_BT.new_zeros(len(batch.input_ids_BT))
+        if self.pooling == "mask":
+            return (batch.input_ids_BT == self.tokenizer.mask_token_id).to(torch.int64).argmax(dim=1)
+        return None
+
+    @staticmethod
+    def _streams(batches: Sequence[TokenBatch]) -> list[np.random.SFC64]:
+        """Of each batch's random numbers, by its key or by one of torch's generator."""
+        drawn = (int(torch.randint(2**63 - 1, ())) if b.dropout_key is None else b.dropout_key for b in batches)
+        return [np.random.SFC64(key) for key in drawn]
+
+    @contextmanager
+    def unchanged(self, dtype: torch.dtype) -> Iterator[None]:
+        """Inside, weights stay as they are and nothing is trained: for products in ``dtype`` they are cast and laid out
+        once, not once a batch."""
+        before = self._weights
+        if self.packs and self.device.type == "cpu" and can_pack(self.backbone):
+            with torch.no_grad():
+                self._weights = PackedBert(self.backbone, dtype)
+        try:
+            yield
+        finally:
+            self._weights = before
 
     def template_states(self, lengths_B: Tensor, view: int = 0) -> Tensor:
         """States of the mask token of the template alone (B x D), at the positions that it has in rows of so many
@@ -274,12 +335,14 @@ class Encoder(nn.Module):
         ids = self.tokenize(sentences)
         embeddings = np.empty((len(ids), self.width), dtype=np.float32)
         done = 0
-        for rows in length_batches([len(row) for row in ids], batch_size):
-            with autocast(self.device, torch.bfloat16 if bf16 else torch.float32):
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        # Around the loop, as casts are kept until the context ends.
+        with autocast(self.device, dtype), self.unchanged(dtype):
+            for rows in length_batches([len(row) for row in ids], batch_size):
                 embeddings[rows] = self.encode_ids([ids[row] for row in rows]).cpu().numpy()
-            done += len(rows)
-            if progress is not None:
-                progress(done)
+                done += len(rows)
+                if progress is not None:
+                    progress(done)
         return embeddings
 
     @torch.inference_mode()
@@ -333,31 +396,30 @@ def longest_text(backbone: Any, tokenizer: Any, *prompts: str | None) -> int | N
     return limit and limit - max((prompt_length(prompt, tokenizer) for prompt in prompts if prompt), default=0)
 
 
-def pool(
-    last_BTD: Tensor,
-    hidden_L: tuple[Tensor, ...] | None,
-    attention_mask_BT: Tensor,
-    pooling: str,
-    is_mask_BT: Tensor | None = None,
-) -> Tensor:
-    """Token states to one vector a sentence (B x D).
+def autocast_dtype() -> torch.dtype:
+    """In which a CPU multiplies just now."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+
+
+def pool(states_L: Sequence[Tensor], attention_mask_BT: Tensor, pooling: str, column_B: Tensor | None = None) -> Tensor:
+    """Token states (B x T x D) to one vector a sentence (B x D).
 
     ``cls``: the first token. ``mean``: over real tokens. ``mask``: at the mask token. ``first_last``: mean over
     tokens of the average of the embedding layer and the last layer (as SimCSE's ``avg_first_last``). ``top2``: the
     same of the last two layers.
+
+    Args:
+        states_L: of the last layer at the end, before it those of the others where pooling asks for them.
+        column_B: which token of each row is read, where it is one.
     """
-    if pooling == "cls":
-        return last_BTD[:, 0]
-    if pooling == "mask":
-        assert is_mask_BT is not None
-        position_B = is_mask_BT.to(torch.int64).argmax(dim=1)
-        return last_BTD[torch.arange(len(last_BTD), device=last_BTD.device), position_B]
+    last_BTD = states_L[-1]
+    if column_B is not None:
+        return last_BTD[torch.arange(len(last_BTD), device=last_BTD.device), column_B]
     if pooling == "mean":
         states_BTD = last_BTD
     elif pooling in HIDDEN_STATE_POOLINGS:
-        assert hidden_L is not None
-        other = hidden_L[0] if pooling == "first_last" else hidden_L[-2]
-        states_BTD = (other + hidden_L[-1]) / 2
+        other = states_L[0] if pooling == "first_last" else states_L[-2]
+        states_BTD = (other + last_BTD) / 2
     else:
         raise ConfigError(f"encoder.pooling is {pooling!r}; it must be cls, mean, mask, first_last or top2.")
     weight_BT1 = attention_mask_BT.unsqueeze(-1).to(states_BTD.dtype)

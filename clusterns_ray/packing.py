@@ -1,21 +1,31 @@
-"""A batch as one sequence of its real tokens, for training on a CPU: nothing is computed for padding.
+"""A batch as one sequence of its real tokens, on a CPU: nothing is computed for padding.
 
 Linear layers, norms and dropout of a transformer treat each token by itself, so they take the tokens of all rows as
-one row. Attention alone has to know which of them belong together: it takes them apart by a :class:`Packing`, which
-transformers hands through to it. On a GPU, where attention has kernels of its own, rows stay padded.
+one row (:mod:`clusterns_ray.bert`). Attention alone has to know which of them belong together: it takes them apart by a
+:class:`Packing`. Several batches can stand one after the other, each with a packing of its own.
 
-Shape suffixes: B rows, T tokens of the longest row, N real tokens of all rows, H heads, D width.
+Shape suffixes: B rows, T tokens of the longest row, N real tokens of all rows, H heads, D width, d = D / H, M = B x H.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from clusterns_ray.dropout import dropout_scale, kept
+from clusterns_ray.dropout import dropout_scale, drops, kept
+
+VECTOR_BYTES = 64
+"""Of the widest vectors of a CPU: torch's softmax takes several times as long for a row that does not fill them
+(measured: experiments/LOG.md)."""
+
+FUSED_FROM = 64
+"""Tokens of the longest row above which torch's fused attention is faster than ours, which keeps all scores."""
 
 
 class Packing(NamedTuple):
@@ -25,18 +35,16 @@ class Packing(NamedTuple):
     longest: int
     at_N: Tensor
     """int64, the place of each real token in the padded batch, read row by row"""
-    bias_B1T: Tensor | None
-    """float32 that is added to attention scores: -inf at padding; None where there is none"""
 
     @classmethod
     def of(cls, mask_BT: Tensor) -> Packing:
         """By the attention mask: 1 or True at real tokens, of which every row has one at least."""
-        real_BT = mask_BT.bool()
-        rows, longest = real_BT.shape
-        bias_B1T = None
-        if not bool(real_BT.all()):
-            bias_B1T = torch.zeros(rows, 1, longest).masked_fill_(~real_BT[:, None], -torch.inf)
-        return cls(rows, longest, real_BT.flatten().nonzero().squeeze(1), bias_B1T)
+        rows, longest = mask_BT.shape
+        return cls(rows, longest, mask_BT.bool().flatten().nonzero().squeeze(1))
+
+    def __len__(self) -> int:
+        """N, real tokens of all rows."""
+        return len(self.at_N)
 
     @property
     def positions_N(self) -> Tensor:
@@ -52,18 +60,10 @@ class Packing(NamedTuple):
         padded = x_ND.new_zeros(self.rows * self.longest, x_ND.shape[1]).index_copy(0, self.at_N, x_ND)
         return padded.view(self.rows, self.longest, -1)
 
-    def by_head(self, heads: int) -> tuple[Tensor, Tensor]:
-        """How to read (N x H) rows as (B x H x T) and back: two lists of row numbers, int64.
-
-        Padding reads token 0, as no one looks at what comes of it.
-        """
-        head_H = torch.arange(heads)
-        token_BT = torch.zeros(self.rows * self.longest, dtype=torch.int64)
-        token_BT[self.at_N] = torch.arange(len(self.at_N))
-        apart_BHT = token_BT.view(self.rows, 1, self.longest) * heads + head_H[:, None]
-        row_N, position_N = self.at_N // self.longest, self.positions_N
-        back_NH = (row_N[:, None] * heads + head_H) * self.longest + position_N[:, None]
-        return apart_BHT.flatten(), back_NH.flatten()
+    def find(self, column_B: Tensor) -> Tensor:
+        """The number, among the N, of each row's token in such a column: int64 (B)."""
+        at_B = torch.arange(self.rows) * self.longest + column_B
+        return torch.searchsorted(self.at_N, at_B)
 
 
 class _Take(torch.autograd.Function):
@@ -82,12 +82,66 @@ class _Take(torch.autograd.Function):
         return gradients[0].new_zeros(ctx.shape).index_copy_(0, rows_N, gradients[0]), None
 
 
+class Apart(NamedTuple):
+    """How to read queries, keys and values of a packed batch by row and head, and back; the same for all layers.
+
+    Queries are T a row, keys and values T' >= T. Padding reads token 0, as no one looks at what comes of it.
+    """
+
+    tokens: int
+    longest: int
+    filled: int
+    """T'"""
+    bias_M1T: Tensor
+    """added to the scores: -inf at padding"""
+    take: Tensor
+    """int64, M (T + 2 T') rows of (N x 3 x H) x d"""
+    back_N3H: Tensor
+    """int64, where each of these is among what was taken"""
+
+    @classmethod
+    def of(cls, packing: Packing, heads: int, dtype: torch.dtype, fill: int = 1) -> Apart:
+        """Keys and values are filled up to a multiple of ``fill``; scores are of ``dtype``."""
+        rows, longest = packing.rows, packing.longest
+        filled = -(-longest // fill) * fill
+        row_N, position_N = packing.at_N // longest, packing.positions_N
+        token_BT = torch.full((rows, filled), -1)
+        token_BT[row_N, position_N] = torch.arange(len(packing))
+        bias_BT = torch.zeros(rows, filled, dtype=dtype).masked_fill_(token_BT < 0, -torch.inf)
+
+        head_H1 = torch.arange(heads)[:, None]
+        first_BHT = token_BT.clamp_(min=0)[:, None] * 3 * heads + head_H1
+        parts = (first_BHT[:, :, :longest], first_BHT + heads, first_BHT + 2 * heads)
+
+        at_NH = row_N[:, None] * heads + head_H1.T
+        queries, keys = rows * heads * longest, rows * heads * filled
+        query_NH, key_NH = at_NH * longest + position_N[:, None], queries + at_NH * filled + position_N[:, None]
+        return cls(
+            len(packing),
+            longest,
+            filled,
+            bias_BT[:, None].repeat_interleave(heads, dim=0),
+            torch.cat([part.flatten() for part in parts]),
+            torch.stack([query_NH, key_NH, key_NH + keys], dim=1),
+        )
+
+    def split(self, taken: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (M, T, d), keys and values (M, T', d), as views of ``M (T + 2 T') x d``."""
+        sizes = [len(self.bias_M1T) * t for t in (self.longest, self.filled, self.filled)]
+        query, key, value = (part.view(len(self.bias_M1T), -1, taken.shape[1]) for part in taken.split(sizes))
+        return query, key, value
+
+
 def packed_attention(
-    query_1HNd: Tensor, key_1HNd: Tensor, value_1HNd: Tensor, packing: Packing, p: float, scaling: float
+    qkv_N3D: Tensor, parts: Sequence[Apart], p: float, scaling: float, streams: Sequence[np.random.SFC64] = ()
 ) -> Tensor:
-    """Attention of each row with itself, with dropout ``p`` of its weights; (1, N, H, d), in the queries' dtype."""
-    q_NHd, k_NHd, v_NHd = (x.squeeze(0).transpose(0, 1) for x in (query_1HNd, key_1HNd, value_1HNd))
-    return _Attention.apply(q_NHd, k_NHd, v_NHd, packing, p, scaling).unsqueeze(0)  # type: ignore[union-attr]
+    """Attention of each row with itself, with dropout ``p`` of its weights: (N, D), in the dtype of ``qkv_N3D``.
+
+    Args:
+        qkv_N3D: (N, 3 D): queries, keys and values of the packed batches, one batch after the other.
+        streams: of random numbers, one for each batch; torch's default generator if there is none.
+    """
+    return _Attention.apply(qkv_N3D, parts, p, scaling, streams)  # type: ignore[return-value]
 
 
 class _Attention(torch.autograd.Function):
@@ -99,42 +153,62 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q_NHd: Tensor, k_NHd: Tensor, v_NHd: Tensor, packing: Packing, p: float, scaling: float
+        ctx: Any, qkv_N3D: Tensor, parts: Sequence[Apart], p: float, scaling: float, streams: Sequence[np.random.SFC64]
     ) -> Tensor:
-        heads, width = q_NHd.shape[1:]
-        apart, back = packing.by_head(heads)
-
-        def by_head(x_NHd: Tensor) -> Tensor:
-            return x_NHd.reshape(-1, width).index_select(0, apart).view(packing.rows * heads, packing.longest, width)
-
-        q, k, v = by_head(q_NHd), by_head(k_NHd), by_head(v_NHd)
-        with torch.autocast("cpu", enabled=False):
-            if packing.bias_B1T is None:
-                scores = torch.bmm(q, k.transpose(1, 2)).mul_(scaling)
+        heads = parts[0].back_N3H.shape[2]
+        width = qkv_N3D.shape[1] // 3 // heads
+        out_ND = qkv_N3D.new_empty(len(qkv_N3D), heads * width)
+        sizes = [part.tokens for part in parts]
+        saved = []
+        for number, (part, qkv, out) in enumerate(zip(parts, qkv_N3D.split(sizes), out_ND.split(sizes), strict=True)):
+            taken = qkv.view(-1, width).index_select(0, part.take)
+            query, key, value = part.split(taken)
+            if not ctx.needs_input_grad[0] and not drops(p) and part.longest > FUSED_FROM:
+                keys = slice(part.longest)
+                read = F.scaled_dot_product_attention(
+                    query[:, None],
+                    key[:, None, keys],
+                    value[:, None, keys],
+                    part.bias_M1T[:, None, :, keys],
+                    scale=scaling,
+                )
             else:
-                bias = packing.bias_B1T.to(q.dtype).repeat_interleave(heads, dim=0)
-                scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scaling)
-            weights = torch.softmax(scores, dim=-1)
-            keep = kept(weights, p)
-            out = torch.bmm(weights * keep, v).mul_(dropout_scale(p))
-        ctx.save_for_backward(q, k, v, weights, keep, back)
-        ctx.p, ctx.scaling, ctx.heads = p, scaling, heads
-        return out.view(-1, width).index_select(0, back).view(q_NHd.shape)
+                weights = torch.softmax(torch.baddbmm(part.bias_M1T, query, key.transpose(1, 2), alpha=scaling), dim=-1)
+                if drops(p):
+                    keep = kept(weights, p, streams[number : number + 1], [len(weights)])
+                    read = torch.bmm(weights * keep, value).mul_(dropout_scale(p))
+                else:
+                    keep = None
+                    read = torch.bmm(weights, value)
+                saved += [taken, weights, keep]
+            torch.index_select(read.view(-1, width), 0, part.back_N3H[:, 0].flatten(), out=out.view(-1, width))
+        ctx.save_for_backward(*saved)
+        ctx.parts, ctx.p, ctx.scaling = parts, p, scaling
+        return out_ND
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, weights, keep, back = ctx.saved_tensors
-        width = q.shape[-1]
-        with torch.autocast("cpu", enabled=False):
-            d_out = q.new_zeros(q.shape)
-            d_out.view(-1, width).index_copy_(0, back, gradients[0].reshape(-1, width) * dropout_scale(ctx.p))
-            d_v = torch.bmm((weights * keep).transpose(1, 2), d_out)
-            d_weights = torch.bmm(d_out, v.transpose(1, 2)).mul_(keep)
+        saved = iter(ctx.saved_tensors)
+        sizes = [part.tokens for part in ctx.parts]
+        d_out_ND = gradients[0] * dropout_scale(ctx.p) if drops(ctx.p) else gradients[0].contiguous()
+        d_qkv_N3D = d_out_ND.new_empty(len(d_out_ND), 3 * d_out_ND.shape[1])
+        for part, d_out, d_qkv in zip(ctx.parts, d_out_ND.split(sizes), d_qkv_N3D.split(sizes), strict=True):
+            taken, weights, keep = next(saved), next(saved), next(saved)
+            width = taken.shape[1]
+            query, key, value = part.split(taken)
+            d_taken = torch.empty_like(taken)
+            d_query, d_key, d_value = part.split(d_taken)
+            d_read = torch.zeros_like(query)
+            d_read.view(-1, width).index_copy_(0, part.back_N3H[:, 0].flatten(), d_out.view(-1, width))
+            d_weights = torch.bmm(d_read, value.transpose(1, 2))
+            if keep is None:
+                torch.bmm(weights.transpose(1, 2), d_read, out=d_value)
+            else:
+                torch.bmm((weights * keep).transpose(1, 2), d_read, out=d_value)
+                d_weights.mul_(keep)
             d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype).mul_(ctx.scaling)
-            d_q, d_k = torch.bmm(d_scores, k), torch.bmm(d_scores.transpose(1, 2), q)
-
-        def together(x: Tensor) -> Tensor:
-            return x.view(-1, width).index_select(0, back).view(-1, ctx.heads, width)
-
-        return together(d_q), together(d_k), together(d_v), None, None, None
+            torch.bmm(d_scores, key, out=d_query)
+            torch.bmm(d_scores.transpose(1, 2), query, out=d_key)
+            torch.index_select(d_taken, 0, part.back_N3H.flatten(), out=d_qkv.view(-1, width))
+        return d_qkv_N3D, None, None, None, None

@@ -118,7 +118,7 @@ def model_size(config: Config) -> ModelSize:
         shard = Shard(
             ids,
             ids,
-            0,
+            (0, 0, 0),
             (ids, ids) if encoder.second_prompt else None,
             (ids, ids) if language_model is not None else None,
         )

@@ -15,7 +15,7 @@ from clusterns_ray import distributed
 from clusterns_ray.clustering.kmeans import cluster_sizes, cosine_matrix, nearest_two
 from clusterns_ray.clustering.state import Clustering
 from clusterns_ray.config import LossConfig
-from clusterns_ray.encoder import Encoder, autocast
+from clusterns_ray.encoder import Encoder, TokenBatch, autocast
 from clusterns_ray.losses import (
     ClusterNSLoss,
     Clusters,
@@ -47,15 +47,18 @@ class TwoViews(nn.Module):
     def forward(self, shards: list[Shard]) -> tuple[Tensor, Tensor, Tensor]:
         """``(z1_bD, z2_bD)`` in float32, the shards' rows one after the other; and of masked language modelling the
         sum of the losses and the number of tokens (2), zeros where it is off."""
-        views = []
         mlm = torch.zeros(2, device=shards[0].input_ids_BT.device)
         # One context for all shards, as it casts each weight once.
         with autocast(shards[0].input_ids_BT.device, self.dtype):
-            for shard, words in zip(shards, self._look_up(shards), strict=True):
-                torch.manual_seed(shard.dropout_key)
-                views.append(self.encoder.project(self._both(shard, words)).float().chunk(2))
+            batches = [self._batches(shard, words) for shard, words in zip(shards, self._look_up(shards), strict=True)]
+            found = iter(self.encoder.embed([batch for both in batches for batch in both]))
+            # First the embeddings of the first view, then those of the second.
+            pairs = [torch.cat([next(found) for _ in both]) for both in batches]
+            views = [self.encoder.project(pair_BD).float().chunk(2) for pair_BD in pairs]
+            for shard in shards:
                 if self.language_model is not None and shard.masked is not None:
                     ids_BT, labels_BT = shard.masked
+                    torch.manual_seed(shard.dropout_keys[2])
                     mlm = mlm + prediction_loss(self.language_model, ids_BT, shard.attention_mask_BT, labels_BT)
         return torch.cat([z1 for z1, _ in views]), torch.cat([z2 for _, z2 in views]), mlm
 
@@ -69,14 +72,16 @@ class TwoViews(nn.Module):
         parts = iter(words_ND.split([part.numel() for row in ids for part in row]))
         return [[next(parts).view(*part.shape, -1) for part in row] for row in ids]
 
-    def _both(self, shard: Shard, words: list[Tensor]) -> Tensor:
-        """First the embeddings of the first view, then those of the second."""
-        ids_BT, mask_BT = shard.input_ids_BT, shard.attention_mask_BT
+    def _batches(self, shard: Shard, words: list[Tensor]) -> list[TokenBatch]:
+        """Both views as one batch, or one for each prompt."""
+        ids_BT, mask_BT, keys = shard.input_ids_BT, shard.attention_mask_BT, shard.dropout_keys
         if shard.second is None:
-            words_BTD = words[0].repeat(2, 1, 1)
-            return self.encoder(ids_BT.repeat(2, 1), mask_BT.repeat(2, 1), words_BTD=words_BTD)
-        first = self.encoder(ids_BT, mask_BT, words_BTD=words[0])
-        return torch.cat([first, self.encoder(*shard.second, view=1, words_BTD=words[1])])
+            twice = (ids_BT.repeat(2, 1), mask_BT.repeat(2, 1))
+            return [TokenBatch(*twice, words_BTD=words[0].repeat(2, 1, 1), dropout_key=keys[0])]
+        return [
+            TokenBatch(ids_BT, mask_BT, 0, words[0], keys[0]),
+            TokenBatch(*shard.second, 1, words[1], keys[1]),
+        ]
 
 
 class StepLoss(NamedTuple):

@@ -25,8 +25,9 @@ class Shard(NamedTuple):
 
     input_ids_BT: Tensor
     attention_mask_BT: Tensor
-    dropout_key: int
-    """seeds dropout, so that it does not depend on which worker computes the shard, nor after what"""
+    dropout_keys: tuple[int, int, int]
+    """seed the dropout of both views (the first, where they are one batch) and of the masked copy, so that it does not
+    depend on which worker computes the shard, nor after what"""
     second: tuple[Tensor, Tensor] | None = None
     """ids and mask of the second view, where it has a prompt of its own"""
     masked: tuple[Tensor, Tensor] | None = None
@@ -48,10 +49,11 @@ class ShardReader:
         masked = None
         if self.config.loss.mlm_weight:
             masked = self.masked_copy(input_ids, stream_key("mlm", seed, step, shard))
+        dropout = ("dropout", seed, step, shard)
         return Shard(
             to_device(input_ids, self.device),
             to_device(mask, self.device),
-            stream_key("dropout", seed, step, shard),
+            (stream_key(*dropout), stream_key(*dropout, "second"), stream_key(*dropout, "mlm")),
             second,
             masked,
         )
@@ -83,7 +85,7 @@ class ShardReader:
         return Shard(
             ids,
             ones,
-            0,
+            (0, 0, 0),
             (ids, ones) if self.config.encoder.second_prompt else None,
             (ids, ids) if self.config.loss.mlm_weight else None,
         )

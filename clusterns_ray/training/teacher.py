@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clusterns_ray.encoder import Encoder, autocast
+from clusterns_ray.encoder import Encoder, TokenBatch, autocast
 from clusterns_ray.training.shards import Shard
 
 
@@ -24,5 +24,5 @@ class Teacher:
     def __call__(self, shards: list[Shard], dtype: torch.dtype) -> Tensor:
         """float32 (b, D), the shards' rows one after the other; products in ``dtype``."""
         with autocast(shards[0].input_ids_BT.device, dtype):
-            rows = [self.encoder(shard.input_ids_BT, shard.attention_mask_BT).float() for shard in shards]
-        return torch.cat(rows)
+            found = self.encoder.embed([TokenBatch(shard.input_ids_BT, shard.attention_mask_BT) for shard in shards])
+        return torch.cat(found).float()

@@ -21,16 +21,20 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from racing import ClusterNS, environment, processor, race, step_config, timed
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
+import clusterns_ray.dropout
+from clusterns_ray.bert import Linear, PackedBert, multiply
 from clusterns_ray.data.prepare import prepare
 from clusterns_ray.errors import ClusterNSError
 from clusterns_ray.launch.plan.step import BACKWARD, EncoderWork, objective_flops
 from clusterns_ray.launch.plan.workload import encoder_work
+from clusterns_ray.packing import VECTOR_BYTES
 from clusterns_ray.training.loop import Run
 from clusterns_ray.training.objective import DTYPES
 
@@ -49,6 +53,7 @@ WHOLE = {
 }
 """What all operations within a part of the step, or within one operation, belong to."""
 
+WORDS = "random words"
 PRODUCTS, ATTENTION, OTHER = "matrix products", "products of attention", "other: Python, views, allocation"
 
 OPERATIONS = {
@@ -73,6 +78,7 @@ OPERATIONS = {
 }
 """By operation of torch, elsewhere."""
 GROUPS = {f"aten::{name}": group for group, names in OPERATIONS.items() for name in names}
+GROUPS |= {"mkldnn::_linear_pointwise": PRODUCTS, WORDS: "dropout"}
 
 
 class Product(NamedTuple):
@@ -172,7 +178,8 @@ def profile_steps(run: Run, numbers: Sequence[int]) -> dict[str, float]:
     """Seconds of one step by group, largest first; they add up to the whole profiled step."""
     for number in range(WARM_UP_STEPS):
         take_step(run, number)
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    drawn = record_function(WORDS)(clusterns_ray.dropout._words)  # numpy's, which torch's profiler does not see
+    with patch("clusterns_ray.dropout._words", drawn), profile(activities=[ProfilerActivity.CPU]) as profiler:
         for number in numbers:
             take_step(run, number)
     seconds: Counter[str] = Counter()
@@ -202,18 +209,19 @@ def group_of(names: Sequence[str]) -> str:
 
 
 def step_flops(run: Run, work: EncoderWork, number: int) -> StepFlops:
-    """Of batch ``number``, whose rows are packed: linear layers see N real tokens, attention shards of b rows of T.
+    """Of batch ``number``, whose rows are packed: linear layers see N real tokens, attention shards of b rows with T
+    queries and T' keys, whole vectors of them.
 
-    Linear layers ``2 views x 3 x 2 linear N`` (forward, and back to inputs and weights), and ``2 pooler`` a shard, as
-    the pooler reads a packed shard as one row, forward only; the training head ``2 views x 3 x 2 head`` a row.
-    Attention ``2 views x 3 x 4 L D b T^2``, as :meth:`EncoderWork.forward` counts it. The loss: ``objective_flops``.
+    Linear layers ``2 views x 3 x 2 linear N`` (forward, and back to inputs and weights), the training head
+    ``2 views x 3 x 2 head`` a row. Attention ``2 views x 3 x 4 L D b T T'``. The loss: ``objective_flops``.
     """
     layout, shards = run.batch(number)
     tokens = sum(int(shard.attention_mask_BT.sum()) for shard in shards)
-    squares = sum(shard.input_ids_BT.shape[0] * shard.input_ids_BT.shape[1] ** 2 for shard in shards)
+    fill = VECTOR_BYTES // torch.bfloat16.itemsize
+    scores = sum(rows * t * (-(-t // fill) * fill) for rows, t in (shard.input_ids_BT.shape for shard in shards))
     passes = 2 * (1 + BACKWARD)
-    linear = passes * 2 * (work.linear * tokens + work.head * layout.size) + 2 * work.pooler * len(shards)
-    attention = passes * 4 * work.layers * work.width * squares
+    linear = passes * 2 * (work.linear * tokens + work.head * layout.size)
+    attention = passes * 4 * work.layers * work.width * scores
     objective = objective_flops(layout.size, layout.size, work.width, run.config.clustering.num_clusters)
     return StepFlops(linear, attention, int(objective))
 
@@ -221,19 +229,15 @@ def step_flops(run: Run, work: EncoderWork, number: int) -> StepFlops:
 def linear_products(run: Run, numbers: Sequence[int]) -> Counter[Product]:
     """The products of the layers' linear parts in these steps, and how often each is taken: of a layer ``out x in``
     and N tokens (N x in)(in x out), back to the inputs (N x out)(out x in), to the weights (out x N)(N x in)."""
-    weights = [
-        module.weight.shape
-        for name, module in run.encoder.backbone.named_modules()
-        if isinstance(module, torch.nn.Linear) and "pooler" not in name.split(".")
-    ]
+    layers = PackedBert(run.encoder.backbone, torch.float32).layers
+    linears = [linear for layer in layers for linear in layer if isinstance(linear, Linear)]
     found: Counter[Product] = Counter()
     for number in numbers:
-        for shard in run.batch(number)[1]:
-            tokens = 2 * int(shard.attention_mask_BT.sum())  # both views
-            for out, width in weights:
-                found[Product(tokens, width, out, "nt")] += 1
-                found[Product(tokens, out, width, "nn")] += 1
-                found[Product(out, tokens, width, "tn")] += 1
+        tokens = 2 * sum(int(shard.attention_mask_BT.sum()) for shard in run.batch(number)[1])  # both views
+        for out, width in (linear.weight.shape for linear in linears):
+            found[Product(tokens, width, out, "nt")] += 1
+            found[Product(tokens, out, width, "nn")] += 1
+            found[Product(out, tokens, width, "tn")] += 1
     return found
 
 
@@ -245,7 +249,7 @@ def measure_ceilings(run: Run, numbers: Sequence[int], rounds: int) -> dict[str,
     for precision in ("fp32", "bf16"):
         room = torch.randn(2, largest).to(DTYPES[precision])
         for product in products:
-            contestants[f"{precision} {product}"] = timed(partial(multiply, product, room), repeats=3)
+            contestants[f"{precision} {product}"] = timed(partial(take, product, room), repeats=3)
     seconds = race(contestants, rounds)
     flops = sum(product.flops * times for product, times in products.items())
     return {
@@ -255,7 +259,7 @@ def measure_ceilings(run: Run, numbers: Sequence[int], rounds: int) -> dict[str,
     }
 
 
-def multiply(product: Product, room: Tensor) -> Tensor:
+def take(product: Product, room: Tensor) -> Tensor:
     """Of numbers that lie one after the other in the two rows of ``room``."""
 
     def matrix(values: Tensor, rows: int, columns: int, lies: str) -> Tensor:
@@ -263,7 +267,9 @@ def multiply(product: Product, room: Tensor) -> Tensor:
         return values.view(columns, rows).T if lies == "t" else values.view(rows, columns)
 
     a = matrix(room[0], product.m, product.k, product.lies[0])
-    return a @ matrix(room[1], product.k, product.n, product.lies[1])
+    b = matrix(room[1], product.k, product.n, product.lies[1])
+    # As the step multiplies, the weights' gradients by torch itself.
+    return a @ b if product.lies[0] == "t" else multiply(a, b.T, None)
 
 
 # ---- what comes of it -----------------------------------------------------------------------------------------------

@@ -138,7 +138,7 @@ def test_a_model_is_never_asked_for_more_than_it_reads(tiny_models: Models) -> N
 
 def test_pool_refuses_an_unknown_name() -> None:
     with pytest.raises(ConfigError, match=r"'max'.*first_last"):
-        pool(torch.zeros(1, 2, 3), None, torch.ones(1, 2), "max")
+        pool([torch.zeros(1, 2, 3)], torch.ones(1, 2), "max")
 
 
 def test_pad() -> None:
@@ -332,7 +332,9 @@ def test_what_is_saved_is_loaded_the_same(tiny_models: Models, kind: str, poolin
     batch = tokenizer(TEXTS, padding=True, truncation=True, max_length=encoder.max_length, return_tensors="pt")
     with torch.no_grad():
         output = model(**batch, output_hidden_states=True)
-    plain = pool(output.last_hidden_state, output.hidden_states, batch["attention_mask"], pooling)
+    states = [*output.hidden_states[:-1], output.last_hidden_state]
+    first_B = torch.zeros(len(TEXTS), dtype=torch.int64) if pooling == "cls" else None
+    plain = pool(states, batch["attention_mask"], pooling, first_B)
     np.testing.assert_allclose(plain.numpy(), z, atol=1e-5)
     assert spread(z) > 0.01
 

@@ -134,7 +134,7 @@ def saved_by_real_tensors(config: Config, rows: int, tokens: int, packs: bool) -
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        views([Shard(ids, ids, 0)])
+        views([Shard(ids, ids, (0, 0, 0))])
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
@@ -145,7 +145,8 @@ def test_activations_are_those_of_real_tensors(tiny_model: Path, precision: str)
     assert (size.rows_a_shard, size.tokens_a_row) == (4, 24)
     estimate = size.fixed_bytes + size.shard_bytes
     assert estimate == pytest.approx(saved_by_real_tensors(config, 4, 24, packs=False), rel=0.02)
-    assert 0.8 * estimate < saved_by_real_tensors(config, 4, 24, packs=True) <= 1.02 * estimate
+    # Packed, the last layer keeps the read tokens alone, and the residual stream is cast once for all that read it.
+    assert 0.6 * estimate < saved_by_real_tensors(config, 4, 24, packs=True) < 0.85 * estimate
 
 
 def test_activations_are_about_those_of_the_published_formula(tiny_model: Path) -> None:

@@ -15,7 +15,8 @@ ROOT = Path(clusterns_ray.__file__).parent
 LAYERS: list[set[str]] = [
     {"errors", "distributed"},
     {"config", "files", "models", "storage", "tokenization"},
-    {"encoder", "prompt_module", "backbone", "dropout", "packing", "attention", "model_files", "losses", "clustering"},
+    {"encoder", "prompt_module", "backbone", "dropout", "packing", "bert", "attention"}
+    | {"model_files", "losses", "clustering"},
     {"data", "evaluation", "embeddings", "embedding_file", "search"},
     {"training"},
     {"launch"},

@@ -11,7 +11,7 @@ from helpers import ARCHITECTURES
 from torch import Tensor, nn
 
 from clusterns_ray.config import EncoderConfig
-from clusterns_ray.encoder import Encoder
+from clusterns_ray.encoder import Encoder, TokenBatch
 from clusterns_ray.training.objective import TwoViews
 from clusterns_ray.training.shards import Shard
 
@@ -27,7 +27,7 @@ def shards_of(seed: int = 0, second: bool = False) -> list[Shard]:
         other = (ids.flip(1).clone(), mask.flip(1).clone()) if second else None
         if other:
             other[1][:], other[0][:] = 1, torch.randint(10, 90, ids.shape, generator=generator)
-        shards.append(Shard(ids, mask, 100 + number, other))
+        shards.append(Shard(ids, mask, (100 + number, 200 + number, 300 + number), other))
     return shards
 
 
@@ -44,10 +44,11 @@ def test_values_and_gradients(tiny_models: Callable[[str], Path], kind: str, mon
     views, shards = TwoViews(encoder, "fp32"), shards_of()
     z, gradients = outputs_and_gradients(views, shards)
 
-    def both(self: TwoViews, shard: Shard, words: list[Tensor]) -> Tensor:
-        return self.encoder(shard.input_ids_BT.repeat(2, 1), shard.attention_mask_BT.repeat(2, 1))
+    def batches(self: TwoViews, shard: Shard, words: list[Tensor]) -> list[TokenBatch]:
+        twice = (shard.input_ids_BT.repeat(2, 1), shard.attention_mask_BT.repeat(2, 1))
+        return [TokenBatch(*twice, dropout_key=shard.dropout_keys[0])]
 
-    monkeypatch.setattr(TwoViews, "_both", both)
+    monkeypatch.setattr(TwoViews, "_batches", batches)
     plain_z, plain = outputs_and_gradients(views, shards)
     torch.testing.assert_close(z, plain_z, atol=1e-6, rtol=1e-5)
     assert gradients.keys() == plain.keys() and any("embed" in name for name in plain)

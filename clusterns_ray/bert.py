@@ -1,0 +1,176 @@
+"""BERT and its like over packed tokens, on a CPU: what transformers computes of a padded batch, without the padding.
+
+Several batches go through in one pass, each with random numbers of its own. The residual stream and the norms are
+float32, products are in the dtype asked for, each weight is cast once a pass. On a GPU, where attention has kernels of
+its own, and for all other architectures, transformers' own forward pass is taken.
+
+Shape suffixes: N tokens of all rows of all batches, R of these, D width, I and O in- and outputs of a layer.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from clusterns_ray.backbone import first_position
+from clusterns_ray.dropout import drop
+from clusterns_ray.packing import VECTOR_BYTES, Apart, Packing, packed_attention
+
+PACKABLE = ("bert", "roberta", "xlm-roberta", "camembert")
+"""Architectures of transformers whose modules are those of BERT, by name and by what they do."""
+
+
+def can_pack(backbone: Any) -> bool:
+    """Whether :class:`PackedBert` computes what this model would: it is one of these, with nothing added to it."""
+    config = backbone.config
+    if getattr(config, "model_type", "") not in PACKABLE:
+        return False
+    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+        return False
+    read = [*backbone.embeddings.modules(), *backbone.encoder.modules()]
+    if any(module._forward_hooks or module._forward_pre_hooks for module in read):
+        return False
+    # An adapter or a quantised layer is another type.
+    layers = [m for layer in backbone.encoder.layer for m in _linears(layer)]
+    return all(type(layer) is nn.Linear for layer in layers)
+
+
+def _linears(layer: Any) -> list[nn.Linear]:
+    """Queries, keys, values, their output, and the two of the feed-forward network."""
+    attention = layer.attention
+    heads = [attention.self.query, attention.self.key, attention.self.value]
+    return [*heads, attention.output.dense, layer.intermediate.dense, layer.output.dense]
+
+
+class Linear(NamedTuple):
+    """Weights as they are multiplied."""
+
+    weight: Tensor
+    """(O, I); where nothing is trained perhaps in a layout of oneDNN's own"""
+    bias_O: Tensor
+
+    @classmethod
+    def of(cls, layers: Sequence[nn.Linear], dtype: torch.dtype) -> Linear:
+        """Of layers that read the same, as one."""
+        weights: list[Tensor] = [layer.weight for layer in layers]
+        biases: list[Tensor] = [layer.bias for layer in layers]
+        weight = (weights[0] if len(layers) == 1 else torch.cat(weights)).to(dtype)
+        bias_O = (biases[0] if len(layers) == 1 else torch.cat(biases)).to(dtype)
+        if not torch.is_grad_enabled() and onednn_multiplies(dtype):
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+        return cls(weight, bias_O)
+
+    def __call__(self, x_NI: Tensor) -> Tensor:
+        return _Linear.apply(x_NI, self.weight, self.bias_O)  # type: ignore[return-value]
+
+
+class _Linear(torch.autograd.Function):
+    """``torch.nn.functional.linear`` by :func:`multiply`, where the weight's gradient alone is torch's own product."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
+        ctx.save_for_backward(x_NI, weight_OI)
+        return multiply(x_NI, weight_OI, bias_O)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x_NI, weight_OI = ctx.saved_tensors
+        (d_NO,) = gradients
+        return multiply(d_NO, weight_OI.t(), None), d_NO.t() @ x_NI, d_NO.sum(dim=0)
+
+
+def multiply(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """``x W' + b``: (N, O), by oneDNN where it can, in the way of torch's compiler.
+
+    In float32 it is an eighth faster than MKL; in bfloat16 torch's own product copies the bias first (measured:
+    experiments/LOG.md).
+    """
+    if onednn_multiplies(x_NI.dtype):
+        return torch.ops.mkldnn._linear_pointwise(x_NI, weight_OI, bias_O, "none", [], "")
+    return F.linear(x_NI, weight_OI, bias_O)
+
+
+@cache
+def onednn_multiplies(dtype: torch.dtype) -> bool:
+    """Whether torch was built with oneDNN, and that multiplies numbers of this kind on this processor."""
+    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32
+
+
+class Layer(NamedTuple):
+    queries_keys_values: Linear
+    attended: Linear
+    up: Linear
+    down: Linear
+    module: Any
+    """of transformers: its norms, activation and probabilities"""
+
+
+class PackedBert:
+    """The layers of a model that :func:`can_pack`, its weights in ``dtype``; they follow the model's no further."""
+
+    def __init__(self, backbone: Any, dtype: torch.dtype):
+        self.backbone, self.dtype, self.first = backbone, dtype, first_position(backbone)
+        self.heads = backbone.config.num_attention_heads
+        self.layers = []
+        for module in backbone.encoder.layer:
+            *heads, attended, up, down = _linears(module)
+            heads, attended, up, down = (Linear.of(part, dtype) for part in (heads, [attended], [up], [down]))
+            self.layers.append(Layer(heads, attended, up, down, module))
+
+    def __call__(
+        self,
+        words_ND: Tensor,
+        packings: Sequence[Packing],
+        streams: Sequence[np.random.SFC64] = (),
+        *,
+        read_R: Tensor | None = None,
+        all_layers: bool = False,
+    ) -> list[Tensor]:
+        """float32 states of the last layer, or of all of them, that of the embeddings first; each (N, D).
+
+        Args:
+            words_ND: word embeddings of the packed batches, one batch after the other.
+            streams: of random numbers, one for each batch; no dropout if there is none.
+            read_R: the tokens whose states in the last layer are read, as many in each batch as it has rows: the last
+                layer computes nothing but its keys and values for the others, and its states are (R, D).
+        """
+        sizes = [len(packing) for packing in packings]
+        # In training the same in every precision, so that all of them draw the same dropout.
+        fill = (torch.bfloat16 if streams else self.dtype).itemsize
+        apart = [Apart.of(packing, self.heads, self.dtype, VECTOR_BYTES // fill) for packing in packings]
+
+        def dropped(x: Tensor, p: float, rows: Sequence[int]) -> Tensor:
+            return drop(x, p, streams, rows) if streams else x
+
+        embeddings = self.backbone.embeddings
+        positions_N = torch.cat([packing.positions_N for packing in packings]) + self.first
+        x_ND = words_ND + embeddings.token_type_embeddings.weight[0] + embeddings.position_embeddings(positions_N)
+        x_ND = dropped(embeddings.LayerNorm(x_ND), embeddings.dropout.p, sizes)
+        states = [x_ND]
+        for layer in self.layers:
+            attention, output = layer.module.attention, layer.module.output
+            qkv_N3D = layer.queries_keys_values(x_ND.to(self.dtype))
+            p = attention.self.dropout.p if streams else 0.0
+            attended_ND = packed_attention(qkv_N3D, apart, p, attention.self.scaling, streams)
+            if layer is self.layers[-1] and read_R is not None:
+                x_ND, attended_ND = x_ND[read_R], attended_ND[read_R]
+                sizes = [packing.rows for packing in packings]
+            x_ND = x_ND + dropped(layer.attended(attended_ND), attention.output.dropout.p, sizes)
+            x_ND = attention.output.LayerNorm(x_ND)
+            wide_NI = layer.module.intermediate.intermediate_act_fn(layer.up(x_ND.to(self.dtype)))
+            x_ND = output.LayerNorm(x_ND + dropped(layer.down(wide_NI), output.dropout.p, sizes))
+            states = [*states, x_ND] if all_layers else [x_ND]
+        return states

@@ -1,0 +1,228 @@
+"""The packed forward pass of BERT and its like: the values and gradients of transformers' own, padded one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import clusterns_ray.bert
+import clusterns_ray.packing
+from clusterns_ray.bert import PACKABLE, PackedBert, can_pack, multiply, onednn_multiplies
+from clusterns_ray.config import EncoderConfig
+from clusterns_ray.encoder import Encoder, TokenBatch
+
+BATCHES = [[5, 1, 7, 7, 3], [12, 4]]
+PROMPT = 'this sentence : "{sentence}" means [MASK] .'
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(11)
+        yield
+
+
+def encoder_of(model: Path, pooling: str = "mean", dropout: float = 0.1, quiet: bool = True) -> Encoder:
+    """In training; without dropout if ``quiet``, as the draws of the two ways differ."""
+    prompt = PROMPT if pooling == "mask" else None
+    config = EncoderConfig(name=str(model), pooling=pooling, dropout=dropout, max_length=16, prompt=prompt)  # type: ignore[arg-type]
+    encoder = Encoder.for_training(config, 0).train()
+    if quiet:
+        for module in encoder.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    return encoder
+
+
+def batches_of(encoder: Encoder, lengths: list[list[int]] = BATCHES) -> list[TokenBatch]:
+    found = []
+    for number, rows in enumerate(lengths):
+        mask = (torch.arange(max(rows))[None, :] < torch.tensor(rows)[:, None]).long()
+        ids = torch.randint(6, 60, mask.shape)
+        if encoder.pooling == "mask":
+            ids[torch.arange(len(rows)), torch.tensor(rows) // 2] = encoder.tokenizer.mask_token_id
+        ids = ids.where(mask.bool(), torch.tensor(encoder.tokenizer.pad_token_id))
+        found.append(TokenBatch(ids, mask, dropout_key=100 + number))
+    return found
+
+
+def flat(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+CASES = [(kind, "mean", "fp32") for kind in PACKABLE]
+CASES += [("bert", pooling, "fp32") for pooling in ("cls", "mask", "first_last", "top2")]
+CASES += [("roberta", "cls", "fp32")]
+CASES += [(kind, pooling, "bf16") for kind in ("bert", "roberta") for pooling in ("mean", "cls")]
+
+
+@pytest.mark.parametrize(("kind", "pooling", "precision"), CASES)
+def test_values_and_gradients_are_transformers(
+    kind: str, pooling: str, precision: str, tiny_models: Callable[[str], Path]
+):
+    encoder = encoder_of(tiny_models(kind), pooling)
+    assert can_pack(encoder.backbone)
+    batches, half = batches_of(encoder), precision == "bf16"
+    weights = [torch.randn(len(batch.input_ids_BT), encoder.width) for batch in batches]
+
+    def outcome(packs: bool, words: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        encoder.packs = packs
+        encoder.zero_grad()
+        look_up = encoder.backbone.get_input_embeddings()
+        given = [batch._replace(words_BTD=look_up(batch.input_ids_BT)) if words else batch for batch in batches]
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            found = encoder.embed(given)
+        torch.stack([(z_BD * w_BD).sum() for z_BD, w_BD in zip(found, weights, strict=True)]).sum().backward()
+        gradients = {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
+        return torch.cat(found).detach(), gradients
+
+    expected, expected_gradients = outcome(packs=False, words=False)
+    for words in (False, True):
+        found, gradients = outcome(packs=True, words=words)
+        assert gradients.keys() == expected_gradients.keys() and len(gradients) > 10
+        assert found.dtype == torch.float32
+        if half:  # of eight binary digits, some are lost on either way
+            ours, theirs = (flat([g[name] for name in expected_gradients]) for g in (gradients, expected_gradients))
+            for a, b in ((found, expected), (ours, theirs)):
+                assert float((a - b).norm() / b.norm()) < 0.02
+        else:
+            torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(gradients, expected_gradients, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "mask", "first_last"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_finished_embeddings_are_transformers(
+    pooling: str, bf16: bool, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Without gradients, where weights are laid out anew; also of rows so long that attention keeps no scores."""
+    monkeypatch.setattr(clusterns_ray.packing, "FUSED_FROM", 12)
+    encoder = encoder_of(tiny_model, pooling).eval()
+    encoder.max_length = 30
+    texts = ["a word", "another sentence of a few words", "one " * 80, "is it so ?"]
+    packed = encoder.encode(texts, bf16=bf16)
+    encoder.packs = False
+    padded = encoder.encode(texts, bf16=bf16)
+    np.testing.assert_allclose(packed, padded, atol=0.03 if bf16 else 1e-5)
+    assert encoder._weights is None
+
+
+def test_with_dropout_a_batch_does_not_depend_on_those_beside_it(tiny_model: Path):
+    encoder = encoder_of(tiny_model, quiet=False)
+    batches = batches_of(encoder)
+    together = encoder.embed(batches)
+    alone = [encoder.embed([batch])[0] for batch in reversed(batches)][::-1]
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    other = encoder.embed([batch._replace(dropout_key=7) for batch in batches])
+    assert not torch.allclose(together[0], other[0], atol=1e-3)
+    torch.manual_seed(1)
+    first, second = (encoder.embed([batches[0]._replace(dropout_key=None)])[0] for _ in range(2))
+    assert not torch.allclose(first, second, atol=1e-3), "without a key the draws go on"
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_all_precisions_draw_the_same_dropout(tiny_model: Path, precision: torch.dtype):
+    encoder = encoder_of(tiny_model, quiet=False, dropout=0.5)
+    batches = batches_of(encoder)
+    with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        found = torch.cat(encoder.embed(batches))
+    torch.testing.assert_close(found, torch.cat(encoder.embed(batches)), atol=0.1, rtol=0.05)
+
+
+def test_dropout_is_as_large_as_transformers(tiny_model: Path):
+    """The spread of the embeddings over draws, of all layers together."""
+    spreads = []
+    for packs in (True, False):
+        encoder = encoder_of(tiny_model, quiet=False, dropout=0.2)
+        encoder.packs = packs
+        ids = torch.randint(6, 60, (1, 12), generator=torch.Generator().manual_seed(1)).expand(3000, -1)
+        with torch.no_grad():
+            z_BD = encoder.embed([TokenBatch(ids, torch.ones_like(ids), dropout_key=5)])[0]
+        spreads.append(float(z_BD.var(dim=0).mean()))
+    assert spreads[1] > 1e-4 and spreads[0] == pytest.approx(spreads[1], rel=0.05)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mask"])
+def test_the_last_layer_computes_no_more_than_is_read(pooling: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    encoder, rows = encoder_of(tiny_model, pooling), []
+
+    def spy(x_NI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
+        rows.append(len(x_NI))
+        return nn.functional.linear(x_NI, weight_OI, bias_O)
+
+    monkeypatch.setattr(clusterns_ray.bert, "multiply", spy)
+    encoder.embed(batches_of(encoder))
+    tokens, sentences = sum(map(sum, BATCHES)), sum(map(len, BATCHES))
+    assert rows == [tokens] * (4 * len(encoder.backbone.encoder.layer) - 3) + [sentences] * 3
+
+
+def test_weights_are_read_anew_after_they_changed(tiny_model: Path):
+    encoder = encoder_of(tiny_model).eval()
+    before = encoder.encode(["a word"])
+    with torch.no_grad():
+        encoder.backbone.encoder.layer[0].output.dense.weight.mul_(1.5)
+    assert np.abs(encoder.encode(["a word"]) - before).max() > 1e-3
+
+
+class Doubled(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize("change", ["type", "hook", "decoder"])
+def test_a_model_that_was_changed_is_left_to_transformers(change: str, tiny_model: Path):
+    encoder = encoder_of(tiny_model).eval()
+    layer = encoder.backbone.encoder.layer[0]
+    plain = encoder.encode(["a word", "two words of it"])
+    if change == "type":
+        old = layer.output.dense
+        layer.output.dense = Doubled(old.in_features, old.out_features)
+        layer.output.dense.load_state_dict(old.state_dict())
+    elif change == "hook":
+        layer.output.dense.register_forward_hook(lambda module, inputs, output: 2 * output)
+    else:
+        encoder.backbone.config.is_decoder = True
+    assert not can_pack(encoder.backbone)
+    if change != "decoder":
+        assert np.abs(encoder.encode(["a word", "two words of it"]) - plain).max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("onednn", [True, False])
+def test_products_are_torchs(dtype: torch.dtype, onednn: bool, monkeypatch: pytest.MonkeyPatch):
+    if not onednn:
+        monkeypatch.setattr(clusterns_ray.bert, "onednn_multiplies", lambda dtype: False)
+    half = dtype == torch.bfloat16
+    x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((70, 40), (50, 40), (50,)))
+    y = nn.functional.linear(x, weight, bias)
+    torch.testing.assert_close(multiply(x, weight, bias), y, atol=0.1 if half else 1e-5, rtol=0.02)
+    # The gradient of the inputs multiplies by the transpose of the weight, as it lies.
+    torch.testing.assert_close(multiply(y, weight.T, None), y @ weight, atol=1.0 if half else 1e-4, rtol=0.02)
+
+
+def test_where_onednn_cannot_multiply_it_is_not_asked_to(monkeypatch: pytest.MonkeyPatch, tiny_model: Path):
+    assert not onednn_multiplies(torch.float64)
+    encoder = encoder_of(tiny_model).eval()
+    expected = encoder.encode(["a word", "some more words"])
+    monkeypatch.setattr(clusterns_ray.bert, "onednn_multiplies", lambda dtype: False)
+    np.testing.assert_allclose(encoder.encode(["a word", "some more words"]), expected, atol=1e-6)
+
+
+def test_states_of_all_layers(tiny_model: Path):
+    encoder = encoder_of(tiny_model)
+    batch = batches_of(encoder)[0]
+    output = encoder.backbone(
+        input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, output_hidden_states=True
+    )
+    packing = clusterns_ray.bert.Packing.of(batch.attention_mask_BT)
+    words_ND = packing.pack(encoder.backbone.get_input_embeddings()(batch.input_ids_BT))
+    states = PackedBert(encoder.backbone, torch.float32)(words_ND, [packing], all_layers=True)
+    assert len(states) == len(output.hidden_states)
+    for ours, theirs in zip(states, output.hidden_states, strict=True):
+        torch.testing.assert_close(ours, packing.pack(theirs), atol=1e-5, rtol=1e-5)
