@@ -14,14 +14,13 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from clusterns_ray.backbone import first_position
-from clusterns_ray.dropout import drop
+from clusterns_ray.dropout import Streams, drop
 from clusterns_ray.packing import VECTOR_BYTES, Apart, Packing, packed_attention
 
 PACKABLE = ("bert", "roberta", "xlm-roberta", "camembert")
@@ -134,8 +133,9 @@ class PackedBert:
         self,
         words_ND: Tensor,
         packings: Sequence[Packing],
-        streams: Sequence[np.random.SFC64] = (),
+        streams: Streams | None = None,
         *,
+        draws: Sequence[int] | None = None,
         read_R: Tensor | None = None,
         all_layers: bool = False,
     ) -> list[Tensor]:
@@ -143,28 +143,36 @@ class PackedBert:
 
         Args:
             words_ND: word embeddings of the packed batches, one batch after the other.
-            streams: of random numbers, one for each batch; no dropout if there is none.
+            streams: of the random numbers of dropout, one for each batch; no dropout without.
+            draws: how many times each batch goes in, once unless said. It is dropout that makes them differ, and
+                what comes before the first is computed once.
             read_R: the tokens whose states in the last layer are read, as many in each batch as it has rows: the last
                 layer computes nothing but its keys and values for the others, and its states are (R, D).
         """
-        sizes = [len(packing) for packing in packings]
-        # In training the same in every precision, so that all of them draw the same dropout.
-        fill = (torch.bfloat16 if streams else self.dtype).itemsize
-        apart = [Apart.of(packing, self.heads, self.dtype, VECTOR_BYTES // fill) for packing in packings]
-
-        def dropped(x: Tensor, p: float, rows: Sequence[int]) -> Tensor:
-            return drop(x, p, streams, rows) if streams else x
-
         embeddings = self.backbone.embeddings
         positions_N = torch.cat([packing.positions_N for packing in packings]) + self.first
         x_ND = words_ND + embeddings.token_type_embeddings.weight[0] + embeddings.position_embeddings(positions_N)
-        x_ND = dropped(embeddings.LayerNorm(x_ND), embeddings.dropout.p, sizes)
+        x_ND = embeddings.LayerNorm(x_ND)
+        if draws is not None:
+            parts = zip(x_ND.split([len(packing) for packing in packings]), draws, strict=True)
+            x_ND = torch.cat([x for x, n in parts for _ in range(n)])
+            packings = [packing.times(n) for packing, n in zip(packings, draws, strict=True)]
+
+        sizes = [len(packing) for packing in packings]
+        # In training the same in every precision, so that all of them draw the same dropout.
+        fill = VECTOR_BYTES // (self.dtype if streams is None else torch.bfloat16).itemsize
+        apart = [Apart.of(packing, self.heads, self.dtype, fill) for packing in packings]
+
+        def dropped(x: Tensor, p: float, rows: Sequence[int]) -> Tensor:
+            return x if streams is None else drop(x, p, streams, rows)
+
+        x_ND = dropped(x_ND, embeddings.dropout.p, sizes)
         states = [x_ND]
         for layer in self.layers:
             attention, output = layer.module.attention, layer.module.output
             qkv_N3D = layer.queries_keys_values(x_ND.to(self.dtype))
-            p = attention.self.dropout.p if streams else 0.0
-            attended_ND = packed_attention(qkv_N3D, apart, p, attention.self.scaling, streams)
+            p, scaling = attention.self.dropout.p, attention.self.scaling
+            attended_ND = packed_attention(qkv_N3D, apart, p, scaling, streams)
             if layer is self.layers[-1] and read_R is not None:
                 x_ND, attended_ND = x_ND[read_R], attended_ND[read_R]
                 sizes = [packing.rows for packing in packings]

@@ -8,6 +8,8 @@ numpy's SFC64. On other devices torch's own dropout is used.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,9 @@ import torch
 from torch import Tensor, nn
 
 LEVELS = 2**16
+
+SIDE_BY_SIDE = 20_000
+"""Words below which it does not pay to wake other threads."""
 
 
 def dropped_levels(p: float) -> int:
@@ -27,29 +32,50 @@ def dropout_scale(p: float) -> float:
     return LEVELS / (LEVELS - dropped_levels(p))
 
 
-def kept(like: Tensor, p: float, streams: Sequence[np.random.SFC64] = (), rows: Sequence[int] = ()) -> Tensor:
-    """1 with probability ``1 - p`` and else 0; shape and dtype of ``like``.
+def kept(like: Tensor, p: float) -> Tensor:
+    """1 with probability ``1 - p`` and else 0, by torch's default generator of the CPU; shape and dtype of ``like``.
 
     Not bool: a CPU multiplies by that several times slower (measured: experiments/LOG.md).
-
-    Args:
-        streams, rows: each stream draws for so many rows of ``like``, one after the other; torch's default generator
-            of the CPU for all of them, if there is none.
     """
+    words = torch.empty(_words_of(like), dtype=torch.int64).random_(-(2**63), None)
     mask = torch.empty(like.shape, dtype=like.dtype)
-    parts = mask.split(list(rows)) if streams else (mask,)
-    for part, stream in zip(parts, streams or (None,), strict=True):
-        n = part.numel()
-        numbers = _words((n + 3) // 4, stream).view(torch.int16)[:n]
-        torch.ge(numbers, dropped_levels(p) - LEVELS // 2, out=part.view(-1))
+    _compare(words, p, mask)
     return mask
 
 
-def _words(n: int, stream: np.random.SFC64 | None) -> Tensor:
-    """So many random 64-bit words."""
-    if stream is None:
-        return torch.empty(n, dtype=torch.int64).random_(-(2**63), None)
-    return torch.from_numpy(stream.random_raw(n).view(np.int64))
+class Streams:
+    """Random numbers of several streams, numpy's SFC64, drawn side by side."""
+
+    def __init__(self, keys: Sequence[int]):
+        self.generators = [np.random.Generator(np.random.SFC64(key)) for key in keys]
+
+    def fill(self, masks: Sequence[Tensor], p: float) -> None:
+        """Each becomes what :func:`kept` gives, by the stream of its own."""
+        for words, mask in zip(self._draw([_words_of(mask) for mask in masks]), masks, strict=True):
+            _compare(torch.from_numpy(words), p, mask)
+
+    def _draw(self, sizes: Sequence[int]) -> list[np.ndarray]:
+        """int64 words of each stream."""
+        low, high = np.iinfo(np.int64).min, np.iinfo(np.int64).max
+        threads = min(torch.get_num_threads(), len(sizes))
+        if threads == 1 or sum(sizes) < SIDE_BY_SIDE:
+            return [g.integers(low, high, n, endpoint=True) for g, n in zip(self.generators, sizes, strict=True)]
+        found = _pool(threads).map(lambda g, n: g.integers(low, high, n, endpoint=True), self.generators, sizes)
+        return list(found)
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """numpy draws without holding the interpreter's lock."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="dropout")
+
+
+def _words_of(mask: Tensor) -> int:
+    return (mask.numel() + 3) // 4
+
+
+def _compare(words: Tensor, p: float, out: Tensor) -> None:
+    torch.ge(words.view(torch.int16)[: out.numel()], dropped_levels(p) - LEVELS // 2, out=out.view(-1))
 
 
 class _Drop(torch.autograd.Function):
@@ -70,11 +96,20 @@ def drops(p: float) -> bool:
     return 0 < dropped_levels(p) < LEVELS
 
 
-def drop(x: Tensor, p: float, streams: Sequence[np.random.SFC64] = (), rows: Sequence[int] = ()) -> Tensor:
-    """Zeros with probability ``p``, drawn as by :func:`kept`, the rest divided by ``1 - p``; in the dtype of ``x``."""
+def drop(x: Tensor, p: float, streams: Streams | None = None, rows: Sequence[int] = ()) -> Tensor:
+    """Zeros with probability ``p``, the rest divided by ``1 - p``; in the dtype of ``x``.
+
+    Args:
+        streams, rows: each stream draws for so many rows of ``x``, one after the other; else torch's generator.
+    """
     if x.device.type != "cpu" or not drops(p):
         return nn.functional.dropout(x, p)
-    return _Drop.apply(x, kept(x, p, streams, rows), dropout_scale(p))  # type: ignore[return-value]
+    if streams is None:
+        keep = kept(x, p)
+    else:
+        keep = torch.empty(x.shape, dtype=x.dtype)
+        streams.fill(keep.split(list(rows)), p)
+    return _Drop.apply(x, keep, dropout_scale(p))  # type: ignore[return-value]
 
 
 class Dropout(nn.Dropout):

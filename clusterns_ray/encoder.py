@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from clusterns_ray.attention import use_fast_training
 from clusterns_ray.backbone import first_position, has_dropout, load_transformer, longest_input
 from clusterns_ray.bert import PackedBert, can_pack
+from clusterns_ray.dropout import Streams
 from clusterns_ray.errors import ConfigError
 from clusterns_ray.model_files import (
     HIDDEN_STATE_POOLINGS,
@@ -48,6 +49,8 @@ class TokenBatch(NamedTuple):
     """the embeddings of the tokens, where they were looked up before"""
     dropout_key: int | None = None
     """seeds its dropout; without it that goes on from torch's generator"""
+    draws: int = 1
+    """how many times the batch goes in, which dropout makes differ: embeddings are (draws x B, D)"""
 
 
 class Encoder(nn.Module):
@@ -206,7 +209,8 @@ class Encoder(nn.Module):
             if self.denoise:
                 if batch.dropout_key is not None:
                     torch.manual_seed(batch.dropout_key)
-                z_BD = z_BD - self.template_states(batch.attention_mask_BT.sum(dim=1), batch.view)
+                lengths_B = batch.attention_mask_BT.sum(dim=1).repeat(batch.draws)
+                z_BD = z_BD - self.template_states(lengths_B, batch.view)
             found.append(nn.functional.normalize(z_BD, dim=-1) if self.normalize else z_BD)
         return found
 
@@ -214,13 +218,15 @@ class Encoder(nn.Module):
         """Padded, by transformers."""
         if batch.dropout_key is not None:
             torch.manual_seed(batch.dropout_key)
-        words = {"inputs_embeds": batch.words_BTD}
-        if batch.words_BTD is None:
-            words = {"input_ids": batch.input_ids_BT}
+        n = batch.draws
+        words = {"input_ids": batch.input_ids_BT.repeat(n, 1)}
+        if batch.words_BTD is not None:
+            words = {"inputs_embeds": batch.words_BTD.repeat(n, 1, 1)}
         all_layers = self.pooling in HIDDEN_STATE_POOLINGS
-        output = self.backbone(**words, attention_mask=batch.attention_mask_BT, output_hidden_states=all_layers)
+        mask_BT = batch.attention_mask_BT.repeat(n, 1)
+        output = self.backbone(**words, attention_mask=mask_BT, output_hidden_states=all_layers)
         states = output.hidden_states if all_layers else (output.last_hidden_state,)
-        return pool(states, batch.attention_mask_BT, self.pooling, self._read_B(batch))
+        return pool(states, mask_BT, self.pooling, self._read_B(batch))
 
     def _pooled_packed(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
         """Packed, in one pass; of the last layer no more is computed than is read."""
@@ -228,9 +234,10 @@ class Encoder(nn.Module):
         packings = [Packing.of(batch.attention_mask_BT) for batch in batches]
         words = [embedding(b.input_ids_BT) if b.words_BTD is None else b.words_BTD for b in batches]
         words_ND = torch.cat([packing.pack(words_BTD) for packing, words_BTD in zip(packings, words, strict=True)])
-        columns = [self._read_B(batch) for batch in batches]
+        drawn = [packing.times(batch.draws) for packing, batch in zip(packings, batches, strict=True)]
         read_R, first = [], 0
-        for packing, column_B in zip(packings, columns, strict=True):
+        for packing, batch in zip(drawn, batches, strict=True):
+            column_B = self._read_B(batch)
             if column_B is not None:
                 read_R.append(first + packing.find(column_B))
             first += len(packing)
@@ -242,31 +249,35 @@ class Encoder(nn.Module):
             states = weights(
                 words_ND,
                 packings,
-                self._streams(batches) if self.backbone.training else (),
+                self._streams(batches) if self.backbone.training else None,
+                draws=[batch.draws for batch in batches],
                 read_R=torch.cat(read_R) if read_R else None,
                 all_layers=all_layers,
             )
         if read_R:
-            return list(states[-1].split([packing.rows for packing in packings]))
-        parts = zip(*(state.split([len(packing) for packing in packings]) for state in states), strict=True)
+            return list(states[-1].split([packing.rows for packing in drawn]))
+        parts = zip(*(state.split([len(packing) for packing in drawn]) for state in states), strict=True)
         return [
-            pool([packing.unpack(x_ND) for x_ND in part], batch.attention_mask_BT, self.pooling)
-            for packing, batch, part in zip(packings, batches, parts, strict=True)
+            pool([packing.unpack(x_ND) for x_ND in part], batch.attention_mask_BT.repeat(batch.draws, 1), self.pooling)
+            for packing, batch, part in zip(drawn, batches, parts, strict=True)
         ]
 
     def _read_B(self, batch: TokenBatch) -> Tensor | None:
-        """The column of the one token whose state in the last layer is a row's embedding; None where it is not one."""
+        """The column of the one token whose state in the last layer is a row's embedding, for every draw; None where it
+        is not one."""
         if self.pooling == "cls":
-            return batch.input_ids_BT.new_zeros(len(batch.input_ids_BT))
+            return batch.input_ids_BT.new_zeros(batch.draws * len(batch.input_ids_BT))
         if self.pooling == "mask":
-            return (batch.input_ids_BT == self.tokenizer.mask_token_id).to(torch.int64).argmax(dim=1)
+            return (
+                (batch.input_ids_BT == self.tokenizer.mask_token_id).to(torch.int64).argmax(dim=1).repeat(batch.draws)
+            )
         return None
 
     @staticmethod
-    def _streams(batches: Sequence[TokenBatch]) -> list[np.random.SFC64]:
+    def _streams(batches: Sequence[TokenBatch]) -> Streams:
         """Of each batch's random numbers, by its key or by one of torch's generator."""
-        drawn = (int(torch.randint(2**63 - 1, ())) if b.dropout_key is None else b.dropout_key for b in batches)
-        return [np.random.SFC64(key) for key in drawn]
+        keys = [batch.dropout_key for batch in batches]
+        return Streams([int(torch.randint(2**63 - 1, ())) if key is None else key for key in keys])
 
     @contextmanager
     def unchanged(self, dtype: torch.dtype) -> Iterator[None]:

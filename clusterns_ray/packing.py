@@ -12,13 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from clusterns_ray.dropout import dropout_scale, drops, kept
+from clusterns_ray.dropout import Streams, dropout_scale, drops
 
 VECTOR_BYTES = 64
 """Of the widest vectors of a CPU: torch's softmax takes several times as long for a row that does not fill them
@@ -41,6 +40,11 @@ class Packing(NamedTuple):
         """By the attention mask: 1 or True at real tokens, of which every row has one at least."""
         rows, longest = mask_BT.shape
         return cls(rows, longest, mask_BT.bool().flatten().nonzero().squeeze(1))
+
+    def times(self, n: int) -> Packing:
+        """Of the batch ``n`` times, one after the other."""
+        steps_n1 = torch.arange(n)[:, None] * (self.rows * self.longest)
+        return Packing(n * self.rows, self.longest, (self.at_N + steps_n1).flatten())
 
     def __len__(self) -> int:
         """N, real tokens of all rows."""
@@ -133,13 +137,13 @@ class Apart(NamedTuple):
 
 
 def packed_attention(
-    qkv_N3D: Tensor, parts: Sequence[Apart], p: float, scaling: float, streams: Sequence[np.random.SFC64] = ()
+    qkv_N3D: Tensor, parts: Sequence[Apart], p: float, scaling: float, streams: Streams | None = None
 ) -> Tensor:
     """Attention of each row with itself, with dropout ``p`` of its weights: (N, D), in the dtype of ``qkv_N3D``.
 
     Args:
         qkv_N3D: (N, 3 D): queries, keys and values of the packed batches, one batch after the other.
-        streams: of random numbers, one for each batch; torch's default generator if there is none.
+        streams: of the random numbers of dropout, one for each batch.
     """
     return _Attention.apply(qkv_N3D, parts, p, scaling, streams)  # type: ignore[return-value]
 
@@ -153,17 +157,21 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, qkv_N3D: Tensor, parts: Sequence[Apart], p: float, scaling: float, streams: Sequence[np.random.SFC64]
+        ctx: Any, qkv_N3D: Tensor, parts: Sequence[Apart], p: float, scaling: float, streams: Streams | None
     ) -> Tensor:
         heads = parts[0].back_N3H.shape[2]
         width = qkv_N3D.shape[1] // 3 // heads
         out_ND = qkv_N3D.new_empty(len(qkv_N3D), heads * width)
         sizes = [part.tokens for part in parts]
+        keeps: list[Tensor | None] = [None] * len(parts)
+        if streams is not None and drops(p):
+            keeps = [qkv_N3D.new_empty(len(part.bias_M1T), part.longest, part.filled) for part in parts]
+            streams.fill(keeps, p)
         saved = []
-        for number, (part, qkv, out) in enumerate(zip(parts, qkv_N3D.split(sizes), out_ND.split(sizes), strict=True)):
+        for part, keep, qkv, out in zip(parts, keeps, qkv_N3D.split(sizes), out_ND.split(sizes), strict=True):
             taken = qkv.view(-1, width).index_select(0, part.take)
             query, key, value = part.split(taken)
-            if not ctx.needs_input_grad[0] and not drops(p) and part.longest > FUSED_FROM:
+            if not ctx.needs_input_grad[0] and keep is None and part.longest > FUSED_FROM:
                 keys = slice(part.longest)
                 read = F.scaled_dot_product_attention(
                     query[:, None],
@@ -174,16 +182,15 @@ class _Attention(torch.autograd.Function):
                 )
             else:
                 weights = torch.softmax(torch.baddbmm(part.bias_M1T, query, key.transpose(1, 2), alpha=scaling), dim=-1)
-                if drops(p):
-                    keep = kept(weights, p, streams[number : number + 1], [len(weights)])
-                    read = torch.bmm(weights * keep, value).mul_(dropout_scale(p))
-                else:
-                    keep = None
+                if keep is None:
                     read = torch.bmm(weights, value)
+                else:
+                    read = torch.bmm(weights * keep, value).mul_(dropout_scale(p))
                 saved += [taken, weights, keep]
             torch.index_select(read.view(-1, width), 0, part.back_N3H[:, 0].flatten(), out=out.view(-1, width))
         ctx.save_for_backward(*saved)
-        ctx.parts, ctx.p, ctx.scaling = parts, p, scaling
+        ctx.parts, ctx.scaling = parts, scaling
+        ctx.dropout_scale = 1.0 if keeps[0] is None else dropout_scale(p)
         return out_ND
 
     @staticmethod
@@ -191,7 +198,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
         sizes = [part.tokens for part in ctx.parts]
-        d_out_ND = gradients[0] * dropout_scale(ctx.p) if drops(ctx.p) else gradients[0].contiguous()
+        d_out_ND = gradients[0] * ctx.dropout_scale
         d_qkv_N3D = d_out_ND.new_empty(len(d_out_ND), 3 * d_out_ND.shape[1])
         for part, d_out, d_qkv in zip(ctx.parts, d_out_ND.split(sizes), d_qkv_N3D.split(sizes), strict=True):
             taken, weights, keep = next(saved), next(saved), next(saved)

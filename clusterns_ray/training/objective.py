@@ -76,8 +76,7 @@ class TwoViews(nn.Module):
         """Both views as one batch, or one for each prompt."""
         ids_BT, mask_BT, keys = shard.input_ids_BT, shard.attention_mask_BT, shard.dropout_keys
         if shard.second is None:
-            twice = (ids_BT.repeat(2, 1), mask_BT.repeat(2, 1))
-            return [TokenBatch(*twice, words_BTD=words[0].repeat(2, 1, 1), dropout_key=keys[0])]
+            return [TokenBatch(ids_BT, mask_BT, 0, words[0], keys[0], draws=2)]
         return [
             TokenBatch(ids_BT, mask_BT, 0, words[0], keys[0]),
             TokenBatch(*shard.second, 1, words[1], keys[1]),

@@ -28,9 +28,9 @@ from racing import ClusterNS, environment, processor, race, step_config, timed
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-import clusterns_ray.dropout
 from clusterns_ray.bert import Linear, PackedBert, multiply
 from clusterns_ray.data.prepare import prepare
+from clusterns_ray.dropout import Streams
 from clusterns_ray.errors import ClusterNSError
 from clusterns_ray.launch.plan.step import BACKWARD, EncoderWork, objective_flops
 from clusterns_ray.launch.plan.workload import encoder_work
@@ -178,8 +178,8 @@ def profile_steps(run: Run, numbers: Sequence[int]) -> dict[str, float]:
     """Seconds of one step by group, largest first; they add up to the whole profiled step."""
     for number in range(WARM_UP_STEPS):
         take_step(run, number)
-    drawn = record_function(WORDS)(clusterns_ray.dropout._words)  # numpy's, which torch's profiler does not see
-    with patch("clusterns_ray.dropout._words", drawn), profile(activities=[ProfilerActivity.CPU]) as profiler:
+    drawn = record_function(WORDS)(Streams._draw)  # numpy's, which torch's profiler does not see
+    with patch.object(Streams, "_draw", drawn), profile(activities=[ProfilerActivity.CPU]) as profiler:
         for number in numbers:
             take_step(run, number)
     seconds: Counter[str] = Counter()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from clusterns_ray.dropout import Streams
 from clusterns_ray.packing import FUSED_FROM, Apart, Packing, packed_attention
 
 LENGTHS = [5, 1, 7, 7, 3]
@@ -89,7 +89,7 @@ def test_gradients_with_dropout_are_those_of_finite_differences():
     parts = [apart_of([3, 1, 4], 2, torch.float64, 8), apart_of([2, 2], 2, torch.float64, 8)]
 
     def attend(qkv_N3D: torch.Tensor, p: float = 0.3) -> torch.Tensor:
-        streams = [np.random.SFC64(5), np.random.SFC64(6)]  # the same weights are dropped at each call
+        streams = Streams([5, 6])  # the same weights are dropped at each call
         return packed_attention(qkv_N3D, parts, p, 0.5, streams)
 
     qkv_N3D = torch.randn(12, 3 * 2 * 3, dtype=torch.float64, requires_grad=True)
@@ -103,7 +103,7 @@ def test_each_batch_draws_from_its_own_stream():
 
     def attend(batches: list[list[int]], keys: list[int], rows: slice) -> torch.Tensor:
         parts = [apart_of(lengths, 2, torch.float32, 8) for lengths in batches]
-        return packed_attention(qkv_N3D[rows], parts, 0.4, 0.5, [np.random.SFC64(key) for key in keys])
+        return packed_attention(qkv_N3D[rows], parts, 0.4, 0.5, Streams(keys))
 
     both = attend([LENGTHS, SECOND], [1, 2], slice(0, 34))
     torch.testing.assert_close(both[:23], attend([LENGTHS], [1], slice(0, 23)), atol=1e-6, rtol=1e-5)
@@ -115,7 +115,7 @@ def test_dropout_of_weights_keeps_their_mean():
     qkv_N3D = torch.zeros(20_000, 3 * 2 * 4)
     qkv_N3D[:, 16:] = 1.0
     parts = [apart_of([40] * 500, 2, torch.float32, 16)]
-    out = packed_attention(qkv_N3D, parts, 0.2, 1.0, [np.random.SFC64(3)])
+    out = packed_attention(qkv_N3D, parts, 0.2, 1.0, Streams([3]))
     assert float(out.mean()) == pytest.approx(1.0, abs=5 * (0.25 / 40 / 40_000) ** 0.5)
     assert float(out[:, 0].var()) == pytest.approx(0.25 / 40, rel=0.05)
 

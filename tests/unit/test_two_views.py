@@ -46,7 +46,7 @@ def test_values_and_gradients(tiny_models: Callable[[str], Path], kind: str, mon
 
     def batches(self: TwoViews, shard: Shard, words: list[Tensor]) -> list[TokenBatch]:
         twice = (shard.input_ids_BT.repeat(2, 1), shard.attention_mask_BT.repeat(2, 1))
-        return [TokenBatch(*twice, dropout_key=shard.dropout_keys[0])]
+        return [TokenBatch(*twice, dropout_key=shard.dropout_keys[0])]  # nothing shared, not even what both views read
 
     monkeypatch.setattr(TwoViews, "_batches", batches)
     plain_z, plain = outputs_and_gradients(views, shards)
