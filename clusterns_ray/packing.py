@@ -163,10 +163,10 @@ class _Attention(torch.autograd.Function):
         width = qkv_N3D.shape[1] // 3 // heads
         out_ND = qkv_N3D.new_empty(len(qkv_N3D), heads * width)
         sizes = [part.tokens for part in parts]
-        keeps: list[Tensor | None] = [None] * len(parts)
+        keeps: Sequence[Tensor | None] = [None] * len(parts)
         if streams is not None and drops(p):
-            keeps = [qkv_N3D.new_empty(len(part.bias_M1T), part.longest, part.filled) for part in parts]
-            streams.fill(keeps, p)
+            keeps = masks = [qkv_N3D.new_empty(len(part.bias_M1T), part.longest, part.filled) for part in parts]
+            streams.fill(masks, p)
         saved = []
         for part, keep, qkv, out in zip(parts, keeps, qkv_N3D.split(sizes), out_ND.split(sizes), strict=True):
             taken = qkv.view(-1, width).index_select(0, part.take)
