@@ -38,15 +38,15 @@ def can_pack(backbone: Any) -> bool:
     if any(module._forward_hooks or module._forward_pre_hooks for module in read):
         return False
     # An adapter or a quantised layer is another type.
-    layers = [m for layer in backbone.encoder.layer for m in _linears(layer)]
-    return all(type(layer) is nn.Linear for layer in layers)
+    linears = [linear for layer in backbone.encoder.layer for group in _linears(layer) for linear in group]
+    return all(type(linear) is nn.Linear for linear in linears)
 
 
-def _linears(layer: Any) -> list[nn.Linear]:
-    """Queries, keys, values, their output, and the two of the feed-forward network."""
+def _linears(layer: Any) -> tuple[list[nn.Linear], ...]:
+    """Those that :class:`Layer` names, together what reads the same."""
     attention = layer.attention
     heads = [attention.self.query, attention.self.key, attention.self.value]
-    return [*heads, attention.output.dense, layer.intermediate.dense, layer.output.dense]
+    return heads, [attention.output.dense], [layer.intermediate.dense], [layer.output.dense]
 
 
 class Linear(NamedTuple):
@@ -125,8 +125,7 @@ class PackedBert:
         self.heads = backbone.config.num_attention_heads
         self.layers = []
         for module in backbone.encoder.layer:
-            *heads, attended, up, down = _linears(module)
-            heads, attended, up, down = (Linear.of(part, dtype) for part in (heads, [attended], [up], [down]))
+            heads, attended, up, down = (Linear.of(group, dtype) for group in _linears(module))
             self.layers.append(Layer(heads, attended, up, down, module))
 
     def __call__(
@@ -153,7 +152,7 @@ class PackedBert:
         positions_N = torch.cat([packing.positions_N for packing in packings]) + self.first
         x_ND = words_ND + embeddings.token_type_embeddings.weight[0] + embeddings.position_embeddings(positions_N)
         x_ND = embeddings.LayerNorm(x_ND)
-        if draws is not None:
+        if draws is not None and max(draws) > 1:
             parts = zip(x_ND.split([len(packing) for packing in packings]), draws, strict=True)
             x_ND = torch.cat([x for x, n in parts for _ in range(n)])
             packings = [packing.times(n) for packing, n in zip(packings, draws, strict=True)]

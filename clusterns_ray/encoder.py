@@ -207,7 +207,7 @@ class Encoder(nn.Module):
         found = []
         for batch, z_BD in zip(batches, pooled, strict=True):
             if self.denoise:
-                if batch.dropout_key is not None:
+                if packs and batch.dropout_key is not None:  # else it was seeded for the batch itself
                     torch.manual_seed(batch.dropout_key)
                 lengths_B = batch.attention_mask_BT.sum(dim=1).repeat(batch.draws)
                 z_BD = z_BD - self.template_states(lengths_B, batch.view)
@@ -268,9 +268,8 @@ class Encoder(nn.Module):
         if self.pooling == "cls":
             return batch.input_ids_BT.new_zeros(batch.draws * len(batch.input_ids_BT))
         if self.pooling == "mask":
-            return (
-                (batch.input_ids_BT == self.tokenizer.mask_token_id).to(torch.int64).argmax(dim=1).repeat(batch.draws)
-            )
+            is_mask_BT = batch.input_ids_BT == self.tokenizer.mask_token_id
+            return is_mask_BT.to(torch.int64).argmax(dim=1).repeat(batch.draws)
         return None
 
     @staticmethod

@@ -43,6 +43,8 @@ class Packing(NamedTuple):
 
     def times(self, n: int) -> Packing:
         """Of the batch ``n`` times, one after the other."""
+        if n == 1:
+            return self
         steps_n1 = torch.arange(n)[:, None] * (self.rows * self.longest)
         return Packing(n * self.rows, self.longest, (self.at_N + steps_n1).flatten())
 

@@ -135,6 +135,29 @@ def test_all_precisions_draw_the_same_dropout(tiny_model: Path, precision: torch
     torch.testing.assert_close(found, torch.cat(encoder.embed(batches)), atol=0.1, rtol=0.05)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "cls", "mask", "first_last"])
+@pytest.mark.parametrize("packs", [True, False])
+def test_two_draws_are_the_batch_twice(packs: bool, pooling: str, tiny_model: Path):
+    """Values and gradients; as one batch of twice the rows they draw the same dropout."""
+    encoder = encoder_of(tiny_model, pooling, quiet=False)
+    encoder.packs = packs
+    batches = [batch._replace(draws=2) for batch in batches_of(encoder)]
+    twice = [
+        TokenBatch(b.input_ids_BT.repeat(2, 1), b.attention_mask_BT.repeat(2, 1), dropout_key=b.dropout_key)
+        for b in batches
+    ]
+    outcomes = []
+    for given in (batches, twice):
+        encoder.zero_grad()
+        z_BD = torch.cat(encoder.embed(given))
+        z_BD.square().sum().backward()
+        outcomes.append((z_BD.detach(), {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}))
+    assert len(outcomes[0][0]) == 2 * sum(map(len, BATCHES))
+    torch.testing.assert_close(outcomes[0], outcomes[1], atol=1e-5, rtol=1e-4)
+    first, second = outcomes[0][0][: 2 * len(BATCHES[0])].chunk(2)
+    assert not torch.allclose(first, second, atol=1e-3)
+
+
 def test_dropout_is_as_large_as_transformers(tiny_model: Path):
     """The spread of the embeddings over draws, of all layers together."""
     spreads = []

@@ -6,14 +6,16 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import clusterns_ray.dropout
 from clusterns_ray.attention import ATTENTION, attention, use_fast_training
 from clusterns_ray.backbone import load_transformer
 from clusterns_ray.config import EncoderConfig
-from clusterns_ray.dropout import Dropout, drop, kept
+from clusterns_ray.dropout import Dropout, Streams, drop, kept
 from clusterns_ray.encoder import Encoder
 
 
@@ -34,10 +36,53 @@ def test_the_share_of_zeros_at_every_place_of_a_word(p: float) -> None:
         assert place == pytest.approx(1 - p, abs=bound + 1 / 65536)
 
 
-def test_neighbours_are_independent() -> None:
-    keep = kept(torch.empty(1_000_000), 0.5) - 0.5
+def by_streams(rows: list[int], width: int, p: float, keys: list[int]) -> list[torch.Tensor]:
+    masks = [torch.empty(n, width) for n in rows]
+    Streams(keys).fill(masks, p)
+    return masks
+
+
+@pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
+def test_the_share_of_zeros_of_each_stream(p: float) -> None:
+    n = 400_000
+    for keep in by_streams([n, n], 4, p, [1, 2]):
+        assert set(keep.unique().tolist()) == {0.0, 1.0}
+        for place in keep.mean(dim=0).tolist():
+            assert place == pytest.approx(1 - p, abs=5 * math.sqrt(p * (1 - p) / n) + 1 / 65536)
+
+
+@pytest.mark.parametrize("drawn", ["torch", "stream"])
+def test_neighbours_are_independent(drawn: str) -> None:
+    n = 1_000_000
+    keep = kept(torch.empty(n), 0.5) if drawn == "torch" else by_streams([n], 1, 0.5, [4])[0].flatten()
+    keep = keep - 0.5
     for lag in (1, 2, 3, 4, 7):
         assert abs(float((keep[:-lag] * keep[lag:]).mean())) < 5 * 0.25 / 1000
+
+
+def test_streams_are_independent_and_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn side by side, of other sizes, in other company: the same numbers."""
+    rows, keys = [5000, 7001, 3], [11, 12, 13]
+    together = by_streams(rows, 40, 0.5, keys)
+    monkeypatch.setattr(clusterns_ray.dropout, "SIDE_BY_SIDE", 10**9)
+    for mask, n, key in zip(together, rows, keys, strict=True):
+        assert torch.equal(by_streams([n], 40, 0.5, [key])[0], mask)
+    a, b = (mask[:5000].flatten() - 0.5 for mask in together[:2])
+    assert abs(float((a * b).mean())) < 5 * 0.25 / math.sqrt(200_000)
+
+
+def test_a_stream_goes_on() -> None:
+    streams = Streams([3])
+    first, second, whole = torch.empty(8, 4), torch.empty(8, 4), torch.empty(16, 4)
+    streams.fill([first], 0.5), streams.fill([second], 0.5)
+    Streams([3]).fill([whole], 0.5)
+    assert torch.equal(torch.cat([first, second]), whole)
+
+
+def test_the_words_are_those_that_numpy_promises() -> None:
+    """numpy keeps the stream of a bit generator from version to version, not what it makes of it."""
+    (words,) = Streams([9])._draw([1000])
+    np.testing.assert_array_equal(words.view(np.uint64) + np.uint64(2**63), np.random.SFC64(9).random_raw(1000))
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (5, 7), (2, 3, 5)])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -51,6 +49,14 @@ def test_one_token_of_each_row_is_found():
     columns = torch.tensor([4, 0, 6, 2, 1])
     x_BTD = torch.randn(5, 7, 3)
     torch.testing.assert_close(packing.pack(x_BTD)[packing.find(columns)], x_BTD[torch.arange(5), columns])
+
+
+def test_a_batch_several_times():
+    mask = mask_of(LENGTHS)
+    once, thrice = Packing.of(mask), Packing.of(mask.repeat(3, 1))
+    found = once.times(3)
+    assert (found.rows, found.longest) == (thrice.rows, thrice.longest) == (15, 7)
+    assert torch.equal(found.at_N, thrice.at_N) and once.times(1) is once
 
 
 def torchs(qkv_N3D: torch.Tensor, lengths: list[int], heads: int, scaling: float) -> torch.Tensor:
@@ -120,7 +126,7 @@ def test_dropout_of_weights_keeps_their_mean():
     assert float(out[:, 0].var()) == pytest.approx(0.25 / 40, rel=0.05)
 
 
-def test_no_score_of_two_sentences_is_made(tmp_path: Path):
+def test_no_score_of_two_sentences_is_made():
     """The scores of a batch are as many as its rows are long, squared; of a packed row they would be N squared."""
     part = apart_of([30] * 100, 2, torch.float32, 32)
     assert part.bias_M1T.shape == (200, 1, 32)
