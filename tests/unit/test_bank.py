@@ -305,7 +305,8 @@ def test_the_loss_is_that_of_loops_in_float64(make_run: Callable[..., Run], colu
     key = stream_key("bank_negatives", run.config.seed, 0)
     draws = permute(np.arange(B * M), 2**62, key).reshape(B, M).tolist()
     drawn = drawn_by_hand(cosines_K, own, draws, cluster_N)
-    assert all(n >= 0 for row in drawn for n in row) and len({n for row in drawn for n in row}) > 10
+    assert all(n >= 0 for row in drawn for n in row)
+    assert len({n for row in drawn for n in row}) > M, "not the same for all rows"
 
     info_nce = bml = pairs = 0.0
     for i in range(B):
