@@ -11,6 +11,8 @@ the rounds.
     reading     rows of the corpus as tensors
     evaluation  the seven STS tests with all-MiniLM-L6-v2, where CLUSTERNS_DATA is set
     dropout     the ways to draw masks and to multiply by them
+    products    of a linear layer, by torch and by oneDNN
+    attention   of short rows, ours beside torch's, and the softmax in it
     corpus      a step with clusters of the whole corpus beside one with clusters of the batches
 """
 
@@ -24,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +49,21 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from clusterns_ray.bert import multiply, onednn_multiplies
 from clusterns_ray.clustering.backend import spherical_kmeans
 from clusterns_ray.clustering.kmeans import cluster_sizes, cosine_matrix, nearest_two
 from clusterns_ray.config import ClusteringConfig
 from clusterns_ray.data.prepare import prepare
-from clusterns_ray.dropout import LEVELS, drop, dropped_levels
+from clusterns_ray.dropout import LEVELS, Streams, drop, dropped_levels
 from clusterns_ray.encoder import Encoder
 from clusterns_ray.errors import ClusterNSError
 from clusterns_ray.evaluation.sts import TASKS, cosines_of, read_tests, score_tests
 from clusterns_ray.losses import Clusters, clusterns_loss_share, info_nce_share
 from clusterns_ray.models import resolve_model
+from clusterns_ray.packing import VECTOR_BYTES, Apart, Packing, packed_attention
 
 WORKERS = 8
-PARTS = ("loss", "step", "kmeans", "reading", "evaluation", "dropout", "corpus")
+PARTS = ("loss", "step", "kmeans", "reading", "evaluation", "dropout", "products", "attention", "corpus")
 SIMCSE = "SimCSE"
 
 
@@ -83,6 +88,8 @@ def main() -> None:
         "reading": lambda: reading(corpus, rounds),
         "evaluation": lambda: evaluation(Path(data) / "sts" if data else None),
         "dropout": lambda: dropout(rounds),
+        "products": lambda: products(rounds),
+        "attention": lambda: attention(rounds),
         "corpus": lambda: corpus_clusters(corpus, rounds),
     }
     found = {**environment("scikit-learn"), **{name: parts[name]() for name in PARTS if name in arguments.only}}
@@ -399,12 +406,14 @@ def dropout(rounds: int, rows: int = 1800, width: int = 384, p: float = 0.1, rep
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     numbers = words.view(torch.int16)[: x.numel()].view(x.shape)
     level = dropped_levels(p) - LEVELS // 2
+    streams = Streams(range(4))
     masks = {dtype: numbers.ge(level).to(dtype) for dtype in (torch.bool, torch.bfloat16)}
     out = {dtype: torch.empty_like(mask) for dtype, mask in masks.items()}
     contests: list[dict[str, Callable[[], Any]]] = [
         {
             "draw by Tensor.bernoulli_, float32": lambda: torch.empty(x.shape).bernoulli_(1 - p),
             "draw 64-bit words": lambda: torch.empty_like(words).random_(-(2**63), None),
+            "draw them by four streams": lambda: streams._draw([len(words) // 4] * 4),
         },
         {
             "compare words into bool": lambda: torch.ge(numbers, level, out=out[torch.bool]),
@@ -420,9 +429,71 @@ def dropout(rounds: int, rows: int = 1800, width: int = 384, p: float = 0.1, rep
         },
     ]
     print(f"Dropout of {rows:,} x {width} states in bfloat16, forward: each of ours beside what it stands for")
+    return race_all(contests, 2 * rounds, repeats)
+
+
+# ---- products and attention -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def products(rounds: int, rows: int = 2688, width: int = 384, out: int = 1536) -> dict[str, Any]:
+    """A linear layer forward, and back to its inputs, in both precisions."""
+    print(f"A linear layer of {width} to {out} for {rows:,} tokens, forward and back to the inputs")
+    contests: list[Any] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        if not onednn_multiplies(dtype):
+            print(f"  oneDNN does not multiply {dtype} here")
+            continue
+        x, weight, bias, d = (torch.randn(shape).to(dtype) for shape in ((rows, width), (out, width), out, (rows, out)))
+        laid_out = torch.ops.mkldnn._reorder_linear_weight(weight)
+        name = str(dtype).removeprefix("torch.")
+        contests += [
+            {
+                f"F.linear, {name}": partial(nn.functional.linear, x, weight, bias),
+                f"oneDNN, {name}": partial(multiply, x, weight, bias),
+                f"oneDNN, weight laid out before, {name}": partial(multiply, x, laid_out, bias),
+            },
+            {
+                f"back by torch, {name}": partial(torch.mm, d, weight),
+                f"back by oneDNN, {name}": partial(multiply, d, weight.T, None),
+            },
+        ]
+    return race_all(contests, 2 * rounds, repeats=5)
+
+
+@torch.no_grad()
+def attention(rounds: int, rows: int = 64, heads: int = 12, width: int = 32) -> dict[str, Any]:
+    """Of a batch to encode, without dropout, by the length of its rows; and its softmax, in rows of that length and in
+    whole vectors."""
+    print(f"Attention of {rows} rows, {heads} heads of {width}, by torch's fused kernel with a mask and by ours")
+    contests: list[Any] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        fill = VECTOR_BYTES // dtype.itemsize
+        for length in (15, 24, 50):
+            qkv = torch.randn(rows * length, 3 * heads * width).to(dtype)
+            query, key, value = qkv.view(rows, length, 3, heads, width).permute(2, 0, 3, 1, 4)
+            mask = torch.ones(rows, 1, length, length, dtype=torch.bool)
+            parts = [Apart.of(Packing.of(torch.ones(rows, length)), heads, dtype, fill)]
+            own, filled = (torch.randn(rows * heads, length, n).to(dtype) for n in (length, parts[0].filled))
+            name = f"{length} tokens, {str(dtype).removeprefix('torch.')}"
+            contests += [
+                {
+                    f"fused, {name}": partial(nn.functional.scaled_dot_product_attention, query, key, value, mask),
+                    f"ours, {name}": partial(packed_attention, qkv, parts, 0.0, width**-0.5),
+                },
+                {
+                    f"softmax, {name}": partial(torch.softmax, own, -1),
+                    f"softmax of {parts[0].filled}, {name}": partial(torch.softmax, filled, -1),
+                },
+            ]
+    return race_all(contests, 2 * rounds, repeats=5)
+
+
+def race_all(contests: Sequence[dict[str, Callable[[], Any]]], rounds: int, repeats: int) -> dict[str, Any]:
+    """Each contest against its first contestant."""
     found = {}
     for works in contests:
-        seconds = race({name: timed(work, repeats) for name, work in works.items()}, 2 * rounds)
+        seconds = race({name: timed(work, repeats) for name, work in works.items()}, rounds)
         print_race(seconds, next(iter(works)))
         found |= summary(seconds, next(iter(works)))
     return found

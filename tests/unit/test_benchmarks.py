@@ -224,6 +224,14 @@ def test_parts_with_steps_run(corpus_file: Path):
     assert found["bank_rows"] == 64 and min(found["filled_seconds"]) > 0
 
 
+def test_products_and_attention_run():
+    found = parts.products(1, rows=8, width=16, out=32)
+    assert {"F.linear, float32", "oneDNN, float32"} <= found.keys()
+    found = parts.attention(1, rows=2, heads=2, width=8)
+    assert len(found) == 2 * 3 * 4 and found["softmax of 32, 24 tokens, bfloat16"]["median"] > 0
+    assert "ratio to fused, 15 tokens, float32" in found["ours, 15 tokens, float32"]
+
+
 def test_parts_with_data_run(corpus_file: Path, sts_dir: Path, tiny_model: Path, tmp_path: Path):
     assert parts.reading(str(corpus_file), 1, batch=32)["rows"] == 300
     assert parts.kmeans(1, rows=200, width=8, k=4)["faiss.Kmeans"]["mean_cosine"] > 0
