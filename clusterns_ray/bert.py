@@ -39,7 +39,7 @@ def can_pack(backbone: Any) -> bool:
         return False
     # An adapter or a quantised layer is another type.
     linears = [linear for layer in backbone.encoder.layer for group in _linears(layer) for linear in group]
-    return all(type(linear) is nn.Linear for linear in linears)
+    return all(type(linear) is nn.Linear and linear.weight.dtype == torch.float32 for linear in linears)
 
 
 def _linears(layer: Any) -> tuple[list[nn.Linear], ...]:

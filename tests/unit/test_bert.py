@@ -198,7 +198,7 @@ class Doubled(nn.Linear):
         return 2 * super().forward(input)
 
 
-@pytest.mark.parametrize("change", ["type", "hook", "decoder"])
+@pytest.mark.parametrize("change", ["type", "hook", "decoder", "double"])
 def test_a_model_that_was_changed_is_left_to_transformers(change: str, tiny_model: Path):
     encoder = encoder_of(tiny_model).eval()
     layer = encoder.backbone.encoder.layer[0]
@@ -209,10 +209,12 @@ def test_a_model_that_was_changed_is_left_to_transformers(change: str, tiny_mode
         layer.output.dense.load_state_dict(old.state_dict())
     elif change == "hook":
         layer.output.dense.register_forward_hook(lambda module, inputs, output: 2 * output)
-    else:
+    elif change == "decoder":
         encoder.backbone.config.is_decoder = True
+    else:
+        encoder.backbone.double()
     assert not can_pack(encoder.backbone)
-    if change != "decoder":
+    if change in ("type", "hook"):
         assert np.abs(encoder.encode(["a word", "two words of it"]) - plain).max() > 1e-3
 
 
