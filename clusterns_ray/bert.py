@@ -90,7 +90,7 @@ class _Linear(torch.autograd.Function):
 def multiply(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     """``x W' + b``: (N, O), by oneDNN where it can, in the way of torch's compiler.
 
-    In float32 it is an eighth faster than MKL; in bfloat16 torch's own product copies the bias first (measured:
+    In float32 it is faster than MKL; in bfloat16 torch's own product copies the bias first (measured:
     experiments/LOG.md).
     """
     if onednn_multiplies(x_NI.dtype):

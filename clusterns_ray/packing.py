@@ -24,7 +24,8 @@ VECTOR_BYTES = 64
 (measured: experiments/LOG.md)."""
 
 FUSED_FROM = 64
-"""Tokens of the longest row above which torch's fused attention is faster than ours, which keeps all scores."""
+"""Tokens of the longest row above which torch's fused attention is taken where nothing is trained: it is about as fast
+from there on, and keeps no scores."""
 
 
 class Packing(NamedTuple):
