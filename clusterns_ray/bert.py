@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from clusterns_ray.backbone import first_position
 from clusterns_ray.dropout import Streams, drop
-from clusterns_ray.packing import VECTOR_BYTES, Apart, Packing, packed_attention
+from clusterns_ray.packing import TRAINING_FILL, VECTOR_BYTES, Apart, Packing, packed_attention
 
 PACKABLE = ("bert", "roberta", "xlm-roberta", "camembert")
 """Architectures of transformers whose modules are those of BERT, by name and by what they do."""
@@ -158,8 +158,7 @@ class PackedBert:
             packings = [packing.times(n) for packing, n in zip(packings, draws, strict=True)]
 
         sizes = [len(packing) for packing in packings]
-        # In training the same in every precision, so that all of them draw the same dropout.
-        fill = VECTOR_BYTES // (self.dtype if streams is None else torch.bfloat16).itemsize
+        fill = VECTOR_BYTES // self.dtype.itemsize if streams is None else TRAINING_FILL
         apart = [Apart.of(packing, self.heads, self.dtype, fill) for packing in packings]
 
         def dropped(x: Tensor, p: float, rows: Sequence[int]) -> Tensor:

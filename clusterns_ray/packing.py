@@ -23,9 +23,17 @@ VECTOR_BYTES = 64
 """Of the widest vectors of a CPU: torch's softmax takes several times as long for a row that does not fill them
 (measured: experiments/LOG.md)."""
 
+TRAINING_FILL = VECTOR_BYTES // torch.bfloat16.itemsize
+"""Numbers of such a vector, in training for every precision, so that all of them draw the same dropout."""
+
 FUSED_FROM = 64
 """Tokens of the longest row above which torch's fused attention is taken where nothing is trained: it is about as fast
 from there on, and keeps no scores."""
+
+
+def filled_columns(tokens: int, fill: int = TRAINING_FILL) -> int:
+    """T': the columns of scores of T tokens, a multiple of ``fill``."""
+    return -(-tokens // fill) * fill
 
 
 class Packing(NamedTuple):
@@ -110,7 +118,7 @@ class Apart(NamedTuple):
     def of(cls, packing: Packing, heads: int, dtype: torch.dtype, fill: int = 1) -> Apart:
         """Keys and values are filled up to a multiple of ``fill``; scores are of ``dtype``."""
         rows, longest = packing.rows, packing.longest
-        filled = -(-longest // fill) * fill
+        filled = filled_columns(longest, fill)
         row_N, position_N = packing.at_N // longest, packing.positions_N
         token_BT = torch.full((rows, filled), -1)
         token_BT[row_N, position_N] = torch.arange(len(packing))

@@ -46,6 +46,8 @@ class ModelSize:
     """saved for the backward pass of one shard, both views"""
     loss_bytes: int
     """saved for the backward pass of the loss of the whole batch"""
+    filled_bytes: int = 0
+    """saved for the backward pass of one shard besides ``shard_bytes`` where its rows are packed, on a CPU"""
     teacher: int = 0
     """those of the teacher, which are held and nothing else; 0 without one"""
 
@@ -160,9 +162,25 @@ def model_size(config: Config) -> ModelSize:
         tokens_a_row=tokens,
         fixed_bytes=max(2 * one - two, 0),
         shard_bytes=two - one,
+        filled_bytes=_filled_bytes(backbone, rows, tokens, precision),
         loss_bytes=loss,
         teacher=teacher,
     )
+
+
+def _filled_bytes(backbone: Any, rows: int, tokens: int, precision: str) -> int:
+    """What attention of packed rows keeps of one shard, both views, besides what padded attention does: keys, values,
+    weights and mask are ``filled`` columns wide, see ``packing.py``."""
+    from clusterns_ray.bert import can_pack
+    from clusterns_ray.packing import filled_columns
+    from clusterns_ray.training.objective import DTYPES
+
+    if not can_pack(backbone):
+        return 0
+    shape = backbone.config
+    more = filled_columns(tokens) - tokens
+    values = 2 * more * (shape.hidden_size + shape.num_attention_heads * tokens)
+    return 2 * rows * shape.num_hidden_layers * values * DTYPES[precision].itemsize
 
 
 def held_shards(train: TrainConfig, workers: int) -> int:
@@ -183,12 +201,13 @@ def worker_memory(size: ModelSize, shards: int, workers: int, *, gpu: bool) -> W
         shards: of all workers together, that they hold the activations of at a time; see :func:`held_shards`.
     """
     mine = math.ceil(shards / workers)
+    shard_bytes = size.shard_bytes + (0 if gpu else size.filled_bytes)
     return WorkerMemory(
         weights=FLOAT * (size.all + size.teacher),
         gradients=FLOAT * size.trained,
         optimizer=2 * FLOAT * size.trained,
         buckets=FLOAT * size.trained if workers > 1 else 0,
-        activations=size.fixed_bytes + mine * size.shard_bytes + math.ceil(size.loss_bytes / workers),
+        activations=size.fixed_bytes + mine * shard_bytes + math.ceil(size.loss_bytes / workers),
         besides=CUDA_BYTES if gpu else PROCESS_BYTES,
     )
 

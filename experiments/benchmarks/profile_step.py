@@ -34,7 +34,7 @@ from clusterns_ray.dropout import Streams
 from clusterns_ray.errors import ClusterNSError
 from clusterns_ray.launch.plan.step import BACKWARD, EncoderWork, objective_flops
 from clusterns_ray.launch.plan.workload import encoder_work
-from clusterns_ray.packing import VECTOR_BYTES
+from clusterns_ray.packing import filled_columns
 from clusterns_ray.training.loop import Run
 from clusterns_ray.training.objective import DTYPES
 
@@ -217,8 +217,7 @@ def step_flops(run: Run, work: EncoderWork, number: int) -> StepFlops:
     """
     layout, shards = run.batch(number)
     tokens = sum(int(shard.attention_mask_BT.sum()) for shard in shards)
-    fill = VECTOR_BYTES // torch.bfloat16.itemsize
-    scores = sum(rows * t * (-(-t // fill) * fill) for rows, t in (shard.input_ids_BT.shape for shard in shards))
+    scores = sum(rows * t * filled_columns(t) for rows, t in (shard.input_ids_BT.shape for shard in shards))
     passes = 2 * (1 + BACKWARD)
     linear = passes * 2 * (work.linear * tokens + work.head * layout.size)
     attention = passes * 4 * work.layers * work.width * scores

@@ -157,7 +157,8 @@ def corpus_job(make_job, case: str, every: int, **runtime: Any) -> Job:
         **sections.get("clustering", {}),
     }
     sections["loss"] = {"bank_negatives": 2, **sections.get("loss", {})}
-    return make_job(**sections, **({"runtime": runtime} if runtime else {}))
+    job = make_job(**sections, **({"runtime": runtime} if runtime else {}))
+    return job._replace(config=job.config.model_copy(update={"seed": 2}))
 
 
 @pytest.mark.parametrize("case", CORPUS)
@@ -172,7 +173,7 @@ def test_clusters_of_the_corpus_do_not_depend_on_the_workers_either(make_job, ca
     exact = results[1]["clustering_started_at"] + again
     assert 10 < exact < STEPS, "there are steps before and after"
     clustered = records[exact - again :]
-    assert all(record["hard_negative_cosine"] for record in clustered), "there are hard negatives"
+    assert min(record["hard_negative_cosine"] for record in clustered) > 0
     assert max(record["false_negative_rate"] for record in clustered) > 0
     for ranks in (2, 4):
         found_losses, expected_losses = losses(jobs[ranks]), losses(jobs[1])

@@ -240,6 +240,7 @@ def test_gradients_are_those_of_finite_differences(columns: Any) -> None:
 def make_run(tiny_model: Path, corpus_file: Path, tmp_path: Path) -> Callable[..., Run]:
     def make(**sections: dict[str, Any]) -> Run:
         values: dict[str, Any] = {
+            "seed": 1,
             "encoder": {"name": str(tiny_model), "num_layers": 2, "pooling": "cls"},
             "data": {"corpus": str(corpus_file), "cache_dir": str(tmp_path / "cache")},
             "loss": {"bml_weight": 0.5, "bml_alpha": 0.05, "bml_beta": 0.2, "temperature": 0.2, "bank_negatives": M},
@@ -305,8 +306,7 @@ def test_the_loss_is_that_of_loops_in_float64(make_run: Callable[..., Run], colu
     key = stream_key("bank_negatives", run.config.seed, 0)
     draws = permute(np.arange(B * M), 2**62, key).reshape(B, M).tolist()
     drawn = drawn_by_hand(cosines_K, own, draws, cluster_N)
-    assert all(n >= 0 for row in drawn for n in row)
-    assert len({n for row in drawn for n in row}) > M, "not the same for all rows"
+    assert all(n >= 0 for row in drawn for n in row) and len({n for row in drawn for n in row}) > 10
 
     info_nce = bml = pairs = 0.0
     for i in range(B):
