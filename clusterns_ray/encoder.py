@@ -191,11 +191,9 @@ class Encoder(nn.Module):
 
     # ---- tensors ----------------------------------------------------------------------------------------------
 
-    def forward(
-        self, input_ids_BT: Tensor, attention_mask_BT: Tensor, view: int = 0, words_BTD: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, view: int = 0) -> Tensor:
         """Embeddings (B x D) of one batch, without the training head; see :class:`TokenBatch`."""
-        return self.embed([TokenBatch(input_ids_BT, attention_mask_BT, view, words_BTD)])[0]
+        return self.embed([TokenBatch(input_ids_BT, attention_mask_BT, view)])[0]
 
     def embed(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
         """Embeddings (B x D) of each batch, without the training head; dropout where the encoder is in training.
