@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 the job failed, 2 the request was wrong.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -190,7 +189,7 @@ def evaluate(
     with readable_errors():
         from clusterns_ray.evaluation.suite import Suite, check_suite, evaluate_models
         from clusterns_ray.evaluation.tables import render
-        from clusterns_ray.files import check_writable
+        from clusterns_ray.files import check_writable, json_text
         from clusterns_ray.launch.preflight import check_store
         from clusterns_ray.models import resolve_model
         from clusterns_ray.progress import progress_watch
@@ -216,7 +215,7 @@ def evaluate(
         render(result)
         if json_file is not None:
             value = result["models"][0] if len(result["models"]) == 1 else result
-            write_text(json_file, json.dumps(value, indent=2) + "\n")
+            write_text(json_file, json_text(value))
             typer.echo(f"Wrote {json_file}")
 
 
@@ -347,7 +346,7 @@ def plan(
     """Tell what a run needs on so many workers: memory, exchanges, time, efficiency and cost; nothing is started."""
     with readable_errors():
         from clusterns_ray.config import load_config
-        from clusterns_ray.files import check_writable, write_atomic
+        from clusterns_ray.files import check_writable, write_json
         from clusterns_ray.launch.plan.predict import plan_for
         from clusterns_ray.launch.plan.view import render
         from clusterns_ray.progress import progress_watch
@@ -372,7 +371,7 @@ def plan(
             watch.close()
         render(found)
         if json_file is not None:
-            write_atomic(json_file, json.dumps(found, indent=2) + "\n")
+            write_json(json_file, found)
             typer.echo(f"Wrote {json_file}")
 
 

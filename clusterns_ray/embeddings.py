@@ -34,7 +34,7 @@ from clusterns_ray.embedding_file import (
     write_tables,
 )
 from clusterns_ray.errors import ClusterNSError, ConfigError, DataError
-from clusterns_ray.files import check_writable, flush, write_atomic
+from clusterns_ray.files import check_writable, flush, write_json
 from clusterns_ray.models import resolve_model
 
 if TYPE_CHECKING:
@@ -287,7 +287,7 @@ def _claim(parts_dir: Path, plan: dict[str, Any], overwrite: bool, watch: Watch)
         if path.name != ".lock" and (saved != plan or path.name.startswith(".")):
             path.unlink()
     if saved != plan:
-        write_atomic(parts_dir / MANIFEST, json.dumps(plan, indent=1))
+        write_json(parts_dir / MANIFEST, plan)
 
 
 def _remove(parts_dir: Path) -> None:

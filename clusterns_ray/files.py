@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
 import uuid
 from pathlib import Path
+from typing import Any
 
 from clusterns_ray.errors import ConfigError
 
@@ -21,6 +24,26 @@ def write_atomic(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def json_text(value: Any, indent: int | None = 2) -> str:
+    """JSON that any reader takes, ending in a newline: NaN and infinities, which JSON does not have, become null."""
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file in one step (see :func:`json_text`)."""
+    write_atomic(path, json_text(value))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
 
 
 def check_writable(path: Path, option: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import torch
 
 from clusterns_ray.errors import ConfigError
+from clusterns_ray.files import json_text
 from clusterns_ray.models import resolve_model
 from clusterns_ray.tokenization import cannot_load
 
@@ -168,4 +169,4 @@ def _write_layer_weights(path: Path, pooling: str, width: int, layers: int) -> N
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json_text(value), encoding="utf-8")

@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from clusterns_ray.errors import StorageError
-from clusterns_ray.files import sha256, write_atomic
+from clusterns_ray.files import json_text, sha256, write_atomic
 
 MANIFEST = ".manifest.json"
 ATTEMPTS = 4
@@ -176,7 +176,7 @@ class Store:
             self.delete(name + MANIFEST)
         for file in files:
             self.upload(local / file, f"{name}/{file}")
-        self.write(name + MANIFEST, (json.dumps(files, indent=1) + "\n").encode())
+        self.write(name + MANIFEST, json_text(files, indent=1).encode())
         for file in set(old or ()) - set(files):
             self.delete(f"{name}/{file}")
 

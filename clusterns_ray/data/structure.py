@@ -15,7 +15,7 @@ import numpy as np
 
 from clusterns_ray.data.documents import Document, is_usable, split_sentences
 from clusterns_ray.errors import ConfigError, DataError
-from clusterns_ray.files import write_atomic
+from clusterns_ray.files import write_atomic, write_json
 
 GRADES = {
     3: "neighbouring sentences of a paragraph",
@@ -118,7 +118,7 @@ def write_structure_dev(
     }
     folder = Path(directory, "STRUCTURE")
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "ABOUT.json", json.dumps(about, ensure_ascii=False, indent=2) + "\n")
+    write_json(folder / "ABOUT.json", about)
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomic(folder / "dev.jsonl", "".join(lines))
     return folder / "dev.jsonl"

@@ -19,7 +19,7 @@ import numpy as np
 
 from clusterns_ray.data.corpus import ReadCounts
 from clusterns_ray.errors import DataError
-from clusterns_ray.files import flush, sha256
+from clusterns_ray.files import flush, json_text, sha256
 from clusterns_ray.tokenization import tokenize
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def prepare_tokens(
             "max_length": max_length,
             "files": writer.files,
         }
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        (temporary / MANIFEST).write_text(json_text(manifest, indent=1), encoding="utf-8")
         flush(temporary / MANIFEST)
         flush(temporary)
         try:

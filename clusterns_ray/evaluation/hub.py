@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clusterns_ray.errors import ConfigError
-from clusterns_ray.files import write_atomic
+from clusterns_ray.files import write_atomic, write_json
 
 HUB: dict[str, tuple[str, str]] = {
     **{f"STS{year}/test": (f"mteb/sts{year}-sts", "test") for year in range(12, 17)},
@@ -71,7 +71,7 @@ def fetch_sts(
         try:
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             write_atomic(directory / f"{name}.jsonl", "".join(lines))
-            write_atomic(directory / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+            write_json(directory / MANIFEST, manifest)
         except OSError as error:
             raise ConfigError(
                 f"{str(directory)!r} cannot be written ({error.strerror}), where the STS data of the hub is kept. Set "

@@ -31,7 +31,7 @@ from clusterns_ray.embeddings import (
     unit_rows,
 )
 from clusterns_ray.errors import ConfigError, DataError
-from clusterns_ray.files import write_atomic
+from clusterns_ray.files import json_text, write_json
 from clusterns_ray.models import resolve_model
 from clusterns_ray.search.vectors import RECALL_K, build_index, load_faiss, nearest, open_index, stamp_of
 
@@ -309,7 +309,7 @@ def _build(
 ) -> None:
     """Encode the corpus, unless ``embeddings`` are given, and index it; after a kill the next call goes on."""
     manifest = {"format": FORMAT, "model": _absolute(model), "request": request, "embeddings": None, "index": None}
-    write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1))
+    write_json(folder / MANIFEST, manifest)
     for old in folder.glob("*index-*.faiss*"):
         old.unlink()
     if embeddings is None:
@@ -317,7 +317,7 @@ def _build(
         encode_files(model, corpus, embeddings, overwrite=True, watch=watch, **settings)
     manifest["embeddings"] = stamp_of(embeddings, folder)
     manifest["index"] = build_index(EmbeddingFile(embeddings), folder, watch)
-    write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1))
+    write_json(folder / MANIFEST, manifest)
 
 
 def _absolute(model: str) -> str:
@@ -380,7 +380,7 @@ def _describe(manifest: dict[str, Any] | None) -> str:
 
 def hits_as_json(query: str, hits: Sequence[Hit]) -> str:
     """One line: ``{"query", "hits": [{"rank", "score", "row", "text"}]}``."""
-    return json.dumps({"query": query, "hits": [asdict(hit) for hit in hits]}, ensure_ascii=False)
+    return json_text({"query": query, "hits": [asdict(hit) for hit in hits]}, indent=None).rstrip()
 
 
 def hits_as_text(query: str, hits: Sequence[Hit]) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from clusterns_ray.errors import CheckpointError
-from clusterns_ray.files import flush
+from clusterns_ray.files import flush, json_text
 from clusterns_ray.files import sha256 as file_sha256
 
 FORMAT = 2
@@ -43,7 +43,7 @@ def save_checkpoint(directory: Path, step: int, state: dict[str, Any], fingerpri
                 "state.pt": {"bytes": (path / "state.pt").stat().st_size, "sha256": file_sha256(path / "state.pt")}
             },
         }
-        (path / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        (path / "manifest.json").write_text(json_text(manifest), encoding="utf-8")
 
     for leftover in directory.glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)

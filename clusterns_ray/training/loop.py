@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import time
@@ -26,7 +25,7 @@ from clusterns_ray.data.batches import BatchOrder, stream_key
 from clusterns_ray.data.tokens import TokenStore
 from clusterns_ray.encoder import Encoder
 from clusterns_ray.errors import ClusterNSError, Drained, NonFiniteError, StorageError
-from clusterns_ray.files import write_atomic
+from clusterns_ray.files import write_json
 from clusterns_ray.models import resolve_model
 from clusterns_ray.training.alarms import Alarms
 from clusterns_ray.training.checkpoint import load_newest, replace_directory, save_checkpoint
@@ -320,7 +319,7 @@ class Run:
     def write_json(self, name: str, value: Any) -> None:
         """A file of the run; worker 0 alone."""
         if self.is_main:
-            write_atomic(self.run_dir / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+            write_json(self.run_dir / name, value)
             self.mirror.push(name)
 
     def log_step(self, step_loss: Any, layout: Layout, rate: float, grad_norm: torch.Tensor) -> None:

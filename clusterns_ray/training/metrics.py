@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from clusterns_ray import distributed
-from clusterns_ray.files import write_atomic
+from clusterns_ray.files import json_text, write_atomic
 from clusterns_ray.training.objective import SHARE_NAMES, StepLoss
 
 
@@ -26,9 +25,8 @@ class MetricsLog:
             write_atomic(path, "".join(line + "\n" for line in kept))
 
     def append(self, record: dict[str, Any]) -> None:
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite) + "\n")
+            file.write(json_text(record, indent=None))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

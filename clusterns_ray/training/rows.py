@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
 from clusterns_ray import distributed
+from clusterns_ray.files import json_text
 from clusterns_ray.training.layout import Layout
 
 
@@ -30,4 +30,4 @@ class RowLog(NoRowLog):
         rows = [row for shard in layout.hands[layout.rank] for row in layout.shard_rows(shard).tolist()]
         who = {"attempt": self.attempt, "rank": layout.rank, "world_size": len(layout.hands)}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **who, "rows": rows}) + "\n")
+            file.write(json_text({"step": step, **who, "rows": rows}, indent=None))

@@ -10,6 +10,7 @@ from typing import Any
 
 from clusterns_ray.config import parse_config
 from clusterns_ray.errors import ConfigError
+from clusterns_ray.files import json_text
 from clusterns_ray.tuning.study import Study
 from clusterns_ray.tuning.sweep import owner, runs_of
 
@@ -55,7 +56,7 @@ def finalize(study: Study) -> tuple[dict[str, Any], str]:
             "tasks": tasks,
             "average": spread(averages) if averages else None,
         }
-        home.write("final.json", json.dumps(value, indent=2) + "\n")
+        home.write("final.json", json_text(value))
     return value, where
 
 

@@ -17,6 +17,7 @@ import optuna
 from clusterns_ray.config import Config, dump_config, make_config
 from clusterns_ray.data.prepare import Prepared, cache_directory, describe, prepare
 from clusterns_ray.errors import ClusterNSError, ConfigError, StorageError
+from clusterns_ray.files import json_text
 from clusterns_ray.launch.places import run_directory, stage
 from clusterns_ray.launch.preflight import check_data, check_encoder, check_storage
 from clusterns_ray.storage import Place
@@ -406,7 +407,7 @@ def write_outcome(study: Study, ledger: Ledger) -> dict[str, Any]:
         "model": (home / "model").address,
     }
     ledger.save()
-    home.write("result.json", json.dumps(result, indent=2) + "\n")  # last, as it says that everything is there
+    home.write("result.json", json_text(result))  # last, as it says that everything is there
     return result
 
 

@@ -21,6 +21,7 @@ import yaml
 from clusterns_ray.config import Config, YamlLoader, load_config
 from clusterns_ray.data.prepare import cache_directory
 from clusterns_ray.errors import ClusterNSError, ConfigError, DataError
+from clusterns_ray.files import json_text
 from clusterns_ray.launch.doctor import machines, request
 from clusterns_ray.launch.doctor.findings import Check, Finding, from_error
 from clusterns_ray.launch.doctor.node import PROBE, nearest_directory
@@ -88,7 +89,7 @@ def as_json(findings: list[Finding], seconds: float) -> str:
         "seconds": round(seconds, 1),
         "findings": [vars(finding) for finding in findings],
     }
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return json_text(value)
 
 
 def read_request(path: Path, overrides: Iterable[str], load_study: LoadStudy) -> Request:
