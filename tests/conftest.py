@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Before anything imports huggingface_hub: no test may need a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,19 +15,39 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from filelock import FileLock
 from helpers import make_tiny_model, write_corpus, write_pairs
 from s3_server import s3, store  # noqa: F401  fixtures
 
 
 @pytest.fixture(scope="session")
-def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def shared_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The one temporary directory of all the processes among which pytest-xdist deals the tests."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def made_once(shared_directory: Path) -> Callable[[str, Callable[[], Any]], Any]:
+    """``made_once(name, make)``: what ``make()`` returns, called by the first process that asks and kept for all."""
+
+    def get(name: str, make: Callable[[], Any]) -> Any:
+        kept = shared_directory / f"{name}.pickle"
+        with FileLock(kept.with_suffix(".lock")):
+            if not kept.exists():
+                kept.write_bytes(pickle.dumps(make()))
+        return pickle.loads(kept.read_bytes())
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny_models(shared_directory: Path, made_once: Callable[..., Any]) -> Callable[[str], Path]:
     """The directory of a tiny encoder (3 layers, width 32) of an architecture, made once a session."""
-    base = tmp_path_factory.mktemp("models")
 
     def directory(kind: str) -> Path:
-        path = base / kind
-        if not path.exists():
-            make_tiny_model(path, kind, layers=3)
+        path = shared_directory / "models" / kind
+        made_once(f"model-{kind}", lambda: make_tiny_model(path, kind, layers=3))
         return path
 
     return directory
@@ -38,16 +60,16 @@ def tiny_model(tiny_models: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def corpus_file(shared_directory: Path, made_once: Callable[..., Any]) -> Path:
     """300 different sentences, one a line."""
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.txt")
+    return made_once("corpus", lambda: write_corpus(shared_directory / "corpus.txt"))
 
 
 @pytest.fixture(scope="session")
-def sts_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sts_dir(shared_directory: Path, made_once: Callable[..., Any]) -> Path:
     """A directory with ``STSB/dev.jsonl``: 40 graded pairs."""
-    path = tmp_path_factory.mktemp("sts")
-    write_pairs(path / "STSB" / "dev.jsonl")
+    path = shared_directory / "sts"
+    made_once("sts-pairs", lambda: write_pairs(path / "STSB" / "dev.jsonl"))
     return path
 
 

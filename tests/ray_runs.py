@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -209,14 +209,23 @@ def make_run(
 
 
 @pytest.fixture(scope="session")
-def alone(make_run: Callable[..., Run]) -> tuple[Run, Outcome]:
-    """A whole run in one process, without Ray."""
-    run = make_run("alone")
-    return run, run.train()
+def finished(made_once: Callable[..., Any], environment: dict[str, str]) -> Callable[[Run], tuple[Run, Outcome]]:
+    """A run that was trained to its end without a fault, once for all test processes, and what it said."""
+
+    def get(run: Run) -> tuple[Run, Outcome]:
+        made, said = made_once(f"run-{run.name}", lambda: (run, run.train()))
+        return replace(made, env=environment), said
+
+    return get
 
 
 @pytest.fixture(scope="session")
-def on_two_workers(make_run: Callable[..., Run]) -> tuple[Run, Outcome]:
+def alone(make_run: Callable[..., Run], finished: Callable[..., tuple[Run, Outcome]]) -> tuple[Run, Outcome]:
+    """A whole run in one process, without Ray."""
+    return finished(make_run("alone"))
+
+
+@pytest.fixture(scope="session")
+def on_two_workers(make_run: Callable[..., Run], finished: Callable[..., tuple[Run, Outcome]]) -> tuple[Run, Outcome]:
     """A whole run on two Ray workers."""
-    run = make_run("two", "runtime.num_workers=2")
-    return run, run.train()
+    return finished(make_run("two", "runtime.num_workers=2"))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from nodes import Nodes
-from ray_runs import Outcome, Run, environment, make_run, ray_directory  # noqa: F401  fixtures
+from ray_runs import Outcome, Run, environment, finished, make_run, ray_directory  # noqa: F401  fixtures
 
 UNHURRIED = ("evaluation.every_steps=4", "runtime.log_rows=true")
 """Each evaluation waits for Ray's next look at the workers: a run takes long enough to be hit in the middle of it."""
@@ -39,9 +39,11 @@ def make_run_on(make_run: Callable[..., Run], nodes: Nodes) -> Callable[..., Run
 
 
 @pytest.fixture(scope="session")
-def undisturbed(make_run: Callable[..., Run]) -> Run:  # noqa: F811
+def undisturbed(
+    make_run: Callable[..., Run],  # noqa: F811
+    finished: Callable[..., tuple[Run, Outcome]],  # noqa: F811
+) -> Run:
     """The same run on two workers, with nothing that happens to them."""
-    run = make_run("undisturbed", *UNHURRIED, "runtime.num_workers=2")
-    said = run.train()
+    run, said = finished(make_run("undisturbed", *UNHURRIED, "runtime.num_workers=2"))
     assert said.code == 0, said.err
     return run

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -41,10 +43,17 @@ def make_study(
 
 
 @pytest.fixture(scope="session")
-def whole(make_study: Callable[..., StudyRun]) -> tuple[StudyRun, Outcome]:
-    """A study that nothing happened to."""
-    study = make_study("whole")
-    return study, study.tune()
+def whole(
+    make_study: Callable[..., StudyRun], made_once: Callable[..., Any], environment: dict[str, str]
+) -> tuple[StudyRun, Outcome]:
+    """A study that nothing happened to, run once for all test processes."""
+
+    def run() -> tuple[StudyRun, Outcome]:
+        study = make_study("whole")
+        return study, study.tune()
+
+    study, said = made_once("study-whole", run)
+    return replace(study, env=environment), said
 
 
 def test_a_study_from_its_file_to_its_winner(whole):
