@@ -245,7 +245,7 @@ class RuntimeConfig(Section):
     """How often Ray restarts the workers after a failure; -1 without end."""
     start_timeout_s: float = Field(default=600.0, gt=0)
     """Seconds to wait for the workers to start (a cluster may have to add nodes) before giving up."""
-    step_timeout_s: float = Field(default=600.0, gt=0)
+    step_timeout_s: float = Field(default=600.0, ge=1)
     """Seconds a worker waits for the others in one exchange before it fails rather than hang."""
     resize_every_s: float = Field(default=60.0, ge=0)
     """Seconds between looks at whether an elastic run could have another number of workers; changing it costs the

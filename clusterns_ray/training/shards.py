@@ -79,13 +79,12 @@ class ShardReader:
 
     def dummy(self) -> Shard:
         """A shard of one row that exercises every part of the model, and whose values mean nothing."""
-        before, after = self.frames[0] if self.frames else ([self.tokenizer.cls_token_id or 0] * 4, [])
-        ids = torch.tensor([[*before, *after]], device=self.device)
-        ones = torch.ones_like(ids)
+        prompts = [[*before, *after] for before, after in self.frames] or [[self.tokenizer.cls_token_id or 0] * 4]
+        ids = [torch.tensor([prompt], device=self.device) for prompt in prompts]
+        views = [(ids_BT, torch.ones_like(ids_BT)) for ids_BT in ids]
         return Shard(
-            ids,
-            ones,
+            *views[0],
             (0, 0, 0),
-            (ids, ones) if self.config.encoder.second_prompt else None,
-            (ids, ids) if self.config.loss.mlm_weight else None,
+            views[1] if self.config.encoder.second_prompt else None,
+            (ids[0], ids[0]) if self.config.loss.mlm_weight else None,
         )

@@ -95,7 +95,8 @@ EXTRAS = {
     "encoder": {
         "pooling": "mask",
         "prompt": 'this sentence of "{sentence}" means [MASK].',
-        "second_prompt": 'this sentence : "{sentence}" means [MASK].',
+        # Longer than the first, so that no view can be taken for the other.
+        "second_prompt": 'this sentence : "{sentence}" , as she says , means [MASK] to her.',
         "denoise": True,
     },
     "loss": {"mlm_weight": 0.1},
