@@ -5,7 +5,7 @@ BIN := .venv/bin
 PARALLEL ?= 2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo check test test-cluster bench clean
+.PHONY: demo check test test-cluster test-nightly bench clean
 
 demo: .venv/.demo
 	$(BIN)/python experiments/quickstart.py
@@ -15,16 +15,20 @@ check: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest tests/unit -m "not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests/unit -m "not slow and not nightly" -n 2 --dist loadfile
 
 # Everything: check, the slow unit tests, a browser, two and four processes, real local Ray runs.
 test: check
-	$(BIN)/python -m pytest tests/unit -m slow
-	$(BIN)/python -m pytest tests/browser tests/dist tests/ray -n $(PARALLEL) --dist loadfile --durations 10
+	$(BIN)/python -m pytest tests/unit -m "slow and not nightly" -n $(PARALLEL) --dist loadfile
+	$(BIN)/python -m pytest tests/browser tests/dist tests/ray -m "not nightly" -n $(PARALLEL) --dist loadfile --durations 10
 
 # What clouds do: nodes that come, go and are drained, a head that is lost, an autoscaler; real clusters of several nodes.
 test-cluster: .venv/.dev
-	$(BIN)/python -m pytest tests/cluster -m "not long" -n $(PARALLEL) --dist loadfile --durations 10
+	$(BIN)/python -m pytest tests/cluster -m "not nightly" -n $(PARALLEL) --dist loadfile --durations 10
+
+# What takes long and rarely breaks: elastic runs, a lost head, twenty drains, the scripts of experiments/.
+test-nightly: .venv/.dev
+	$(BIN)/python -m pytest tests -m nightly -n $(PARALLEL) --dist loadfile --durations 10
 
 # Our training step beside sentence-transformers' and a plain loop's, and its parts alone: under ten minutes.
 bench: .venv/.dev

@@ -30,6 +30,7 @@ def test_a_drained_node_is_left_before_it_goes(nodes, make_run_on, undisturbed):
     check_same_run(run, undisturbed)
 
 
+@pytest.mark.nightly
 def test_an_elastic_run_leaves_a_drained_node_and_does_without(nodes, make_run_on):
     nodes.start_head()
     nodes.add("first")
@@ -47,7 +48,7 @@ def test_an_elastic_run_leaves_a_drained_node_and_does_without(nodes, make_run_o
     assert world_sizes(read_steps([run.directory])) == [2, 1]
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 @pytest.mark.timeout(3000)
 def test_at_most_one_step_is_lost_in_nineteen_of_twenty_drains(nodes, make_run_on, capsys):
     """One node after the other is drained, at moments that nobody chose, and goes when the workers have left it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from row_proof import proves_each_row_once, read_steps, world_sizes
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(900)]
 
 ROWS = 300
 STEPS = 150

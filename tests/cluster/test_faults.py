@@ -63,6 +63,7 @@ def test_the_driver_is_killed_on_a_cluster(nodes, make_run_on, undisturbed):
     check_same_run(run, undisturbed)
 
 
+@pytest.mark.nightly
 def test_the_head_is_lost_and_comes_back(nodes, make_run_on, undisturbed):
     """With its machine goes Ray's memory of everything; the storage stays."""
     nodes.start_head()

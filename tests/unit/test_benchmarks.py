@@ -242,7 +242,7 @@ def test_parts_with_data_run(corpus_file: Path, sts_dir: Path, tiny_model: Path,
     assert found["sentences_per_second"] == pytest.approx(found["sentences"] / found["seconds"]["encoding"])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_train_speed_runs(corpus_file: Path, monkeypatch: pytest.MonkeyPatch):
     options = ["--layers", "1", "--batch", "32", "--rounds", "2", "--steps", "1", "--corpus", str(corpus_file)]
     found = run_script(train_speed, monkeypatch, *options)

@@ -232,7 +232,7 @@ def test_torch_and_transformers_are_enough() -> None:
     subprocess.run([sys.executable, "-c", program], cwd=SCRIPT.parents[2], check=True)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_measures_what_works_and_goes_on_behind_what_does_not(tmp_path: Path) -> None:
     path = tmp_path / "found.json"
     names = ["plain loop", "sentence-transformers", "padded, sdpa, 8 shards", "packed, varlen", "packed, jagged, graph"]

@@ -142,7 +142,7 @@ def test_the_table_gives_mean_deviation_and_a_paired_interval(methods: ModuleTyp
     assert all(row.count("|") == 6 for row in rows), "no Markdown table"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_seven_tests(
     methods: ModuleType, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
