@@ -11,6 +11,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -256,7 +257,13 @@ class TokenStore:
 
     @classmethod
     def open(cls, directory: Path, *, verify: bool = False) -> TokenStore:
-        """Memory-map the store in ``directory``; ``verify`` reads it all to compare checksums.
+        """Memory-map the store in ``directory``.
+
+        The checksum of a file that was changed after the manifest is compared; if it is right, the manifest is touched,
+        so that the next opening is quick again.
+
+        Args:
+            verify: compare the checksums of all files.
 
         Raises:
             DataError: the manifest or a file is missing, damaged, or of another format.
@@ -264,7 +271,8 @@ class TokenStore:
         directory = Path(directory)
         manifest = _read_manifest(directory)
         for entry in manifest["files"]:
-            _check_file(directory / entry["name"], entry, verify)
+            _check_file(directory / entry["name"], entry)
+        _check_sums(directory, manifest, verify)
         return cls(manifest, _record_batches(directory, manifest))
 
     def __len__(self) -> int:
@@ -390,15 +398,32 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def _check_file(path: Path, entry: dict[str, Any], verify: bool) -> None:
+def _check_file(path: Path, entry: dict[str, Any]) -> None:
     remedy = "remove the directory and prepare the tokens again"
     if not path.is_file():
         raise DataError(f"{path}: the file is missing, but the manifest lists it; {remedy}")
     size = path.stat().st_size
     if size != entry["size"]:
         raise DataError(f"{path}: the file has {size} bytes, but {entry['size']} were written; {remedy}")
-    if verify and sha256(path) != entry["sha256"]:
-        raise DataError(f"{path}: the checksum differs from the one in the manifest, so it was changed; {remedy}")
+
+
+def _check_sums(directory: Path, manifest: dict[str, Any], verify: bool) -> None:
+    """Compare checksums: of all files, or of those whose inode changed after the manifest's.
+
+    The time of an inode's change (ctime) is new after any write, copy or replacement, whatever was done to mtime.
+    """
+    checked_ns = (directory / MANIFEST).stat().st_ctime_ns
+    changed = [entry for entry in manifest["files"] if (directory / entry["name"]).stat().st_ctime_ns > checked_ns]
+    for entry in manifest["files"] if verify else changed:
+        path = directory / entry["name"]
+        if sha256(path) != entry["sha256"]:
+            raise DataError(
+                f"{path}: the checksum differs from the one in the manifest, so it was changed; remove the directory "
+                "and prepare the tokens again"
+            )
+    if changed:
+        with suppress(OSError):  # where it may only be read, it is compared every time
+            os.utime(directory / MANIFEST)
 
 
 def _record_batches(directory: Path, manifest: dict[str, Any]) -> Iterator[pa.RecordBatch]:

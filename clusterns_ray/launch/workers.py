@@ -15,7 +15,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from clusterns_ray.config import Config, RuntimeConfig
-from clusterns_ray.errors import ClusterNSError, Drained
+from clusterns_ray.errors import ClusterNSError, ConfigError, DataError, Drained
 from clusterns_ray.launch.cluster import head_answers
 
 DRAIN_POLL_S = 1.0
@@ -42,8 +42,8 @@ def run_workers(
     started anew however often, as each time they have gone on.
 
     Args:
-        work: returns ``{"result": ...}``, ``{"error": message}`` or ``{"drained": message}`` (:func:`answer` makes
-            these), the same on every worker.
+        work: returns ``{"result": ...}``, ``{"error": message}`` (with ``refused`` where the request or the data was
+            wrong) or ``{"drained": message}`` (:func:`answer` makes these), the same on every worker.
         storage_path: where Ray keeps what is its own; a run's checkpoints are elsewhere.
         listen: takes what the workers sent; whether there was anything. Called several times a second.
 
@@ -52,6 +52,7 @@ def run_workers(
 
     Raises:
         WorkersFailed: they died too often, or nothing was heard of them for too long.
+        DataError: they refused the request or the data.
         ClusterNSError: what they said went wrong.
     """
     # Train looks this often at its workers, and each report waits for a look.
@@ -79,7 +80,7 @@ def run_workers(
         if "drained" not in value:
             break
     if "error" in value:
-        raise ClusterNSError(value["error"])
+        raise (DataError if value.get("refused") else ClusterNSError)(value["error"])
     return value["result"]
 
 
@@ -165,6 +166,8 @@ def answer(train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"result": train()}
     except Drained as error:
         return {"drained": str(error)}
+    except (ConfigError, DataError) as error:
+        return {"error": str(error), "refused": True}
     except ClusterNSError as error:
         return {"error": str(error)}
 

@@ -22,13 +22,14 @@ from clusterns_ray.clustering.health import ClusterHealth
 from clusterns_ray.clustering.state import Clustering
 from clusterns_ray.config import Config
 from clusterns_ray.data.batches import BatchOrder, stream_key
+from clusterns_ray.data.digests import check_digests, data_digests
 from clusterns_ray.data.tokens import TokenStore
 from clusterns_ray.encoder import Encoder
-from clusterns_ray.errors import ClusterNSError, Drained, NonFiniteError, StorageError
+from clusterns_ray.errors import ClusterNSError, DataError, Drained, NonFiniteError, StorageError
 from clusterns_ray.files import write_json
 from clusterns_ray.models import resolve_model
 from clusterns_ray.training.alarms import Alarms
-from clusterns_ray.training.checkpoint import load_newest, replace_directory, save_checkpoint
+from clusterns_ray.training.checkpoint import list_checkpoints, load_newest, replace_directory, save_checkpoint
 from clusterns_ray.training.corpus_clusters import CorpusClusters
 from clusterns_ray.training.dev import DevSet, encode_together
 from clusterns_ray.training.environment import describe_environment
@@ -122,6 +123,7 @@ def train_worker(
     mirror = mirror or NoMirror(Path(run_dir))
     with one_writer(Path(run_dir), mirror, lambda text: watch({"event": "note", "text": text})):
         mirror.pull(files=distributed.rank() == 0)
+        verify_tokens(Path(tokens_dir), begun=bool(list_checkpoints(Path(run_dir) / "checkpoints")))
         run = Run(config, Path(tokens_dir), sts_dir, Path(run_dir), device, watch, report, mirror)
         run.restore()
         run.write_json("environment.json", describe_environment(device, command, distributed.world_size()))
@@ -151,6 +153,19 @@ def one_writer(run_dir: Path, mirror: NoMirror, note: Callable[[str], None]) -> 
         if reason is not None:
             raise refused or ClusterNSError(reason)
         yield
+
+
+def verify_tokens(tokens_dir: Path, begun: bool) -> None:
+    """Refuse damaged tokens on all workers together; of a run that begins, worker 0 compares every checksum."""
+    refused: DataError | None = None
+    if distributed.rank() == 0:
+        try:
+            TokenStore.open(tokens_dir, verify=not begun)
+        except DataError as error:
+            refused = error
+    reason = distributed.broadcast_object(str(refused) if refused else None)
+    if reason is not None:
+        raise refused or DataError(reason)
 
 
 def _train(run: Run, leave: Leave, score_before: float | None) -> dict[str, Any]:
@@ -251,6 +266,7 @@ class Run:
         self.health = ClusterHealth()
         self.alarms = Alarms(c.num_clusters, of_corpus=c.scope == "corpus")
         self.dev = DevSet(sts_dir, config.evaluation.dev, self.encoder) if sts_dir else None
+        self.digests = data_digests(self.tokens.manifest, self.dev and self.dev.pairs)
         self.progress = Progress(precision=precision)
         self.compute_in(precision)
         self.metrics: MetricsLog | None = None
@@ -438,6 +454,7 @@ class Run:
             "clustering": self.clustering.state_dict(),
             "health": self.health.state_dict(),
             "progress": asdict(self.progress),
+            "data": self.digests,
         }
         if self.corpus:
             state["corpus"] = self.corpus.state_dict()
@@ -457,6 +474,7 @@ class Run:
             raise RuntimeError(f"worker {distributed.rank()} does not see the checkpoint of step {step} in {directory}")
         if found:
             state = found[1]
+            check_digests(f"The run {self.config.runtime.name!r}", state.get("data"), self.digests)
             self.encoder.load_state_dict(state["encoder"])
             if self.views.language_model is not None:
                 self.views.language_model.load_state_dict(state["language_model_head"], strict=False)

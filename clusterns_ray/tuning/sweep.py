@@ -6,6 +6,7 @@ and at the end ``result.json``, ``best.yaml``, ``trials.parquet`` and ``model/``
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -15,8 +16,10 @@ from typing import Any
 import optuna
 
 from clusterns_ray.config import Config, dump_config, make_config
+from clusterns_ray.data.digests import check_digests, data_digests
 from clusterns_ray.data.prepare import Prepared, cache_directory, describe, prepare
 from clusterns_ray.errors import ClusterNSError, ConfigError, StorageError
+from clusterns_ray.evaluation.sts import read_pairs
 from clusterns_ray.files import json_text
 from clusterns_ray.launch.places import run_directory, stage
 from clusterns_ray.launch.preflight import check_data, check_encoder, check_storage
@@ -274,6 +277,7 @@ class Sweep:
         key = json.dumps([values["data"], values["encoder"], values["evaluation"]["sts"]], sort_keys=True)
         if key not in self._prepared:
             prepared = prepare(config, self.note, lambda rows: self.watch({"event": "tokenised", "rows": rows}))
+            self._check_unchanged(key, config, prepared)
             if self.study.home.store is not None:
                 self.note(f"Staging its tokens in {self.study.base.runtime.storage_path}")
             # Beside the study, so that all its runs share them.
@@ -282,6 +286,16 @@ class Sweep:
                 stage(config.model_copy(update={"runtime": self.study.base.runtime}), prepared),
             )
         return self._prepared[key]
+
+    def _check_unchanged(self, key: str, config: Config, prepared: Prepared) -> None:
+        """Refuse to compare trials that read different data under one name."""
+        known, key = self.ledger.recall("data", {}), hashlib.sha256(key.encode()).hexdigest()[:16]
+        pairs = read_pairs(prepared.sts_dir, config.evaluation.dev) if prepared.sts_dir else None
+        digests = data_digests(prepared.manifest, pairs)
+        check_digests(f"The study {self.study.config.name!r}", known.get(key), digests)
+        if key not in known:
+            self.ledger.remember("data", {**known, key: digests})
+            self.ledger.save()
 
     def _scores_before(self) -> dict[str, float]:
         return self.ledger.recall("scores_before", {})

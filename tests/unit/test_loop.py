@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import WIDTH, make_tiny_model
+from helpers import WIDTH, make_tiny_model, write_corpus, write_pairs
 
 from clusterns_ray.config import Config, make_config
 from clusterns_ray.data.prepare import Prepared, prepare
 from clusterns_ray.encoder import Encoder
-from clusterns_ray.errors import CheckpointError, ClusterNSError, NonFiniteError
+from clusterns_ray.errors import CheckpointError, ClusterNSError, DataError, NonFiniteError
 from clusterns_ray.tokenization import tokenize
 from clusterns_ray.training import loop
 from clusterns_ray.training.checkpoint import list_checkpoints
@@ -530,6 +532,42 @@ def test_checkpoints_of_another_configuration_are_refused(lab: Lab, tmp_path: Pa
     with pytest.raises(CheckpointError, match="None of the 1 checkpoints"):
         lab.run(tmp_path, lab.config(train={"max_steps": 3}))
     assert any("another configuration" in note["text"] for note in lab.seen("note"))
+
+
+@pytest.mark.parametrize("changed", ["corpus", "dev"])
+def test_a_run_does_not_go_on_with_other_data(lab: Lab, tmp_path: Path, changed: str) -> None:
+    corpus, sts = write_corpus(tmp_path / "corpus.txt"), tmp_path / "sts"
+    pairs = write_pairs(sts / "STSB" / "dev.jsonl")
+    config = lab.config(data={"corpus": str(corpus)}, evaluation={"sts": str(sts)})
+    with pytest.raises(Killed):
+        lab.run(tmp_path / "run", config, kill_at(6))
+    before = {path: path.read_bytes() for path in (corpus, pairs)}
+    if changed == "corpus":
+        write_corpus(corpus, seed=5)
+    else:
+        write_pairs(pairs, seed=5)
+    with pytest.raises(DataError, match="begun with other data") as caught:
+        lab.run(tmp_path / "run", config)
+    text = str(caught.value)
+    digests = re.findall(r"[0-9a-f]{16}", text)
+    assert len(set(digests)) == 2 and ("dev set" in text) == (changed == "dev") and "another name" in text
+    for path, content in before.items():  # the remedy
+        path.write_bytes(content)
+    assert lab.run(tmp_path / "run", config)["steps"] == 6
+    assert lab.seen("start")[0]["step"] == 4
+
+
+def test_tokens_whose_bytes_were_changed_are_not_learnt_from(lab: Lab, tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus.txt")
+    config = lab.config(data={"corpus": str(corpus), "cache_dir": str(tmp_path / "cache")})
+    tokens_dir = prepare(config).tokens_dir
+    path = tokens_dir / "tokens-00000.arrow"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"baker", b"maker"))
+    os.utime(tokens_dir / "manifest.json")  # as if a disk had done it, long after all was checked
+    assert path.read_bytes() != content
+    with pytest.raises(DataError, match=r"tokens-00000\.arrow: the checksum differs"):
+        lab.run(tmp_path / "run", config)
 
 
 def test_a_killed_export_leaves_a_whole_model(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

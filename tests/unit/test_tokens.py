@@ -400,7 +400,7 @@ def damage(directory: Path, how: str) -> None:
         ("rows", "do not add up to 99"),
         ("a file is missing", "tokens-00001.arrow: the file is missing"),
         ("a file is short", r"tokens-00001.arrow: the file has \d+ bytes, but \d+ were written"),
-        ("a file is overwritten", "tokens-00001.arrow: this is not a readable Arrow file"),
+        ("a file is overwritten", "tokens-00001.arrow: the checksum differs"),
         ("rows moved", "tokens-00000.arrow: the file holds 40 rows .* but 39 rows"),
     ],
 )
@@ -421,6 +421,33 @@ def test_a_changed_byte_is_noticed_when_verifying(tokenizer: Any, tmp_path: Path
     content = path.read_bytes()
     place = content.index(SENTENCES[85].encode())
     path.write_bytes(content[:place] + b"W" + content[place + 1 :])
+    os.utime(path, ns=(0, 0))  # an old time of change does not hide it
+    with pytest.raises(DataError, match=r"tokens-00002\.arrow: the checksum differs"):
+        TokenStore.open(directory)
+    os.utime(directory / "manifest.json")  # as if it had been checked since
     TokenStore.open(directory)
     with pytest.raises(DataError, match=r"tokens-00002\.arrow: the checksum differs"):
         TokenStore.open(directory, verify=True)
+
+
+def test_checksums_of_a_copied_store_are_compared_once(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    sha256 = tokens.sha256
+
+    def counted(path: Path) -> str:
+        read.append(path.name)
+        return sha256(path)
+
+    prepare(tmp_path / "store", tokenizer)
+    monkeypatch.setattr(tokens, "sha256", counted)
+    TokenStore.open(tmp_path / "store")
+    assert read == [], "what has not changed since it was written is opened without reading it"
+    (tmp_path / "copy").mkdir()
+    for name in ("manifest.json", "tokens-00000.arrow", "tokens-00001.arrow", "tokens-00002.arrow"):
+        (tmp_path / "copy" / name).write_bytes((tmp_path / "store" / name).read_bytes())
+        time.sleep(0.02)
+    for _ in range(2):
+        TokenStore.open(tmp_path / "copy")
+        assert sorted(read) == ["tokens-00000.arrow", "tokens-00001.arrow", "tokens-00002.arrow"]

@@ -19,7 +19,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from clusterns_ray.cli import app
-from clusterns_ray.errors import ClusterNSError, ConfigError
+from clusterns_ray.errors import ClusterNSError, ConfigError, DataError
 from clusterns_ray.evaluation.sts import TASKS
 from clusterns_ray.storage import Place
 from clusterns_ray.tuning.cluster import check_fits
@@ -134,6 +134,17 @@ def test_one_process_a_study(clusterns: Callable[..., Result], write_study: Call
     with owner(load_study(file)):
         result = clusterns(file)
     refused(result, "The study 'tiny' is being run by another process", "--status")
+
+
+def test_a_study_does_not_compare_trials_over_different_data(write_study: Callable[..., Path]) -> None:
+    file = write_study()
+    first = load_study(file)
+    Sweep(first, Ledger(first), Lines()).prepare()
+    Sweep(first, Ledger(first), Lines()).prepare()
+    write_pairs(file.parent / "sts/STSB/dev.jsonl", count=20, seed=9)
+    again = load_study(file)
+    with pytest.raises(DataError, match=r"study 'tiny' was begun with other data: the digest of the dev set was"):
+        Sweep(again, Ledger(again), Lines()).prepare()
 
 
 GPU = {"CPU": 1.0, "GPU": 1.0}
