@@ -168,7 +168,14 @@ def evaluate(
             help="sts, transfer, clustering, geometry or all; also with commas. By default what data is given for."
         ),
     ] = None,
-    sts: Annotated[Optional[str], typer.Option(help="A directory of TASK/SUBSET.jsonl files, or hf.")] = None,
+    sts: Annotated[
+        Optional[str],
+        typer.Option(help="A directory of TASK/SUBSET.jsonl files, hf, or structure: pairs graded by documents."),
+    ] = None,
+    documents: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="FILE", help="Of --sts structure, if not those of the model's run; may be repeated."),
+    ] = None,
     transfer: Annotated[Optional[Path], typer.Option(help="A directory of MR.tsv, TREC-train.tsv and so on.")] = None,
     clusters: Annotated[
         Optional[list[Path]],
@@ -196,7 +203,8 @@ def evaluate(
         from clusterns_ray.storage import is_url, split_url, write_text
 
         names = [name for part in suite or () for name in part.split(",")]
-        request = check_suite(Suite(tuple(names), sts, transfer, tuple(clusters or ()), tuple(dev or ()), seed))
+        further, texts = tuple(dev or ()), tuple(documents or ())
+        request = check_suite(Suite(tuple(names), sts, transfer, tuple(clusters or ()), further, seed, texts))
         if json_file is not None and is_url(json_file):
             check_store("--json", split_url(json_file)[0])
         elif json_file is not None:

@@ -106,16 +106,46 @@ def prepare(
             progress=progress,
         )
     if sts_dir == "structure":
-        pairs = config.evaluation.structure_pairs
-        identity = {"documents": documents_fingerprint(config), "pairs": pairs, "seed": STRUCTURE_SEED}
-        directory = cache / f"structure-{_short_hash(identity)}"
-        if not (directory / "STRUCTURE" / "dev.jsonl").is_file():
-            note("Grading pairs of sentences by where they stand in their documents")
-            write_structure_dev(read(), directory, pairs=pairs, seed=STRUCTURE_SEED)
-        sts_dir = str(directory)
+        spec = documents_of(config)
+        assert spec is not None
+        pairs, column = config.evaluation.structure_pairs, config.data.text_column
+        sts_dir = str(structure_dev_set(spec, cache, pairs=pairs, text_column=column, note=note, read=read))
     elif sts_dir is not None:
         sts_dir = str(Path(sts_dir).expanduser().resolve())
     return Prepared(tokens_dir, sts_dir, store.manifest, reused)
+
+
+def structure_dev_set(
+    documents: str | list[str],
+    cache: Path,
+    *,
+    pairs: int,
+    text_column: str = "text",
+    note: Callable[[str], None] = lambda text: None,
+    read: Callable[[], list[Document]] | None = None,
+) -> Path:
+    """Make, or find again, the pairs of sentences graded by the structure of ``documents``.
+
+    Args:
+        cache: the directory in which the set is kept, under a name that the files, the column and the number of pairs
+            decide.
+        read: gives the documents where they have been read before.
+
+    Returns:
+        The directory that holds ``STRUCTURE/dev.jsonl``.
+
+    Raises:
+        ConfigError, DataError: the documents are not there, or hold too little text.
+    """
+    identity = {"documents": files_fingerprint(documents), "pairs": pairs, "seed": STRUCTURE_SEED}
+    if text_column != "text":  # only then, so that sets made before are found again
+        identity["text_column"] = text_column
+    directory = cache / f"structure-{_short_hash(identity)}"
+    if not (directory / "STRUCTURE" / "dev.jsonl").is_file():
+        note("Grading pairs of sentences by where they stand in their documents")
+        found = read() if read is not None else list(read_documents(documents, text_column))
+        write_structure_dev(found, directory, pairs=pairs, seed=STRUCTURE_SEED)
+    return directory
 
 
 def check_teacher(config: Config, tokenizer: Any) -> None:
@@ -168,8 +198,13 @@ def corpus_fingerprint(config: Config, tokenizer: Any) -> dict[str, Any]:
 def documents_fingerprint(config: Config) -> list[dict[str, Any]]:
     spec = documents_of(config)
     assert spec is not None
+    return files_fingerprint(spec)
+
+
+def files_fingerprint(documents: str | list[str]) -> list[dict[str, Any]]:
+    """Path, size and time of change of every file that ``documents`` names."""
     found = []
-    for file in list_documents(spec):
+    for file in list_documents(documents):
         stat = None if file == "demo" else Path(file).stat()
         found.append(
             {

@@ -97,7 +97,7 @@ def check_pairs_exist(directory: str | Path, name: str) -> None:
             f"STS directory {str(directory)!r} is not there. Give a directory of TASK/SUBSET.jsonl files "
             "(evaluation.sts, or --sts)."
         )
-    there = sorted(str(p.relative_to(directory).with_suffix("")) for p in Path(directory).glob("*/*.jsonl"))
+    there = sets_in(directory)
     raise ConfigError(
         f"{str(directory)!r} has no {name}.jsonl. It holds: {', '.join(there) or 'no TASK/SUBSET.jsonl at all'}."
     )
@@ -166,25 +166,54 @@ class StsTests:
         return found + [pairs for pairs in self.extra if pairs.name not in {p.name for p in found}]
 
 
-def read_tests(directory: str | Path, extra: Sequence[str] = ()) -> StsTests:
-    """Read the seven tests, as far as they are in ``directory``, and any further TASK/SUBSET named in ``extra``.
+def sets_in(directory: str | Path) -> list[str]:
+    """Names TASK/SUBSET of every set in a directory, in sorted order."""
+    return sorted(file.relative_to(directory).with_suffix("").as_posix() for file in Path(directory).glob("*/*.jsonl"))
+
+
+def own_subsets(directory: str | Path) -> list[str]:
+    """Names TASK/SUBSET of the sets in a directory that belong to none of the seven tasks, in sorted order."""
+    return [name for name in sets_in(directory) if name.split("/")[0] not in TASKS]
+
+
+def check_holds_sets(directory: str | Path) -> None:
+    """Refuse what is not a directory, or holds neither a test nor a set of another task.
 
     Raises:
-        ConfigError: none of the tasks is in it and nothing further is named, or what is named is not there.
+        ConfigError: naming what it does hold, and the remedy.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ConfigError(
+            f"STS directory {str(directory)!r} is not there. Give a directory of TASK/SUBSET.jsonl files "
+            "(evaluation.sts, or --sts)."
+        )
+    if any(task_subsets(directory, task) for task in TASKS) or own_subsets(directory):
+        return
+    flat, named = sorted(file.name for file in directory.glob("*.jsonl")), sets_in(directory)
+    hint = f" It holds {named[0]}: to score that, add --dev {named[0]}." if named else ""
+    if flat:
+        hint = f" It holds {flat[0]}: move that to {directory / 'MINE' / flat[0]}."
+    raise ConfigError(
+        f"STS directory {str(directory)!r} holds none of {', '.join(TASKS)}, and no set of your own as "
+        f"TASK/SUBSET.jsonl.{hint}"
+    )
+
+
+def read_tests(directory: str | Path, extra: Sequence[str] = ()) -> StsTests:
+    """Read the seven tests, as far as they are in ``directory``, every set of other tasks there, and any further
+    TASK/SUBSET named in ``extra``.
+
+    Raises:
+        ConfigError: nothing is named and it holds no sets, or what is named is not there.
         DataError: a line is not a graded pair.
     """
-    if not Path(directory).is_dir():
-        raise ConfigError(
-            f"STS directory {str(directory)!r} is not there. Give a directory of TASK/SUBSET.jsonl files."
-        )
+    if not extra:
+        check_holds_sets(directory)
     names = {task: found for task in TASKS if (found := task_subsets(directory, task))}
-    if not names and not extra:
-        raise ConfigError(
-            f"STS directory {str(directory)!r} holds none of {', '.join(TASKS)}. Give a directory of "
-            "TASK/SUBSET.jsonl files."
-        )
     tasks = {task: [read_pairs(directory, name) for name in found] for task, found in names.items()}
-    return StsTests(tasks, [read_pairs(directory, name) for name in extra])
+    further = dict.fromkeys([*extra, *own_subsets(directory)])
+    return StsTests(tasks, [read_pairs(directory, name) for name in further])
 
 
 def cosines_of(tests: StsTests, embed: Embed) -> dict[str, np.ndarray]:
@@ -206,7 +235,7 @@ def score_tests(tests: StsTests, cosines: dict[str, np.ndarray]) -> dict[str, An
 
 
 def evaluate_sts(directory: str | Path, embed: Embed, extra: Sequence[str] = ()) -> dict[str, Any]:
-    """The seven test tasks, as far as they are in ``directory``, and any further TASK/SUBSET named in ``extra``.
+    """The seven test tasks, as far as they are in ``directory``, and the further sets of :func:`read_tests`.
 
     Returns:
         ``tasks``: for each task Spearman "all", mean and weighted mean over subsets, Pearson and pairs (x 100);

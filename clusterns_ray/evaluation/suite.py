@@ -5,34 +5,38 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
+import yaml
 
-from clusterns_ray.config import EncoderConfig
-from clusterns_ray.errors import ConfigError
+from clusterns_ray.config import Config, DataConfig, EncoderConfig, EvaluationConfig, YamlLoader, make_config
+from clusterns_ray.data.documents import list_documents
+from clusterns_ray.data.prepare import documents_of, structure_dev_set
+from clusterns_ray.errors import ConfigError, DataError
 from clusterns_ray.evaluation import hub
 from clusterns_ray.evaluation.clusters import SEEDS, evaluate_clusters, list_sets, read_clusters
 from clusterns_ray.evaluation.compare import compare_right, compare_sts
 from clusterns_ray.evaluation.geometry import geometry
 from clusterns_ray.evaluation.labelled import Labelled
 from clusterns_ray.evaluation.sts import (
-    TASKS,
     Pairs,
     StsTests,
+    check_holds_sets,
     check_pairs_exist,
     cosines_of,
     read_pairs,
     read_tests,
     score_tests,
-    task_subsets,
 )
 from clusterns_ray.evaluation.transfer import SEED, Task, evaluate_transfer, read_transfer
 from clusterns_ray.evaluation.transfer import TASKS as TRANSFER_TASKS
 from clusterns_ray.models import resolve_model
+from clusterns_ray.storage import is_url, read_text, split_url
 
 if TYPE_CHECKING:
     from clusterns_ray.encoder import Encoder
@@ -41,6 +45,7 @@ SUITES = {"sts": "--sts", "transfer": "--transfer", "clustering": "--clusters", 
 """Every suite, in the order they are run, and the option that names its data."""
 
 GEOMETRY_SET = "STSB/dev"
+STRUCTURE_SET = "STRUCTURE/dev"
 POOLINGS = get_args(EncoderConfig.model_fields["pooling"].annotation)
 PACKAGES = ("clusterns-ray", "torch", "transformers", "numpy", "scipy", "scikit-learn", "faiss-cpu", "faiss-gpu")
 Note = Callable[[str], None]
@@ -53,7 +58,7 @@ class Suite:
     names: tuple[str, ...] = ()
     """of SUITES, or ``all``; none: whatever there is data for, geometry excepted"""
     sts: str | Path | None = None
-    """a directory of TASK/SUBSET.jsonl, or hf"""
+    """a directory of TASK/SUBSET.jsonl, ``hf``, or ``structure``: pairs graded by the structure of documents"""
     transfer: str | Path | None = None
     """a directory of MR.tsv and so on"""
     clusters: tuple[str | Path, ...] = ()
@@ -62,6 +67,8 @@ class Suite:
     """further TASK/SUBSET to score; the first is also what geometry is measured on, instead of STSB/dev"""
     seed: int = SEED
     """of folds, K-means and resampling"""
+    documents: tuple[str, ...] = ()
+    """of ``structure``: paths, globs or ``demo``; none: those of the run that made the first model that has some"""
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,15 @@ def check_suite(suite: Suite) -> Suite:
         )
     if suite.extra and suite.sts is None:
         raise ConfigError(f"--dev {suite.extra[0]} needs --sts, the directory that holds it.")
-    if suite.sts == "hf":
+    if suite.documents and suite.sts != "structure":
+        raise ConfigError("--documents is read with --sts structure alone. Give that, or leave --documents out.")
+    if suite.sts == "structure":
+        other = [name for name in suite.extra if name != STRUCTURE_SET]
+        if other:
+            raise ConfigError(f"--dev {other[0]!r} is not among the sets of --sts structure: {STRUCTURE_SET} alone.")
+        if suite.documents:
+            list_documents(list(suite.documents))
+    elif suite.sts == "hf":
         unknown = [name for name in suite.extra if name not in hub.HUB]
         if unknown:
             raise ConfigError(f"--dev {unknown[0]!r} is not among the hub's: {', '.join(hub.HUB)}.")
@@ -132,13 +147,66 @@ def _check_sts(directory: Path, extra: Sequence[str], names: Sequence[str]) -> N
         )
     for name in extra:
         check_pairs_exist(directory, name)
-    if "sts" in names and not extra and not any(task_subsets(directory, task) for task in TASKS):
-        raise ConfigError(f"--sts {str(directory)!r} holds none of {', '.join(TASKS)}.")
+    if "sts" in names and not extra:
+        check_holds_sets(directory)
     if "geometry" in names and not extra and not (directory / f"{GEOMETRY_SET}.jsonl").is_file():
         raise ConfigError(
             f"--sts {str(directory)!r} has no {GEOMETRY_SET}.jsonl, on which geometry is measured. Name another set of "
             "graded pairs with --dev TASK/SUBSET."
         )
+
+
+def structure_source(models: Sequence[str], suite: Suite) -> tuple[str | list[str], str, int]:
+    """Which documents grade the pairs of ``--sts structure``: documents, column of the text, number of pairs.
+
+    Raises:
+        ConfigError: none are named, and no model is that of a run that names some.
+    """
+    pairs = EvaluationConfig.model_fields["structure_pairs"].default
+    if suite.documents:
+        return list(suite.documents), DataConfig.model_fields["text_column"].default, pairs
+    for model in models:
+        config = _config_of_run(model)
+        documents = documents_of(config) if config is not None else None
+        if config is not None and documents is not None:
+            return documents, config.data.text_column, config.evaluation.structure_pairs
+    raise ConfigError(
+        f"--sts structure grades pairs of sentences by the documents they stand in, and {models[0]!r} is not the "
+        "model/ of a run that names documents. Give them: --documents FILES."
+    )
+
+
+def _config_of_run(model: str) -> Config | None:
+    """The configuration beside the ``model/`` of a run or a study; None where there is none that can be read."""
+    holder, name = split_url(model) if is_url(model) else (str(Path(model).expanduser().resolve().parent), "")
+    if is_url(model) and not name:
+        return None
+    for file in ("config.yaml", "best.yaml"):
+        text = read_text(f"{holder}/{file}")
+        if text is not None:
+            with suppress(ConfigError, yaml.YAMLError):  # a file of that name that is not a run's
+                return make_config(yaml.load(text, Loader=YamlLoader))
+    return None
+
+
+def _with_structure_set(suite: Suite, models: Sequence[str], note: Note) -> Suite:
+    """The suite with the directory of the graded pairs in place of ``structure``."""
+    documents, column, pairs = structure_source(models, suite)
+    try:
+        list_documents(documents)
+    except DataError as error:
+        raise ConfigError(
+            f"{error} A run names these documents; where they lie elsewhere now, give --documents FILES."
+        ) from None
+    cache = hub.hub_cache().parent
+    try:
+        directory = structure_dev_set(documents, cache, pairs=pairs, text_column=column, note=note)
+    except OSError as error:
+        raise ConfigError(
+            f"{str(cache)!r} cannot be written ({error.strerror}), where pairs graded by structure are kept. Set "
+            "XDG_CACHE_HOME to a directory that can."
+        ) from None
+    return replace(suite, sts=directory, extra=(STRUCTURE_SET,), documents=())
 
 
 def read_data(suite: Suite, note: Note = lambda text: None) -> Data:
@@ -193,11 +261,16 @@ def evaluate_models(
         resolve_model(model)
     if against is not None and len(every) < 2:
         raise ConfigError(f"--against {against!r} is the model itself. Name another one.")
+    sources: dict[str, Any] = {}
+    if suite.sts == "structure":
+        documents = structure_source(every, suite)[0]
+        sources = {"sts": "structure", "documents": documents}
+        suite = _with_structure_set(suite, every, note)
     data = read_data(suite, note)
 
     from clusterns_ray.encoder import Encoder
 
-    sources = {"sts": suite.sts, "transfer": suite.transfer, "clusters": list(suite.clusters) or None}
+    sources = {"sts": suite.sts, "transfer": suite.transfer, "clusters": list(suite.clusters) or None, **sources}
     sources = {name: _text(source) for name, source in sources.items() if source is not None}
     if suite.sts == "hf":
         sources["protocol"] = hub.PROTOCOL
@@ -234,6 +307,7 @@ def evaluate_model(
     transfer: str | Path | None = None,
     clusters: Sequence[str | Path] = (),
     extra: Sequence[str] = (),
+    documents: Sequence[str] = (),
     pooling: str | None = None,
     max_length: int | None = None,
     seed: int = SEED,
@@ -249,7 +323,7 @@ def evaluate_model(
         ConfigError: no such model, or no such data.
         DataError: a line of the data cannot be used.
     """
-    suite = Suite(tuple(names), sts, transfer, tuple(clusters), tuple(extra), seed)
+    suite = Suite(tuple(names), sts, transfer, tuple(clusters), tuple(extra), seed, tuple(documents))
     return evaluate_models([model], suite, pooling=pooling, max_length=max_length, note=note)["models"][0]
 
 

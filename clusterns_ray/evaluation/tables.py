@@ -75,7 +75,9 @@ def _sections(models: list[dict[str, Any]]) -> Iterable[tuple[str, list[tuple[st
 def _remarks(models: list[dict[str, Any]]) -> Iterable[str]:
     first = models[0]
     for title, part in (("STS", first if "tasks" in first else None), ("Transfer", first.get("transfer"))):
-        if part is not None and part["missing"]:
+        if part is not None and part["missing"] and not part["tasks"]:
+            yield f"{title}: none of the seven tasks is there, so there is no average of them."
+        elif part is not None and part["missing"]:
             count, missing = len(part["tasks"]), ", ".join(part["missing"])
             yield f"{title} is partial, {count} of the seven tasks. No average: {missing} missing."
     for tasks, protocol in first["data"].get("protocol", {}).items():

@@ -434,13 +434,20 @@ def _describe(error: ValidationError, source: str) -> str:
     for item in error.errors():
         parts = [str(part) for part in item["loc"]]
         # pydantic names the branch of a union it took; users did not write that
-        key = ".".join(part for part in parts if part not in _BRANCHES)
+        key = ".".join(part for part in parts[:-1] if part not in _BRANCHES)
+        key = ".".join(filter(None, (key, parts[-1]))) if parts and _is_written(parts, item) else key
         reason = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
+        enumerated = _enumerated(key, item)
+        if enumerated is not None:
+            lines.append(enumerated)
+        elif item["type"] == "extra_forbidden":
             close = difflib.get_close_matches(parts[-1], _NAMES, n=1, cutoff=0.6)
             # The right word in the wrong place: say the right one.
             meant = [_PLACES.get(name, name) if name == parts[-1] else name for name in close]
-            lines.append(f"unknown key {key}" + (f": did you mean {meant[0]}?" if meant else "."))
+            if parts[-2:-1] == ["fixed"]:
+                lines.append(f"unknown key {key}: a key with role fixed has a value and nothing else.")
+            else:
+                lines.append(f"unknown key {key}" + (f": did you mean {meant[0]}?" if meant else "."))
         elif item["type"] == "missing":
             lines.append(f"{key} is missing.")
         elif item["type"] == "value_error":
@@ -449,6 +456,41 @@ def _describe(error: ValidationError, source: str) -> str:
             lines.append(f"{key} is {item['input']!r}: {reason[:1].lower()}{reason[1:]}.")
     return f"{source}: " + "\n  ".join(dict.fromkeys(lines))
 
+
+def _is_written(parts: list[str], item: Any) -> bool:
+    """Whether the last part of an error's location is a key of the file rather than a branch of a union."""
+    return parts[-1] not in _BRANCHES or (item["type"] == "missing" and parts[-1] == "value")
+
+
+def _enumerated(key: str, item: Any) -> str | None:
+    """The line on a key of which the values are listed, with all of them; None for other errors."""
+    name, value = key.rpartition(".")[2], item["input"]
+    missing = item["type"] == "missing"
+    if item["type"] == "parameter_type":
+        if not isinstance(value, Mapping):
+            return None
+        # Without a type it is the role that tells whether one is needed.
+        name = "role" if "role" in value and value["role"] not in _VALUES["role"] else "type"
+        key, missing, value = f"{key}.{name}", name not in value, value.get(name)
+    elif item["type"].startswith("union_tag") and isinstance(value, Mapping):
+        missing, value = "name" not in value, value.get("name")
+        key = f"{key}.name" if missing else key
+    elif item["type"] not in ("literal_error", "missing", "model_attributes_type"):
+        return None
+    if name not in _VALUES:
+        return None
+    values = ", ".join(_VALUES[name][:-1]) + f" or {_VALUES[name][-1]}"
+    return f"{key} is missing; it must be {values}." if missing else f"{key} is {value!r}; it must be {values}."
+
+
+_VALUES = {
+    "role": ("scientific", "nuisance", "fixed"),
+    "type": ("int", "float", "choice"),
+    "sampler": ("tpe", "random", "grid", "gp"),
+    "scheduler": ("asha", "median", "none"),
+    "storage": ("sqlite", "journal"),
+}
+"""What the keys of a study can be that take one of a few words."""
 
 _BRANCHES = {"int", "float", "choice", "fixed", "tpe", "random", "grid", "gp", "asha", "median", "none"} | {
     "comparison", "list", "value"

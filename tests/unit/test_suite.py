@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -11,8 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import make_tiny_model, sentences, write_pairs
+from typer.testing import CliRunner
 
 from clusterns_ray import evaluate
+from clusterns_ray.cli import app
+from clusterns_ray.config import EvaluationConfig, dump_config, make_config
+from clusterns_ray.data.prepare import structure_dev_set
 from clusterns_ray.encoder import Encoder
 from clusterns_ray.errors import ConfigError, DataError
 from clusterns_ray.evaluation import suite as module
@@ -73,6 +78,9 @@ def test_requests_that_cannot_be_met(data: Path, tmp_path: Path) -> None:
     sts, classes = data / "sts", data / "transfer"
     only_dev = tmp_path / "sts"
     write_pairs(only_dev / "MINE" / "dev.jsonl", count=5)
+    flat, empty = tmp_path / "flat", tmp_path / "empty"
+    write_pairs(flat / "dev.jsonl", count=5)
+    empty.mkdir()
     for request, message in (
         (Suite(), "No data to evaluate on. Give --sts, --transfer or --clusters"),
         (Suite(("all",), sts), "--suite all needs --transfer and --clusters"),
@@ -82,7 +90,10 @@ def test_requests_that_cannot_be_met(data: Path, tmp_path: Path) -> None:
         (Suite(sts=tmp_path / "none"), "not a directory"),
         (Suite(sts=sts, extra=("STSB/train",)), "no STSB/train.jsonl. It holds: "),
         (Suite(("geometry",), only_dev), "has no STSB/dev.jsonl, on which geometry is measured. Name another set"),
-        (Suite(sts=only_dev), "holds none of STS12"),
+        (Suite(sts=flat), r"holds none of STS12.* It holds dev.jsonl: move that to .*MINE/dev"),
+        (Suite(sts=empty), "and no set of your own as TASK/SUBSET.jsonl.$"),
+        (Suite(sts=sts, documents=("demo",)), "--documents is read with --sts structure alone"),
+        (Suite(sts="structure", extra=("STSB/dev",)), "--dev 'STSB/dev' is not among the sets of --sts structure"),
         (Suite(sts="hf", extra=("STSB/train",)), "--dev 'STSB/train' is not among the hub's: STS12/test"),
         (Suite(transfer=tmp_path / "none"), "--transfer '.*none' is not a directory"),
         (Suite(clusters=(tmp_path / "none",)), "--clusters '.*none' is not there"),
@@ -302,3 +313,82 @@ def test_differences_inside_the_noise_are_marked(
     assert "+0.10" in lines["STS12"] and "-0.20 to +0.40" in lines["STS12"] and "inside the noise" in lines["STS12"]
     assert "-1.00" in lines["average"] and "noise" not in lines["average"]
     assert "accuracy" in lines["Tweet"]
+
+
+# ---- own sets, and pairs graded by documents ------------------------------------------------------------------------
+
+
+def test_sets_of_ones_own_are_scored_by_name_without_an_average(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_pairs(tmp_path / "MINE" / "test.jsonl", count=12)
+    write_pairs(tmp_path / "YOURS" / "a.jsonl", count=9, seed=3)
+    found = evaluate_models([str(tiny_model)], Suite(sts=tmp_path))
+    (scores,) = found["models"]
+    assert list(scores["extra"]) == ["MINE/test", "YOURS/a"] and scores["tasks"] == {} and scores["average"] is None
+    named = evaluate_model(str(tiny_model), tmp_path, extra=["YOURS/a"])
+    assert list(named["extra"]) == ["YOURS/a", "MINE/test"]
+    assert {name: named["extra"][name] for name in scores["extra"]} == scores["extra"]
+    render(found)
+    said = capsys.readouterr().out
+    assert "MINE/test" in said and "none of the seven tasks is there" in said
+
+    write_pairs(tmp_path / "STS12" / "one.jsonl", count=14)
+    write_pairs(tmp_path / "STSB" / "dev.jsonl", count=14)
+    both = evaluate_model(str(tiny_model), tmp_path)
+    assert list(both["tasks"]) == ["STS12"] and both["average"] is None
+    assert list(both["extra"]) == ["MINE/test", "YOURS/a"], "a dev set of the seven only where it is named"
+
+
+def test_a_dev_set_alone_is_scored_where_it_is_named(tmp_path: Path, tiny_model: Path) -> None:
+    write_pairs(tmp_path / "STSB" / "dev.jsonl", count=14)
+    with pytest.raises(ConfigError, match="It holds STSB/dev: to score that, add --dev STSB/dev"):
+        evaluate_model(str(tiny_model), tmp_path)
+    assert list(evaluate_model(str(tiny_model), tmp_path, extra=["STSB/dev"])["extra"]) == ["STSB/dev"]
+
+
+@pytest.fixture
+def run_of_demo(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory of a run whose dev set is graded by the packaged documents; nothing is in the cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    values = {
+        "encoder": {"name": str(tiny_model)},
+        "data": {"corpus": "demo"},
+        "evaluation": {"sts": "structure", "structure_pairs": 60},
+        "runtime": {"storage_path": str(tmp_path)},
+    }
+    run = tmp_path / "run"
+    shutil.copytree(tiny_model, run / "model")
+    (run / "config.yaml").write_text(dump_config(make_config(values)))
+    return run
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "best.yaml"])
+def test_structure_is_what_chose_the_model(run_of_demo: Path, tmp_path: Path, name: str) -> None:
+    (run_of_demo / "config.yaml").rename(run_of_demo / name)
+    found = evaluate_model(str(run_of_demo / "model"), "structure")
+    pairs = structure_dev_set("demo", tmp_path / "other", pairs=60)
+    encoder = Encoder.load(run_of_demo / "model")
+    assert len(read_pairs(pairs, "STRUCTURE/dev")) == 60
+    assert found["extra"] == pytest.approx(evaluate_sts(pairs, encoder.encode)["extra"], abs=1e-6)
+    assert found["data"] == {"sts": "structure", "documents": "demo"} and found["average"] is None
+
+
+def test_documents_may_be_named_for_structure(tmp_path: Path, tiny_model: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(EvaluationConfig.model_fields["structure_pairs"], "default", 40)
+    command = ["evaluate", str(tiny_model), "--sts", "structure", "--suite", "sts,geometry"]
+    refused = CliRunner().invoke(app, command)
+    assert refused.exit_code == 2 and "is not the model/ of a run that names documents" in refused.stderr
+    remedy = CliRunner().invoke(app, [*command, "--documents", "demo", "--json", str(tmp_path / "found.json")])
+    assert remedy.exit_code == 0, remedy.output
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert list(found["extra"]) == ["STRUCTURE/dev"] and found["geometry"]["set"] == "STRUCTURE/dev"
+    assert found["data"]["documents"] == ["demo"]
+
+
+def test_documents_of_a_run_that_are_gone_are_asked_for(run_of_demo: Path) -> None:
+    text = (run_of_demo / "config.yaml").read_text().replace("corpus: demo", "corpus: x\n  documents: gone/*.md")
+    (run_of_demo / "config.yaml").write_text(text.replace("documents: null", ""))
+    with pytest.raises(ConfigError, match=r"No documents found at 'gone/\*\.md'.* give --documents FILES"):
+        evaluate_model(str(run_of_demo / "model"), "structure")
