@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 from torch import nn
 
 from clusterns_ray.errors import ConfigError
-from clusterns_ray.tokenization import cannot_load, load_tokenizer
+from clusterns_ray.pretrained import check_complete, check_vocabulary, length_limit, load_weights, read_config
+from clusterns_ray.tokenization import load_tokenizer
 
-POSITIONS_BEHIND_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")
-"""Architectures whose position ids start at the padding index + 1."""
+_ABSOLUTE = re.compile(r"^(?!.*rel).*position|^wpe$")
+"""Names of tables of absolute positions."""
 
 
 def load_transformer(
@@ -20,59 +22,44 @@ def load_transformer(
     """``(backbone, tokenizer)`` from a directory or the hub, in float32.
 
     Raises:
-        ConfigError: it cannot be loaded, or has fewer layers than asked for.
+        ConfigError: it cannot be loaded, its files lack weights, its tokenizer is another model's, or it has fewer
+            layers than asked for.
     """
-    import transformers
-    from safetensors import SafetensorError
+    from transformers import AutoModel
 
-    transformers.utils.logging.disable_progress_bar()
-    verbosity = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
-    # A checkpoint may lack weights (a masked language model has no pooler): their draw must not differ by worker.
+    tokenizer = load_tokenizer(source, revision=revision)
+    config = read_config(source, revision=revision)
+    _shorten(config, num_layers, source)
+    override_dropout(config, dropout)
+    # A checkpoint may lack a pooler (a masked language model has none): its draw must not differ by worker.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        try:
-            config = transformers.AutoConfig.from_pretrained(source, revision=revision)
-            _shorten(config, num_layers, source)
-            override_dropout(config, dropout)
-            backbone = transformers.AutoModel.from_pretrained(
-                source, revision=revision, config=config, dtype=torch.float32
-            )
-        except ConfigError:
-            raise
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise cannot_load(source, error) from error
-        finally:
-            transformers.utils.logging.set_verbosity(verbosity)
-    return backbone, load_tokenizer(source, revision=revision)
+        backbone, missing = load_weights(AutoModel, source, config, revision=revision, shortened=num_layers is not None)
+    check_complete(source, missing)
+    check_vocabulary(source, tokenizer, backbone.get_input_embeddings().num_embeddings)
+    return backbone, tokenizer
 
 
-def load_language_model(source: str, backbone: Any, *, revision: str | None = None) -> Any:
-    """The masked language model of ``source`` around ``backbone``, whose weights it shares; its head as trained.
+def load_language_model(source: str, backbone: Any, *, revision: str | None = None) -> tuple[Any, list[str]]:
+    """The masked language model of ``source`` around ``backbone``, whose weights it shares, and the names of the
+    weights of its head that the files lack: these are drawn, alike everywhere.
 
     Raises:
         ConfigError: the architecture has none.
     """
-    import transformers
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForMaskedLM
 
-    verbosity = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
+    if type(backbone.config) not in MODEL_FOR_MASKED_LM_MAPPING:
+        raise ConfigError(
+            f"loss.mlm_weight is not 0, but {source!r} is a {backbone.config.model_type}, of which transformers has no "
+            "masked language model. Set it to 0, or train an encoder that has one."
+        )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # a directory may lack the head's weights
-        try:
-            model = transformers.AutoModelForMaskedLM.from_pretrained(
-                source, revision=revision, config=backbone.config, dtype=torch.float32
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"loss.mlm_weight is not 0, but {source!r} has no masked language model: "
-                f"{str(error).strip().splitlines()[0]} Set it to 0, or train an encoder that has."
-            ) from error
-        finally:
-            transformers.utils.logging.set_verbosity(verbosity)
+        torch.manual_seed(0)
+        model, missing = load_weights(AutoModelForMaskedLM, source, backbone.config, revision=revision, shortened=True)
     setattr(model, model.base_model_prefix, backbone)
     model.tie_weights()
-    return model
+    return model, [name for name in missing if not name.startswith(f"{model.base_model_prefix}.")]
 
 
 def _shorten(config: Any, num_layers: int | None, source: str) -> None:
@@ -110,16 +97,33 @@ def has_dropout(backbone: nn.Module) -> bool:
 
 
 def first_position(backbone: Any) -> int:
-    """The position id of a first token: some architectures count from behind the padding index."""
-    if getattr(backbone.config, "model_type", "") in POSITIONS_BEHIND_PADDING:
-        return (backbone.config.pad_token_id or 0) + 1
-    return 0
+    """The position id of a first token: RoBERTa and its kin count from behind the padding index."""
+    return max((_behind_padding(table) for table in _position_tables(backbone)), default=0)
 
 
 def longest_input(backbone: Any, tokenizer: Any) -> int | None:
-    """Tokens the model can read at once, or None where neither it nor its tokenizer says."""
-    positions = getattr(backbone.config, "max_position_embeddings", None)
-    if positions and getattr(backbone.config, "model_type", "") in POSITIONS_BEHIND_PADDING:
-        positions -= 2
-    limits = [n for n in (positions, tokenizer.model_max_length) if n and n < 1_000_000]
-    return min(limits) if limits else None
+    """Tokens the model can read at once, or None where neither it nor its tokenizer says.
+
+    A table of positions has so many rows, less those before the first token's; without one (rotary or relative
+    positions) it is the length that config.json states.
+    """
+    limits = [
+        table.num_embeddings - max(getattr(table, "offset", 0), _behind_padding(table))
+        for table in _position_tables(backbone)
+    ]
+    stated = (getattr(backbone.config, "max_position_embeddings", None), tokenizer.model_max_length)
+    return min([*limits, *filter(None, map(length_limit, stated))], default=None)
+
+
+def _position_tables(backbone: Any) -> list[nn.Embedding]:
+    """The embeddings of absolute positions: one in most models, none where positions are rotary or relative."""
+    return [
+        module
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.Embedding) and _ABSOLUTE.search(name.rpartition(".")[2])
+    ]
+
+
+def _behind_padding(table: nn.Embedding) -> int:
+    """Rows of a table up to that of padding; classes of their own count in a way of their own."""
+    return table.padding_idx + 1 if type(table) is nn.Embedding and table.padding_idx is not None else 0

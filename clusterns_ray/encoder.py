@@ -20,6 +20,7 @@ from clusterns_ray.backbone import first_position, has_dropout, load_transformer
 from clusterns_ray.bert import PackedBert, can_pack
 from clusterns_ray.dropout import Streams
 from clusterns_ray.errors import ConfigError
+from clusterns_ray.files import follow_umask
 from clusterns_ray.model_files import (
     HIDDEN_STATE_POOLINGS,
     read_settings,
@@ -123,7 +124,7 @@ class Encoder(nn.Module):
             settings["max_length"] = max_length
         backbone, tokenizer = load_transformer(source)
         limit = longest_text(backbone, tokenizer, settings.get("prompt"))
-        settings["max_length"] = min(settings["max_length"], limit) if limit else settings["max_length"]
+        settings["max_length"] = settings["max_length"] if limit is None else min(settings["max_length"], limit)
         return cls(backbone, tokenizer, **settings).eval()
 
     @classmethod
@@ -150,7 +151,7 @@ class Encoder(nn.Module):
             reads: tokens of a finished embedding, where the model can read so many.
         """
         limit = longest_text(backbone, tokenizer, config.prompt, config.second_prompt)
-        if limit and config.max_length > limit:
+        if limit is not None and config.max_length > limit:
             besides = " besides the prompt" if config.prompt else ""
             raise ConfigError(
                 f"encoder.max_length is {config.max_length}, but {config.name} reads at most {limit} tokens{besides}. "
@@ -173,7 +174,7 @@ class Encoder(nn.Module):
             backbone,
             tokenizer,
             pooling=config.pooling,
-            max_length=min(reads, limit or LONGEST_ENCODED),
+            max_length=min(reads, LONGEST_ENCODED if limit is None else limit),
             prompt=config.prompt,
             denoise=config.denoise,
             second_prompt=config.second_prompt,
@@ -377,6 +378,7 @@ class Encoder(nn.Module):
         path.mkdir(parents=True, exist_ok=True)
         self.backbone.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
+        follow_umask(path)
         settings = {
             "pooling": self.pooling,
             "max_length": self.max_length,
@@ -401,7 +403,9 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 def longest_text(backbone: Any, tokenizer: Any, *prompts: str | None) -> int | None:
     """What ``max_length`` can be at most: the model's own limit, less the longest prompt, which comes on top."""
     limit = longest_input(backbone, tokenizer)
-    return limit and limit - max((prompt_length(prompt, tokenizer) for prompt in prompts if prompt), default=0)
+    if limit is None:
+        return None
+    return limit - max((prompt_length(prompt, tokenizer) for prompt in prompts if prompt), default=0)
 
 
 def autocast_dtype() -> torch.dtype:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 import uuid
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,16 @@ def check_writable(path: Path, option: str) -> None:
             reason = error.strerror
     if reason:
         raise ConfigError(f"{option} {str(path)!r} cannot be written: {reason}. Choose another file.")
+
+
+def follow_umask(directory: Path) -> None:
+    """Give the weights in a directory the mode of any new file there: safetensors writes them for their owner alone."""
+    probe = directory / f".{uuid.uuid4().hex[:8]}"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for file in directory.glob("*.safetensors"):
+        file.chmod(mode)
 
 
 def flush(path: Path) -> None:

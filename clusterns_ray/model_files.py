@@ -11,9 +11,9 @@ from typing import Any, BinaryIO
 import torch
 
 from clusterns_ray.errors import ConfigError
-from clusterns_ray.files import json_text
+from clusterns_ray.files import follow_umask, json_text
 from clusterns_ray.models import resolve_model
-from clusterns_ray.tokenization import cannot_load
+from clusterns_ray.pretrained import UNLIMITED, hub_options, length_limit, loading
 
 SETTINGS_FILE = "clusterns.json"
 """What a directory written by ``Encoder.save`` needs besides the transformer: pooling, length, prompt."""
@@ -50,10 +50,8 @@ def model_digest(name: str) -> str:
 def _hub_commit(source: str) -> str | None:
     from transformers.utils.hub import cached_file, extract_commit_hash
 
-    try:
-        return extract_commit_hash(cached_file(source, "config.json"), None)
-    except (OSError, ValueError) as error:
-        raise cannot_load(source, error) from error
+    with loading(source, "its config.json"):
+        return extract_commit_hash(cached_file(source, "config.json", **hub_options(source)), None)
 
 
 def _sha256(file: BinaryIO) -> str:
@@ -84,8 +82,7 @@ def read_settings(source: str) -> dict[str, Any]:
             if length is None:
                 tokenizer = path / module["path"] / "tokenizer_config.json"
                 length = json.loads(tokenizer.read_text()).get("model_max_length") if tokenizer.is_file() else None
-            if length:
-                settings["max_length"] = int(length)
+            settings["max_length"] = length_limit(length) or UNLIMITED
         elif kind == "Pooling":
             pooling = json.loads((path / module["path"] / "config.json").read_text())
             settings["pooling"] = _pooling_name(pooling, source)
@@ -162,6 +159,7 @@ def _write_layer_weights(path: Path, pooling: str, width: int, layers: int) -> N
     weights[-1] += 1
     path.mkdir(exist_ok=True)
     save_file({"layer_weights": weights}, path / "model.safetensors")
+    follow_umask(path)
     _write_json(
         path / "config.json",
         {"word_embedding_dimension": width, "layer_start": start, "num_hidden_layers": layers},

@@ -3,31 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from clusterns_ray.errors import ConfigError
+from clusterns_ray.pretrained import check_vocabulary, hub_options, loading, read_config, vocabulary_size
 
 
 def load_tokenizer(source: str, *, revision: str | None = None) -> Any:
-    """The tokenizer of a resolved model (see ``models.resolve_model``), without its weights.
+    """The fast tokenizer of a resolved model (see ``models.resolve_model``), without its weights.
 
     Raises:
-        ConfigError: it cannot be loaded.
+        ConfigError: it cannot be loaded, is not there in full, is not a fast one, or has more tokens than the model's
+            config.json states.
     """
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(source, revision=revision)
-    except (OSError, ValueError) as error:
-        raise cannot_load(source, error) from error
+    config = read_config(source, revision=revision)
+    with loading(source, "its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=revision, trust_remote_code=False, **hub_options(source, revision)
+        )
+        _check_files(source, tokenizer)
+        check_fast(tokenizer)
+        check_vocabulary(source, tokenizer, vocabulary_size(config))
+    return tokenizer
 
 
-def cannot_load(source: str, error: Exception) -> ConfigError:
-    """What to say when transformers cannot load ``source``."""
-    return ConfigError(
-        f"encoder {source!r} cannot be loaded: {str(error).strip().splitlines()[0]} Check the name and the revision; "
-        "without a network give a directory or package:PYTHON_PACKAGE/SUBDIR."
-    )
+def _check_files(source: str, tokenizer: Any) -> None:
+    """Refuse a tokenizer that transformers has made up from nothing, or from a part of its files."""
+    path, lacking = Path(source), ["tokenizer.json"]
+    if path.is_dir() and not (path / "tokenizer.json").is_file():
+        lacking += [
+            name
+            for name in type(tokenizer).vocab_files_names.values()
+            if name not in lacking and not (path / name).is_file()
+        ]
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    if len(lacking) > 1 or len({*tokenizer.get_vocab().values()} - special) < 2:
+        raise ConfigError(
+            f"encoder {source!r} cannot be loaded: it has no whole tokenizer, as {' and '.join(lacking)} cannot be "
+            "found. Copy the tokenizer's files from the model that it was trained from, or save them there with "
+            "tokenizer.save_pretrained."
+        )
+
+
+def check_fast(tokenizer: Any) -> None:
+    """Refuse a tokenizer that does not report where it cut a text.
+
+    Raises:
+        ConfigError: with the remedy.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConfigError(
+            f"the tokenizer is a {type(tokenizer).__name__}, which is not a fast one, and only fast ones "
+            "report where text was cut; use a model that has a tokenizer.json"
+        )
 
 
 def tokenize(
@@ -51,11 +82,7 @@ def tokenize(
     Raises:
         ConfigError: no fast tokenizer, ``max_length`` without room for a token, or not one ``{sentence}``.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise ConfigError(
-            f"the tokenizer is a {type(tokenizer).__name__}, which is not a fast one, and only fast ones "
-            "report where text was cut; use a model that has a tokenizer.json"
-        )
+    check_fast(tokenizer)
     budget = max_length - tokenizer.num_special_tokens_to_add(False)
     if budget < 1:
         raise ConfigError(

@@ -87,7 +87,8 @@ def model_size(config: Config) -> ModelSize:
     from clusterns_ray.backbone import override_dropout
     from clusterns_ray.encoder import Encoder
     from clusterns_ray.losses import clusterns_loss, rank_distillation_share
-    from clusterns_ray.tokenization import cannot_load, load_tokenizer, prompt_length
+    from clusterns_ray.pretrained import read_config
+    from clusterns_ray.tokenization import load_tokenizer, prompt_length
     from clusterns_ray.training.objective import TwoViews
     from clusterns_ray.training.shards import Shard
 
@@ -95,19 +96,18 @@ def model_size(config: Config) -> ModelSize:
     source = resolve_model(encoder.name)
     tokenizer = load_tokenizer(source, revision=encoder.revision)
     layers = {} if encoder.num_layers is None else {"num_hidden_layers": encoder.num_layers}
-    try:
-        shape = transformers.AutoConfig.from_pretrained(source, revision=encoder.revision, **layers)
-    except (OSError, ValueError) as error:
-        raise cannot_load(source, error) from error
+    shape = read_config(source, revision=encoder.revision, **layers)
     override_dropout(shape, encoder.dropout)
     with FakeTensorMode(), no_init_weights():
-        backbone = transformers.AutoModel.from_config(shape, dtype=torch.float32)
+        backbone = transformers.AutoModel.from_config(shape, dtype=torch.float32, trust_remote_code=False)
         built = Encoder.around(backbone, tokenizer, encoder, seed=0, reads=encoder.max_length).train()
         built.packs = False  # the rows are all as long as can be, and packing asks for values
         width = built.width
         language_model = None
         if config.loss.mlm_weight:
-            language_model = transformers.AutoModelForMaskedLM.from_config(shape, dtype=torch.float32)
+            language_model = transformers.AutoModelForMaskedLM.from_config(
+                shape, dtype=torch.float32, trust_remote_code=False
+            )
             setattr(language_model, language_model.base_model_prefix, backbone)
             language_model.tie_weights()
             language_model.train()
@@ -133,8 +133,10 @@ def model_size(config: Config) -> ModelSize:
             k = batch * config.loss.bank_negatives  # sentences of the bank stand where centroids do
         teacher = 0
         if config.loss.teacher is not None:
-            taught_by = transformers.AutoConfig.from_pretrained(resolve_model(config.loss.teacher))
-            teacher = sum(p.numel() for p in transformers.AutoModel.from_config(taught_by).parameters())
+            taught_by = read_config(resolve_model(config.loss.teacher))
+            teacher = sum(
+                p.numel() for p in transformers.AutoModel.from_config(taught_by, trust_remote_code=False).parameters()
+            )
         # Also without clusters, as the scores are as many; then with the two that there must be.
         loss = _saved_bytes(
             lambda: clusterns_loss(

@@ -298,7 +298,13 @@ class Run:
             return None
         encoder = self.config.encoder
         source = resolve_model(encoder.name)
-        return load_language_model(source, self.encoder.backbone, revision=encoder.revision).to(self.device).train()
+        model, drawn = load_language_model(source, self.encoder.backbone, revision=encoder.revision)
+        if drawn:
+            self.note(
+                f"{encoder.name} has no trained head for masked language modelling, so loss.mlm_weight trains one from "
+                f"random weights ({len(drawn)} of them, such as {drawn[0]})"
+            )
+        return model.to(self.device).train()
 
     def due(self, every: int) -> bool:
         return self.progress.step % every == 0 or self.progress.step == self.total_steps

@@ -56,7 +56,7 @@ def test_the_stream_is_the_generators_alone() -> None:
 def test_the_loss_is_the_cross_entropy_of_the_chosen_tokens(tiny_models: Callable[[str], Path], kind: str) -> None:
     source = str(tiny_models(kind))
     backbone, tokenizer = load_transformer(source, num_layers=2)
-    model = load_language_model(source, backbone).eval()
+    model = load_language_model(source, backbone)[0].eval()
     batch = tokenizer(["the baker sells bread", "a doctor finds a lamp at night"], padding=True, return_tensors="pt")
     ids, mask = batch["input_ids"], batch["attention_mask"]
     labels = torch.full_like(ids, IGNORED)
@@ -72,7 +72,8 @@ def test_the_loss_is_the_cross_entropy_of_the_chosen_tokens(tiny_models: Callabl
 def test_the_head_stands_on_the_encoders_own_weights(tiny_models: Callable[[str], Path], kind: str) -> None:
     source = str(tiny_models(kind))
     backbone, _ = load_transformer(source)
-    model = load_language_model(source, backbone)
+    model, drawn = load_language_model(source, backbone)
+    assert drawn and not any(name.startswith(model.base_model_prefix) for name in drawn), "the file has no head"
     own = {id(p) for p in backbone.parameters()}
     assert {id(p) for p in model.base_model.parameters()} == own
     output = model.get_output_embeddings()

@@ -166,14 +166,11 @@ def finished_work(
     import torch
     import transformers
 
-    from clusterns_ray.tokenization import cannot_load
+    from clusterns_ray.pretrained import read_config
 
     source = resolve_model(name)
     layers = {} if num_layers is None else {"num_hidden_layers": num_layers}
-    try:
-        shape = transformers.AutoConfig.from_pretrained(source, revision=revision, **layers)
-    except (OSError, ValueError) as error:
-        raise cannot_load(source, error) from error
+    shape = read_config(source, revision=revision, **layers)
 
     def matrices(model: Any, pooler: bool = False) -> int:
         return sum(
@@ -183,10 +180,12 @@ def finished_work(
         )
 
     with torch.device("meta"):
-        backbone = transformers.AutoModel.from_config(shape)
+        backbone = transformers.AutoModel.from_config(shape, trust_remote_code=False)
         linear, prediction = matrices(backbone), 0
         if language_model:
-            prediction = matrices(transformers.AutoModelForMaskedLM.from_config(shape)) - linear
+            prediction = (
+                matrices(transformers.AutoModelForMaskedLM.from_config(shape, trust_remote_code=False)) - linear
+            )
     return EncoderWork(
         width=shape.hidden_size,
         layers=shape.num_hidden_layers,
@@ -228,6 +227,7 @@ def dev_batches(
     from clusterns_ray.encoder import LONGEST_ENCODED, length_batches
     from clusterns_ray.evaluation.sts import read_pairs
     from clusterns_ray.model_files import read_settings
+    from clusterns_ray.pretrained import length_limit
     from clusterns_ray.tokenization import tokenize
 
     if config.evaluation.sts is None:
@@ -238,7 +238,7 @@ def dev_batches(
     sentences = read_pairs(directory, config.evaluation.dev).sentences()
     tokenizer = load_tokenizer(config)
     most = read_settings(resolve_model(config.encoder.name)).get("max_length", LONGEST_ENCODED)
-    limit = min(most, tokenizer.model_max_length)
+    limit = min(most, length_limit(tokenizer.model_max_length) or most)
     lengths = [len(ids) for ids in tokenize(sentences, tokenizer, limit, config.encoder.prompt)[0]]
     flops = [
         float(encoder.encode(len(rows), max(lengths[row] for row in rows)))
