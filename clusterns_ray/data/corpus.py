@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-import codecs
-import csv
 import fnmatch
 import io
 import itertools
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+from unicodedata import category
 from urllib.parse import unquote
 
+from clusterns_ray.data.readers import (
+    check_characters,
+    csv_rows,
+    json_rows,
+    parquet_rows,
+    text_lines,
+    text_of,
+    tsv_rows,
+)
 from clusterns_ray.errors import DataError
+from clusterns_ray.paths import check_regular_file
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileInfo, FileSystem
 
 MAX_CHARACTERS = 10_000  # a longer sentence is cut: far beyond what any encoder reads
 
-_MAX_TEXT_LINE = 1 << 16  # bytes of a .txt line that are kept: MAX_CHARACTERS at 4 bytes each, and room
-_MAX_RECORD_LINE = 1 << 26  # bytes of a .csv or .jsonl line; a longer one is refused
+_MAX_TEXT_LINE = 1 << 16  # characters of a .txt line that are kept: MAX_CHARACTERS, and room for white space
+_INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}
 _BLOCK = 1 << 20
 _COMPRESSED = (".gz", ".bz2", ".zst")
-_PARQUET_ROWS = 8192
 _URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
 
 
@@ -37,7 +44,7 @@ class ReadCounts:
     files: int = 0
     rows: int = 0
     empty: int = 0
-    """Rows without text, skipped."""
+    """Rows without text (white space, control and zero-width characters alone), skipped."""
     cut: int = 0
     """Rows longer than ``MAX_CHARACTERS``, kept cut to that length."""
     kept: int = 0
@@ -76,38 +83,70 @@ def read_sentences(
     text_column: str = "text",
     limit: int | None = None,
     counts: ReadCounts,
+    sources: Sequence[Source] | None = None,
 ) -> Iterator[str]:
     """Stream the sentences of a corpus, one by one, never holding a whole file.
 
     Args:
-        spec: one of the following, or a list of them, read in the order given and each file once:
+        spec: one of the following, or a list of them, read in the order given and each file once, whatever links lead
+            to it:
             a path; a glob (``*``, ``?``, ``[a-z]`` within a name, ``**`` across directories), files sorted;
             a URL ``s3://``, ``gs://`` or ``file://``, with globs of ``*``;
             ``hf://NAME[:split]``, a dataset of the Hugging Face hub or a local directory of one;
             ``hf://OWNER/NAME/FILE``, one file of a dataset of the hub, downloaded once.
             The suffix tells the format: ``.csv`` and ``.tsv`` with a header, ``.jsonl``, ``.ndjson`` and
             ``.json`` with an object a line, ``.parquet``, and anything else with a sentence a line.
-            All but parquet may be compressed: ``.gz``, ``.bz2``, ``.zst``.
+            All but parquet may be compressed: ``.gz``, ``.bz2``, ``.zst``. Text is UTF-8 (see ``data.readers``).
         text_column: the column or field that holds the sentence.
         limit: stop after this many sentences.
         counts: updated as rows are read.
+        sources: what :func:`list_sources` told when the result was named; as they are now if not given.
 
     Returns:
         An iterator of sentences without outer white space, none empty or above ``MAX_CHARACTERS``.
 
     Raises:
-        DataError: at once, if a source is missing; while reading, if a source is malformed.
+        ConfigError: at once, if a source is a directory, a device or the like.
+        DataError: at once, if a source is missing or unreadable; while reading, if it is malformed; at the end, if it
+            has changed meanwhile.
     """
-    return itertools.islice(_usable(_expand(spec), text_column, counts), limit)
+    files = _expand(spec)
+    sentences = itertools.islice(_usable(files, text_column, counts), limit)
+    return _unchanged(sentences, spec, [file.source for file in files] if sources is None else sources)
+
+
+def _unchanged(sentences: Iterator[str], spec: str | Sequence[str], before: Sequence[Source]) -> Iterator[str]:
+    """The sentences; at their end the sources have to be what they were."""
+    yield from sentences
+    check_unchanged(before, list_sources(spec))
+
+
+def check_unchanged(before: Sequence[Source], after: Sequence[Source]) -> None:
+    """Refuse sources that were changed while they were read: what was read may be half of each version.
+
+    Raises:
+        DataError: it names one.
+    """
+    if list(before) == list(after):
+        return
+    known = {source.path: source for source in before}
+    changed = next((source.path for source in after if known.pop(source.path, None) != source), None)
+    path = changed or next(iter(known), "the corpus")
+    raise DataError(
+        f"{path}: it changed while it was read, so rows may be missing or half of one version and half of another; "
+        "wait until it is written, and give the same command again"
+    )
 
 
 def _usable(files: list[_File], text_column: str, counts: ReadCounts) -> Iterator[str]:
     for file in files:
         counts.files += 1
-        for row in _rows(file, text_column):
+        for number, row in _rows(file, text_column):
             counts.rows += 1
             text = row.strip() if row else ""
-            if not text:
+            if "\0" in text:
+                check_characters(text, f"{file.source.path}:{number}")
+            if not _is_visible(text):
                 counts.empty += 1
                 continue
             if len(text) > MAX_CHARACTERS:
@@ -117,8 +156,13 @@ def _usable(files: list[_File], text_column: str, counts: ReadCounts) -> Iterato
             yield text
 
 
-def _rows(file: _File, text_column: str) -> Iterator[str | None]:
-    """The raw rows of one source; None for a null."""
+def _is_visible(text: str) -> bool:
+    """Whether there is a character in it that is not white space, control or format (such as a zero-width space)."""
+    return any(category(character) not in _INVISIBLE for character in text)
+
+
+def _rows(file: _File, text_column: str) -> Iterator[tuple[int, str | None]]:
+    """The numbered raw rows of one source; None for a null."""
     name, filesystem = file.source.path, file.filesystem
     if filesystem is None:
         if (part := _hub_file(file.location)) is not None:
@@ -138,125 +182,37 @@ def _rows(file: _File, text_column: str) -> Iterator[str | None]:
                     "decompress it (parquet compresses its own columns)"
                 )
             with filesystem.open_input_file(file.location) as handle:
-                yield from _read_parquet(handle, name, text_column)
+                yield from parquet_rows(handle, name, text_column)
             return
         with filesystem.open_input_stream(file.location, compression="detect", buffer_size=_BLOCK) as handle:
             stream = io.BufferedReader(handle, _BLOCK)  # type: ignore[arg-type]
             if suffix in (".csv", ".tsv"):
-                yield from _read_csv(stream, name, text_column, "\t" if suffix == ".tsv" else ",")
+                read = csv_rows if suffix == ".csv" else tsv_rows
+                for number, values in read(text_lines(stream, name), name, [text_column]):
+                    yield number, None if values is None else values[0]
             elif suffix in (".jsonl", ".ndjson", ".json"):
-                yield from _read_jsonl(stream, name, text_column)
+                for number, record in json_rows(text_lines(stream, name), name, [text_column]):
+                    where = f"{name}:{number}"
+                    yield number, None if record is None else text_of(record, where, text_column)
             else:
-                yield from (line for _, line in _lines(stream, name, _MAX_TEXT_LINE))
+                yield from text_lines(stream, name, _MAX_TEXT_LINE, cut=True)
     except OSError as error:
         raise DataError(
             f"{name}: reading failed: {error}; check that the file is whole and readable, and its suffix true"
         ) from error
 
 
-# Formats
+# The hub
 
 
-def _lines(stream: io.BufferedReader, name: str, limit: int) -> Iterator[tuple[int, str]]:
-    """Numbered lines with their ends, decoded; of a line above ``limit`` bytes only so many are kept."""
-    for number in itertools.count(1):
-        line = stream.readline(limit)
-        if not line:
-            return
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        try:
-            text = decoder.decode(line)
-            while len(line) == limit and not line.endswith(b"\n"):
-                line = stream.readline(limit)
-                decoder.decode(line)
-            decoder.decode(b"", final=True)
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{name}:{number}: byte 0x{error.object[error.start]:02x} is not UTF-8 ({error.reason}), and "
-                "text is read as UTF-8; re-encode the file, e.g. iconv -f LATIN1 -t UTF-8"
-            ) from error
-        yield number, text.removeprefix("\ufeff") if number == 1 else text
-
-
-def _read_csv(stream: io.BufferedReader, name: str, text_column: str, delimiter: str) -> Iterator[str | None]:
-    lines = (line for _, line in _lines(stream, name, _MAX_RECORD_LINE))
-    rows = csv.reader(lines, delimiter=delimiter, strict=True)
-    began = 1
-    try:
-        header = next(rows, [])
-        if text_column not in header:
-            raise _no_column(name, text_column, header)
-        column = header.index(text_column)
-        while True:
-            began = rows.line_num + 1
-            row = next(rows, None)
-            if row is None:
-                return
-            if row and len(row) != len(header):
-                raise DataError(
-                    f"{name}:{began}: the row has {len(row)} fields, but the header has {len(header)}; quote "
-                    f"fields that hold {delimiter!r}, or repair the row"
-                )
-            yield row[column] if row else None
-    except csv.Error as error:
-        raise DataError(
-            f"{name}:{began}: the row that begins here is malformed ({error}), so it cannot be split into "
-            'fields; close its quotes, and double quotes within quotes ("")'
-        ) from error
-
-
-def _read_jsonl(stream: io.BufferedReader, name: str, text_column: str) -> Iterator[str | None]:
-    for number, line in _lines(stream, name, _MAX_RECORD_LINE):
-        if not line.strip():
-            yield None
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{name}:{number}: invalid JSON ({error}), and each line must be a JSON object of its own; "
-                "repair the line, or write the file as JSON lines, e.g. jq -c '.[]'"
-            ) from error
-        if not isinstance(record, dict):
-            raise DataError(
-                f"{name}:{number}: the line holds a JSON {type(record).__name__}, but each line must be an "
-                f'object such as {{"{text_column}": "..."}}; write the file as JSON lines, e.g. jq -c \'.[]\''
-            )
-        yield _text_of(record, f"{name}:{number}", text_column)
-
-
-def _read_parquet(handle: Any, name: str, text_column: str) -> Iterator[str | None]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(handle)
-        names = file.schema_arrow.names
-        if text_column not in names:
-            raise _no_column(name, text_column, names)
-        kind = file.schema_arrow.field(text_column).type
-        value = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not (pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value)):
-            raise DataError(
-                f"{name}: column {text_column!r} has type {kind}, but sentences are strings; name a column "
-                "of strings as text_column, or convert it"
-            )
-        for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_column]):
-            yield from batch.column(0).to_pylist()
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{name}: the parquet file cannot be read ({error}); write it again, or correct its suffix"
-        ) from error
-
-
-def _read_hub(name: str, text_column: str) -> Iterator[str | None]:
+def _read_hub(name: str, text_column: str) -> Iterator[tuple[int, str | None]]:
     import datasets
 
     dataset, split = _hub_name(name)
     try:
         rows = datasets.load_dataset(dataset, split=split, streaming=True)
         for number, record in enumerate(rows, 1):
-            yield _text_of(record, f"{name} row {number}", text_column)
+            yield number, text_of(record, f"{name} row {number}", text_column)
     except DataError:
         raise
     except Exception as error:  # the library raises whatever its readers and the network do
@@ -283,35 +239,6 @@ def _download(part: tuple[str, str], source: Source) -> _File:
     return _File(source, LocalFileSystem(), path)
 
 
-def _text_of(record: Any, where: str, text_column: str) -> str | None:
-    """The sentence of a record, None for a null."""
-    if text_column not in record:
-        raise _no_column(where, text_column, list(record))
-    text = record[text_column]
-    if text is None:
-        return None
-    if not isinstance(text, str):
-        raise DataError(
-            f"{where}: field {text_column!r} holds {str(text)[:80]!r} of type {type(text).__name__}, but "
-            "sentences are strings; convert it, or name another text_column"
-        )
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: field {text_column!r} holds half of a surrogate pair ({text[error.start]!r}), which "
-            "is no character; repair or remove the row"
-        ) from error
-    return text
-
-
-def _no_column(where: str, text_column: str, names: list[str]) -> DataError:
-    there = ", ".join(map(repr, names)) or "none"
-    return DataError(
-        f"{where}: there is no column {text_column!r}; the columns are: {there}; set text_column to one of them"
-    )
-
-
 # Finding files
 
 
@@ -320,7 +247,11 @@ def _expand(spec: str | Sequence[str]) -> list[_File]:
     files = [file for pattern in patterns for file in _expand_one(os.fspath(pattern))]
     if not files:
         raise DataError(f"the corpus is {spec!r}, which names no file; give a path, a glob or a URL")
-    return list({file.source.path: file for file in files}.values())
+    once: dict[str, _File] = {}
+    for file in files:
+        path = file.source.path
+        once.setdefault(path if "://" in path else os.path.realpath(path), file)
+    return list(once.values())
 
 
 def _expand_one(pattern: str) -> list[_File]:
@@ -332,15 +263,23 @@ def _expand_one(pattern: str) -> list[_File]:
         filesystem, location = _find_filesystem(pattern, scheme)
         found = _find(filesystem, location)
     except (OSError, ValueError) as error:  # pyarrow's own errors are of these kinds
-        raise DataError(
-            f"{pattern}: cannot be listed ({error}); check the address, credentials and network; schemes are "
-            "file, s3, gs and hf, and special characters in a URL are written as %20 and the like"
-        ) from error
+        remedy = (
+            "check the address, credentials and network; schemes are file, s3, gs and hf, and special characters in a "
+            "URL are written as %20 and the like"
+            if url
+            else "check the path, and that this user may read the directory"
+        )
+        raise DataError(f"{pattern}: cannot be listed ({error}); {remedy}") from error
     if not found:
         relative = not url and not os.path.isabs(os.path.expanduser(pattern))
         where = f" in the working directory {os.getcwd()}" if relative else ""
         raise DataError(f"{pattern}: no such file, and no file matches it{where}; check the path")
     prefix = f"{scheme}://" if scheme not in ("", "file") else ""
+    if not prefix:
+        for info in found:
+            check_regular_file("The file", info.path)
+            if not os.access(info.path, os.R_OK):
+                raise DataError(f"{info.path}: this user may not read it; change its permissions, or leave it out")
     return [_File(Source(prefix + i.path, i.size, i.mtime_ns), filesystem, i.path) for i in found]
 
 
@@ -374,9 +313,32 @@ def _find(filesystem: FileSystem, location: str) -> list[FileInfo]:
         return []
     base, pattern = "/".join(parts[:first]) or "/", parts[first:]
     recursive = len(pattern) > 1 or "**" in pattern
-    listing = filesystem.get_file_info(FileSelector(base, allow_not_found=True, recursive=recursive))
-    found = [info for info in listing if info.type == FileType.File and _matches(info.path.split("/")[first:], pattern)]
+    if recursive and filesystem.type_name == "local":
+        matching = [path for path in _walk(base) if _matches(path.split("/")[first:], pattern)]
+        listing = filesystem.get_file_info(matching) if matching else []
+    else:
+        listing = filesystem.get_file_info(FileSelector(base, allow_not_found=True, recursive=recursive))
+    files = (FileType.File, FileType.Unknown)  # unknown: a FIFO, a device or a socket
+    found = [info for info in listing if info.type in files and _matches(info.path.split("/")[first:], pattern)]
     return sorted(found, key=lambda info: info.path)
+
+
+def _walk(base: str) -> Iterator[str]:
+    """The paths below a directory of this machine that are no directories; links are followed, and no directory is
+    entered twice, so that a link to a directory above ends."""
+    entered: set[tuple[int, int]] = set()
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for folder, folders, files in os.walk(base, onerror=fail if os.path.isdir(base) else None, followlinks=True):
+        stat = os.stat(folder)
+        if (stat.st_dev, stat.st_ino) in entered:
+            folders.clear()
+            continue
+        entered.add((stat.st_dev, stat.st_ino))
+        folders.sort()
+        yield from (os.path.join(folder, file) for file in files)
 
 
 def _is_glob(part: str) -> bool:
@@ -392,6 +354,8 @@ def _matches(parts: list[str], pattern: list[str]) -> bool:
     if pattern == ["**"]:
         return not any(part.startswith(".") for part in parts)
     if pattern[0] == "**":
+        if pattern[1] == "**":  # as one alone, and not as many ways as there are to share the parts
+            return _matches(parts, pattern[1:])
         return _matches(parts, pattern[1:]) or _matches(parts[1:], pattern)
     return fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 

@@ -8,7 +8,6 @@ Shape suffixes: N rows, K clusters, S seeds.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,15 @@ from typing import Any
 
 import numpy as np
 
+from clusterns_ray.data.readers import csv_rows, read_lines
 from clusterns_ray.errors import ConfigError, DataError
 from clusterns_ray.evaluation.geometry import unit_rows
-from clusterns_ray.evaluation.labelled import Labelled, check_labels, labelled, read_labelled, read_lines
+from clusterns_ray.evaluation.labelled import Labelled, check_labels, labelled, read_labelled
 from clusterns_ray.evaluation.sts import Embed
+from clusterns_ray.paths import check_regular_file
 
 SEEDS = 10
+COLUMNS = "name the columns label and text in the first line (others are passed over), or give label<TAB>sentence"
 MEASURES = ("accuracy", "nmi", "ami", "ari")
 
 
@@ -61,7 +63,8 @@ def list_sets(sources: Sequence[str | Path]) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for source in map(Path, sources):
-        if source.is_file():
+        if source.exists() and not source.is_dir():
+            check_regular_file("--clusters", source)
             here = {source.stem: source}
         elif source.is_dir():
             here = {
@@ -108,20 +111,17 @@ def read_clusters(name: str, path: str | Path) -> Labelled:
 def _read_csv(name: str, path: str | Path) -> Labelled:
     """With commas and quotes; or, since the usual copies are called csv too, with a tab between the two columns."""
     lines = read_lines(path)
-    if lines[0].split("\t") == ["label", "text"]:
+    if lines and lines[0][1].split("\t") == ["label", "text"]:
         return read_labelled(path, header=True, loose_tabs=name in SHORT_TEXTS and SHORT_TEXTS[name].loose_tabs)
-    reader = csv.DictReader(line + "\n" for line in lines)
-    columns = reader.fieldnames or ()
-    if not {"label", "text"} <= set(columns):
-        raise DataError(
-            f"{path}: columns {', '.join(columns)[:80] or 'none'}; a csv must have the columns label and text (others "
-            "are passed over). Name them so in its first line, or give label<TAB>sentence."
-        )
     rows = []
-    for row in reader:
-        if not row["label"] or row["text"] is None:
-            raise DataError(f"{path}:{reader.line_num}: no label or no text. Mend the line, or take it out.")
-        rows.append((row["label"].strip(), row["text"].strip()))
+    with_ends = ((number, line + "\n") for number, line in lines)
+    for number, values in csv_rows(with_ends, str(path), ["label", "text"], COLUMNS):
+        if values is None:
+            continue
+        label, text = (value.strip() for value in values)
+        if not label or not text:
+            raise DataError(f"{path}:{number}: the row has no label or no text. Correct it, or take it out.")
+        rows.append((label, text))
     check_labels(path, [row[0] for row in rows])
     return labelled(rows)
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from clusterns_ray.errors import ConfigError
+from clusterns_ray.errors import ConfigError, DataError
+from clusterns_ray.evaluation.sts import FIELDS, graded_pair
 from clusterns_ray.files import write_atomic, write_json
 
 HUB: dict[str, tuple[str, str]] = {
@@ -103,15 +104,17 @@ def _load(dataset: str, split: str) -> list[dict[str, Any]]:
 
     try:
         table: Any = datasets.load_dataset(dataset, split=split)
-        return [
-            {"sentence1": str(row["sentence1"]), "sentence2": str(row["sentence2"]), "score": float(row["score"])}
-            for row in table
-        ]
-    except KeyError as error:
-        raise ConfigError(
-            f"data set {dataset!r} ({split}) has no column {error}; STS data has sentence1, sentence2 and score. "
-            "Give a directory of TASK/SUBSET.jsonl files in place of hf."
-        ) from None
+        missing = [field for field in FIELDS if field not in table.column_names]
+        if missing:
+            raise ConfigError(
+                f"data set {dataset!r} ({split}) has no column {missing[0]!r}; STS data has {', '.join(FIELDS)}. Give "
+                "a directory of TASK/SUBSET.jsonl files in place of hf."
+            )
+        where = f"data set {dataset!r} ({split})"
+        pairs = [graded_pair(row, f"{where} row {number}") for number, row in enumerate(table, start=1)]
+        return [dict(zip(FIELDS, pair, strict=True)) for pair in pairs]
+    except (ConfigError, DataError):
+        raise
     except Exception as error:  # the library raises whatever its readers and the network do
         raise _unreachable(f"data set {dataset!r} ({split}) cannot be read: {str(error).splitlines()[0]}") from None
 

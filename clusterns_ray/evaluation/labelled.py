@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from clusterns_ray.errors import ConfigError, DataError
+from clusterns_ray.data.readers import read_lines
+from clusterns_ray.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,12 @@ def read_labelled(path: str | Path, sentences: int = 1, *, header: bool = False,
         loose_tabs: tabs after the first one belong to the (only) sentence, as spaces.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: there is no such file, or it is not a regular one.
         DataError: it is not UTF-8, a line has other columns, or there are fewer than two labels.
     """
     wanted = "<TAB>".join(["label", *(f"sentence{n + 1}" if sentences > 1 else "sentence" for n in range(sentences))])
     rows = []
-    for number, line in enumerate(read_lines(path), start=1):
+    for number, line in read_lines(path):
         if not line.strip() or (header and number == 1):
             continue
         label, *texts = line.split("\t")
@@ -62,26 +63,6 @@ def read_labelled(path: str | Path, sentences: int = 1, *, header: bool = False,
         rows.append((label.strip(), *(text.strip() for text in texts)))
     check_labels(path, [row[0] for row in rows])
     return labelled(rows)
-
-
-def read_lines(path: str | Path) -> list[str]:
-    """Lines of a UTF-8 file, without their ends.
-
-    Raises:
-        ConfigError: there is no such file.
-        DataError: it is not UTF-8.
-    """
-    try:
-        raw = Path(path).read_bytes().split(b"\n")
-    except OSError as error:
-        raise ConfigError(f"{str(path)!r} cannot be read: {error.strerror}. Mend the path.") from None
-    lines = []
-    for number, line in enumerate(raw, start=1):
-        try:
-            lines.append(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r"))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}:{number}: not UTF-8 ({error.reason}). Convert the file to UTF-8.") from None
-    return lines
 
 
 def check_labels(path: str | Path, labels: list[str]) -> None:

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from clusterns_ray.data.readers import check_characters, json_rows, read_lines
 from clusterns_ray.errors import ConfigError, DataError
+from clusterns_ray.paths import check_regular_file
 
+FIELDS = ("sentence1", "sentence2", "score")
 TASKS = {
     "STS12": None,
     "STS13": None,
@@ -54,32 +59,17 @@ def read_pairs(directory: str | Path, name: str) -> Pairs:
     """Read ``TASK/SUBSET``.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: there is no such file, or it is not a regular one.
         DataError: a line is not a graded pair, or all grades are the same.
     """
-    path = Path(directory) / f"{name}.jsonl"
+    path = Path(directory).expanduser() / f"{name}.jsonl"
     check_pairs_exist(directory, name)
     first, second, scores = [], [], []
-    for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not raw.strip():
-            continue
-        line = raw.decode("utf-8", errors="replace")
-        try:
-            raw.decode("utf-8")
-            row = json.loads(line)
-            score = float(row["score"])
-            if not (isinstance(row["sentence1"], str) and isinstance(row["sentence2"], str)) or not math.isfinite(
-                score
-            ):
-                raise ValueError
-        except (ValueError, KeyError, TypeError):
-            raise DataError(
-                f"{path}:{number}: {line[:80]!r} is not a graded pair. Each line must be a JSON object in UTF-8 with "
-                'the texts "sentence1" and "sentence2" and the finite number "score".'
-            ) from None
-        first.append(row["sentence1"])
-        second.append(row["sentence2"])
-        scores.append(score)
+    for number, row in json_rows(iter(read_lines(path)), str(path), FIELDS):
+        if row is not None:
+            pair = graded_pair(row, f"{path}:{number}")
+            for column, value in zip((first, second, scores), pair, strict=True):
+                column.append(value)
     if len(set(scores)) < 2:
         raise DataError(
             f"{path}: {len(scores)} pairs with {len(set(scores))} different grades; a correlation needs at least two. "
@@ -88,9 +78,37 @@ def read_pairs(directory: str | Path, name: str) -> Pairs:
     return Pairs(name, first, second, np.asarray(scores, dtype=np.float64))
 
 
+def graded_pair(row: dict[str, Any], where: str) -> tuple[str, str, float]:
+    """The sentences and the score of a row.
+
+    Raises:
+        DataError: a sentence is not text, or the score is not a finite number (or the text of one).
+    """
+    first, second, score = (row.get(field) for field in FIELDS)
+    # float() would also take true, "1_000" and "nan".
+    number = isinstance(score, (int, float)) and not isinstance(score, bool)
+    if isinstance(first, str) and isinstance(second, str) and (number or _is_number(score)):
+        check_characters(first + second, where)
+        with suppress(OverflowError):
+            value = float(score)  # pyright: ignore[reportArgumentType]
+            if math.isfinite(value):
+                return first, second, value
+    shown = json.dumps(row, ensure_ascii=True)[:80]
+    raise DataError(
+        f"{where}: {shown!r} is not a graded pair. Each line must be a JSON object in UTF-8 with the texts "
+        '"sentence1" and "sentence2" and the finite number "score".'
+    )
+
+
+def _is_number(score: Any) -> bool:
+    return isinstance(score, str) and re.fullmatch(r"\s*[+-]?\d+(\.\d*)?\s*", score, re.ASCII) is not None
+
+
 def check_pairs_exist(directory: str | Path, name: str) -> None:
     """Refuse a directory without ``TASK/SUBSET.jsonl``, naming what it does hold."""
-    if (Path(directory) / f"{name}.jsonl").is_file():
+    path = Path(directory) / f"{name}.jsonl"
+    if path.exists():
+        check_regular_file("The file", path)
         return
     if not Path(directory).is_dir():
         raise ConfigError(

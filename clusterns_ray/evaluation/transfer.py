@@ -75,7 +75,7 @@ def read_transfer(directory: str | Path) -> list[Task]:
     found = []
     for name, parts in TASKS.items():
         paths = [Path(directory) / f"{name}{'-' * bool(part)}{part}.tsv" for part in parts or ("",)]
-        there = [path for path in paths if path.is_file()]
+        there = [path for path in paths if path.exists()]
         if not there:
             continue
         if len(there) < len(paths):

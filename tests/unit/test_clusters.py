@@ -158,9 +158,12 @@ def test_tabs_within_sentences_of_stackoverflow_alone(tmp_path: Path) -> None:
         ("a.tsv", "1\tx\n1\ty\n", "one label only, '1'"),
         ("a.tsv", "1\tx\n2\ty\n", "2 rows with 2 different labels, so there is nothing to group"),
         ("a.tsv", "x\ny\n", r"a.tsv:1: 'x' has 1 columns"),
-        ("a.csv", "sentence,class\nx,1\n", "columns sentence, class; a csv must have the columns label and text"),
-        ("a.csv", "text,label\nx,1\ny\n", r"a.csv:3: no label or no text"),
-        ("a.csv", "", "columns none"),
+        ("a.csv", "sentence,class\nx,1\n", "no column 'label'; the columns are: 'sentence', 'class'; name the columns"),
+        ("a.csv", "text,label\nx,1\ny\n", r"a.csv:3: the row has 1 fields, but the header has 2"),
+        ("a.csv", "text,label\nx,1\ny,\n", r"a.csv:3: the row has no label or no text"),
+        ("a.csv", "text,label,text\nx,1,z\n", r"a.csv: 'text' is there 2 times"),
+        ("a.csv", 'text,label\n"x,1\ny,2\nz,1\n', r"a.csv:2: the row that begins here is malformed"),
+        ("a.csv", "", "columns are: none"),
     ],
 )
 def test_what_cannot_be_clustered(tmp_path: Path, name: str, text: str, message: str) -> None:

@@ -4,6 +4,11 @@ import bz2
 import gzip
 import json
 import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +17,9 @@ import pyarrow.fs as fs
 import pyarrow.parquet as pq
 import pytest
 
-from clusterns_ray.data import corpus
+from clusterns_ray.data import corpus, readers
 from clusterns_ray.data.corpus import MAX_CHARACTERS, ReadCounts, Source, list_sources, read_sentences
-from clusterns_ray.errors import DataError
+from clusterns_ray.errors import ConfigError, DataError
 
 
 def read(spec: Any, **options: Any) -> list[str]:
@@ -37,11 +42,111 @@ def refusal(spec: Any, **options: Any) -> str:
 
 
 def test_text_lines(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.txt", "\ufeffone\r\n\n\ufeff  two \t\n \r\nnul\0 \ufeff\x0b x\nvier\u2028fünf\nlast")
+    path = write(
+        tmp_path / "a.txt", "\ufeffone\r\n\n\ufeff  two \t\n \r\nno \ufeff\x0b\x0c\x85 x\nvier\u2028fünf\nlast"
+    )
     counts = ReadCounts()
     sentences = list(read_sentences(str(path), counts=counts))
-    assert sentences == ["one", "\ufeff  two", "nul\0 \ufeff\x0b x", "vier\u2028fünf", "last"]
+    assert sentences == ["one", "two", "no \ufeff\x0b\x0c\x85 x", "vier\u2028fünf", "last"]
     assert counts == ReadCounts(files=1, rows=7, empty=2, cut=0, kept=5)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n"])
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.tsv", "a.jsonl"])
+def test_line_ends_of_every_system(tmp_path: Path, end: str, name: str) -> None:
+    rows = ["one", "two, 2", "", "three"]
+    if name.endswith(".jsonl"):
+        lines = [json.dumps({"text": row}) for row in rows]
+    else:
+        quoted = [f'"{row}"' for row in rows] if name.endswith(".csv") else rows
+        lines = quoted if name.endswith(".txt") or "sv" not in name else ["text", *quoted]
+    counts = ReadCounts()
+    path = write(tmp_path / name, end.join(lines) + end)
+    assert list(read_sentences(str(path), counts=counts)) == ["one", "two, 2", "three"]
+    assert counts == ReadCounts(files=1, rows=4, empty=1, kept=3)
+
+
+def test_mixed_line_ends(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "one\rtwo\r\nthree\n\rfive\r")
+    counts = ReadCounts()
+    assert list(read_sentences(str(path), counts=counts)) == ["one", "two", "three", "five"]
+    assert counts == ReadCounts(files=1, rows=5, empty=1, kept=4)
+
+
+@pytest.mark.parametrize("extra", range(-2, 3))
+def test_a_line_end_where_a_long_line_is_cut(tmp_path: Path, extra: int) -> None:
+    """CR and LF on either side of the cut are one line end, and CR alone is one too."""
+    for end in ("\r\n", "\r", "\n"):
+        line = "x" * (corpus._MAX_TEXT_LINE + extra)
+        path = write(tmp_path / "a.txt", f"{line}{end}y{end}{end}z")
+        counts = ReadCounts()
+        assert list(read_sentences(str(path), counts=counts)) == ["x" * MAX_CHARACTERS, "y", "z"]
+        assert counts == ReadCounts(files=1, rows=4, empty=1, cut=1, kept=3)
+
+
+def test_text_behind_a_long_run_of_blanks_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", " " * 300_000 + "one\ntwo\n")
+    assert read(str(path)) == ["one", "two"]
+
+
+INVISIBLE = "\u200b\ufeff\u00ad\u2060\x01\x1b\u2028 \u3000\x85"
+
+
+def test_rows_without_a_visible_character_are_empty(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", f"one\n{INVISIBLE}\n{INVISIBLE}a{INVISIBLE}\n")
+    counts = ReadCounts()
+    (one, other) = read_sentences(str(path), counts=counts)
+    assert one == "one" and "a" in other
+    assert counts == ReadCounts(files=1, rows=3, empty=1, kept=2)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.tsv", "a.jsonl", "a.txt.gz"])
+def test_byte_order_marks_are_no_text(tmp_path: Path, name: str) -> None:
+    """At the start, and where files that have one were joined."""
+    lines = ['{"text": "one"}', '{"text": "two"}'] if "json" in name else ["text"] * ("sv" in name) + ["one", "two"]
+    content = "".join(f"\ufeff{line}\n" for line in lines).encode()
+    path = write(tmp_path / name, gzip.compress(content) if name.endswith("gz") else content)
+    assert read(str(path)) == ["one", "two"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.tsv", "a.jsonl"])
+def test_utf16_and_utf32_are_told_with_a_remedy_that_works(tmp_path: Path, encoding: str, name: str) -> None:
+    lines = '{"text": "café 夢"}\n' if "json" in name else "text\n" * ("sv" in name) + "café 夢\n"
+    path = write(tmp_path / name, lines.encode(encoding))
+    message = refusal(str(path))
+    assert encoding[:6].upper() in message and message.startswith(str(path))
+    remedy = re.search(r"(iconv -f \S+ -t UTF-8) FILE > NEW", message)
+    assert remedy is not None
+    new = tmp_path / f"new-{name}"
+    subprocess.run(f"{remedy[1]} {path} > {new}", shell=True, check=True)
+    assert read(str(new)) == ["café 夢"]
+
+
+@pytest.mark.parametrize("content", [b"one\ntw\0o\n", b"one\n\0\0\0\n", b"one\nt\0w\0o\0\n\0"])
+def test_nul_characters_are_refused(tmp_path: Path, content: bytes) -> None:
+    path = write(tmp_path / "a.txt", content)
+    message = refusal(str(path))
+    assert message.startswith(f"{path}:2: ") and "tr -d '\\000'" in message
+    subprocess.run(f"tr -d '\\000' < {path} > {tmp_path / 'new.txt'}", shell=True, check=True)
+    assert read(str(tmp_path / "new.txt"))[0] == "one"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("a.txt", gzip.compress(b"one\n"), "gzip"),
+        ("a.csv", bz2.compress(b"text\none\n"), "bzip2"),
+        ("a.jsonl", pa.Codec("zstd").compress(b"{}").to_pybytes(), "zstd"),
+        ("a.txt", b"PK\x03\x04\x14\0\x06\0", "zip"),
+        ("a.txt", b"PAR1\x15\x04\x15\x20", "parquet"),
+        ("a.txt", b"%PDF-1.7\n%\xe2\xe3", "PDF"),
+    ],
+)
+def test_files_of_other_kinds_are_told(tmp_path: Path, name: str, content: bytes, kind: str) -> None:
+    message = refusal(str(write(tmp_path / name, content)))
+    assert f"the file is {kind}" in message and "UTF-8" not in message
+    assert read(str(write(tmp_path / "b.txt", "PAR1 is a gene.\n"))) == ["PAR1 is a gene."]
 
 
 def test_long_lines_are_cut_and_counted(tmp_path: Path) -> None:
@@ -133,12 +238,89 @@ def test_csv_errors(tmp_path: Path) -> None:
     assert f"{path}:4: the row has 3 fields, but the header has 2" in message and "quote" in message
 
     path = write(tmp_path / "d.csv", 'id,text\n1,one\n2,"never closed\n' + "3,x\n" * 100_000)
-    assert f"{path}:3: the row that begins here is malformed (field larger than" in refusal(str(path))
+    assert f"{path}:3: the row that begins here is malformed (unexpected end" in refusal(str(path))
     path = write(tmp_path / "e.csv", 'id,text\n1,one\n2,"never closed\n')
     assert f"{path}:3: the row that begins here is malformed (unexpected end" in refusal(str(path))
 
     path = write(tmp_path / "f.csv", b"id,text\n1,one\n2,caf\xe9\n")
     assert f"{path}:3: byte 0xe9 is not UTF-8" in refusal(str(path))
+
+
+def test_long_fields_are_cut_and_counted_as_long_lines_are(tmp_path: Path) -> None:
+    long = "word " * 40_000
+    for name, content in {
+        "a.csv": f'text,n\nshort,1\n"{long}",2\nlast,3\n',
+        "a.tsv": f"text\tn\nshort\t1\n{long}\t2\nlast\t3\n",
+        "a.jsonl": "".join(json.dumps({"text": text}) + "\n" for text in ("short", long, "last")),
+        "a.txt": f"short\n{long}\nlast\n",
+    }.items():
+        counts = ReadCounts()
+        sentences = list(read_sentences(str(write(tmp_path / name, content)), counts=counts))
+        assert sentences == ["short", long[:MAX_CHARACTERS].strip(), "last"], name
+        assert counts == ReadCounts(files=1, rows=3, cut=1, kept=3)
+
+
+def test_a_record_too_long_to_hold_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers.text_lines, "__defaults__", (100,))
+    path = write(tmp_path / "a.jsonl", '{"text": "one"}\n{"text": "' + "x" * 200 + '"}\n')
+    assert f"{path}:2: the line has more than 100 characters" in refusal(str(path))
+
+
+def test_headers(tmp_path: Path) -> None:
+    assert read(str(write(tmp_path / "a.csv", "\n\ntext\none\n"))) == ["one"]
+    assert read(str(write(tmp_path / "b.tsv", "\n\ntext\none\n"))) == ["one"]
+    for name, split in (("c.csv", ","), ("c.tsv", "\t")):
+        path = write(tmp_path / name, split.join(["text", "n", "text"]) + "\n" + split.join("abc") + "\n")
+        assert f"{path}: 'text' is there 2 times" in refusal(str(path))
+        assert read(str(path), text_column="n") == ["b"]
+        assert read(str(write(tmp_path / name, split.join(["n", "text"]) + "\n"))) == []
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t", "|"])
+def test_a_csv_with_another_delimiter_is_told(tmp_path: Path, delimiter: str) -> None:
+    path = write(tmp_path / "a.csv", delimiter.join(["id", "text"]) + "\n" + delimiter.join(["1", '"a, b"']) + "\n")
+    message = refusal(str(path))
+    if delimiter == "\t":
+        assert "split by tabs, but it is read with commas; give it a name that ends in .tsv" in message
+        path.rename(tmp_path / "b.tsv")
+        assert read(str(tmp_path / "b.tsv")) == ["a, b"]
+        return
+    command = re.search(r"convert it: python (-c .*) < FILE > NEW\.csv", message)
+    assert command is not None
+    subprocess.run(f"{sys.executable} {command[1]} < {path} > {tmp_path / 'new.csv'}", shell=True, check=True)
+    assert read(str(tmp_path / "new.csv")) == ["a, b"]
+    assert "split by commas" in refusal(str(write(tmp_path / "c.tsv", "id,text\n1,one\n")))
+
+
+def test_quotes_of_tsv_never_swallow_rows(tmp_path: Path) -> None:
+    rows = ['"So it goes', 'it is 6" long', '"a" b', 'the end " here', '"""', "\"it's", "plain", '"whole ""field"""']
+    expected = [*rows[:5], "\"it's", "plain", 'whole "field"']
+    path = write(tmp_path / "a.tsv", "id\ttext\n" + "".join(f"{i}\t{row}\n" for i, row in enumerate(rows)))
+    counts = ReadCounts()
+    assert list(read_sentences(str(path), counts=counts)) == expected
+    assert counts.rows == len(rows)
+    path = write(tmp_path / "b.tsv", 'text\tid\n"with\ttab"\t1\n"open\t2\nlast\t3\n')
+    assert read(str(path)) == ["with\ttab", '"open', "last"]
+
+
+@pytest.mark.parametrize(
+    ("content", "lines"),
+    [
+        ('text\n"one\ntwo"\nthree\n', (2, 3)),
+        ('id\ttext\n1\t"one\nand\tmore\n2\ttwo"\n', (2, 4)),
+        ('text\tid\n"one\t1\ntwo"\t2\n', (2, 3)),
+    ],
+)
+def test_lines_of_tsv_that_may_be_one_row_are_refused(tmp_path: Path, content: str, lines: tuple[int, int]) -> None:
+    path = write(tmp_path / "a.tsv", content)
+    message = refusal(str(path))
+    assert message.startswith(f"{path}:{lines[0]}: ") and f"line {lines[1]} closes" in message
+    assert read(str(write(tmp_path / "b.tsv", content.replace('"', ""))))  # the remedy
+
+
+def test_a_quoted_field_over_lines_of_tsv_is_no_row(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tsv", 'id\ttext\n1\t"one\ntwo"\n')
+    assert "a field opens a quote" in refusal(str(path)) and ".csv" in refusal(str(path))
 
 
 # .jsonl
@@ -151,11 +333,11 @@ def test_jsonl(tmp_path: Path, suffix: str) -> None:
         "",
         '{"text": null}',
         '{"text": " "}',
-        '{"text": "\\u00e9\\u0000"}',
+        '{"text": "\\u00e9"}',
     ]
     path = write(tmp_path / f"a{suffix}", "\n".join(lines))
     counts = ReadCounts()
-    assert list(read_sentences(str(path), counts=counts)) == ["one\ntwo", "é\0"]
+    assert list(read_sentences(str(path), counts=counts)) == ["one\ntwo", "é"]
     assert counts == ReadCounts(files=1, rows=5, empty=3, kept=2)
 
 
@@ -168,12 +350,38 @@ def test_jsonl(tmp_path: Path, suffix: str) -> None:
         ('{"sentence": "one", "id": 3}', "there is no column 'text'; the columns are: 'sentence', 'id'"),
         ('{"text": 12}', "field 'text' holds '12' of type int, but sentences are strings"),
         ('{"text": "a\\ud800"}', "half of a surrogate pair"),
+        ('{"text": "a\\u0000"}', "NUL character"),
+        ('{"text": "a", "text": "b"}', "'text' is there 2 times"),
+        ('{"text": "a", "\\u0074ext": "b"}', "'text' is there 2 times"),
+        ('{"n": ' + "9" * 5000 + "}", "invalid JSON ("),
     ],
 )
 def test_jsonl_errors_name_file_and_line(tmp_path: Path, line: str, expected: str) -> None:
     path = write(tmp_path / "a.jsonl", '{"text": "fine"}\n' + line + "\n")
     message = refusal(str(path))
     assert message.startswith(f"{path}:2: ") and expected in message
+
+
+@pytest.mark.parametrize(
+    "content", ['[{"text": "one"}, {"text": "two"}]', '\n[\n {"text": "one"},\n {"text": "two"}\n]']
+)
+def test_a_json_array_is_told_with_a_remedy_that_works(tmp_path: Path, content: str) -> None:
+    path = write(tmp_path / "a.json", content)
+    message = refusal(str(path))
+    assert "is a JSON array" in message and "jq -c '.[]' FILE > NEW.jsonl" in message
+    if shutil.which("jq"):
+        subprocess.run(f"jq -c '.[]' {path} > {tmp_path / 'new.jsonl'}", shell=True, check=True)
+        assert read(str(tmp_path / "new.jsonl")) == ["one", "two"]
+
+
+def test_objects_over_several_lines(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", '{\n "text": "one"\n}\n{\n "text": "two"\n}\n')
+    assert f"{path}:1: invalid JSON" in refusal(str(path)) and "jq -c . FILE" in refusal(str(path))
+
+
+def test_keys_within_other_values_are_no_second_field(tmp_path: Path) -> None:
+    row = '{"text": "say \\"text\\"", "more": {"text": 1, "x": ["text"]}, "of": "text"}\n'
+    assert read(str(write(tmp_path / "a.jsonl", row))) == ['say "text"']
 
 
 # .parquet
@@ -198,11 +406,76 @@ def test_parquet_errors(tmp_path: Path) -> None:
     assert f"{path}: there is no column 'text'; the columns are: 'id', 'sentence'" in refusal(str(path))
     assert "column 'id' has type int64, but sentences are strings" in refusal(str(path), text_column="id")
     assert "cannot be read" in refusal(str(write(tmp_path / "b.parquet", "not parquet at all")))
+    assert "cannot be read" in refusal(str(write(tmp_path / "b.parquet", "")))
+    assert "cannot be read" in refusal(str(write(tmp_path / "b.parquet", path.read_bytes()[:-9])))
+    for values in ([["a"]], [b"a"], [None], [{"text": "a"}], [True]):
+        pq.write_table(pa.table({"text": values}), path)
+        assert "but sentences are strings" in refusal(str(path))
     gz = write(tmp_path / "c.parquet.gz", gzip.compress(path.read_bytes()))
     assert "decompress it" in refusal(str(gz))
 
 
+def test_columns_of_one_name_and_of_like_names(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_arrays([pa.array(["one"]), pa.array(["two"])], names=["text", "text"]), path)
+    assert f"{path}: 'text' is there 2 times" in refusal(str(path))
+    pq.write_table(pa.table({"text.en": ["one"], "text": ["two"], "text.de": ["three"]}), path)
+    assert read(str(path)) == ["two"]
+    assert read(str(path), text_column="text.en") == ["one"]
+    pq.write_table(pa.table({"text": ["one", "tw\0o"]}), path)
+    assert f"{path}:2: the text holds a NUL character" in refusal(str(path))
+
+
 # Finding files
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.txt")
+    os.symlink("/dev/zero", tmp_path / "b.txt")
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "c.txt"))
+    for spec in ("/dev/zero", f"{tmp_path}/a.txt", f"{tmp_path}/b.txt", f"{tmp_path}/c.txt", f"{tmp_path}/*.txt"):
+        with pytest.raises(ConfigError, match="not a regular file"):
+            list_sources(spec)
+    listener.close()
+    os.symlink("self", tmp_path / "self")
+    os.symlink("nowhere", tmp_path / "broken")
+    for name in ("self", "broken"):
+        assert "no such file" in refusal(f"{tmp_path}/{name}")
+
+
+def test_links_in_circles_end(tmp_path: Path) -> None:
+    write(tmp_path / "tree" / "sub" / "a.txt", "one\n")
+    for name in ("sub/up", "again", "sub/more"):
+        os.symlink(tmp_path / "tree", tmp_path / "tree" / name)
+    os.symlink("sub/a.txt", tmp_path / "tree" / "b.txt")
+    counts = ReadCounts()
+    assert list(read_sentences(f"{tmp_path}/tree/**/*.txt", counts=counts)) == ["one"]
+    assert counts.files == 1
+    assert len(list_sources("/".join([str(tmp_path), *["**"] * 20, "*.txt"]))) == 1
+
+
+def test_a_file_that_may_not_be_read_is_refused_before_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.txt", "one\n")
+    monkeypatch.setattr(os, "access", lambda name, mode: False)  # root may read everything
+    with pytest.raises(DataError, match="this user may not read it"):
+        list_sources(str(path))
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "one\n" * 1000)
+    for change in (lambda: write(path, "one\n" * 1001), lambda: os.utime(path, (1, 1)), path.unlink):
+        write(path, "one\n" * 1000)
+        sentences = read_sentences(str(path), counts=ReadCounts())
+        assert next(sentences) == "one"
+        change()
+        with pytest.raises(DataError, match=r"a\.txt: (it changed while it was read|no such file)"):
+            list(sentences)
+    write(path, "one\n")
+    before = list_sources(str(path))
+    write(path, "two\nthree\n")
+    with pytest.raises(DataError, match="it changed while it was read"):
+        read(str(path), sources=before)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,10 @@ def test_read_pairs(tmp_path: Path) -> None:
         '{"sentence1": "a", "sentence2": "b", "score": null}',
         '{"sentence1": "a", "sentence2": "b", "score": NaN}',
         '{"sentence1": "a", "sentence2": "b", "score": Infinity}',
+        '{"sentence1": "a", "sentence2": "b", "score": true}',
+        '{"sentence1": "a", "sentence2": "b", "score": "nan"}',
+        '{"sentence1": "a", "sentence2": "b", "score": "1_0"}',
+        '{"sentence1": "a", "sentence2": "b", "score": 1' + "0" * 400 + "}",
     ],
 )
 def test_a_malformed_line_is_named(tmp_path: Path, line: str) -> None:
@@ -104,7 +109,8 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: str) -> None:
     with pytest.raises(DataError) as caught:
         read_pairs(tmp_path, "STSB/dev")
     text = str(caught.value)
-    assert f"{path}:4:" in text and line in text and '"sentence1"' in text and '"score"' in text
+    assert f"{path}:4:" in text and "JSON" in text
+    assert "is not a graded pair" not in text or ('"sentence1"' in text and '"score"' in text)
 
 
 def test_line_numbers_are_those_of_an_editor(tmp_path: Path) -> None:
@@ -114,6 +120,44 @@ def test_line_numbers_are_those_of_an_editor(tmp_path: Path) -> None:
     rows = [{"sentence1": "a\u2028b\x85c", "sentence2": "d", "score": score} for score in (1, 2)]
     path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
     assert read_pairs(tmp_path, "STSB/dev").sentences1 == ["a\u2028b\x85c"] * 2
+
+
+def test_files_of_other_systems(tmp_path: Path) -> None:
+    path = tmp_path / "STSB" / "dev.jsonl"
+    write(path, [("é", "b", 1), ("c", "d", 2)])
+    content = path.read_text().replace("\\u00e9", "é")
+    for text in ("\ufeff" + content, content.replace("\n", "\r\n"), content.replace("\n", "\r"), content[:-1]):
+        path.write_bytes(text.encode())
+        assert read_pairs(tmp_path, "STSB/dev").sentences() == ["é", "c", "b", "d"]
+    path.write_bytes(content.encode("utf-16"))
+    with pytest.raises(DataError, match=r"dev\.jsonl: the file is UTF-16.*iconv -f UTF-16"):
+        read_pairs(tmp_path, "STSB/dev")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"sentence1": "a", "sentence2": "b", "score": 1, "score": 2}', "'score' is there 2 times"),
+        ('{"sentence1": "a", "sentence1": "b", "sentence2": "b", "score": 1}', "'sentence1' is there 2 times"),
+        ('{"sentence1": "a\\ud800", "sentence2": "b", "score": 1}', "half of a surrogate pair"),
+        ('{"sentence1": "a\\u0000", "sentence2": "b", "score": 1}', "NUL character"),
+    ],
+)
+def test_a_pair_that_is_not_text_or_not_clear_is_refused(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "STSB" / "dev.jsonl"
+    write(path, [("a", "b", 1), ("c", "d", 2)])
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(DataError, match=message) as caught:
+        read_pairs(tmp_path, "STSB/dev")
+    assert f"{path}:3: " in str(caught.value)
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "STSB").mkdir()
+    os.mkfifo(tmp_path / "STSB" / "dev.jsonl")
+    for read in (read_pairs, check_pairs_exist):
+        with pytest.raises(ConfigError, match="a FIFO"):
+            read(tmp_path, "STSB/dev")
 
 
 def test_bytes_that_are_not_utf8_are_a_data_error(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -59,7 +60,9 @@ def test_read_labelled(tmp_path: Path) -> None:
         (b"1\ta\nno tab here\n", r"a.tsv:2: 'no tab here' has 1 columns .* label<TAB>sentence"),
         (b"1\ta\n0\tb\tc\n", r"a.tsv:2: .* has 3 columns"),
         (b"1\ta\n\tb\n", r"a.tsv:2: .* the label ''"),
-        (b"1\ta\n0\t\xff\n", r"a.tsv:2: not UTF-8"),
+        (b"1\ta\n0\t\xff\n", r"a.tsv:2: byte 0xff is not UTF-8"),
+        (b"1\ta\n0\tb\0\n", r"a.tsv:2: the line holds a NUL"),
+        ("1\ta\n0\tb\n".encode("utf-16"), r"a.tsv: the file is UTF-16"),
         (b"1\ta\n1\tb\n", "one label only, '1'"),
         (b"\n", "0 rows"),
     ],
@@ -69,6 +72,19 @@ def test_what_is_not_labelled_sentences(tmp_path: Path, text: bytes, message: st
     path.write_bytes(text)
     with pytest.raises(DataError, match=message):
         read_labelled(path)
+
+
+def test_line_ends_and_quotes_of_labelled_sentences(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_bytes(b'1\t"a\r0\tb"\r\n1\t"c"\n')
+    assert read_labelled(path).sentences == ['"a', 'b"', '"c"']
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "MR.tsv")
+    for read in (lambda: read_labelled(tmp_path / "MR.tsv"), lambda: read_transfer(tmp_path)):
+        with pytest.raises(ConfigError, match="a FIFO"):
+            read()
 
 
 def test_read_transfer(tmp_path: Path) -> None:
