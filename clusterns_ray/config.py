@@ -150,8 +150,8 @@ class ClusteringConfig(Section):
     bank_rows: int = Field(default=65_536, ge=2)
     """Sentences of the bank, a random sample of the corpus, or all of it. They take 4 x embedding width bytes each (201
     MB at the default and width 768) on every worker, in a memory-mapped file of the run's directory, or in GPU memory;
-    as much in each checkpoint; and 2 times that on worker 0 while it clusters, on its GPU where
-    faiss sees one, and within runtime.step_timeout_s, as the others wait."""
+    as much in each checkpoint; and 2 times that on worker 0 while it clusters, where its encoder is, and within
+    runtime.step_timeout_s, as the others wait."""
     recluster_every_steps: int = Field(default=100, ge=1)
     """Steps between runs of K-means over the bank, which begin with the centroids that are there."""
     refresh_rows: int = Field(default=0, ge=0)
@@ -243,8 +243,9 @@ class RuntimeConfig(Section):
     """The run's name; its files are in STORAGE_PATH/NAME. The same command again resumes it."""
     max_failures: int = Field(default=3, ge=-1)
     """How often Ray restarts the workers after a failure; -1 without end."""
-    start_timeout_s: float = Field(default=600.0, gt=0)
-    """Seconds to wait for the workers to start (a cluster may have to add nodes) before giving up."""
+    start_timeout_s: float = Field(default=1800.0, gt=0)
+    """Seconds to wait for the workers to start before giving up; a node that a cloud has to boot and install takes ten
+    minutes and more."""
     step_timeout_s: float = Field(default=600.0, ge=1)
     """Seconds a worker waits for the others in one exchange before it fails rather than hang."""
     resize_every_s: float = Field(default=60.0, ge=0)

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 Answer = tuple[int, str] | Callable[[BaseHTTPRequestHandler], None]
@@ -100,5 +100,5 @@ def serving() -> Iterator[Callable[[str, Answer], FakeCloud]]:
 
 
 def aws_notice(seconds: float, action: str = "terminate") -> tuple[int, str]:
-    when = datetime.now(timezone.utc) + timedelta(seconds=seconds)
+    when = datetime.now(UTC) + timedelta(seconds=seconds)
     return 200, json.dumps({"action": action, "time": when.strftime("%Y-%m-%dT%H:%M:%SZ")})

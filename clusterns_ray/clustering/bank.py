@@ -151,6 +151,7 @@ class Bank:
                 seed=seed,
                 iterations=FIRST_ITERATIONS if initial_KD is None else LATER_ITERATIONS,
                 initial_KD=None if initial_KD is None else F.normalize(initial_KD, eps=COSINE_EPS).cpu().numpy(),
+                device=self.device,
             )
             directions_KD = torch.from_numpy(found).to(self.device)
             parts = self.z_ND.split(AT_ONCE)

@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from urllib.parse import urlsplit
 
 log = logging.getLogger("spot")
@@ -84,7 +84,7 @@ class Aws:
             raise MetadataError(f"{self.endpoint} answers {body[:80]!r}, which is no notice") from None
         now = time.time()
         try:
-            when = datetime.strptime(action["time"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=timezone.utc)
+            when = datetime.strptime(action["time"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
             left = when.timestamp() - now
         except (ValueError, KeyError, TypeError):
             left = self.notice_s

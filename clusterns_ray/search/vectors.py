@@ -206,8 +206,7 @@ def load_faiss() -> Any:
 
         raise ConfigError(
             faiss_conflict()
-            or f"Search needs faiss, which cannot be imported ({error}). Install it: pip install 'clusterns-ray[cpu]', "
-            "or 'clusterns-ray[gpu]' on a machine with an NVIDIA GPU."
+            or f"Search needs faiss, which cannot be imported ({error}). Install it: pip install faiss-cpu."
         ) from None
     return faiss
 

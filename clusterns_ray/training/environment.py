@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -19,7 +19,7 @@ def describe_environment(device: torch.device, command: Sequence[str], num_worke
     """As JSON. ``command`` is the driver's; machine and versions are this worker's."""
     return {
         "command": list(command),
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {
             "python": platform.python_version(),
             **{name: found for name in PACKAGES if (found := _version(name))},

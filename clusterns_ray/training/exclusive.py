@@ -22,7 +22,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ class Lease:
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
                 "process": process_identity(os.getpid()),
-                "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "since": datetime.now(UTC).isoformat(timespec="seconds"),
             }
         ).encode()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)

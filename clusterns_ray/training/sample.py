@@ -36,7 +36,8 @@ def sample_centroids(config: Config, tokens: TokenStore, encoder: Encoder) -> Te
     z_ND = encode_together(encoder, token_ids(tokens, rows), project=True)
     directions_KD = np.zeros((k, z_ND.shape[1]), dtype=np.float32)
     if distributed.rank() == 0:
-        directions_KD = spherical_kmeans(z_ND, k, seed=stream_key("kmeans_init", config.seed))
+        seed = stream_key("kmeans_init", config.seed)
+        directions_KD = spherical_kmeans(z_ND, k, seed=seed, device=encoder.device)
     z, centroids_KD = torch.from_numpy(z_ND), torch.from_numpy(directions_KD)
     sums_KD, counts_K = member_statistics(z, cosine_matrix(z, centroids_KD).argmax(dim=1), k)
     return update_centroids(centroids_KD, sums_KD, counts_K, rate=1.0, rule="mean").to(encoder.device)

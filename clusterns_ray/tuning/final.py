@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def finalize(study: Study) -> tuple[dict[str, Any], str]:
         tasks = {task: spread([s["tasks"][task]["spearman"] for s in scores]) for task in scores[0]["tasks"]}
         averages = [s["average"] for s in scores if s["average"] is not None]
         value = {
-            "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "when": datetime.now(UTC).isoformat(timespec="seconds"),
             "trial": result["winner"]["trial"],
             "seeds": sorted(map(int, result["winner"]["scores"])),
             "tasks": tasks,

@@ -37,7 +37,7 @@ class Desk:
     async def take(self, timeout_s: float) -> Result | None:
         try:
             return await asyncio.wait_for(self.results.get(), timeout_s)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             return None
 
     async def answer(self, go_on: bool) -> None:

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from clusterns_ray.clustering import backend
 from clusterns_ray.clustering.backend import faiss_conflict, spherical_kmeans
 from clusterns_ray.errors import DataError
 
+CPU = torch.device("cpu")
 HAS_FAISS = importlib.util.find_spec("faiss") is not None
 
 
@@ -63,27 +65,20 @@ def test_it_goes_on_from_given_centroids(library: str) -> None:
 
 def test_the_size_of_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     z, _ = blobs(noise=0.4)
-    whole = backend._torch_kmeans(z, 7, 3, 5, None)
+    whole = backend._torch_kmeans(z, 7, 3, 5, None, CPU)
     monkeypatch.setattr(backend, "AT_ONCE", 13)
-    np.testing.assert_allclose(backend._torch_kmeans(z, 7, 3, 5, None), whole, atol=1e-6)
+    np.testing.assert_allclose(backend._torch_kmeans(z, 7, 3, 5, None, CPU), whole, atol=1e-6)
 
 
-@pytest.mark.skipif(not HAS_FAISS, reason="faiss is not installed")
-@pytest.mark.parametrize("seen", [0, 1, 8])
-def test_faiss_takes_one_gpu_where_it_sees_any(monkeypatch: pytest.MonkeyPatch, seen: int) -> None:
-    import faiss
-
-    asked: list[int] = []
-
-    class Kmeans(faiss.Kmeans):
-        def __init__(self, *args: Any, gpu: int, **others: Any):
-            asked.append(gpu)
-            super().__init__(*args, **others)  # there is none here
-
-    monkeypatch.setattr(faiss, "get_num_gpus", lambda: seen)
-    monkeypatch.setattr(faiss, "Kmeans", Kmeans)
-    spherical_kmeans(blobs()[0], 5, seed=0)
-    assert asked == [min(seen, 1)]
+@pytest.mark.parametrize(("device", "expected"), [("cpu", "faiss"), ("cuda", "torch")])
+def test_torch_computes_where_the_embeddings_are_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, device: str, expected: str
+) -> None:
+    used: list[str] = []
+    for name in ("faiss", "torch"):
+        monkeypatch.setattr(backend, f"_{name}_kmeans", lambda *args, name=name: used.append(name))
+    spherical_kmeans(blobs()[0], 5, seed=0, device=torch.device(device))
+    assert used == [expected if HAS_FAISS else "torch"]
 
 
 def test_separable_clusters_are_found(library: str) -> None:
@@ -155,7 +150,7 @@ def test_two_wheels_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     text = faiss_conflict()
     assert text is not None
     assert "faiss-cpu 1.10 and faiss-gpu 1.14 are both installed" in text
-    assert "Uninstall both" in text and "clusterns-ray[cpu]" in text and "clusterns-ray[gpu]" in text
+    assert text.endswith("Uninstall both, then install one: pip install faiss-cpu.")
 
 
 @pytest.mark.parametrize("wheels", [{}, {"faiss_cpu": "1.10"}, {"faiss_gpu": "1.14", "faissimilar": "1"}])

@@ -365,7 +365,9 @@ def examine_faiss(cluster: Cluster) -> list[Finding]:
                 for one in from_error("faiss", RuntimeError(computed["faiss_conflict"]))
             ]
         elif computed.get("kmeans") and computed["kmeans"]["error"]:
-            remedy = "Install faiss anew (pip install 'clusterns-ray[cpu]'), or uninstall it: torch then does its work."
+            remedy = (
+                "Install it anew (pip install --force-reinstall faiss-cpu), or uninstall it: torch then does its work."
+            )
             found.append(Finding("problem", "faiss", f"{machine.name}: {computed['kmeans']['error']}", remedy))
         elif computed.get("kmeans"):
             used.add(computed["kmeans"]["value"])
