@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,6 +18,37 @@ _ABSOLUTE = re.compile(r"^(?!.*rel).*position|^wpe$")
 """Names of tables of absolute positions."""
 
 
+SAMPLE_VOCABULARY = 32
+"""Words of a :func:`sample_model`."""
+
+TRIAL = list(range(6, 14))
+"""Tokens by which a model is tried: none of them pads in a common vocabulary."""
+
+
+def load_config(
+    source: str, *, revision: str | None = None, num_layers: int | None = None, dropout: float | None = None
+) -> Any:
+    """The transformers configuration of a directory or of the hub, with so many layers and such dropout.
+
+    Raises:
+        ConfigError: it cannot be loaded, or has fewer layers than asked for.
+    """
+    config = read_config(source, revision=revision)
+    _shorten(config, num_layers, source)
+    override_dropout(config, dropout)
+    return config
+
+
+def auto_class(config: Any) -> Any:
+    """The transformers class that loads an encoder: of T5 and its kin the encoder alone, as sentence-transformers does,
+    else ``AutoModel``."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
+
+    alone = MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.get(config.model_type, "").endswith("EncoderModel")
+    return transformers.AutoModelForTextEncoding if alone else transformers.AutoModel
+
+
 def load_transformer(
     source: str, *, revision: str | None = None, num_layers: int | None = None, dropout: float | None = None
 ) -> tuple[Any, Any]:
@@ -25,16 +58,14 @@ def load_transformer(
         ConfigError: it cannot be loaded, its files lack weights, its tokenizer is another model's, or it has fewer
             layers than asked for.
     """
-    from transformers import AutoModel
-
     tokenizer = load_tokenizer(source, revision=revision)
-    config = read_config(source, revision=revision)
-    _shorten(config, num_layers, source)
-    override_dropout(config, dropout)
+    config = load_config(source, revision=revision, num_layers=num_layers, dropout=dropout)
     # A checkpoint may lack a pooler (a masked language model has none): its draw must not differ by worker.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        backbone, missing = load_weights(AutoModel, source, config, revision=revision, shortened=num_layers is not None)
+        backbone, missing = load_weights(
+            auto_class(config), source, config, revision=revision, shortened=num_layers is not None
+        )
     check_complete(source, missing)
     check_vocabulary(source, tokenizer, backbone.get_input_embeddings().num_embeddings)
     return backbone, tokenizer
@@ -62,6 +93,11 @@ def load_language_model(source: str, backbone: Any, *, revision: str | None = No
     return model, [name for name in missing if not name.startswith(f"{model.base_model_prefix}.")]
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the name of its class."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _shorten(config: Any, num_layers: int | None, source: str) -> None:
     if num_layers is None:
         return
@@ -71,29 +107,118 @@ def _shorten(config: Any, num_layers: int | None, source: str) -> None:
             f"Use at most {config.num_hidden_layers}, or leave it unset."
         )
     config.num_hidden_layers = num_layers
+    if hasattr(config, "decoder_layers"):
+        config.decoder_layers = min(num_layers, config.decoder_layers)
     if isinstance(getattr(config, "layer_types", None), list):
         config.layer_types = config.layer_types[:num_layers]
 
 
-def _dropout_keys(config: Any) -> list[str]:
+def dropout_rates(config: Any) -> dict[str, float]:
+    """The dropout probabilities of a transformers configuration, by name; those of task heads are left out."""
     skip = ("classifier", "classif", "qa_", "summary", "final")
-    return [
-        key
+    return {
+        key: value
         for key, value in config.to_dict().items()
-        if "dropout" in key and isinstance(value, (int, float)) and not any(word in key for word in skip)
-    ]
+        if ("dropout" in key or key.endswith("pdrop"))
+        and isinstance(value, (int, float))
+        and not any(word in key for word in skip)
+    }
 
 
 def override_dropout(config: Any, dropout: float | None) -> None:
     """Set every dropout of a transformers configuration, unless it is None."""
     if dropout is not None:
-        for key in _dropout_keys(config):
+        for key in dropout_rates(config):
             setattr(config, key, dropout)
 
 
-def has_dropout(backbone: nn.Module) -> bool:
-    """Whether any dropout of the model is on in training, as the two views differ by nothing else."""
-    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in backbone.modules())
+def sample_model(config: Any) -> Any:
+    """A randomly drawn model of one layer and few words, otherwise as ``config`` describes it: it shows what follows
+    from the architecture alone, at little cost.
+
+    Raises:
+        ConfigError: transformers cannot make a model of it that reads text.
+    """
+    config = copy.deepcopy(config)
+    smaller = {"num_hidden_layers": 1, "decoder_layers": 1, "vocab_size": SAMPLE_VOCABULARY, "intermediate_size": 8}
+    special = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id")
+    for key in special:
+        if (getattr(config, key, None) or 0) >= SAMPLE_VOCABULARY:
+            smaller[key] = 0
+    if isinstance(getattr(config, "layer_types", None), list):
+        smaller["layer_types"] = config.layer_types[:1]
+    for key, value in smaller.items():
+        if hasattr(config, key):
+            with suppress(NotImplementedError, AttributeError):  # some architectures derive it from other values
+                setattr(config, key, value)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            model = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+            _states(model, [TRIAL])
+        except Exception as error:  # each architecture raises its own
+            reason = "its decoder wants a text of its own" if config.is_encoder_decoder else first_line(error)
+            raise ConfigError(
+                f"the architecture {config.model_type!r} cannot be used as an encoder: transformers makes no token "
+                f"states of a sentence alone ({reason}). Name another model, such as a BERT, a T5 or a GPT-2."
+            ) from error
+    return model
+
+
+@torch.no_grad()
+def _states(backbone: Any, rows: list[list[int]]) -> torch.Tensor:
+    """Token states of the last layer (B x T x D), of rows of the same length."""
+    ids_BT = torch.tensor(rows, device=backbone.device)
+    return backbone(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT)).last_hidden_state
+
+
+def is_causal(backbone: Any) -> bool:
+    """Whether a token's state tells nothing of the tokens behind it; found by changing the last one."""
+    training = backbone.training
+    first_BD = _states(backbone.eval(), [TRIAL, [*TRIAL[:-1], TRIAL[-1] + 1]])[:, 0]
+    backbone.train(training)
+    return bool((first_BD[0] - first_BD[1]).abs().max() <= 1e-5 * first_BD.abs().max())
+
+
+def passes_differ(backbone: Any) -> bool:
+    """Whether two passes of the same tokens differ in training, by dropout or what else is random in a model."""
+    training = backbone.training
+    backbone.train()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        first, second = _states(backbone, [TRIAL]), _states(backbone, [TRIAL])
+    backbone.train(training)
+    return not torch.equal(first, second)
+
+
+def has_dropout(config: Any) -> bool:
+    """Whether passes of such a model differ in training: tried with higher probabilities, as small ones drop little."""
+    config = copy.deepcopy(config)
+    for key, rate in dropout_rates(config).items():
+        if rate > 0:
+            setattr(config, key, 0.5)
+    return passes_differ(sample_model(config))
+
+
+def check_dropout(config: Any, name: str) -> None:
+    """Refuse to train a model whose two views of a sentence would be equal.
+
+    Raises:
+        ConfigError: with the remedy that this architecture leaves.
+    """
+    if has_dropout(config):
+        return
+    raised = copy.deepcopy(config)
+    override_dropout(raised, 0.5)
+    remedy = (
+        "Set encoder.dropout, for example to 0.1."
+        if has_dropout(raised)
+        else f"The architecture {config.model_type!r} has none that encoder.dropout could set: start from another."
+    )
+    raise ConfigError(
+        f"{name} has no dropout, so the two views of a sentence would be equal and there would be nothing to learn. "
+        + remedy
+    )
 
 
 def first_position(backbone: Any) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from clusterns_ray.attention import use_fast_training
-from clusterns_ray.backbone import first_position, has_dropout, load_transformer, longest_input
+from clusterns_ray.backbone import check_dropout, first_position, load_transformer, longest_input, passes_differ
 from clusterns_ray.bert import PackedBert, can_pack
 from clusterns_ray.dropout import Streams
 from clusterns_ray.errors import ConfigError
@@ -141,6 +141,8 @@ class Encoder(nn.Module):
             num_layers=config.num_layers,
             dropout=config.dropout,
         )
+        if not passes_differ(backbone):
+            check_dropout(backbone.config, config.name)
         return cls.around(backbone, tokenizer, config, seed, read_settings(source).get("max_length", LONGEST_ENCODED))
 
     @classmethod
@@ -158,11 +160,6 @@ class Encoder(nn.Module):
                 f"Set encoder.max_length to {limit} or less."
             )
         use_fast_training(backbone)
-        if not has_dropout(backbone):
-            raise ConfigError(
-                f"{config.name} has no dropout, so the two views of a sentence would be equal and there would be "
-                "nothing to learn. Set encoder.dropout, for example to 0.1."
-            )
         width = backbone.config.hidden_size
         head = None
         if config.head == "mlp":
@@ -219,7 +216,8 @@ class Encoder(nn.Module):
             torch.manual_seed(batch.dropout_key)
         n = batch.draws
         words = {"input_ids": batch.input_ids_BT.repeat(n, 1)}
-        if batch.words_BTD is not None:
+        # The decoder of an encoder-decoder is given the ids of the sentence.
+        if batch.words_BTD is not None and not getattr(self.backbone.config, "is_encoder_decoder", False):
             words = {"inputs_embeds": batch.words_BTD.repeat(n, 1, 1)}
         all_layers = self.pooling in HIDDEN_STATE_POOLINGS
         mask_BT = batch.attention_mask_BT.repeat(n, 1)

@@ -84,10 +84,9 @@ def model_size(config: Config) -> ModelSize:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers.initialization import no_init_weights
 
-    from clusterns_ray.backbone import override_dropout
+    from clusterns_ray.backbone import auto_class, check_dropout, load_config
     from clusterns_ray.encoder import Encoder
     from clusterns_ray.losses import clusterns_loss, rank_distillation_share
-    from clusterns_ray.pretrained import read_config
     from clusterns_ray.tokenization import load_tokenizer, prompt_length
     from clusterns_ray.training.objective import TwoViews
     from clusterns_ray.training.shards import Shard
@@ -95,11 +94,10 @@ def model_size(config: Config) -> ModelSize:
     encoder = config.encoder
     source = resolve_model(encoder.name)
     tokenizer = load_tokenizer(source, revision=encoder.revision)
-    layers = {} if encoder.num_layers is None else {"num_hidden_layers": encoder.num_layers}
-    shape = read_config(source, revision=encoder.revision, **layers)
-    override_dropout(shape, encoder.dropout)
+    shape = load_config(source, revision=encoder.revision, num_layers=encoder.num_layers, dropout=encoder.dropout)
+    check_dropout(shape, encoder.name)
     with FakeTensorMode(), no_init_weights():
-        backbone = transformers.AutoModel.from_config(shape, dtype=torch.float32, trust_remote_code=False)
+        backbone = auto_class(shape).from_config(shape, dtype=torch.float32, trust_remote_code=False)
         built = Encoder.around(backbone, tokenizer, encoder, seed=0, reads=encoder.max_length).train()
         built.packs = False  # the rows are all as long as can be, and packing asks for values
         width = built.width
@@ -133,9 +131,9 @@ def model_size(config: Config) -> ModelSize:
             k = batch * config.loss.bank_negatives  # sentences of the bank stand where centroids do
         teacher = 0
         if config.loss.teacher is not None:
-            taught_by = read_config(resolve_model(config.loss.teacher))
+            taught_by = load_config(resolve_model(config.loss.teacher))
             teacher = sum(
-                p.numel() for p in transformers.AutoModel.from_config(taught_by, trust_remote_code=False).parameters()
+                p.numel() for p in auto_class(taught_by).from_config(taught_by, trust_remote_code=False).parameters()
             )
         # Also without clusters, as the scores are as many; then with the two that there must be.
         loss = _saved_bytes(

@@ -12,7 +12,7 @@ import torch
 from helpers import ARCHITECTURES, WIDTH, make_tiny_model, sentences
 
 from clusterns_ray import backbone as backbone_module
-from clusterns_ray.backbone import has_dropout, longest_input
+from clusterns_ray.backbone import has_dropout, load_config, longest_input
 from clusterns_ray.config import EncoderConfig
 from clusterns_ray.encoder import Encoder, length_batches, pad, pool
 from clusterns_ray.errors import ConfigError
@@ -203,7 +203,7 @@ def test_a_model_without_dropout_is_refused(tmp_path: Path, kind: str) -> None:
     with pytest.raises(ConfigError, match=r"has no dropout.*nothing to learn.*encoder\.dropout") as caught:
         Encoder.for_training(settings(tmp_path), seed=1)
     assert str(tmp_path) in str(caught.value)
-    assert has_dropout(Encoder.for_training(settings(tmp_path, dropout=0.1), seed=1).backbone)
+    assert has_dropout(load_config(str(tmp_path), dropout=0.1))
 
 
 def test_max_length_beyond_the_model_is_refused(tiny_models: Models) -> None:

@@ -166,11 +166,9 @@ def finished_work(
     import torch
     import transformers
 
-    from clusterns_ray.pretrained import read_config
+    from clusterns_ray.backbone import auto_class, load_config
 
-    source = resolve_model(name)
-    layers = {} if num_layers is None else {"num_hidden_layers": num_layers}
-    shape = read_config(source, revision=revision, **layers)
+    shape = load_config(resolve_model(name), revision=revision, num_layers=num_layers)
 
     def matrices(model: Any, pooler: bool = False) -> int:
         return sum(
@@ -180,7 +178,7 @@ def finished_work(
         )
 
     with torch.device("meta"):
-        backbone = transformers.AutoModel.from_config(shape, trust_remote_code=False)
+        backbone = auto_class(shape).from_config(shape, trust_remote_code=False)
         linear, prediction = matrices(backbone), 0
         if language_model:
             prediction = (
