@@ -10,21 +10,48 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from clusterns_ray.errors import ConfigError
+from clusterns_ray.paths import CORPORA, STORES, check_path, redact
 from clusterns_ray.storage import is_url, read_text
+from clusterns_ray.yaml_text import dump_yaml, load_setting, load_yaml, read_yaml_text
+
+MAX_WORKERS = 2**16
+LARGEST, SMALLEST = 1e30, 1e-30
+"""Bounds of any number but 0: beyond them 32-bit floats, in which training computes, overflow or become 0."""
 
 
 class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
+
+
+def check_file_name(value: str) -> str:
+    """A name that becomes a directory's."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", value):
+        raise ValueError("must be a file name: letters, digits, dots, dashes, underscores")
+    if value == "cache":
+        raise ValueError("must be another name, as prepared text is kept under this one")
+    if len(value.encode()) > 200:
+        raise ValueError("must be a file name of at most 200 bytes, as other files are named after it")
+    return value
+
+
+def check_model_name(key: str, value: str) -> str:
+    """A model as :func:`clusterns_ray.models.resolve_model` takes it, without a look at the file system."""
+    return value if value.startswith("package:") and value.isprintable() else check_path(key, value)
+
+
+def _checked(key: str, value: str | list[str] | None, schemes: tuple[str, ...]) -> str | list[str] | None:
+    if isinstance(value, list):
+        return [check_path(key, item, schemes) for item in value]
+    return value if value is None else check_path(key, value, schemes)
 
 
 class EncoderConfig(Section):
@@ -40,7 +67,7 @@ class EncoderConfig(Section):
     """A linear layer with tanh over the pooled state, in training only; the exported model has none."""
     dropout: float | None = Field(default=None, gt=0, lt=1)
     """Replaces every dropout probability of the model; its own if unset."""
-    max_length: int = Field(default=32, ge=4)
+    max_length: int = Field(default=32, ge=4, le=2**20)
     """Tokens a sentence is cut to in training, special ones included; finished encoders read longer text."""
     prompt: str | None = None
     """A template around the sentence, such as `This sentence of "{sentence}" means [MASK].`"""
@@ -48,6 +75,11 @@ class EncoderConfig(Section):
     """The template of the second view, in training; `prompt` if unset. The first one is what finished encoders use."""
     denoise: bool = False
     """Subtract from each mask state that of the template alone, at the positions it has around the sentence."""
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        return check_model_name("encoder.name", value)
 
     @model_validator(mode="after")
     def _prompt_and_pooling(self):
@@ -90,6 +122,16 @@ class DataConfig(Section):
     cache_dir: str | None = None
     """Where tokenised shards are kept; `STORAGE_PATH/cache` if unset."""
 
+    @field_validator("corpus")
+    @classmethod
+    def _corpus(cls, value: str | list[str] | None) -> str | list[str] | None:
+        return _checked("data.corpus", value, CORPORA)
+
+    @field_validator("documents", "cache_dir")
+    @classmethod
+    def _paths(cls, value: str | list[str] | None, info: ValidationInfo) -> str | list[str] | None:
+        return _checked(f"data.{info.field_name}", value, ())
+
 
 class LossConfig(Section):
     temperature: float = Field(default=0.05, gt=0)
@@ -100,7 +142,7 @@ class LossConfig(Section):
     """Whose hard negatives a row sees: every row's (the authors'), its own, or all but those of its own cluster."""
     hard_negative_weight: float = Field(default=0.0, ge=-20, le=20)
     """A logit added to a row's own hard negative."""
-    bank_negatives: int = Field(default=1, ge=1)
+    bank_negatives: int = Field(default=1, ge=1, le=2**16)
     """Hard negatives drawn for each row, with replacement; where clustering.scope is corpus."""
     bml_weight: float = Field(default=1e-3, ge=0)
     """Weight of the Bidirectional Margin Loss on in-batch false negatives; 0 turns it off."""
@@ -121,6 +163,11 @@ class LossConfig(Section):
     """Weight of masked language modelling on a masked copy of the batch; 0 turns it off."""
     mlm_probability: float = Field(default=0.15, gt=0, lt=1)
     """Share of the tokens to be predicted; of these 80 % become the mask token, 10 % a random one, 10 % stay."""
+
+    @field_validator("teacher")
+    @classmethod
+    def _teacher(cls, value: str | None) -> str | None:
+        return value if value is None else check_model_name("loss.teacher", value)
 
     @model_validator(mode="after")
     def _margins(self):
@@ -147,7 +194,7 @@ class ClusteringConfig(Section):
     init: Literal["farthest_chain", "kmeans"] = "farthest_chain"
     """First centroids: rows of the batch, each far from the one before (the authors'), or spherical K-means over a
     sample of the corpus."""
-    bank_rows: int = Field(default=65_536, ge=2)
+    bank_rows: int = Field(default=65_536, ge=2, le=2**31 - 1)
     """Sentences of the bank, a random sample of the corpus, or all of it. They take 4 x embedding width bytes each (201
     MB at the default and width 768) on every worker, in a memory-mapped file of the run's directory, or in GPU memory;
     as much in each checkpoint; and 2 times that on worker 0 while it clusters, where its encoder is, and within
@@ -170,14 +217,14 @@ class ClusteringConfig(Section):
 
 
 class TrainConfig(Section):
-    global_batch_size: int = Field(default=256, ge=2)
+    global_batch_size: int = Field(default=256, ge=2, le=2**24)
     """Sentences in a step over all workers; what the result depends on, whatever the number of workers."""
     shards: int = Field(default=8, ge=1)
     """Pieces the global batch is cut into by length, each with its own random stream; the number of workers must
     divide it. Part of the result's identity, as the batch size is."""
-    epochs: int = Field(default=1, ge=1)
+    epochs: int = Field(default=1, ge=1, le=10**6)
     """Passes over the corpus."""
-    max_steps: int | None = Field(default=None, ge=1)
+    max_steps: int | None = Field(default=None, ge=1, le=10**12)
     """Stop after this many steps; the schedule then ends there too."""
     learning_rate: float = Field(default=5e-5, gt=0)
     """Peak learning rate of AdamW."""
@@ -203,7 +250,7 @@ class EvaluationConfig(Section):
     """A directory of TASK/SUBSET.jsonl files, `hf`: the public sets of the hub, or `structure`: pairs graded by the
     documents' structure.
     If unset, nothing is selected: the last step's model is exported."""
-    structure_pairs: int = Field(default=2000, ge=40)
+    structure_pairs: int = Field(default=2000, ge=40, le=10**7)
     """Pairs graded by structure, a quarter of each grade; where sts is `structure`."""
     dev: str = "STSB/dev"
     """The set that selects, as TASK/SUBSET; `STRUCTURE/dev` where sts is `structure`."""
@@ -211,6 +258,11 @@ class EvaluationConfig(Section):
     """Steps between dev evaluations; the last step is always evaluated."""
     patience: int | None = Field(default=3, ge=1)
     """Stop after this many evaluations without a better score; unset never stops early."""
+
+    @field_validator("sts")
+    @classmethod
+    def _sts(cls, value: str | None) -> str | None:
+        return value if value is None else check_path("evaluation.sts", value, ())
 
     @model_validator(mode="before")
     @classmethod
@@ -232,7 +284,7 @@ class RuntimeConfig(Section):
     """0: in this process, without Ray. N: that many Ray workers. [min, max]: as many as the cluster has, elastic."""
     use_gpu: bool | None = None
     """One GPU a worker; if unset, GPUs are used where this machine has them."""
-    cpus_per_worker: int = Field(default=1, ge=1)
+    cpus_per_worker: int = Field(default=1, ge=1, le=2**16)
     """CPUs reserved for each worker, which is also how many threads it computes with."""
     storage_path: str = "runs"
     """Where runs live: on a cluster a directory that every node sees, or s3://BUCKET/PREFIX, gs://BUCKET/PREFIX."""
@@ -241,14 +293,14 @@ class RuntimeConfig(Section):
     CLUSTERNS_LOCAL_PATH of that machine comes first, and a folder for temporary files last."""
     name: str = "clusterns"
     """The run's name; its files are in STORAGE_PATH/NAME. The same command again resumes it."""
-    max_failures: int = Field(default=3, ge=-1)
+    max_failures: int = Field(default=3, ge=-1, le=10**6)
     """How often Ray restarts the workers after a failure; -1 without end."""
-    start_timeout_s: float = Field(default=1800.0, gt=0)
+    start_timeout_s: float = Field(default=1800.0, gt=0, le=1e9)
     """Seconds to wait for the workers to start before giving up; a node that a cloud has to boot and install takes ten
     minutes and more."""
-    step_timeout_s: float = Field(default=600.0, ge=1)
+    step_timeout_s: float = Field(default=600.0, ge=1, le=1e9)
     """Seconds a worker waits for the others in one exchange before it fails rather than hang."""
-    resize_every_s: float = Field(default=60.0, ge=0)
+    resize_every_s: float = Field(default=60.0, ge=0, le=1e9)
     """Seconds between looks at whether an elastic run could have another number of workers; changing it costs the
     steps since the last checkpoint."""
     checkpoint_every_steps: int | None = Field(default=None, ge=1)
@@ -265,9 +317,13 @@ class RuntimeConfig(Section):
     @field_validator("name")
     @classmethod
     def _name(cls, value: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", value):
-            raise ValueError("must be a file name: letters, digits, dots, dashes, underscores")
-        return value
+        return check_file_name(value)
+
+    @field_validator("storage_path", "local_path")
+    @classmethod
+    def _paths(cls, value: str | None, info: ValidationInfo) -> str | None:
+        schemes = STORES if info.field_name == "storage_path" else ()
+        return value if value is None else check_path(f"runtime.{info.field_name}", value, schemes)
 
     @field_validator("num_workers")
     @classmethod
@@ -277,6 +333,8 @@ class RuntimeConfig(Section):
                 raise ValueError("must be 0 (in this process) or more, or [min, max]")
         elif not 1 <= value[0] <= value[1]:
             raise ValueError("[min, max] needs 1 <= min <= max")
+        if max([value] if isinstance(value, int) else value) > MAX_WORKERS:
+            raise ValueError(f"at most {MAX_WORKERS:,} workers are possible")
         return value
 
     def worker_counts(self) -> range:
@@ -319,10 +377,12 @@ class Config(Section):
             )
         for workers in self.runtime.worker_counts():
             if shards % workers:
+                multiple = _common_multiple(self.runtime.worker_counts(), at_most=batch)
                 raise ValueError(
                     f"runtime.num_workers allows {workers} workers, which does not divide train.shards ({shards}); "
-                    f"every worker takes the same number of shards. Set train.shards to a multiple of "
-                    f"{math.lcm(*self.runtime.worker_counts())}, or use {_divisors(shards)} workers"
+                    "every worker takes the same number of shards. "
+                    + (f"Set train.shards to a multiple of {multiple}, or use " if multiple else "Use ")
+                    + f"{_divisors(shards)} workers"
                 )
         if k > batch and self.clustering.scope == "batch":
             raise ValueError(
@@ -390,8 +450,22 @@ def nearest_multiple(value: int, of: int) -> int:
     return max(of, round(value / of) * of)
 
 
+def _common_multiple(counts: range, at_most: int) -> int | None:
+    """The smallest number that every count divides; None above ``at_most``."""
+    multiple = 1
+    for count in counts:
+        multiple = math.lcm(multiple, count)
+        if multiple > at_most:
+            return None
+    return multiple
+
+
 def _divisors(n: int) -> str:
-    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+    low = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return ", ".join(str(d) for d in dict.fromkeys([*low, *(n // d for d in reversed(low))]))
+
+
+EXAMPLE = "Give the path of a YAML file; experiments/quickstart.yaml is one to start from."
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -401,61 +475,114 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         StorageError: the store cannot be reached.
         ConfigError: no such file, not YAML, an unknown key, or an impossible value.
     """
+    path = check_path("CONFIG", path)
     if is_url(path):
         text = read_text(path)
         if text is None:
-            raise ConfigError(f"There is no configuration {str(path)!r}. Check the bucket and the path.")
-        return parse_config(text, overrides, source=str(path))
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"The configuration {str(path)!r} is not UTF-8 ({error}). Save it as UTF-8.") from None
-    except OSError as error:
-        raise ConfigError(
-            f"Cannot read the configuration {str(path)!r}: {error.strerror}. Give the path of a YAML file; "
-            "experiments/quickstart.yaml is one to start from."
-        ) from None
-    return parse_config(text, overrides, source=str(path))
+            raise ConfigError(f"There is no configuration {path!r}. Check the bucket and the path.")
+        return parse_config(text, overrides, source=path)
+    return parse_config(read_yaml_text("The configuration", path, EXAMPLE), overrides, source=path)
 
 
 def parse_config(text: str, overrides: Iterable[str] = (), source: str = "configuration") -> Config:
     """:func:`load_config` from a string."""
-    try:
-        values = yaml.load(text, Loader=YamlLoader) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source} is not YAML: {error}. Mend the line it names.") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{source} holds {type(values).__name__}, not `section: {{key: value}}`.")
+    values = _tree(text, source)
     for override in overrides:
         apply_override(values, override)
     return make_config(_expand_variables(values, source), source)
 
 
+def parse_saved_config(text: str, source: str) -> Config:
+    """The ``config.yaml`` that a run wrote: its values are final, so ``${NAME}`` in them is plain text.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    return make_config(_tree(text, source), source)
+
+
+def _tree(text: str, source: str) -> dict[str, Any]:
+    values = load_yaml(text, source)
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{source} holds {describe_value(values)}, not `section: {{key: value}}`. Give a configuration."
+        )
+    return values
+
+
+def describe_value(value: Any) -> str:
+    """What a file holds in place of keys and values."""
+    return "a list" if isinstance(value, list) else f"the value {shown(value)}"
+
+
 def make_config(values: Mapping[str, Any], source: str = "configuration") -> Config:
     """Validate a tree of plain values, with messages that name keys as the user writes them."""
+    check_plain_values(values, source, NO_BOOLEANS)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_describe(error, source)) from None
 
 
+def check_plain_values(values: Any, source: str, no_booleans: Collection[str] = (), key: str = "") -> None:
+    """Refuse what no field could take: numbers out of the machine's range, half characters, keys that are no text.
+
+    Args:
+        no_booleans: the keys where true and false are wrong, though Python counts them as 1 and 0.
+
+    Raises:
+        ConfigError: it names the key.
+    """
+    if isinstance(values, Mapping):
+        for name, value in values.items():
+            if not isinstance(name, str):
+                raise ConfigError(f"{source}: the key {shown(name)} is no text. Put it in quotes, or correct it.")
+            check_plain_values(value, source, no_booleans, f"{key}.{name}" if key else name)
+    elif isinstance(values, list | tuple):
+        for value in values:
+            check_plain_values(value, source, no_booleans, key)
+    elif isinstance(values, bool):
+        if key in no_booleans:
+            raise ConfigError(f"{source}: {key} is {shown(values)}, but it is no switch. Give a number or a text.")
+    elif isinstance(values, int):
+        if not -(2**63) <= values < 2**63:
+            raise ConfigError(f"{source}: {key} is {shown(values)}, beyond 64 bits. Give a smaller number.")
+    elif isinstance(values, float):
+        if values and not SMALLEST <= abs(values) <= LARGEST:
+            raise ConfigError(
+                f"{source}: {key} is {values!r}, which 32-bit floats cannot compute with. Give a finite number, 0 or "
+                f"one from {SMALLEST:g} to {LARGEST:g} in size."
+            )
+    elif isinstance(values, str) and any("\ud800" <= character <= "\udfff" for character in values):
+        raise ConfigError(f"{source}: {key} is {shown(values)}, which is not UTF-8. Correct the text.")
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it: as YAML writes it, short, and without credentials."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int) and abs(value) > 10**40:
+        return f"a number of about {int(value.bit_length() * 0.30103):,} digits"
+    text = redact(repr(value))
+    return text if len(text) <= 300 else f"{text[:200]}..."
+
+
 def apply_override(values: dict[str, Any], override: str) -> None:
     """Set one ``section.key=value`` in a tree of plain values; the value is read as YAML."""
     path, equals, raw = override.partition("=")
     keys = path.strip().split(".")
-    if not equals or not all(keys):
-        raise ConfigError(f"--set {override!r} is not section.key=value, such as train.learning_rate=3e-5.")
+    if not equals or not all(keys) or len(keys) > 4:
+        raise ConfigError(f"--set {shown(override)} is not section.key=value, such as train.learning_rate=3e-5.")
     node = values
     for key in keys[:-1]:
         if node.get(key) is None:
             node[key] = {}
         node = node[key]
         if not isinstance(node, dict):
-            raise ConfigError(f"--set {override!r}: {key!r} is a value, not a section.")
-    try:
-        node[keys[-1]] = yaml.load(raw, Loader=YamlLoader)
-    except yaml.YAMLError:
-        node[keys[-1]] = raw
+            raise ConfigError(f"--set {shown(override)}: {key!r} is a value, not a section.")
+    node[keys[-1]] = load_setting(raw, f"--set {shown(override)}")
 
 
 def _expand_variables(value: Any, source: str, key: str = "") -> Any:
@@ -470,7 +597,7 @@ def _expand_variables(value: Any, source: str, key: str = "") -> Any:
     def look_up(match: re.Match[str]) -> str:
         if match[1] not in os.environ:
             raise ConfigError(
-                f"{source}: {key} is {value!r}, but the environment variable {match[1]} is not set. "
+                f"{source}: {key} is {shown(value)}, but the environment variable {match[1]} is not set. "
                 f"Set it, or give the value with --set {key}=..."
             )
         return os.environ[match[1]]
@@ -478,25 +605,20 @@ def _expand_variables(value: Any, source: str, key: str = "") -> Any:
     return re.sub(r"\$\{(\w+)\}", look_up, value)
 
 
-class YamlLoader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as everybody expects and YAML 1.1 does not."""
+def _no_booleans() -> frozenset[str]:
+    keys = {}
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            keys |= {f"{name}.{key}": inner.annotation for key, inner in section.model_fields.items()}
+        else:
+            keys[name] = section
+    numbers = {key for key, kind in keys.items() if {int, float} & {kind, *get_args(kind)}}
+    return frozenset(key for key in numbers if bool not in get_args(keys[key]))
 
 
-YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf)$|^\.(nan|NaN)$"),
-    list("-+0123456789."),
-)
-# Integers win over the wider pattern above, as resolvers are tried in order.
-for _first in "-+0123456789":
-    YamlLoader.yaml_implicit_resolvers[_first].sort(key=lambda item: item[0] != "tag:yaml.org,2002:int")
-
-
-class YamlDumper(yaml.SafeDumper):
-    """Quotes the texts that :class:`YamlLoader` would take for numbers."""
-
-
-YamlDumper.yaml_implicit_resolvers = YamlLoader.yaml_implicit_resolvers
+NO_BOOLEANS = _no_booleans()
+"""Keys of numbers."""
 
 
 def known_keys() -> list[str]:
@@ -519,9 +641,13 @@ def _describe(error: ValidationError, source: str) -> str:
         location = _keys_of(item["loc"])
         key = ".".join(location)
         if item["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.6)
+            close = difflib.get_close_matches(key[:100], known_keys(), n=1, cutoff=0.6)
             hint = f"did you mean {close[0]}?" if close else f"the keys there are: {_siblings(location)}."
-            lines.append(f"unknown key {key}: {hint}")
+            lines.append(f"unknown key {key[:100]}: {hint}")
+            continue
+        refused = item.get("ctx", {}).get("error")
+        if isinstance(refused, ConfigError):
+            lines.append(str(refused))
             continue
         reason = item["msg"].removeprefix("Value error, ")
         reason = reason[:1].lower() + reason[1:] if item["type"] != "value_error" else reason
@@ -530,8 +656,16 @@ def _describe(error: ValidationError, source: str) -> str:
         else:
             if item["type"] == "model_type":
                 reason = "it is a section, so it holds keys; write it as `section: {key: value}`, or leave it out"
-            lines.append(f"{key} is {item['input']!r}: {reason}.")
+            lines.append(f"{key} is {shown(item['input'])}: {reason}{quote_hint(item)}.")
     return f"{source}: " + "\n  ".join(dict.fromkeys(lines))
+
+
+def quote_hint(item: Any) -> str:
+    """YAML takes some words and digits for other things than text."""
+    if item["type"] not in ("string_type", "literal_error") or not isinstance(item["input"], bool | int | float):
+        return ""
+    words = "no, off, yes and on as false and true" if isinstance(item["input"], bool) else "it as a number"
+    return f"; YAML reads {words}, so put a text in quotes"
 
 
 def _keys_of(location: tuple[int | str, ...]) -> list[str]:
@@ -555,4 +689,4 @@ def _siblings(location: list[str]) -> str:
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML, readable by :func:`load_config`."""
-    return yaml.dump(config.resolved(), Dumper=YamlDumper, sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.resolved())

@@ -97,8 +97,11 @@ def check_path(key: str, value: str | Path, schemes: tuple[str, ...] = STORES) -
     return _check_store(_shown(key, text), right, text)
 
 
-def check_regular_file(key: str, path: str | Path) -> None:
+def check_regular_file(key: str, path: str | Path, remedy: str = "Give the path of a file.") -> None:
     """Refuse a path that does not lead to a regular file, on which a read could wait for ever.
+
+    Args:
+        remedy: what to do where nothing can be read there.
 
     Raises:
         ConfigError: nothing is there, it may not be looked at, or it is a directory, a FIFO, a device or a socket.
@@ -107,12 +110,12 @@ def check_regular_file(key: str, path: str | Path) -> None:
         mode = os.stat(os.path.expanduser(path)).st_mode
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(f"{_shown(key, str(path))} cannot be read: {reason}. Give the path of a file.") from None
+        raise ConfigError(f"{_shown(key, str(path))} cannot be read: {reason}. {remedy}") from None
     if not stat.S_ISREG(mode):
-        raise ConfigError(
-            f"{_shown(key, str(path))} is {_KINDS.get(stat.S_IFMT(mode), 'something else')}, not a regular file. "
-            "Give a file; write what a pipe or a device delivers to one first."
-        )
+        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+        if not stat.S_ISDIR(mode):
+            remedy = "Write what it delivers to a file first, and give that."
+        raise ConfigError(f"{_shown(key, str(path))} is {kind}, not a regular file. {remedy}")
 
 
 def redact(text: str) -> str:

@@ -8,9 +8,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-import yaml
-
-from clusterns_ray.config import Config, make_config
+from clusterns_ray.config import Config, parse_saved_config
 from clusterns_ray.data.corpus import list_sources
 from clusterns_ray.data.documents import list_documents
 from clusterns_ray.data.prepare import corpus_is_documents, documents_of
@@ -123,7 +121,7 @@ def check_name(config: Config) -> None:
     saved = read_run_file(config, "config.yaml")
     if saved is None:
         return
-    other = make_config(yaml.safe_load(saved))
+    other = parse_saved_config(saved, f"{run_directory(config)}/config.yaml")
     if other.fingerprint() == config.fingerprint():
         return
     where = run_url(config) or str(run_directory(config))

@@ -10,8 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from clusterns_ray.config import Config, load_config
+from clusterns_ray.config import Config, parse_saved_config
 from clusterns_ray.errors import ConfigError, DataError
+from clusterns_ray.yaml_text import read_yaml_text
 
 COLLAPSED = -100.0
 """The dev score that training notes for embeddings whose correlation is not defined."""
@@ -137,7 +138,7 @@ def read_run(directory: str | Path, address: str | None = None) -> RunRecord:
     records = read_records(path / "metrics.jsonl")
     return RunRecord(
         path=path,
-        config=load_config(path / "config.yaml"),
+        config=parse_saved_config(read_yaml_text("The run's", path / "config.yaml"), str(path / "config.yaml")),
         steps=[record for record in records if "loss" in record],
         evaluations=[record for record in records if "sts_dev" in record],
         result=_read_object(path / "result.json", ("steps",)),

@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from clusterns_ray.report import study_charts as charts
 from clusterns_ray.report.page import Cell, Fact, Figure, Fold, Link, Page, Section, Table, Warning, write_page
 from clusterns_ray.report.run import footer
 from clusterns_ray.report.words import NONE, count, duration, fixed, listing, plain_value
 from clusterns_ray.tuning.analysis import StudyRecord, Trial, at_the_edge, read_study, rungs
+from clusterns_ray.yaml_text import dump_yaml
 
 FEW = 20
 """Importances from fewer finished trials are a hint at most."""
@@ -309,13 +308,13 @@ def setup_section(study: StudyRecord) -> Section:
     rows: list[list[Cell]] = []
     for key, parameter in study.config["space"].items():
         rows.append([key, parameter["role"], _space(parameter), _conditions(parameter)])
-    base = yaml.safe_dump(study.config["base"], sort_keys=False, allow_unicode=True)
+    base = dump_yaml(study.config["base"])
     rest = {key: value for key, value in study.config.items() if key not in ("base", "space")}
     return Section(
         "What was searched",
         tables=[Table(["key", "role", "values", "where it matters"], rows, "The space", text_columns=(0, 1, 2, 3))],
         folds=[
-            Fold("The rest of the study", yaml.safe_dump(rest, sort_keys=False, allow_unicode=True)),
+            Fold("The rest of the study", dump_yaml(rest)),
             Fold("The configuration that trials start from", base),
         ],
     )

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import yaml
 from optuna.trial import FrozenTrial, TrialState
 
 from clusterns_ray.tuning.ledger import begun, read_ledger
+from clusterns_ray.yaml_text import load_yaml, read_yaml_text
 
 RESAMPLES = 20
 MIN_TRIALS = 5
@@ -75,7 +75,7 @@ def read_study(directory: Path) -> StudyRecord:
         ConfigError: the directory holds none.
     """
     study = read_ledger(directory)
-    config = yaml.safe_load((directory / "study.yaml").read_text(encoding="utf-8"))
+    config = load_yaml(read_yaml_text("The study", directory / "study.yaml"), str(directory / "study.yaml"))
     frozen = begun(study)
     before = list(study.user_attrs.get("scores_before", {}).values())
     return StudyRecord(

@@ -25,7 +25,7 @@ from optuna.trial import FrozenTrial, TrialState
 from clusterns_ray.data.batches import stream_key
 from clusterns_ray.errors import ClusterNSError, ConfigError
 from clusterns_ray.tuning.snapshot import FILES, LOCK_WAIT_S, SNAPSHOT_S, pull_snapshot, push_snapshot
-from clusterns_ray.tuning.space import Overrides
+from clusterns_ray.tuning.space import Overrides, point_key
 from clusterns_ray.tuning.study import Study, differences
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -361,6 +361,7 @@ def _pruner(study: Study) -> optuna.pruners.BasePruner:
 def _grid(study: Study) -> list[Overrides]:
     """The first points, then the rest of the grid in an order of the sampler's seed."""
     first: list[Mapping[str, Any]] = list(study.config.first_points)
-    rest = [point for point in study.space.grid() if point not in first]
+    taken = set(map(point_key, first))
+    rest = [point for point in study.space.grid() if point_key(point) not in taken]
     random.Random(stream_key("grid", study.config.sampler.seed)).shuffle(rest)
     return [*map(dict, first), *rest]

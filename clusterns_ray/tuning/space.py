@@ -6,9 +6,9 @@ other keys have those values; elsewhere the base configuration's value stays.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -21,6 +21,10 @@ Overrides = dict[str, Scalar]
 
 STEP_DIGITS = 12
 """Stepped floats are rounded to these digits: 0.2 + 0.1 is 0.3."""
+MAX_STEPS = 1_000_000
+"""Values of a stepped float; where there are more, it is as good as a continuum."""
+LARGEST_INTEGER = 2**53
+"""Samplers compute with floats, which hold integers up to here."""
 
 
 class Comparison(Section):
@@ -68,10 +72,10 @@ class _Varied(Section):
 
 class IntParameter(_Varied):
     type: Literal["int"]
-    low: int
-    high: int
+    low: int = Field(strict=True, ge=-LARGEST_INTEGER, le=LARGEST_INTEGER)
+    high: int = Field(strict=True, ge=-LARGEST_INTEGER, le=LARGEST_INTEGER)
     """included"""
-    step: int = Field(default=1, ge=1)
+    step: int = Field(default=1, strict=True, ge=1, le=LARGEST_INTEGER)
     log: bool = False
     """uniform in the logarithm"""
 
@@ -86,8 +90,9 @@ class IntParameter(_Varied):
     def contains(self, value: Scalar) -> bool:
         return type(value) is int and self.low <= value <= self.high and (value - self.low) % self.step == 0
 
-    def grid(self) -> list[int]:
-        return list(range(self.low, self.high + 1, self.step))
+    def grid(self) -> range:
+        """Every value there is."""
+        return range(self.low, self.high + 1, self.step)
 
     def ends(self) -> list[int]:
         return [self.low, self.high]
@@ -98,10 +103,10 @@ class IntParameter(_Varied):
 
 class FloatParameter(_Varied):
     type: Literal["float"]
-    low: float
-    high: float
+    low: float = Field(strict=True)
+    high: float = Field(strict=True)
     """included"""
-    step: float | None = Field(default=None, gt=0)
+    step: float | None = Field(default=None, strict=True, gt=0)
     log: bool = False
     """uniform in the logarithm"""
 
@@ -119,12 +124,16 @@ class FloatParameter(_Varied):
             return False
         return self.step is None or _is_whole((value - self.low) / self.step)
 
-    def grid(self) -> list[float] | None:
-        """None where there is no step: a continuum has no grid."""
+    @cached_property
+    def _values(self) -> list[float] | None:
         if self.step is None:
             return None
         count = round((self.high - self.low) / self.step) + 1
         return [round(self.low + number * self.step, STEP_DIGITS) for number in range(count)]
+
+    def grid(self) -> list[float] | None:
+        """Every value there is; None where there is no step: a continuum has no grid."""
+        return self._values
 
     def ends(self) -> list[float]:
         return [self.low, self.high]
@@ -141,8 +150,8 @@ class ChoiceParameter(_Varied):
     def _choices(self):
         if not self.choices:
             raise ValueError("choices is empty; list at least two values, or give the key role: fixed with a value")
-        if any(same(a, b) for a, b in itertools.combinations(self.choices, 2)):
-            raise ValueError(f"choices {self.choices} holds a value twice; list each once")
+        if len({(isinstance(choice, bool), choice) for choice in self.choices}) < len(self.choices):
+            raise ValueError(f"choices {str(self.choices)[:200]} holds a value twice; list each once")
         return self
 
     def suggest(self, name: str, trial: Suggests) -> Scalar:
@@ -152,6 +161,7 @@ class ChoiceParameter(_Varied):
         return any(same(value, choice) for choice in self.choices)
 
     def grid(self) -> list[Scalar]:
+        """Every value there is."""
         return self.choices
 
     def ends(self) -> list[Scalar]:
@@ -226,7 +236,7 @@ class Space:
             for key, condition in self.parameters[name].when.items()
         )
 
-    def points(self, values: Mapping[str, list[Any]]) -> Iterator[Overrides]:
+    def points(self, values: Mapping[str, Sequence[Any]]) -> Iterator[Overrides]:
         """Every combination of ``values``, a parameter that does not matter left out."""
         names = list(self.parameters)
 
@@ -275,6 +285,11 @@ def same(a: Any, b: Any) -> bool:
     return a == b and isinstance(a, bool) == isinstance(b, bool)
 
 
+def point_key(point: Mapping[str, Scalar]) -> frozenset[tuple[str, Scalar]]:
+    """A point as something that sets hold."""
+    return frozenset(point.items())
+
+
 def _holds(condition: Condition, value: Any) -> bool:
     if isinstance(condition, Comparison):
         return condition.holds(value)
@@ -311,6 +326,18 @@ def _check_range(low: float, high: float, step: float | None, log: bool) -> None
         raise ValueError("log and step exclude each other; leave one out")
     if log and low <= 0:
         raise ValueError(f"low is {low}: a logarithm needs low > 0")
+    if step is not None and (high - low) / step < 1 - 1e-8:
+        raise ValueError(f"step is {step}, more than lies between low ({low}) and high ({high}); make it smaller")
+    if isinstance(step, float) and (high - low) / step > MAX_STEPS:
+        raise ValueError(
+            f"steps of {step} from {low} to {high} make more than {MAX_STEPS:,} values; make step larger, or leave it "
+            "out"
+        )
+    if isinstance(step, float) and (step < 10 ** (3 - STEP_DIGITS) or round(low, STEP_DIGITS) != low):
+        raise ValueError(
+            f"low is {low} and step {step}, but stepped values are rounded to {STEP_DIGITS} decimal places; leave step "
+            "out, or use log: true"
+        )
     if step is not None and not _is_whole((high - low) / step):
         last = round(low + math.floor((high - low) / step) * step, STEP_DIGITS)
         raise ValueError(f"steps of {step} from {low} do not meet high ({high}); make high {last}")

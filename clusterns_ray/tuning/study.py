@@ -10,19 +10,30 @@ import difflib
 import itertools
 import json
 import random
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Discriminator, Field, ValidationError, field_validator, model_validator
 
-from clusterns_ray.config import Config, Section, YamlDumper, YamlLoader, apply_override, known_keys, load_config
+from clusterns_ray.config import (
+    MAX_WORKERS,
+    Config,
+    Section,
+    apply_override,
+    check_file_name,
+    check_plain_values,
+    describe_value,
+    known_keys,
+    load_config,
+    quote_hint,
+    shown,
+)
 from clusterns_ray.errors import ConfigError
-from clusterns_ray.storage import Place, place
+from clusterns_ray.paths import check_path
+from clusterns_ray.storage import Place, is_url, place
 from clusterns_ray.tuning.space import (
     FixedParameter,
     IntParameter,
@@ -31,8 +42,10 @@ from clusterns_ray.tuning.space import (
     Scalar,
     Space,
     Varied,
+    point_key,
     same,
 )
+from clusterns_ray.yaml_text import dump_yaml, load_yaml, read_yaml_text
 
 NOT_SEARCHED = {
     "seed": "seeds are no setting to choose by; name them under confirmation.seeds",
@@ -59,25 +72,25 @@ class BudgetConfig(Section):
 
 class TPESampler(Section):
     name: Literal["tpe"]
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=2**32 - 1)
     startup_trials: int = Field(default=10, ge=1)
     """Random trials, first points included, before the model proposes."""
 
 
 class RandomSampler(Section):
     name: Literal["random"]
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=2**32 - 1)
 
 
 class GridSampler(Section):
     name: Literal["grid"]
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=2**32 - 1)
     """Of the order in which the points are visited."""
 
 
 class GPSampler(Section):
     name: Literal["gp"]
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=2**32 - 1)
     startup_trials: int = Field(default=10, ge=1)
     """Random trials, first points included, before the model proposes."""
 
@@ -86,7 +99,7 @@ class ASHAScheduler(Section):
     name: Literal["asha"]
     min_steps: int | None = Field(default=None, ge=1)
     """Training steps of the first rung; `evaluation.every_steps` if unset."""
-    reduction_factor: int = Field(default=3, ge=2)
+    reduction_factor: int = Field(default=3, ge=2, le=10**6)
     """About one in this many goes on from a rung; each rung is this many times as long as the one before."""
 
 
@@ -128,8 +141,8 @@ class StudyConfig(Section):
     space: dict[str, Parameter]
     """What varies, by key, and what is declared as held fixed."""
     budget: BudgetConfig = BudgetConfig()
-    concurrent_trials: int = Field(default=1, ge=1)
-    workers_per_trial: int = Field(default=0, ge=0)
+    concurrent_trials: int = Field(default=1, ge=1, le=4096)
+    workers_per_trial: int = Field(default=0, ge=0, le=MAX_WORKERS)
     """0: in the trial's own process, kept for the next trial. N: that many Ray workers a trial."""
     sampler: Annotated[TPESampler | RandomSampler | GridSampler | GPSampler, Discriminator("name")] = TPESampler(
         name="tpe"
@@ -152,9 +165,12 @@ class StudyConfig(Section):
     @field_validator("name")
     @classmethod
     def _name(cls, value: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", value):
-            raise ValueError("must be a file name: letters, digits, dots, dashes, underscores")
-        return value
+        return check_file_name(value)
+
+    @field_validator("base")
+    @classmethod
+    def _base(cls, value: str) -> str:
+        return check_path("base", value)
 
     @model_validator(mode="after")
     def _whole(self):
@@ -218,18 +234,13 @@ def load_study(path: str | Path, overrides: Iterable[str] = ()) -> Study:
     Raises:
         ConfigError: what is wrong, and where.
     """
-    try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=YamlLoader)
-    except OSError as error:
-        raise ConfigError(
-            f"Cannot read the study {str(path)!r}: {error.strerror}. Give the path of a YAML file, such as "
-            "experiments/studies/smoke.yaml."
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML in UTF-8: {error}. Mend the line it names.") from None
+    path = check_path("STUDY", path, ())
+    values = load_yaml(
+        read_yaml_text("The study", path, "Give the path of a YAML file, such as experiments/studies/smoke.yaml."), path
+    )
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds {type(values).__name__}, not `key: value`.")
-    return check_study(values, Path(path), overrides)
+        raise ConfigError(f"{path} holds {describe_value(values)}, not `key: value`. Give a study.")
+    return check_study(values, Path(path).expanduser(), overrides)
 
 
 def check_study(values: dict[str, Any], path: Path, overrides: Iterable[str] = ()) -> Study:
@@ -238,21 +249,26 @@ def check_study(values: dict[str, Any], path: Path, overrides: Iterable[str] = (
     for override in overrides:
         first = override.partition("=")[0].partition(".")[0].strip()
         of_base.append(override) if first in Config.model_fields else apply_override(values, override)
+    check_plain_values(values, str(path), _NUMBERS)
     try:
         config = StudyConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_describe(error, str(path))) from None
     _check_keys(config, str(path))
     base_path = Path(config.base).expanduser()
-    changes = [f"{key}={json.dumps(value)}" for key, value in {**config.set, **config.fixed()}.items()]
+    if not is_url(config.base) and not base_path.is_absolute():
+        base_path = path.parent / base_path
+    changes = [
+        f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in {**config.set, **config.fixed()}.items()
+    ]
     base = load_config(
-        base_path if base_path.is_absolute() else path.parent / base_path,
+        config.base if is_url(config.base) else base_path,
         [*changes, *of_base, f"runtime.num_workers={config.workers_per_trial}"],
     )
     for override in of_base:
         key = override.partition("=")[0].strip()
         if key in config.space:
-            raise ConfigError(f"--set {override!r}: {key} is in the study's space. Change the space instead.")
+            raise ConfigError(f"--set {shown(override)}: {key} is in the study's space. Change the space instead.")
     if base.evaluation.sts is None:
         raise ConfigError(
             f"{path}: the base configuration has no evaluation.sts, so trials have no score. Give it a directory of "
@@ -282,7 +298,7 @@ def dump_study(study: Study) -> str:
     values = study.config.model_dump(mode="json", by_alias=True, exclude={"set"})
     values["space"] = study.config.model_dump(mode="json", by_alias=True, exclude_unset=True)["space"]
     values["base"] = study.base.resolved()
-    return yaml.dump(values, Dumper=YamlDumper, sort_keys=False, allow_unicode=True)
+    return dump_yaml(values)
 
 
 # ---- checks -------------------------------------------------------------------------------------------------------
@@ -293,9 +309,9 @@ def _check_keys(config: StudyConfig, source: str) -> None:
     for section, keys in (("space", config.space), ("set", config.set)):
         for key in keys:
             if key not in known:
-                close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+                close = difflib.get_close_matches(key[:100], known, n=1, cutoff=0.6)
                 hint = f"did you mean {close[0]}?" if close else "keys are written as train.learning_rate."
-                raise ConfigError(f"{source}: unknown key {key} in {section}: {hint}")
+                raise ConfigError(f"{source}: unknown key {key[:100]} in {section}: {hint}")
     for key in config.space:
         reason = "where and how a trial runs changes no result" if key.startswith("runtime.") else NOT_SEARCHED.get(key)
         if reason:
@@ -382,10 +398,8 @@ def _corners(space: Space, draw: random.Random) -> Iterable[Overrides]:
 def _random_points(space: Space, draw: random.Random) -> Iterable[Overrides]:
     def value(name: str) -> Scalar:
         parameter = space.parameters[name]
-        if isinstance(parameter, IntParameter):
-            return draw.randrange(parameter.low, parameter.high + 1, parameter.step)
-        grid = parameter.grid()
-        return draw.choice(grid) if grid is not None else draw.uniform(*parameter.ends())  # type: ignore[arg-type]
+        values = parameter.grid()
+        return draw.choice(values) if values is not None else draw.uniform(*parameter.ends())  # type: ignore[arg-type]
 
     return (_draw_point(space, value) for _ in range(COMBINATIONS))
 
@@ -417,13 +431,16 @@ def _check_point(space: Space, point: Mapping[str, Scalar], source: str) -> None
 
 
 def _check_grid(config: StudyConfig, space: Space, source: str) -> None:
-    points = list(itertools.islice(space.grid(), GRID_POINTS + 1))
-    if len(points) > GRID_POINTS:
+    # One key alone may have more values than could be listed.
+    longest = max(len(parameter.grid() or ()) for parameter in space.parameters.values())
+    grid = space.grid() if longest <= GRID_POINTS else ()
+    points = set(map(point_key, itertools.islice(grid, GRID_POINTS + 1)))
+    if max(longest, len(points)) > GRID_POINTS:
         raise ConfigError(
             f"{source}: the grid has more than {GRID_POINTS} points. Make steps wider, or use random or tpe."
         )
     for number, point in enumerate(config.first_points):
-        if point not in points:
+        if point_key(point) not in points:
             raise ConfigError(
                 f"{source}: first_points[{number}] is no whole point of the grid; name every key that matters there."
             )
@@ -437,23 +454,25 @@ def _describe(error: ValidationError, source: str) -> str:
         key = ".".join(part for part in parts[:-1] if part not in _BRANCHES)
         key = ".".join(filter(None, (key, parts[-1]))) if parts and _is_written(parts, item) else key
         reason = item["msg"].removeprefix("Value error, ")
-        enumerated = _enumerated(key, item)
+        refused = item.get("ctx", {}).get("error")
+        enumerated = str(refused) if isinstance(refused, ConfigError) else _enumerated(key, item)
         if enumerated is not None:
             lines.append(enumerated)
         elif item["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(parts[-1], _NAMES, n=1, cutoff=0.6)
+            close = difflib.get_close_matches(parts[-1][:100], _NAMES, n=1, cutoff=0.6)
             # The right word in the wrong place: say the right one.
             meant = [_PLACES.get(name, name) if name == parts[-1] else name for name in close]
             if parts[-2:-1] == ["fixed"]:
-                lines.append(f"unknown key {key}: a key with role fixed has a value and nothing else.")
+                lines.append(f"unknown key {key[:100]}: a key with role fixed has a value and nothing else.")
             else:
-                lines.append(f"unknown key {key}" + (f": did you mean {meant[0]}?" if meant else "."))
+                lines.append(f"unknown key {key[:100]}" + (f": did you mean {meant[0]}?" if meant else "."))
         elif item["type"] == "missing":
             lines.append(f"{key} is missing.")
         elif item["type"] == "value_error":
             lines.append(f"{key}: {reason}." if key else f"{reason}.")
         else:
-            lines.append(f"{key} is {item['input']!r}: {reason[:1].lower()}{reason[1:]}.")
+            hint = quote_hint(item)
+            lines.append(f"{key} is {shown(item['input'])}: {reason[:1].lower()}{reason[1:]}{hint}.")
     return f"{source}: " + "\n  ".join(dict.fromkeys(lines))
 
 
@@ -492,6 +511,10 @@ _VALUES = {
 }
 """What the keys of a study can be that take one of a few words."""
 
+_NUMBERS = {"budget.trials", "budget.hours", "budget.worker_hours", "concurrent_trials", "workers_per_trial"} | {
+    "confirmation.top", "confirmation.seeds", "sampler.seed", "sampler.startup_trials", "scheduler.min_steps",
+    "scheduler.reduction_factor", "scheduler.startup_trials", "scheduler.warmup_steps",
+}  # fmt: skip
 _BRANCHES = {"int", "float", "choice", "fixed", "tpe", "random", "grid", "gp", "asha", "median", "none"} | {
     "comparison", "list", "value"
 }  # fmt: skip

@@ -212,7 +212,7 @@ def test_no_such_configuration(clusterns: Callable[..., Result]) -> None:
 
 def test_configuration_that_is_not_yaml(clusterns: Callable[..., Result], tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("train: {shards: [}\n")
-    check_refusal(clusterns("train", "bad.yaml"), "bad.yaml is not YAML", "line 1", "Mend")
+    check_refusal(clusterns("train", "bad.yaml"), "bad.yaml is not YAML", "line 1", "Correct that place")
     (tmp_path / "bad.yaml").write_text("just words\n")
     check_refusal(clusterns("train", "bad.yaml"), "bad.yaml holds str", "section: {key: value}")
 

@@ -17,6 +17,7 @@ from clusterns_ray.config import (
     make_config,
     nearest_multiple,
     parse_config,
+    parse_saved_config,
 )
 from clusterns_ray.errors import ConfigError
 
@@ -113,7 +114,7 @@ def test_no_such_file_and_not_yaml(tmp_path) -> None:
     with pytest.raises(ConfigError, match="No such file") as caught:
         load_config(tmp_path / "none.yaml")
     assert "none.yaml" in str(caught.value) and "quickstart.yaml" in str(caught.value)
-    with pytest.raises(ConfigError, match="Is a directory"):
+    with pytest.raises(ConfigError, match="is a directory"):
         load_config(tmp_path)
     broken = tmp_path / "broken.yaml"
     broken.write_text("train:\n  shards: [1,\nseed: 3\n")
@@ -121,7 +122,7 @@ def test_no_such_file_and_not_yaml(tmp_path) -> None:
         load_config(broken)
     assert "broken.yaml" in str(caught.value) and "line" in str(caught.value)
     broken.write_text("- a\n- b\n")
-    with pytest.raises(ConfigError, match="holds list") as caught:
+    with pytest.raises(ConfigError, match="holds a list") as caught:
         load_config(broken)
     assert "section: {key: value}" in str(caught.value)
 
@@ -502,3 +503,65 @@ def test_known_keys_are_all_and_exist() -> None:
         node: Any = config
         for part in key.split("."):
             node = getattr(node, part)
+
+
+# ---- hostile values ------------------------------------------------------------------------------------------------
+
+HOSTILE = [
+    ("seed=9223372036854775808", "seed is 9223372036854775808, beyond 64 bits"),
+    ("train.learning_rate=1e300", "train.learning_rate is 1e+300, which 32-bit"),
+    ("train.learning_rate=4e-320", "32-bit"),
+    ("loss.temperature=.nan", "32-bit"),
+    ("loss.temperature=1e400", "32-bit"),
+    ("train.epochs=true", "train.epochs is true, but it is no switch"),
+    ("runtime.num_workers=[1, 1000000]", "at most 65,536"),
+    ("runtime.num_workers=[1, 60000]", "does not divide train.shards"),
+    ("runtime.name=no", "in quotes"),
+    ("runtime.name=2024", "reads it as a number"),
+    ("runtime.name=cache", "another name"),
+    ("runtime.name=" + "n" * 201, "200 bytes"),
+    ("train.epochs=12:30", "valid integer"),
+    ("train.epochs=2024-01-02", "valid integer"),
+    ("train.epochs=0x", "valid integer"),
+    ("train.epochs=010", "begins with 0"),
+    ("train.global_batch_size=99999999999", "less than or equal to"),
+    ("a.b.c.d.e=1", "not section.key=value"),
+    ("train=3", "it is a section"),
+    ("runtime.storage_path=S3://b/x", "runtime.storage_path 'S3://b/x' is not a well-formed URL"),
+    ("runtime.local_path=s3://b/x", "runtime.local_path 's3://b/x': s3:// is not possible"),
+    ("data.corpus=[a.txt, ~nobody-of-that-name/x]", "data.corpus '~nobody-of-that-name/x'"),
+    ("data.documents=hf://x", "data.documents 'hf://x'"),
+    ("data.cache_dir=", "data.corpus"),
+    ("evaluation.sts=s3://b/x", "evaluation.sts"),
+    ("encoder.name=hf://x", "encoder.name 'hf://x'"),
+    ("loss.teacher=s3:///x", "loss.teacher 's3:///x' names no bucket"),
+    ('runtime.storage_path="a\\0b"', "control character"),
+]
+
+
+@pytest.mark.parametrize(("override", "reason"), HOSTILE)
+def test_hostile_settings_are_refused_by_name(override: str, reason: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse_config("data: {corpus: null}" if "cache_dir" in override else "data: {corpus: demo}", [override])
+    assert reason in str(raised.value) and len(str(raised.value)) < 1200
+
+
+def test_no_secret_of_a_setting_is_repeated() -> None:
+    for override in ("runtime.storage_path=s3://AKIA1:q7w8@b/x", "runtime.storage_path=[s3://AKIA1:q7w8@b/x]"):
+        with pytest.raises(ConfigError) as raised:
+            parse_config("data: {corpus: demo}", [override])
+        assert "q7w8" not in str(raised.value)
+
+
+def test_large_shards_do_not_take_long() -> None:
+    with pytest.raises(ConfigError, match="use 1, 16769023 workers"):
+        parse_config(
+            "data: {corpus: demo}\ntrain: {shards: 16769023, global_batch_size: 16769023}\nruntime: {num_workers: 2}"
+        )
+
+
+def test_a_saved_configuration_is_not_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_SECRET", "q7w8")
+    text = "data: {corpus: '${SOME_SECRET}', text_column: '${NOT_SET_ANYWHERE}'}"
+    assert parse_saved_config(text, "s").data.corpus == "${SOME_SECRET}"
+    assert parse_config("data: {corpus: '${SOME_SECRET}'}").data.corpus == "q7w8"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
 from clusterns_ray.errors import ConfigError
 from clusterns_ray.launch.cluster_file.common import check_secrets, pinned_versions
 from clusterns_ray.launch.cluster_file.kubernetes import check_documents
 from clusterns_ray.launch.cluster_file.launcher import check_launcher
 from clusterns_ray.launch.doctor.findings import Finding
+from clusterns_ray.paths import check_path
+from clusterns_ray.yaml_text import load_foreign_yaml, read_yaml_text
 
 
 def check_cluster_file(path: str | Path) -> list[Finding]:
@@ -21,15 +21,11 @@ def check_cluster_file(path: str | Path) -> list[Finding]:
     Raises:
         ConfigError: it cannot be read, or is not a cluster file.
     """
-    path = Path(path).expanduser()
-    try:
-        text = path.read_text(encoding="utf-8")
-        documents = [document for document in yaml.safe_load_all(text) if document is not None]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"The cluster file {str(path)!r} cannot be read: {reason}. Give a YAML file.") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"The cluster file {str(path)!r} is not YAML: {' '.join(str(error).split())}.") from None
+    path = Path(check_path("The cluster file", path, ())).expanduser()
+    text = read_yaml_text("The cluster file", path)
+    documents = [
+        document for document in load_foreign_yaml(text, f"The cluster file {str(path)!r}") if document is not None
+    ]
     pinned = pinned_versions(path)
     secrets = check_secrets(text)
     if documents and all(isinstance(document, dict) and "kind" in document for document in documents):

@@ -16,9 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from clusterns_ray.config import Config, YamlLoader, load_config
+from clusterns_ray.config import Config, load_config
 from clusterns_ray.data.prepare import cache_directory
 from clusterns_ray.errors import ClusterNSError, ConfigError, DataError
 from clusterns_ray.files import json_text
@@ -27,7 +25,9 @@ from clusterns_ray.launch.doctor.findings import Check, Finding, from_error
 from clusterns_ray.launch.doctor.node import PROBE, nearest_directory
 from clusterns_ray.launch.doctor.request import Request, Sizes
 from clusterns_ray.models import resolve_model
+from clusterns_ray.paths import check_path, check_regular_file
 from clusterns_ray.storage import is_url, local_copy
+from clusterns_ray.yaml_text import load_yaml, read_yaml_text
 
 DEADLINE_S = 55.0
 """For everything."""
@@ -64,8 +64,8 @@ def examine(
         ConfigError: there is no such file. What is wrong *in* it is a finding.
     """
     for file in (path, cluster_file):
-        if file is not None and not file.is_file():
-            raise ConfigError(f"There is no file {str(file)!r}. Give the path of a YAML file.")
+        if file is not None:
+            check_regular_file("CONFIG" if file is path else "--cluster", check_path("--cluster", file, ()))
     return _findings(path, tuple(overrides), load_study, cluster_file, time.monotonic() + deadline_s)
 
 
@@ -98,10 +98,7 @@ def read_request(path: Path, overrides: Iterable[str], load_study: LoadStudy) ->
     Raises:
         ConfigError: what is wrong in it.
     """
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=YamlLoader)
-    except (yaml.YAMLError, UnicodeDecodeError):
-        values = None  # load_config says so in its words
+    values = load_yaml(read_yaml_text("The configuration", path), str(path))
     if isinstance(values, dict) and "space" in values:
         study = load_study(path, overrides)
         return Request(study.base, study=True, concurrent=study.config.concurrent_trials)
