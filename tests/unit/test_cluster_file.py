@@ -1,4 +1,4 @@
-"""The shipped cluster files are clean; each seeded mistake in them is found, and nothing else is said."""
+"""The shipped cluster files are clean once they are filled in; each seeded mistake is found, and nothing else."""
 
 from __future__ import annotations
 
@@ -24,9 +24,20 @@ FILES = {
     "gcp": ROOT / "experiments/clusters/gcp.yaml",
     "kubernetes": ROOT / "experiments/clusters/kuberay.yaml",
 }
+TYPES = "available_node_types"
+OWN = {"my-project": "sentences-4711", "s3://my-bucket": "s3://sentences-4711", "registry.example.com": "ghcr.io/acme"}
+"""What a user would put in place of each placeholder."""
+
+
+def filled_in(text: str) -> str:
+    for placeholder, value in OWN.items():
+        text = text.replace(placeholder, value)
+    return text
+
+
 # Through JSON, as parts that are shared by YAML's anchors would change together.
 SHIPPED = {
-    name: json.loads(json.dumps(list(yaml.safe_load_all(path.read_text(encoding="utf-8")))))
+    name: json.loads(json.dumps(list(yaml.safe_load_all(filled_in(path.read_text(encoding="utf-8"))))))
     for name, path in FILES.items()
 }
 PINNED = pinned_versions(FILES["aws"])
@@ -41,9 +52,83 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+PLACES = {
+    "aws": [],
+    "gcp": [
+        ("provider.project_id", "'my-project' is a placeholder", "id of your Google Cloud project"),
+        (
+            f"{TYPES}.gpu_spot.node_config.serviceAccounts.0.email",
+            "'clusterns-worker@my-project.iam.gserviceaccount.com' holds the placeholder 'my-project'",
+            "e-mail address of the service account",
+        ),
+    ],
+    "kubernetes": [
+        (
+            "RayCluster/clusterns.spec.headGroupSpec.template.spec.containers.0.image",
+            "'registry.example.com/clusterns-ray:0.1.0' holds the placeholder 'registry.example.com' (lines ",
+            "image that you built and pushed",
+        ),
+        (
+            "RayJob/clusterns-sweep.spec.entrypoint",
+            "'runtime.storage_path=s3://my-bucket/clusterns' holds the placeholder 'my-bucket'",
+            "a bucket that the cluster's machines may read and write",
+        ),
+    ],
+}
+
+
 @pytest.mark.parametrize("name", FILES)
-def test_the_shipped_files_are_clean(name: str) -> None:
-    assert check_cluster_file(FILES[name]) == []
+def test_the_shipped_files_name_what_is_to_be_filled_in_and_are_clean_then(name: str, directory: Path) -> None:
+    found = check_cluster_file(FILES[name])
+    assert [(finding.level, finding.what) for finding in found] == [("problem", place) for place, _, _ in PLACES[name]]
+    for finding, (_, value, remedy) in zip(found, PLACES[name], strict=True):
+        assert value in finding.value and finding.remedy.startswith("Replace it with") and remedy in finding.remedy
+    copied = directory / "filled-in.yaml"
+    copied.write_text(filled_in(FILES[name].read_text(encoding="utf-8")), encoding="utf-8")
+    assert check_cluster_file(copied) == []
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("your-project-id", "YOUR_BUCKET", "<project>", "<your project id>", "{{ project }}", "CHANGE_ME", "changeme"),
+        *("replace-me", "TODO", "fill in", "my_registry/image:1", "myregistry.io/image:1", "example-org/image:1"),
+        *("registry.example/image:1", "image.example.org:5000/image:1", "train --to s3://BUCKET/runs", "gs://bucket"),
+        *(
+            "PROJECT_ID",
+            "subnet-xxxxxxxx",
+            "ami-0123456789abcdef0",
+            "arn:aws:iam::123456789012:role/worker",
+            "s3://...",
+        ),
+        "worker@your-project.iam.gserviceaccount.com",
+    ],
+)
+def test_kinds_of_placeholders(directory: Path, value: str) -> None:
+    config = copy.deepcopy(SHIPPED["gcp"][0])
+    config["provider"]["project_id"] = value
+    (found,) = findings(directory, [config])
+    assert found.startswith("problem provider.project_id: ") and "placeholder" in found
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("mylene-4711", "army-bucket", "my-project-38271", "examples-4711", "maximum", "sentences-4711", "todos"),
+        *("sort < in > out; cat 2>&1 < /dev/null", "echo $BUCKET ${PROJECT_ID}", "BUCKET=$(cat x)", "s3://b.my-shop/x"),
+        *("me@acme.com", "changes-me.io", "ami-0a1b2c3d4e5f67890", "arn:aws:iam::482910573516:role/worker", "exxon"),
+    ],
+)
+def test_values_of_ones_own_are_no_placeholders(directory: Path, value: str) -> None:
+    config = copy.deepcopy(SHIPPED["gcp"][0])
+    config["provider"]["project_id"] = value
+    assert findings(directory, [config]) == []
+
+
+def test_comments_hold_no_placeholders(directory: Path) -> None:
+    path = directory / "comment.yaml"
+    path.write_text(filled_in(FILES["gcp"].read_text(encoding="utf-8")) + "# s3://my-bucket, <project>\n")
+    assert check_cluster_file(path) == []
 
 
 @pytest.mark.parametrize("name", ["aws", "gcp"])
@@ -73,11 +158,10 @@ def test_what_they_say_in_words_is_so() -> None:
     assert {key: gcp[key] for key in same} == {key: aws[key] for key in same}
 
 
-def test_the_two_kubernetes_documents_differ_in_nothing_that_both_have() -> None:
+def test_the_two_kubernetes_documents_have_the_same_cluster() -> None:
     cluster, job = (document["spec"] for document in SHIPPED["kubernetes"])
     inner = job["rayClusterSpec"]
-    assert {**inner, "workerGroupSpecs": []} == {**cluster, "workerGroupSpecs": []}
-    assert inner["workerGroupSpecs"] == cluster["workerGroupSpecs"][:1]
+    assert inner == cluster
     assert cluster["rayVersion"] == RAY
 
 
@@ -124,6 +208,18 @@ def test_the_watcher_understands_its_options() -> None:
         assert spot.parse(hook[3:]).drain_now == 100
 
 
+def test_the_image_holds_what_the_machines_of_ray_up_get() -> None:
+    lines = (ROOT / "experiments/clusters/Dockerfile").read_text(encoding="utf-8").splitlines()
+    commands = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
+    assert [command for command, _ in commands] == ["FROM", "COPY", "RUN", "WORKDIR"]
+    assert commands[0][1] == f"rayproject/ray:{RAY}-py311-gpu"
+    assert commands[2][1].endswith('-c constraints.txt ".[gpu]"')
+    context = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    assert context[1] == "*", "everything is left out but what is named"
+    kept = {line[1:] for line in context if line.startswith("!")}
+    assert kept == {local for local in SHIPPED["aws"][0]["file_mounts"].values() if not local.startswith("~")}
+
+
 # ---- seeded mistakes ------------------------------------------------------------------------------------------------
 
 Change = Callable[[Any], object]
@@ -166,7 +262,6 @@ def several(*changes: Change) -> Change:
     return lambda config: [change(config) for change in changes]
 
 
-TYPES = "available_node_types"
 WORLD = [{"CidrIp": "0.0.0.0/0"}]
 
 LAUNCHER: dict[str, tuple[Change, str, str]] = {
@@ -214,7 +309,12 @@ LAUNCHER: dict[str, tuple[Change, str, str]] = {
         "problem docker.image",
         "2.44.1",
     ),
-    "no gpu extra": (rewrite("worker_setup_commands", "[gpu]", "[cpu]"), "warning worker_setup_commands", "gpu extra"),
+    "no zone": (drop("provider availability_zone"), "warning provider.availability_zone", "is None"),
+    "several zones": (
+        put("provider availability_zone", "us-west-2a,us-west-2b"),
+        "warning provider.availability_zone",
+        "different zones",
+    ),
     "auth off": (
         several(*(rewrite(f"{who}_start_ray_commands", "=token", "=disabled") for who in ("head", "worker"))),
         "problem head_start_ray_commands",
@@ -438,9 +538,28 @@ KUBERNETES: dict[str, tuple[int, Change, str, str]] = {
     ),
     "images that differ": (
         0,
-        put(f"{CONTAINER} image", "registry.example.com/clusterns-ray:0.2.0"),
+        put(f"{CONTAINER} image", "ghcr.io/acme/clusterns-ray:0.2.0"),
         "problem RayCluster/clusterns",
         "different images",
+    ),
+    "no toleration": (0, drop(f"{POD} tolerations"), "warning RayCluster/clusterns.gpu-spot.tolerations", "tainted"),
+    "a small /dev/shm": (
+        0,
+        drop(f"{CONTAINER} volumeMounts 1"),
+        "warning RayCluster/clusterns.gpu-spot.volumeMounts",
+        "/dev/shm",
+    ),
+    "/dev/shm on a disk": (
+        0,
+        drop(f"{POD} volumes 1 emptyDir medium"),
+        "warning RayCluster/clusterns.gpu-spot.volumeMounts",
+        "/dev/shm",
+    ),
+    "any zone": (
+        0,
+        drop(f"{POD} nodeSelector topology.kubernetes.io/zone"),
+        "warning RayCluster/clusterns",
+        "in one zone",
     ),
     "a cluster that stays": (
         1,
@@ -482,6 +601,22 @@ def test_what_is_beside_the_documents(directory: Path) -> None:
     assert findings(directory, [account, *SHIPPED["kubernetes"]]) == []
     assert findings(directory, [secret, *SHIPPED["kubernetes"]]) == ["problem Secret/s: a Secret is in the file"]
     assert findings(directory, [account]) == ["problem kind: there is no RayCluster and no RayJob"]
+
+
+def test_one_zone_can_be_said_in_other_ways(directory: Path) -> None:
+    aws = copy.deepcopy(SHIPPED["aws"][0])
+    del aws["provider"]["availability_zone"]
+    for node in aws[TYPES].values():
+        node["node_config"]["SubnetIds"] = ["subnet-0a1b2c3d"]
+    assert findings(directory, [aws]) == []
+    document = copy.deepcopy(SHIPPED["kubernetes"][0])
+    spec = document["spec"]
+    term = {"topologyKey": "topology.kubernetes.io/zone", "matchLabelKeys": ["ray.io/cluster"]}
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        del group["template"]["spec"]["nodeSelector"]["topology.kubernetes.io/zone"]
+        affinity = {"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [term]}}
+        group["template"]["spec"]["affinity"] = affinity
+    assert findings(directory, [document]) == []
 
 
 def test_a_job_on_a_cluster_that_is_there(directory: Path) -> None:

@@ -8,6 +8,7 @@ from clusterns_ray.errors import ConfigError
 from clusterns_ray.launch.cluster_file.common import check_secrets, pinned_versions
 from clusterns_ray.launch.cluster_file.kubernetes import check_documents
 from clusterns_ray.launch.cluster_file.launcher import check_launcher
+from clusterns_ray.launch.cluster_file.placeholders import check_placeholders
 from clusterns_ray.launch.doctor.findings import Finding
 from clusterns_ray.paths import check_path
 from clusterns_ray.yaml_text import load_foreign_yaml, read_yaml_text
@@ -27,12 +28,12 @@ def check_cluster_file(path: str | Path) -> list[Finding]:
         document for document in load_foreign_yaml(text, f"The cluster file {str(path)!r}") if document is not None
     ]
     pinned = pinned_versions(path)
-    secrets = check_secrets(text)
+    in_text = check_secrets(text) + check_placeholders(text)
     if documents and all(isinstance(document, dict) and "kind" in document for document in documents):
-        return secrets + check_documents(documents, pinned)
+        return in_text + check_documents(documents, pinned)
     if len(documents) != 1 or not isinstance(documents[0], dict) or "provider" not in documents[0]:
         raise ConfigError(
             f"The cluster file {str(path)!r} is neither one for `ray up`, which has a `provider`, nor a list of "
             "Kubernetes documents, which have a `kind`. See cluster.yaml and experiments/clusters/."
         )
-    return secrets + check_launcher(documents[0], pinned)
+    return in_text + check_launcher(documents[0], pinned)

@@ -98,6 +98,13 @@ def _check_cluster(name: str, spec: Mapping[str, Any], pinned: Mapping[str, str]
             yield Finding("problem", where, "hostNetwork opens every port on the machine's network", "Remove it.")
         if not is_head:
             yield from _check_group(where, group, pod)
+    if any(not _is_in_one_zone(_pod(group)) for group in (head, *groups)):
+        yield Finding(
+            "warning",
+            name,
+            "nothing keeps the pods in one zone, and traffic between zones is slower and is paid for",
+            "Give head and workers the same nodeSelector topology.kubernetes.io/zone, or a podAffinity with that key.",
+        )
     if len(images) > 1:
         value = f"head and workers have different images: {', '.join(sorted(map(str, images)))}"
         yield Finding("problem", name, value, "Use one, as versions have to be equal.")
@@ -150,6 +157,7 @@ def _check_group(where: str, group: Mapping[str, Any], pod: Mapping[str, Any]) -
         value = ", ".join(f"{key} {value}" for key, value in counts.items())
         yield Finding("problem", where, f"{value}: not in rising order", "Put them so.")
     for container in _containers(pod)[:1]:
+        yield from _check_gpus(where, pod, container)
         hook = mapping(mapping(mapping(container.get("lifecycle")).get("preStop")).get("exec")).get("command")
         command = " ".join(str(part) for part in listing(hook))
         waits = re.search(r"--drain-now[ =]([\d.]+)", command)
@@ -169,6 +177,42 @@ def _check_group(where: str, group: Mapping[str, Any], pod: Mapping[str, Any]) -
                 f"is {grace!r}, but the hook before the end waits up to {waits[1]} s",
                 "Make it longer than the hook.",
             )
+
+
+def _check_gpus(where: str, pod: Mapping[str, Any], container: Mapping[str, Any]) -> Iterable[Finding]:
+    """What a pod with GPUs needs beside them."""
+    if not _gpus(container):
+        return
+    tolerated = {mapping(each).get("key", "nvidia.com/gpu") for each in listing(pod.get("tolerations"))}
+    if "nvidia.com/gpu" not in tolerated:
+        yield Finding(
+            "warning",
+            f"{where}.tolerations",
+            "none for nvidia.com/gpu, with which nodes with GPUs are commonly tainted: the pod would stay Pending",
+            "Add {key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}.",
+        )
+    shared = {mapping(each).get("name") for each in listing(container.get("volumeMounts")) if _at_shm(mapping(each))}
+    memory = {
+        mapping(each).get("name")
+        for each in listing(pod.get("volumes"))
+        if mapping(mapping(each).get("emptyDir")).get("medium") == "Memory"
+    }
+    if not shared & memory:
+        yield Finding(
+            "warning",
+            f"{where}.volumeMounts",
+            "/dev/shm is not in memory, or of the 64 MB of a container: Ray's objects and NCCL's buffers are there",
+            "Mount an emptyDir with medium: Memory at /dev/shm.",
+        )
+
+
+def _at_shm(mount: Mapping[str, Any]) -> bool:
+    return mount.get("mountPath") == "/dev/shm"
+
+
+def _is_in_one_zone(pod: Mapping[str, Any]) -> bool:
+    zone = "topology.kubernetes.io/zone"
+    return zone in mapping(pod.get("nodeSelector")) or zone in repr(pod.get("affinity"))
 
 
 def _check_container(where: str, container: Mapping[str, Any]) -> Iterable[Finding]:

@@ -40,7 +40,8 @@ def check_launcher(config: Mapping[str, Any], pinned: Mapping[str, str]) -> list
         *_check_counts(config, complete, types),
         *_check_head(types, commands),
         *_check_idle(config),
-        *_check_installation(complete, types, commands, pinned),
+        *_check_installation(complete, commands, pinned),
+        *_check_zone(config, types),
         *_check_auth(complete, commands),
         *_check_ports(complete, commands),
         *_check_credentials(complete),
@@ -240,9 +241,7 @@ def _check_idle(given: Mapping[str, Any]) -> Iterable[Finding]:
         yield Finding("warning", key, f"is {value:g} minutes in which machines without work cost", "Lower it.")
 
 
-def _check_installation(
-    config: Mapping[str, Any], types: list[_NodeType], commands: _Commands, pinned: Mapping[str, str]
-) -> Iterable[Finding]:
+def _check_installation(config: Mapping[str, Any], commands: _Commands, pinned: Mapping[str, str]) -> Iterable[Finding]:
     yield from check_versions("setup_commands", commands.all(), pinned)
     docker = mapping(config.get("docker"))
     for key in ("image", "head_image", "worker_image"):
@@ -256,14 +255,21 @@ def _check_installation(
                 f"{_short(command)!r} installs without {CONSTRAINTS}, so nodes that start on different days may differ",
                 f"Add -c {CONSTRAINTS}.",
             )
-    if docker.get("image") or docker.get("worker_image"):
-        return
-    if any(node.has_gpu for node in types) and not any("[gpu]" in command for command in commands.worker_setup):
+
+
+def _check_zone(config: Mapping[str, Any], types: list[_NodeType]) -> Iterable[Finding]:
+    provider = mapping(config.get("provider"))
+    if provider.get("type") != "aws":
+        return  # Google Cloud's schema asks for one
+    zones = [zone for zone in str(provider.get("availability_zone") or "").split(",") if zone.strip()]
+    subnets = {str(subnet) for node in types for subnet in listing(node.config.get("SubnetIds")) or [""]}
+    if len(zones) != 1 and (len(subnets) != 1 or "" in subnets):
         yield Finding(
             "warning",
-            "worker_setup_commands",
-            'nothing installs this package with its gpu extra (".[gpu]") on the GPU workers',
-            f'pip install -c {CONSTRAINTS} ".[gpu]"; without it K-means on the corpus runs in torch.',
+            "provider.availability_zone",
+            f"is {provider.get('availability_zone')!r}: head and workers may be in different zones, between which "
+            "traffic is slower and is paid for",
+            "Give one zone of the region, such as us-west-2a; several are right only where one has too few machines.",
         )
 
 

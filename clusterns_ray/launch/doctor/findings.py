@@ -30,8 +30,9 @@ class Finding:
 
     def text(self, width: int = 100) -> str:
         """As lines of at most ``width`` characters."""
-        first = f"  {self.level:<8} {self.what:<14} "
-        indent = " " * len(first)
+        label, indent = f"  {self.level:<8} {self.what:<14} ", " " * 26
+        # A long name, such as the keys of a value in a cluster file, has a line of its own.
+        head, first = (f"{label.rstrip()}\n", indent) if len(label) > len(indent) else ("", label)
 
         def wrap(text: str, initial: str) -> str:
             return textwrap.fill(
@@ -43,7 +44,8 @@ class Finding:
                 break_on_hyphens=False,
             )
 
-        return wrap(self.value, first) + ("\n" + wrap(self.remedy, indent + "-> ") if self.remedy else "")
+        lines = head + wrap(self.value, first)
+        return lines + ("\n" + wrap(self.remedy, indent + "-> ") if self.remedy else "")
 
 
 def from_error(what: str, error: BaseException, remedy: str = "Mend it, and ask again.") -> list[Finding]:
