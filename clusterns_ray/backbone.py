@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from clusterns_ray.errors import ConfigError
-from clusterns_ray.pretrained import check_complete, check_vocabulary, length_limit, load_weights, read_config
+from clusterns_ray.pretrained import check_complete, length_limit, load_weights, one_line, read_config
 from clusterns_ray.tokenization import load_tokenizer
 
 _ABSOLUTE = re.compile(r"^(?!.*rel).*position|^wpe$")
@@ -67,8 +67,27 @@ def load_transformer(
             auto_class(config), source, config, revision=revision, shortened=num_layers is not None
         )
     check_complete(source, missing)
-    check_vocabulary(source, tokenizer, backbone.get_input_embeddings().num_embeddings)
+    _try(source, backbone, tokenizer)
     return backbone, tokenizer
+
+
+@torch.no_grad()
+def _try(source: str, backbone: Any, tokenizer: Any) -> None:
+    """Refuse a model that makes no token states of a sentence alone, as one does whose decoder wants another text."""
+    ids_BT = torch.tensor([tokenizer("a")["input_ids"] or [0]])
+    try:
+        states_BTD = backbone(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT)).last_hidden_state
+        width, stated = states_BTD.shape[-1], backbone.config.hidden_size
+    except Exception as error:  # each architecture raises its own
+        reason = one_line(error)
+    else:
+        if width == stated:
+            return
+        reason = f"its token states have {width} values, and its hidden_size is {stated}"
+    raise ConfigError(
+        f"encoder {source!r} cannot be used, as a {backbone.config.model_type} makes no token states of a sentence "
+        f"alone ({reason}). Name an encoder such as BERT, or a decoder such as GPT-2."
+    )
 
 
 def load_language_model(source: str, backbone: Any, *, revision: str | None = None) -> tuple[Any, list[str]]:

@@ -193,7 +193,7 @@ def cannot_load(source: str, part: str, error: BaseException) -> ConfigError:
         )
     elif part == "its tokenizer" and (lacking := _sentencepiece_lacks(source, text)):
         reason = f"its tokenizer is a SentencePiece model, and {' and '.join(lacking)} cannot be imported here"
-        remedy = f"pip install {' '.join(lacking)}"
+        remedy = f"pip install {' '.join(lacking)}."
     elif Path(source).is_dir():
         reason = f"{part} cannot be read ({text})"
         remedy = {

@@ -40,12 +40,16 @@ def _check_files(source: str, tokenizer: Any) -> None:
             if name not in lacking and not (path / name).is_file()
         ]
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    if len(lacking) > 1 or len({*tokenizer.get_vocab().values()} - special) < 2:
-        raise ConfigError(
-            f"encoder {source!r} cannot be loaded: it has no whole tokenizer, as {' and '.join(lacking)} cannot be "
-            "found. Copy the tokenizer's files from the model that it was trained from, or save them there with "
-            "tokenizer.save_pretrained."
-        )
+    if len(lacking) > 1:
+        reason = f"it has no tokenizer, as {' and '.join(lacking)} cannot be found"
+    elif len({*tokenizer.get_vocab().values()} - special) < 2:
+        reason = "its tokenizer knows special tokens and no words, so its files are damaged or missing"
+    else:
+        return
+    raise ConfigError(
+        f"encoder {source!r} cannot be loaded: {reason}. Copy the tokenizer's files from the model that it was trained "
+        "from, or save them there with tokenizer.save_pretrained."
+    )
 
 
 def check_fast(tokenizer: Any) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -90,4 +92,58 @@ def test_local_model_config(tiny_model: Path) -> None:
 def test_damaged_config_json_is_a_configuration_error(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"config\.json"):
+        local_model_config(resolve_model(str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize("kind", ["fifo", "directory", "device"])
+def test_a_file_that_is_not_regular_is_refused_at_once(tiny_model: Path, tmp_path: Path, name: str, kind: str) -> None:
+    directory = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    (directory / name).unlink()
+    if kind == "fifo":
+        os.mkfifo(directory / name)
+    elif kind == "directory":
+        (directory / name).mkdir()
+    else:
+        (directory / name).symlink_to("/dev/zero")
+    text = refused(str(directory))
+    assert name in text and "not a regular file" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("hf://nobody/model", "Write 'nobody/model'"),
+        ("/dev/zero", "config.json"),
+        ("no such model", "neither a directory nor a hub id"),
+        ("-x", "neither a directory nor a hub id"),
+        ("package:__main__/model", "is not installed"),
+    ],
+)
+def test_names_that_name_no_model(name: str, remedy: str) -> None:
+    assert remedy in refused(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "a\x00b", "m\udcff", "s3:///model", "https://example.com/m", "x" * 5000, "~nobody-here/m"]
+)
+def test_names_that_name_nothing(name: str) -> None:
+    with pytest.raises(ConfigError, match="encoder"):
+        resolve_model(name)
+
+
+def test_a_file_url_is_its_path(tiny_model: Path) -> None:
+    assert resolve_model(f"file://{tiny_model.resolve()}") == str(tiny_model.resolve())
+
+
+def test_a_file_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "weights.bin").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert "neither a directory nor a hub id" in refused("weights.bin")
+
+
+@pytest.mark.parametrize("text", ["[]", '"bert"', "null", "[" * 100_000])
+def test_a_config_that_is_no_object_is_a_configuration_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.json.*damaged"):
         local_model_config(resolve_model(str(tmp_path)))
