@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from clusterns_ray.errors import ConfigError
-from clusterns_ray.pretrained import check_complete, length_limit, load_weights, one_line, read_config
+from clusterns_ray.pretrained import check_complete, length_limit, load_weights, loading, one_line, read_config
 from clusterns_ray.tokenization import load_tokenizer
 
 _ABSOLUTE = re.compile(r"^(?!.*rel).*position|^wpe$")
@@ -37,6 +37,16 @@ def load_config(
     _shorten(config, num_layers, source)
     override_dropout(config, dropout)
     return config
+
+
+def empty_model(config: Any, source: str, auto: Any = None) -> Any:
+    """A model in float32 as ``config`` describes it, drawn at random, or without values under a fake or meta device.
+
+    Raises:
+        ConfigError: transformers cannot make one.
+    """
+    with loading(source, "its config.json"):
+        return (auto or auto_class(config)).from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
 def auto_class(config: Any) -> Any:
@@ -90,6 +100,22 @@ def _try(source: str, backbone: Any, tokenizer: Any) -> None:
     )
 
 
+def masked_language_model_class(config: Any, source: str) -> Any:
+    """``transformers.AutoModelForMaskedLM``, where it has a class for this architecture.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForMaskedLM
+
+    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
+        raise ConfigError(
+            f"loss.mlm_weight is not 0, but {source!r} is a {config.model_type}, of which transformers has no "
+            "masked language model. Set it to 0, or train an encoder that has one."
+        )
+    return AutoModelForMaskedLM
+
+
 def load_language_model(source: str, backbone: Any, *, revision: str | None = None) -> tuple[Any, list[str]]:
     """The masked language model of ``source`` around ``backbone``, whose weights it shares, and the names of the
     weights of its head that the files lack: these are drawn, alike everywhere.
@@ -97,35 +123,35 @@ def load_language_model(source: str, backbone: Any, *, revision: str | None = No
     Raises:
         ConfigError: the architecture has none.
     """
-    from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForMaskedLM
-
-    if type(backbone.config) not in MODEL_FOR_MASKED_LM_MAPPING:
-        raise ConfigError(
-            f"loss.mlm_weight is not 0, but {source!r} is a {backbone.config.model_type}, of which transformers has no "
-            "masked language model. Set it to 0, or train an encoder that has one."
-        )
+    auto = masked_language_model_class(backbone.config, source)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model, missing = load_weights(AutoModelForMaskedLM, source, backbone.config, revision=revision, shortened=True)
+        model, missing = load_weights(auto, source, backbone.config, revision=revision, shortened=True)
     setattr(model, model.base_model_prefix, backbone)
     model.tie_weights()
     return model, [name for name in missing if not name.startswith(f"{model.base_model_prefix}.")]
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or the name of its class."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _shorten(config: Any, num_layers: int | None, source: str) -> None:
     if num_layers is None:
         return
+    if not isinstance(getattr(config, "num_hidden_layers", None), int):
+        raise ConfigError(
+            f"encoder.num_layers is {num_layers}, but the layers of a {config.model_type} such as {source} cannot be "
+            "counted. Leave it unset."
+        )
     if num_layers > config.num_hidden_layers:
         raise ConfigError(
             f"encoder.num_layers is {num_layers}, but {source} has {config.num_hidden_layers} layers. "
             f"Use at most {config.num_hidden_layers}, or leave it unset."
         )
-    config.num_hidden_layers = num_layers
+    try:
+        config.num_hidden_layers = num_layers
+    except NotImplementedError:
+        raise ConfigError(
+            f"encoder.num_layers is {num_layers}, but a {config.model_type} such as {source} cannot be shortened. "
+            "Leave it unset."
+        ) from None
     if hasattr(config, "decoder_layers"):
         config.decoder_layers = min(num_layers, config.decoder_layers)
     if isinstance(getattr(config, "layer_types", None), list):
@@ -176,7 +202,7 @@ def sample_model(config: Any) -> Any:
             model = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
             _states(model, [TRIAL])
         except Exception as error:  # each architecture raises its own
-            reason = "its decoder wants a text of its own" if config.is_encoder_decoder else first_line(error)
+            reason = "its decoder wants a text of its own" if config.is_encoder_decoder else one_line(error)
             raise ConfigError(
                 f"the architecture {config.model_type!r} cannot be used as an encoder: transformers makes no token "
                 f"states of a sentence alone ({reason}). Name another model, such as a BERT, a T5 or a GPT-2."

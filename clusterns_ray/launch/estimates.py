@@ -80,11 +80,10 @@ def model_size(config: Config) -> ModelSize:
             limits that training would find out once the weights are there.
     """
     import torch
-    import transformers
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers.initialization import no_init_weights
 
-    from clusterns_ray.backbone import auto_class, check_dropout, load_config
+    from clusterns_ray.backbone import check_dropout, empty_model, load_config, masked_language_model_class
     from clusterns_ray.encoder import Encoder
     from clusterns_ray.losses import clusterns_loss, rank_distillation_share
     from clusterns_ray.tokenization import load_tokenizer, prompt_length
@@ -97,15 +96,14 @@ def model_size(config: Config) -> ModelSize:
     shape = load_config(source, revision=encoder.revision, num_layers=encoder.num_layers, dropout=encoder.dropout)
     check_dropout(shape, encoder.name)
     with FakeTensorMode(), no_init_weights():
-        backbone = auto_class(shape).from_config(shape, dtype=torch.float32, trust_remote_code=False)
+        backbone = empty_model(shape, source)
         built = Encoder.around(backbone, tokenizer, encoder, seed=0, reads=encoder.max_length).train()
         built.packs = False  # the rows are all as long as can be, and packing asks for values
         width = built.width
         language_model = None
         if config.loss.mlm_weight:
-            language_model = transformers.AutoModelForMaskedLM.from_config(
-                shape, dtype=torch.float32, trust_remote_code=False
-            )
+            auto = masked_language_model_class(shape, source)
+            language_model = empty_model(shape, source, auto)
             setattr(language_model, language_model.base_model_prefix, backbone)
             language_model.tie_weights()
             language_model.train()
@@ -131,10 +129,8 @@ def model_size(config: Config) -> ModelSize:
             k = batch * config.loss.bank_negatives  # sentences of the bank stand where centroids do
         teacher = 0
         if config.loss.teacher is not None:
-            taught_by = load_config(resolve_model(config.loss.teacher))
-            teacher = sum(
-                p.numel() for p in auto_class(taught_by).from_config(taught_by, trust_remote_code=False).parameters()
-            )
+            taught_by = resolve_model(config.loss.teacher)
+            teacher = sum(p.numel() for p in empty_model(load_config(taught_by), taught_by).parameters())
         # Also without clusters, as the scores are as many; then with the two that there must be.
         loss = _saved_bytes(
             lambda: clusterns_loss(

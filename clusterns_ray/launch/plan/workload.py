@@ -164,11 +164,11 @@ def finished_work(
 ) -> EncoderWork:
     """The matrices of an encoder without a training head."""
     import torch
-    import transformers
 
-    from clusterns_ray.backbone import auto_class, load_config
+    from clusterns_ray.backbone import empty_model, load_config, masked_language_model_class
 
-    shape = load_config(resolve_model(name), revision=revision, num_layers=num_layers)
+    source = resolve_model(name)
+    shape = load_config(source, revision=revision, num_layers=num_layers)
 
     def matrices(model: Any, pooler: bool = False) -> int:
         return sum(
@@ -178,12 +178,11 @@ def finished_work(
         )
 
     with torch.device("meta"):
-        backbone = auto_class(shape).from_config(shape, trust_remote_code=False)
+        backbone = empty_model(shape, source)
         linear, prediction = matrices(backbone), 0
         if language_model:
-            prediction = (
-                matrices(transformers.AutoModelForMaskedLM.from_config(shape, trust_remote_code=False)) - linear
-            )
+            auto = masked_language_model_class(shape, source)
+            prediction = matrices(empty_model(shape, source, auto)) - linear
     return EncoderWork(
         width=shape.hidden_size,
         layers=shape.num_hidden_layers,
