@@ -55,24 +55,15 @@ def train(config: ConfigFile, set: Overrides = None) -> None:
     with readable_errors("from the newest checkpoint"):
         from clusterns_ray.config import load_config
         from clusterns_ray.launch.trainer import train as run_training
-        from clusterns_ray.progress import progress_watch
+        from clusterns_ray.progress import outcome_lines, progress_watch
 
         watch = progress_watch()
         try:
             result = run_training(load_config(config, set or ()), watch)
         finally:
             watch.close()
-        if result["sts_dev"] is not None:
-            before, after = result["sts_dev_before"], result["sts_dev"]
-            typer.echo(
-                f"{result['dev']} (Spearman x 100): {before:.2f} before, {after:.2f} at step {result['best_step']} "
-                f"of {result['steps']} ({after - before:+.2f})."
-            )
-            if after <= before:
-                typer.echo(
-                    "Training did not improve this dev set. Is the text of its kind? Try a lower train.learning_rate, "
-                    "or more text."
-                )
+        for line in outcome_lines(result):
+            typer.echo(line)
         typer.echo(f"Wrote {result['model']}")
 
 

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,8 @@ def write_tables(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> N
     import pyarrow.parquet as pq
 
     codecs: Any = {"text": "zstd", "embedding.list.element": "none"}
-    with pq.ParquetWriter(path, schema, compression=codecs, use_dictionary=False, write_statistics=False) as writer:
+    options: Any = {"use_dictionary": False, "write_statistics": False, "write_page_checksum": True}
+    with pq.ParquetWriter(path, schema, compression=codecs, **options) as writer:
         for table in tables:
             writer.write_table(table, row_group_size=len(table))
 
@@ -69,9 +71,27 @@ def read_info(path: str | os.PathLike) -> dict[str, Any]:
         raise DataError(f"{path}: it cannot be read as parquet ({str(error).splitlines()[0]})") from None
     except KeyError:
         raise DataError(f"{path}: `clusterns encode` did not write it, as its metadata has no {METADATA!r}") from None
-    if info["format"] != FORMAT:
-        raise DataError(f"{path}: its format is {info['format']}, and this version reads {FORMAT}; encode again")
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: its metadata are damaged ({error}); encode again") from None
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
+        found = info.get("format") if isinstance(info, dict) else info
+        raise DataError(f"{path}: its format is {found!r}, and this version reads {FORMAT}; encode again")
+    missing = [key for key in ("model", "digest", "width", "request", "pooling", "max_length") if key not in info]
+    if missing:
+        raise DataError(f"{path}: its metadata are damaged (no {missing[0]}); encode again")
     return info
+
+
+@contextmanager
+def readable(path: str | os.PathLike) -> Iterator[None]:
+    """Errors of reading an embedding file as DataError: pages have checksums, which are compared when they are read."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (OSError, pa.ArrowException, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path}: it is damaged ({reason[:200]}). Restore it from a copy, or encode again.") from None
 
 
 class EmbeddingFile:
@@ -86,10 +106,14 @@ class EmbeddingFile:
 
         self.path = Path(path)
         self.info = read_info(path)
-        self._texts = pq.ParquetFile(path, memory_map=True)
-        metadata = self._texts.metadata
-        # Not mapped, so that a pass over all of them leaves nothing in memory.
-        self._embeddings = pq.ParquetFile(path, metadata=metadata)
+        with readable(path):
+            self._texts = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+            metadata = self._texts.metadata
+            # Not mapped, so that a pass over all of them leaves nothing in memory.
+            self._embeddings = pq.ParquetFile(path, metadata=metadata, page_checksum_verification=True)
+            size = self._texts.schema_arrow.field("embedding").type.list_size
+            if size != self.info["width"]:
+                raise ValueError(f"its embeddings have {size} values, and {self.info['width']!r} were written")
         sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
@@ -100,6 +124,16 @@ class EmbeddingFile:
     def width(self) -> int:
         """D, the number of values in an embedding."""
         return self.info["width"]
+
+    def verify(self) -> None:
+        """Read all of it and compare checksums.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        with readable(self.path):
+            for group in range(len(self._starts) - 1):
+                self._embeddings.read_row_group(group)
 
     def blocks(self, rows: int = 16_384) -> Iterator[np.ndarray]:
         """All embeddings in order, float32 ``(n, D)``, about ``rows`` at a time."""
@@ -123,13 +157,15 @@ class EmbeddingFile:
         """The sentences of rows in any order: int64 ``(n,)``."""
         found = [""] * len(rows)
         for group, places, local in self._by_group(rows):
-            column = self._texts.read_row_group(group, columns=["text"]).column(0)
+            with readable(self.path):
+                column = self._texts.read_row_group(group, columns=["text"]).column(0)
             for place, text in zip(places.tolist(), column.take(local).to_pylist()):
                 found[place] = text
         return found
 
     def _vectors(self, group: int) -> np.ndarray:
-        column = self._embeddings.read_row_group(group, columns=["embedding"]).column(0).combine_chunks()
+        with readable(self.path):
+            column = self._embeddings.read_row_group(group, columns=["embedding"]).column(0).combine_chunks()
         return column.flatten().to_numpy().reshape(-1, self.width).astype(np.float32, copy=False)
 
     def _by_group(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:

@@ -135,8 +135,14 @@ def encode_files(
             )
         if changes:
             return None
-        _remove(parts_dir)
         file = EmbeddingFile(out)
+        try:
+            file.verify()
+        except DataError as error:
+            if overwrite:
+                return None
+            raise ClusterNSError(f"{error} With --overwrite it is written again.") from None
+        _remove(parts_dir)
         return Encoded(out, len(file), file.width, reused=True)
 
     finished = found()
@@ -145,17 +151,27 @@ def encode_files(
     plan = {"request": request, "rows_per_part": rows_per_part, "versions": _versions()}
     _check_parts(parts_dir, plan, overwrite)
     total = _count(files, sources, text_column, limit, watch)
+
+    from clusterns_ray.encoder import Encoder
+
+    # Before anything is written: what refuses the request leaves nothing behind.
+    encoder = Encoder.load(model, pooling=pooling, max_length=max_length)
     try:
         with locked(parts_dir, f"-o {str(out)!r}"):
             finished = found()  # another process may have been quicker
             if finished:
                 return finished
             _claim(parts_dir, plan, overwrite, watch)
-            return _encode(model, files, out, parts_dir, plan, total, encode_parts or encode_here, watch)
+            try:
+                return _encode(encoder, model, files, out, parts_dir, plan, total, encode_parts or encode_here, watch)
+            except BaseException:
+                if not _has_parts(parts_dir):  # so that nothing of a request that came to nothing stays
+                    _remove(parts_dir)
+                raise
     except OSError as error:
         raise ClusterNSError(
-            f"{str(out)!r} cannot be written: {error.strerror or error}. Mend this and give the same command: it goes "
-            f"on from the parts in {str(parts_dir)!r}."
+            f"{str(out)!r} cannot be written: {error.strerror or error}. Make room or give the rights, then give the "
+            f"same command: it goes on from the parts in {str(parts_dir)!r}."
         ) from error
 
 
@@ -244,9 +260,11 @@ def _changes_of(out: Path, request: dict[str, Any]) -> list[str]:
 
 def _read_plan(parts_dir: Path) -> dict[str, Any] | None:
     try:
-        return json.loads((parts_dir / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        plan = json.loads((parts_dir / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
+    whole = isinstance(plan, dict) and all(isinstance(plan.get(key), dict) for key in ("request", "versions"))
+    return plan if whole and "rows_per_part" in plan else None
 
 
 def _check_parts(parts_dir: Path, plan: dict[str, Any], overwrite: bool) -> None:
@@ -261,7 +279,7 @@ def _check_parts(parts_dir: Path, plan: dict[str, Any], overwrite: bool) -> None
                 f"{str(parts_dir)!r}, where the parts belong, holds something else ({strange[0]}). Move it away, or "
                 "choose another -o."
             )
-    elif saved != plan and not overwrite:
+    elif saved != plan and not overwrite and _has_parts(parts_dir):
         changes = describe_changes(saved["request"], plan["request"])
         changes += [
             f"{name} was {saved['versions'].get(name)} and is {version}"
@@ -281,13 +299,17 @@ def _claim(parts_dir: Path, plan: dict[str, Any], overwrite: bool, watch: Watch)
     """Make the directory of parts ours: of this plan, without what a killed process left half written."""
     _check_parts(parts_dir, plan, overwrite)
     saved = _read_plan(parts_dir)
-    if saved is not None and saved != plan:
+    if saved is not None and saved != plan and _has_parts(parts_dir):
         watch({"event": "note", "text": f"Discarding the parts in {parts_dir}, which another request made."})
     for path in parts_dir.iterdir():
         if path.name != ".lock" and (saved != plan or path.name.startswith(".")):
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     if saved != plan:
         write_json(parts_dir / MANIFEST, plan)
+
+
+def _has_parts(parts_dir: Path) -> bool:
+    return any(parts_dir.glob("part-*.parquet"))
 
 
 def _remove(parts_dir: Path) -> None:
@@ -323,6 +345,7 @@ def _names(files: str | Sequence[str]) -> str:
 
 
 def _encode(
+    encoder: Encoder,
     model: str,
     files: str | Sequence[str],
     out: Path,
@@ -332,10 +355,7 @@ def _encode(
     encode_parts: EncodeParts,
     watch: Watch,
 ) -> Encoded:
-    from clusterns_ray.encoder import Encoder
-
     request = plan["request"]
-    encoder = Encoder.load(model, pooling=request["pooling"], max_length=request["max_length"])
     width, unit = encoder.width, bool(encoder.normalize or request["normalize"])
     info = {
         "format": FORMAT,
@@ -409,21 +429,23 @@ def unit_rows(z_ND: np.ndarray) -> np.ndarray:
 def _read_part(path: Path, columns: list[str] | None = None) -> pa.Table:
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path, memory_map=True) as file:
+    with pq.ParquetFile(path, memory_map=True, page_checksum_verification=True) as file:
         return file.read(columns)
 
 
 def _holds(path: Path, texts: list[str], schema: pa.Schema) -> bool:
-    """Whether a part is there, whole, and of these very sentences."""
+    """Whether a part is there, whole (all of it is read, with its checksums), and of these very sentences."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if path.is_dir():  # as which nothing could take its place
+        shutil.rmtree(path)
     if not path.exists():
         return False
     try:
-        same = pq.read_schema(path).equals(schema)
-        return same and _read_part(path, ["text"]).column("text").to_pylist() == texts
-    except (OSError, pa.ArrowException):
+        same = pq.read_schema(path).equals(schema, check_metadata=True)
+        return same and _read_part(path).column("text").to_pylist() == texts
+    except (OSError, pa.ArrowException, ValueError):
         return False
 
 

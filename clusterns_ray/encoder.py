@@ -19,7 +19,7 @@ from clusterns_ray.attention import use_fast_training
 from clusterns_ray.backbone import check_dropout, first_position, load_transformer, longest_input, passes_differ
 from clusterns_ray.bert import PackedBert, can_pack
 from clusterns_ray.dropout import Streams
-from clusterns_ray.errors import ConfigError
+from clusterns_ray.errors import ConfigError, NonFiniteError
 from clusterns_ray.files import follow_umask
 from clusterns_ray.model_files import (
     HIDDEN_STATE_POOLINGS,
@@ -336,6 +336,9 @@ class Encoder(nn.Module):
 
         Returns:
             float32 array (n, D).
+
+        Raises:
+            NonFiniteError: an embedding is NaN or infinite.
         """
         if isinstance(sentences, str):
             raise TypeError("Encoder.encode takes a list of sentences, and got one str; wrap it: encode([text]).")
@@ -350,7 +353,20 @@ class Encoder(nn.Module):
                 done += len(rows)
                 if progress is not None:
                     progress(done)
+        broken = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
+        if len(broken):
+            raise NonFiniteError(self._why_not_finite(sentences[int(broken[0])], len(broken), len(embeddings)))
         return embeddings
+
+    def _why_not_finite(self, sentence: str, broken: int, count: int) -> str:
+        weight = next((name for name, value in self.named_parameters() if not bool(value.isfinite().all())), None)
+        reason = (
+            f"the weights are damaged ({weight.removeprefix('backbone.')} holds NaN or infinity). Copy or download the "
+            "model again."
+            if weight
+            else "the weights are finite, but too large to compute with. Check how the model was trained."
+        )
+        return f"{broken:,} of {count:,} embeddings are NaN or infinite, such as that of {sentence[:60]!r}: {reason}"
 
     @torch.inference_mode()
     def encode_ids(self, ids: Sequence[Sequence[int]]) -> Tensor:

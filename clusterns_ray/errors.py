@@ -20,7 +20,7 @@ class CheckpointError(ClusterNSError):
 
 
 class NonFiniteError(ClusterNSError):
-    """Training met NaN or infinity and could not go on; the weights before it are safe."""
+    """Weights, gradients or embeddings are NaN or infinite, or all alike, so that there is no model or no score."""
 
 
 class StorageError(ClusterNSError):

@@ -23,6 +23,7 @@ class Lines:
         self.started = time.monotonic()
         self.first_step = 0
         self.clusters = 0
+        self.before: float | None = None
         self.last_tokenised = 0.0
 
     def __call__(self, event: dict[str, Any]) -> None:
@@ -44,14 +45,16 @@ class Lines:
             return f"  {event['rows']:,} sentences tokenised"
         if kind == "start":
             self.total_steps, self.first_step, self.started = event["total_steps"], event["step"], time.monotonic()
-            self.clusters = event["num_clusters"]
+            self.clusters, self.before = event["num_clusters"], event.get("sts_dev_before")
             where = f" from step {event['step']}" if event["step"] else ""
             return f"Training{where}: {event['total_steps']} steps over {event['rows']:,} sentences."
         if kind == "step":
             text = step_text(event, self.clusters)
             return f"step {event['step']}/{self.total_steps}  {text}  {self.time_left(event['step'])} left"
         if kind == "evaluation":
-            return f"step {event['step']}  {evaluation_text(event)}"
+            if event["step"] == 0:
+                self.before = event["sts_dev"]
+            return f"step {event['step']}  {evaluation_text(event, self.before)}"
         return None
 
     def time_left(self, step: int) -> str:
@@ -76,10 +79,40 @@ def step_text(event: dict[str, Any], clusters: int = 0) -> str:
     return "  ".join(f"{name} {value}" for name, value in step_facts(event, clusters).items())
 
 
-def evaluation_text(event: dict[str, Any]) -> str:
+def evaluation_text(event: dict[str, Any], before: float | None) -> str:
+    """A dev score, and how it compares: with the best, and with that of the untrained encoder (``before``)."""
+    score = event["sts_dev"]
     if event["step"] == 0:
-        return f"dev {event['sts_dev']:.2f} before training"
-    return f"dev {event['sts_dev']:.2f}" + ("  (best so far)" if event.get("best") else "")
+        return f"dev {score:.2f} before training"
+    if event.get("best"):
+        return f"dev {score:.2f}  (best so far)"
+    return f"dev {score:.2f}" + (f"  (untrained: {before:.2f})" if before is not None and score <= before else "")
+
+
+def outcome_lines(result: dict[str, Any]) -> list[str]:
+    """What came of a run, from its ``result.json``."""
+    lines = []
+    if result["stopped_early"]:
+        lines.append(f"Training stopped early, after step {result['steps']} of {result['total_steps']}.")
+    if result["sts_dev"] is None:
+        return lines
+    before, after = result["sts_dev_before"], result["sts_dev"]
+    if result["best_step"]:
+        step = f"at step {result['best_step']} of {result['steps']}"
+        lines.append(
+            f"{result['dev']} (Spearman x 100): {before:.2f} before, {after:.2f} {step} ({after - before:+.2f})."
+        )
+        return lines
+    trained = result["sts_dev_trained"]
+    lines.append(
+        f"{result['dev']} (Spearman x 100): {before:.2f} before, {trained:.2f} at best in {result['steps']} steps "
+        f"({trained - before:+.2f})."
+    )
+    lines.append(
+        "No step beat the untrained encoder, so model/ holds that one. Is the text of the dev set's kind? Try a lower "
+        "train.learning_rate, or more text."
+    )
+    return lines
 
 
 class Bar:

@@ -138,8 +138,8 @@ class Study:
         left = (time.monotonic() - self.began) / self.done * (self.total - self.done)
         result = json.loads((path / "result.json").read_text())
         print(
-            f"{self.done}/{self.total}  {method}, seed {seed}: dev {result['sts_dev']:.2f} at step "
-            f"{result['best_step']}; about {left / 60:.0f} min left",
+            f"{self.done}/{self.total}  {method}, seed {seed}: dev {result['sts_dev_trained']:.2f} at best; "
+            f"about {left / 60:.0f} min left",
             file=sys.stderr,
             flush=True,
         )
@@ -161,7 +161,7 @@ class Study:
 
     def scores(self, method: str, seeds: list[int], test: bool) -> dict[str, list[float]]:
         results = [json.loads((self.path(method, seed) / "result.json").read_text()) for seed in seeds]
-        found = {"dev": [r["sts_dev"] for r in results], "last": [r["sts_dev_last"] for r in results]}
+        found = {"dev": [r["sts_dev_trained"] for r in results], "last": [r["sts_dev_last"] for r in results]}
         if test:
             files = [self.path(method, seed) / "evaluation.json" for seed in seeds]
             found["tests"] = [json.loads(file.read_text())["average"] for file in files]

@@ -49,6 +49,8 @@ def main(overrides: list[str]) -> None:
     gain = result["sts_dev"] - result["sts_dev_before"]
     print("\nDev set graded by document structure, not by people (Spearman x 100):")
     print(f"  {result['sts_dev_before']:.2f} before, {result['sts_dev']:.2f} after ({gain:+.2f})")
+    if not result["best_step"]:
+        print("  No step beat the untrained encoder, so model/ holds that one.")
     print(f"The encoder, for transformers and sentence-transformers: {result['model']}")
 
 

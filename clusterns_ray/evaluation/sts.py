@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from clusterns_ray.data.readers import check_characters, json_rows, read_lines
-from clusterns_ray.errors import ConfigError, DataError
+from clusterns_ray.errors import ConfigError, DataError, NonFiniteError
 from clusterns_ray.paths import check_regular_file
 
 FIELDS = ("sentence1", "sentence2", "score")
@@ -241,7 +241,13 @@ def cosines_of(tests: StsTests, embed: Embed) -> dict[str, np.ndarray]:
 
 
 def score_tests(tests: StsTests, cosines: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The figures of :func:`evaluate_sts`, from cosines."""
+    """The figures of :func:`evaluate_sts`, from cosines.
+
+    Raises:
+        NonFiniteError: the correlation of a task is not defined.
+    """
+    for pairs in tests.extra:
+        _check_ranked(pairs.name, cosines[pairs.name])
     tasks = {task: _score_task(parts, [cosines[p.name] for p in parts]) for task, parts in tests.tasks.items()}
     average = None if tests.missing else float(np.mean([task["spearman"] for task in tasks.values()]))
     return {
@@ -250,6 +256,16 @@ def score_tests(tests: StsTests, cosines: dict[str, np.ndarray]) -> dict[str, An
         "average": average,
         "extra": {p.name: 100 * spearman(cosines[p.name], p.scores) for p in tests.extra},
     }
+
+
+def _check_ranked(name: str, cosines: np.ndarray) -> None:
+    if not np.isfinite(cosines).all():
+        raise NonFiniteError(f"cosines of {name} are NaN or infinite.")
+    if cosines.min() == cosines.max():
+        raise NonFiniteError(
+            f"the cosines of all {len(cosines):,} pairs of {name} are the same ({cosines[0]:.4f}), so Spearman's "
+            "correlation is not defined. Leave that set out, or check the model."
+        )
 
 
 def evaluate_sts(directory: str | Path, embed: Embed, extra: Sequence[str] = ()) -> dict[str, Any]:
@@ -262,6 +278,7 @@ def evaluate_sts(directory: str | Path, embed: Embed, extra: Sequence[str] = ())
 
     Raises:
         ConfigError, DataError: as :func:`read_tests`.
+        NonFiniteError: as :func:`score_tests`.
     """
     tests = read_tests(directory, extra)
     return score_tests(tests, cosines_of(tests, embed))
@@ -269,6 +286,7 @@ def evaluate_sts(directory: str | Path, embed: Embed, extra: Sequence[str] = ())
 
 def _score_task(parts: list[Pairs], cosines: list[np.ndarray]) -> dict[str, Any]:
     predicted, gold = np.concatenate(cosines), np.concatenate([p.scores for p in parts])
+    _check_ranked(parts[0].name.split("/")[0] if len(parts) > 1 else parts[0].name, predicted)
     each = np.array([spearman(c, p.scores) for c, p in zip(cosines, parts, strict=True)])
     pairs = np.array([len(p) for p in parts])
     return {

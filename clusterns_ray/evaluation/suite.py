@@ -17,11 +17,11 @@ import yaml
 from clusterns_ray.config import Config, DataConfig, EncoderConfig, EvaluationConfig, YamlLoader, make_config
 from clusterns_ray.data.documents import list_documents
 from clusterns_ray.data.prepare import documents_of, structure_dev_set
-from clusterns_ray.errors import ConfigError, DataError
+from clusterns_ray.errors import ConfigError, DataError, NonFiniteError
 from clusterns_ray.evaluation import hub
 from clusterns_ray.evaluation.clusters import SEEDS, evaluate_clusters, list_sets, read_clusters
 from clusterns_ray.evaluation.compare import compare_right, compare_sts
-from clusterns_ray.evaluation.geometry import geometry
+from clusterns_ray.evaluation.geometry import geometry, unit_rows
 from clusterns_ray.evaluation.labelled import Labelled
 from clusterns_ray.evaluation.sts import (
     Pairs,
@@ -46,6 +46,9 @@ SUITES = {"sts": "--sts", "transfer": "--transfer", "clustering": "--clusters", 
 
 GEOMETRY_SET = "STSB/dev"
 STRUCTURE_SET = "STRUCTURE/dev"
+ALIKE = 1e-5
+"""Of unit embeddings, a difference in any value that float32 may leave where there is none."""
+
 POOLINGS = get_args(EncoderConfig.model_fields["pooling"].annotation)
 PACKAGES = ("clusterns-ray", "torch", "transformers", "numpy", "scipy", "scikit-learn", "faiss-cpu", "faiss-gpu")
 Note = Callable[[str], None]
@@ -252,6 +255,7 @@ def evaluate_models(
     Raises:
         ConfigError: no such model or data.
         DataError: data that cannot be used.
+        NonFiniteError: a score is not defined, as embeddings are NaN or infinite, or all alike.
     """
     suite = check_suite(suite)
     if pooling is not None and pooling not in POOLINGS:
@@ -280,7 +284,10 @@ def evaluate_models(
         prefix = f"{model}: " if len(every) > 1 else ""
         paced = paced_note(note, prefix)
         encoder = Encoder.load(model, pooling=pooling, max_length=max_length)
-        figures, items[model] = _evaluate(encoder, suite, data, paced)
+        try:
+            figures, items[model] = _evaluate(encoder, suite, data, paced)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{model} has no score: {error}") from None
         results[model] = {
             "model": model,
             "pooling": encoder.pooling,
@@ -343,6 +350,7 @@ def _evaluate(encoder: Encoder, suite: Suite, data: Data, note: Note) -> tuple[d
         encoder.to("cuda")
     sentences = data.sentences()
     z_ND = encoder.encode(sentences, progress=lambda done: note(f"{done:,} of {len(sentences):,} sentences encoded"))
+    _check_not_alike(z_ND)
     row = {sentence: number for number, sentence in enumerate(sentences)}
 
     def embed(some: Sequence[str]) -> np.ndarray:
@@ -363,6 +371,16 @@ def _evaluate(encoder: Encoder, suite: Suite, data: Data, note: Note) -> tuple[d
     if data.geometry is not None:
         figures["geometry"] = {"set": data.geometry.name, **geometry(data.geometry, embed)}
     return figures, _Items(cosines, transfer, clusters)
+
+
+def _check_not_alike(z_ND: np.ndarray) -> None:
+    """Refuse embeddings that differ by no more than what rounding leaves: there is nothing that could be ranked."""
+    n_ND = unit_rows(z_ND)
+    if len(n_ND) > 1 and np.abs(n_ND - n_ND[0]).max() < ALIKE:
+        raise NonFiniteError(
+            f"all {len(n_ND):,} sentences have the same embedding, so no correlation is defined, and nothing can be "
+            "told apart. The model has collapsed, or --pooling reads a token that is the same in every sentence."
+        )
 
 
 def _compare(data: Data, a: _Items, b: _Items, seed: int) -> dict[str, Any]:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import tempfile
 import threading
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from clusterns_ray.config import Config, parse_saved_config
+from clusterns_ray.config import Config
 from clusterns_ray.data.corpus import list_sources
 from clusterns_ray.data.documents import list_documents
-from clusterns_ray.data.prepare import corpus_is_documents, documents_of
+from clusterns_ray.data.prepare import cache_directory, corpus_is_documents, documents_of
 from clusterns_ray.errors import ConfigError, StorageError
 from clusterns_ray.evaluation.hub import HUB
 from clusterns_ray.evaluation.sts import check_pairs_exist
+from clusterns_ray.files import write_probe
 from clusterns_ray.launch.places import read_run_file, run_directory, run_url
 from clusterns_ray.models import local_model_config, resolve_model
 from clusterns_ray.storage import Store, is_url, local_copy
+from clusterns_ray.training.run_files import check_config
 from clusterns_ray.training.trackers import missing_packages
+
+RESERVED = ("cache", "staged")
+"""Names in an object store's ``runtime.storage_path`` that are those of prepared data and of its copies."""
 
 STORE_TIMEOUT_S = 20.0
 
@@ -104,12 +108,11 @@ def check_store(key: str, url: str) -> None:
 
 
 def check_writable(key: str, path: str) -> None:
-    """Make the directory, and a file in it: permissions alone do not tell of a full or read-only disk."""
+    """Make the directory, and write to it: permissions alone do not tell of a full or read-only disk."""
     directory = Path(path).expanduser().resolve()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
+        write_probe(directory / f".write-test-{uuid.uuid4().hex[:8]}")
     except OSError as error:
         raise ConfigError(
             f"{key} is {path!r}, where nothing can be written ({error.strerror}). Choose a directory that can be."
@@ -118,20 +121,15 @@ def check_writable(key: str, path: str) -> None:
 
 def check_name(config: Config) -> None:
     """A name in use belongs to one configuration: the same resumes, another is refused."""
+    run, cache = run_directory(config), cache_directory(config)
+    if run == cache or (run_url(config) and config.runtime.name in RESERVED):
+        raise ConfigError(
+            f"runtime.name is {config.runtime.name!r}, but {run_url(config) or str(run)!r} is where prepared data is "
+            "kept. Choose another runtime.name."
+        )
     saved = read_run_file(config, "config.yaml")
-    if saved is None:
-        return
-    other = parse_saved_config(saved, f"{run_directory(config)}/config.yaml")
-    if other.fingerprint() == config.fingerprint():
-        return
-    where = run_url(config) or str(run_directory(config))
-    differences = _differences(other.identity(), config.identity())
-    raise ConfigError(
-        f"runtime.name is {config.runtime.name!r}, which {where!r} holds already with another config: "
-        + "; ".join(f"{key} was {before!r} and is now {after!r}" for key, before, after in differences[:5])
-        + (f"; and {len(differences) - 5} more" if len(differences) > 5 else "")
-        + ". Choose another runtime.name, or go back to those values to resume it."
-    )
+    if saved is not None:
+        check_config(saved, config, run_url(config) or str(run))
 
 
 def check_trackers(config: Config) -> None:
@@ -150,13 +148,3 @@ def warn_of_faiss(note: Callable[[str], None]) -> None:
     conflict = faiss_conflict()
     if conflict:
         note(conflict)
-
-
-def _differences(before: dict, after: dict, prefix: str = "") -> list[tuple[str, object, object]]:
-    found: list[tuple[str, object, object]] = []
-    for key in after:
-        if isinstance(after[key], dict):
-            found += _differences(before.get(key, {}), after[key], f"{prefix}{key}.")
-        elif before.get(key) != after[key]:
-            found.append((prefix + key, before.get(key), after[key]))
-    return found

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from clusterns_ray.config import Config, dump_config, make_config
+from clusterns_ray.config import Config, make_config
 from clusterns_ray.data.prepare import Prepared, describe, prepare
 from clusterns_ray.errors import ClusterNSError, ConfigError
 from clusterns_ray.launch.cluster import connect, on_this_node, uses_gpu
-from clusterns_ray.launch.places import read_run_file, run_directory, run_store, run_url, stage, unstage, write_run_file
+from clusterns_ray.launch.places import read_run_file, run_directory, run_store, run_url, stage, unstage
 from clusterns_ray.launch.preflight import check_request, warn_of_faiss
+from clusterns_ray.training.run_files import model_damage, read_result
 
 Watch = Callable[[dict[str, Any]], None]
 
@@ -39,20 +39,40 @@ def train(config: Config, watch: Watch = lambda event: None) -> dict[str, Any]:
 
     check_request(config)
     run_dir = run_directory(config)
-    finished = read_run_file(config, "result.json")
+    finished = finished_result(config, note)
     if finished is not None:
         note(f"{config.runtime.name!r} is finished, and left as it is. Choose another runtime.name to train anew.")
-        return json.loads(finished)
+        return finished
     warn_of_faiss(note)
     if config.runtime.use_gpu and config.runtime.num_workers == 0:
         _wants_gpu(config)
     prepared = prepare(config, note, lambda rows: watch({"event": "tokenised", "rows": rows}))
     note(("Corpus, as prepared before: " if prepared.reused else "Corpus: ") + describe(prepared.manifest))
-    # Before anything else, as it is what makes a name taken.
-    write_run_file(config, "config.yaml", dump_config(config))
     if config.runtime.num_workers == 0:
         return _train_here(config, prepared, run_dir, watch)
     return _train_on_ray(config, prepared, run_dir, watch)
+
+
+def finished_result(config: Config, note: Callable[[str], None]) -> dict[str, Any] | None:
+    """What ``result.json`` says of a finished run whose model is whole; None where there is still something to do.
+
+    Raises:
+        ConfigError: the result is that of another configuration.
+    """
+    text = read_run_file(config, "result.json")
+    result = text and read_result(text, config, run_url(config) or str(run_directory(config)), note)
+    if not result:
+        return None
+    store = run_store(config)
+    if store is not None:  # what it holds is verified whenever it is copied
+        damage = None if store.manifest("model") is not None else "model/ is missing"
+    else:
+        model = run_directory(config) / "model"
+        damage = model_damage(model, config.fingerprint(), result["best_step"], result["steps"])
+    if damage:
+        note(f"{config.runtime.name!r} was finished, but {damage}.")
+        return None
+    return result
 
 
 def command_line() -> list[str]:

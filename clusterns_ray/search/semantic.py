@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,13 +32,24 @@ from clusterns_ray.embeddings import (
     unit_rows,
 )
 from clusterns_ray.errors import ConfigError, DataError
-from clusterns_ray.files import json_text, write_json
+from clusterns_ray.files import (
+    checksum_holds,
+    json_text,
+    remove_partial_files,
+    sha256,
+    storage_error,
+    with_checksum,
+    write_json,
+)
 from clusterns_ray.models import resolve_model
 from clusterns_ray.search.vectors import RECALL_K, build_index, load_faiss, nearest, open_index, stamp_of
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 EMBEDDINGS = "embeddings.parquet"
+VERIFIED_BYTES = 256 << 20
+"""Index files up to this size are compared with their checksum whenever the index is opened, which takes a second."""
+
 OURS = (MANIFEST, EMBEDDINGS, f"{EMBEDDINGS}.parts", ".lock")
 
 
@@ -139,7 +151,11 @@ class SemanticIndex:
             with locked(_made(folder), f"The index in {str(folder)!r}"):
                 if not up_to_date():  # another process may have been quicker
                     note(_why(folder, request))
-                    _build(model, corpus, embeddings, request, settings, folder, watch)
+                    try:
+                        _build(model, corpus, embeddings, request, settings, folder, watch)
+                    except OSError as error:
+                        remedy = "Then give the same command again: it goes on."
+                        raise storage_error(error, folder, remedy) or error from error
                     note(f"Built: {_describe(_read_manifest(folder))}")
                     return cls(folder, model=model)
         note(f"The index in {folder} is up to date: {_describe(_read_manifest(folder))}")
@@ -179,6 +195,8 @@ class SemanticIndex:
         check_k(k, len(self))
         if isinstance(queries, np.ndarray):
             z_QD = queries
+            if not np.isfinite(z_QD).all():
+                raise ConfigError("The queries hold NaN or infinity, to which nothing is similar.")
             if z_QD.ndim != 2 or z_QD.shape[1] != self.embeddings.width:
                 raise ConfigError(
                     f"The queries are an array of shape {z_QD.shape}; this index takes (n, {self.embeddings.width})."
@@ -308,16 +326,17 @@ def _build(
     watch: Watch,
 ) -> None:
     """Encode the corpus, unless ``embeddings`` are given, and index it; after a kill the next call goes on."""
-    manifest = {"format": FORMAT, "model": _absolute(model), "request": request, "embeddings": None, "index": None}
-    write_json(folder / MANIFEST, manifest)
-    for old in folder.glob("*index-*.faiss*"):
-        old.unlink()
-    if embeddings is None:
+    remove_partial_files(folder, [MANIFEST])
+    if embeddings is None:  # first, as it refuses what cannot be encoded
         embeddings = folder / EMBEDDINGS
         encode_files(model, corpus, embeddings, overwrite=True, watch=watch, **settings)
+    manifest = {"format": FORMAT, "model": _absolute(model), "request": request, "embeddings": None, "index": None}
+    write_json(folder / MANIFEST, with_checksum(manifest))
+    for old in folder.glob("*index-*.faiss*"):
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
     manifest["embeddings"] = stamp_of(embeddings, folder)
     manifest["index"] = build_index(EmbeddingFile(embeddings), folder, watch)
-    write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, with_checksum(manifest))
 
 
 def _absolute(model: str) -> str:
@@ -340,7 +359,11 @@ def _made(folder: Path) -> Path:
 def _check_directory(folder: Path) -> None:
     """Refuse a directory that holds something else."""
     if folder.is_dir() and not (folder / MANIFEST).exists():
-        strange = [path.name for path in folder.iterdir() if path.name not in OURS and not path.name.startswith(".")]
+        strange = [
+            path.name
+            for path in folder.iterdir()
+            if path.name not in OURS and not path.name.startswith(".") and not path.match("index-[0-9]*.faiss")
+        ]
         if strange:
             raise ConfigError(
                 f"--index {str(folder)!r} holds something else ({strange[0]}). Choose a new or empty directory."
@@ -350,18 +373,23 @@ def _check_directory(folder: Path) -> None:
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return manifest if manifest["format"] == FORMAT and "index" in manifest else None
-    except (OSError, ValueError, KeyError, TypeError):
+        return manifest if checksum_holds(manifest) and manifest["format"] == FORMAT else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
 def _damage(folder: Path, manifest: dict[str, Any]) -> str | None:
     """What has happened to the files of a finished index; None if nothing."""
+    digests = manifest["index"]["sha256"]
     for stamp in (manifest["embeddings"], *manifest["index"]["files"]):
         path = folder / stamp["path"]
         if not path.is_file():
             return f"{path.name} is gone"
-        if stamp_of(path, folder) != stamp:
+        same = stamp_of(path, folder) == stamp
+        # A large file is not read for one search; what has changed it has changed its time, but for a failing disk.
+        if same and stamp["path"] in digests and stamp["size"] <= VERIFIED_BYTES:
+            same = sha256(path) == digests[stamp["path"]]
+        if not same:
             return f"{path.name} has changed"
     return None
 

@@ -20,6 +20,7 @@ import numpy as np
 from clusterns_ray.embedding_file import EmbeddingFile
 from clusterns_ray.embeddings import Watch, replacing, unit_rows
 from clusterns_ray.errors import ConfigError
+from clusterns_ray.files import sha256
 
 FLAT_ROWS = 100_000
 """Up to here every embedding is looked at: at width 384 a query reads 150 MB, which takes about 12 ms on two cores."""
@@ -42,8 +43,9 @@ def build_index(file: EmbeddingFile, folder: Path, watch: Watch = lambda event: 
 
     Returns:
         ``kind`` (flat or ivf), ``rows``, ``width``, ``bytes_per_embedding`` (of the index file, to which the centroids
-        of the lists come), ``files``; of an IVF also ``lists``, ``nprobe``, and ``recall``: the share of the 10 exact
-        nearest neighbours that a search finds, mean over ``recall_queries`` rows of the corpus, themselves left out.
+        of the lists come), ``files``, ``sha256`` of each by its path; of an IVF also ``lists``, ``nprobe``, and
+        ``recall``: the share of the 10 exact nearest neighbours that a search finds, mean over ``recall_queries`` rows
+        of the corpus, themselves left out.
     """
     faiss = load_faiss()
     rows, width = len(file), file.width
@@ -52,7 +54,9 @@ def build_index(file: EmbeddingFile, folder: Path, watch: Watch = lambda event: 
         index = faiss.IndexFlatIP(width)
         for n_BD in _unit_blocks(file, watch):
             index.add(n_BD)
-        return {"kind": "flat", **common, "bytes_per_embedding": 4 * width, "files": [_save(index, folder, 0)]}
+        files = [_save(index, folder, 0)]
+        info = {"kind": "flat", **common, "bytes_per_embedding": 4 * width, "files": files}
+        return {**info, "sha256": _digests(files, folder)}
 
     def note(text: str) -> None:
         watch({"event": "note", "text": text})
@@ -78,6 +82,7 @@ def build_index(file: EmbeddingFile, folder: Path, watch: Watch = lambda event: 
             files.append(_save(shard, folder, len(files)))
             index.reset()
     info = {"kind": "ivf", **common, "bytes_per_embedding": index.code_size + 8, "files": files, "lists": lists}
+    info["sha256"] = _digests(files, folder)
     queries = np.sort(draw.choice(rows, min(RECALL_QUERIES, rows), replace=False))
     note(f"Measuring recall@{RECALL_K} on {len(queries)} sentences against exact search")
     return {**info, **_choose_nprobe(open_index(folder, info), info, file, queries)}
@@ -103,6 +108,10 @@ def _save(index: Any, folder: Path, number: int) -> dict[str, Any]:
     with replacing(path) as temporary:
         load_faiss().write_index(index, str(temporary))
     return stamp_of(path, folder)
+
+
+def _digests(files: list[dict[str, Any]], folder: Path) -> dict[str, str]:
+    return {stamp["path"]: sha256(folder / stamp["path"]) for stamp in files}
 
 
 def open_index(folder: Path, info: dict[str, Any]) -> Any:

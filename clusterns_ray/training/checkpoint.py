@@ -23,6 +23,9 @@ from clusterns_ray.files import sha256 as file_sha256
 
 FORMAT = 2
 
+UNUSABLE = (CheckpointError, OSError, RuntimeError, pickle.UnpicklingError)
+"""What is raised of a checkpoint that cannot be loaded."""
+
 
 def save_checkpoint(directory: Path, step: int, state: dict[str, Any], fingerprint: str, keep: int) -> Path:
     """Write the state after ``step`` steps and drop all but the newest ``keep``.
@@ -65,7 +68,7 @@ def load_newest(directory: Path, fingerprint: str, warn: Callable[[str], None]) 
         try:
             step = verify(path, fingerprint)
             return step, torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-        except (CheckpointError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        except UNUSABLE as error:
             warn(f"Checkpoint {path.name} is passed over: {error}")
     if candidates:
         raise CheckpointError(
@@ -73,6 +76,16 @@ def load_newest(directory: Path, fingerprint: str, warn: Callable[[str], None]) 
             "Remove that directory to start the run anew, or restore it from a copy."
         )
     return None
+
+
+def load_step(directory: Path, step: int, fingerprint: str) -> dict[str, Any] | None:
+    """The state after ``step`` steps, on the CPU; None where there is no whole checkpoint of it."""
+    path = directory / f"step-{step:08d}"
+    try:
+        verify(path, fingerprint)
+        return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    except UNUSABLE:
+        return None
 
 
 def list_checkpoints(directory: Path) -> list[Path]:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from clusterns_ray.errors import ClusterNSError, StorageError
+from clusterns_ray.files import storage_error
 from clusterns_ray.storage import Store
 
 HEARTBEAT_S = 4.0
@@ -59,8 +60,13 @@ def exclusive(run_dir: Path, wanted: bool, wait_s: float = 30.0) -> Iterator[Non
     if not wanted:
         yield
         return
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("w") as lock:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        opened = (run_dir / ".lock").open("w")
+    except OSError as error:
+        remedy = "Then give the same command again, or choose another runtime.name."
+        raise storage_error(error, run_dir, remedy) or error from error
+    with opened as lock:
         deadline = time.monotonic() + wait_s
         while True:
             try:

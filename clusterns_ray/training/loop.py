@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -20,20 +21,34 @@ from clusterns_ray.backbone import load_language_model
 from clusterns_ray.clustering.describe import describe_clusters
 from clusterns_ray.clustering.health import ClusterHealth
 from clusterns_ray.clustering.state import Clustering
-from clusterns_ray.config import Config
+from clusterns_ray.config import Config, dump_config
 from clusterns_ray.data.batches import BatchOrder, stream_key
 from clusterns_ray.data.digests import check_digests, data_digests
 from clusterns_ray.data.tokens import TokenStore
 from clusterns_ray.encoder import Encoder
-from clusterns_ray.errors import ClusterNSError, DataError, Drained, NonFiniteError, StorageError
-from clusterns_ray.files import write_json
+from clusterns_ray.errors import CheckpointError, ClusterNSError, Drained, NonFiniteError, StorageError
+from clusterns_ray.files import (
+    json_text,
+    remove_partial_files,
+    storage_error,
+    with_checksum,
+    write_atomic,
+    write_manifest,
+)
 from clusterns_ray.models import resolve_model
 from clusterns_ray.training.alarms import Alarms
-from clusterns_ray.training.checkpoint import list_checkpoints, load_newest, replace_directory, save_checkpoint
+from clusterns_ray.training.checkpoint import (
+    list_checkpoints,
+    load_newest,
+    load_step,
+    replace_directory,
+    save_checkpoint,
+)
 from clusterns_ray.training.corpus_clusters import CorpusClusters
 from clusterns_ray.training.dev import DevSet, encode_together
 from clusterns_ray.training.environment import describe_environment
 from clusterns_ray.training.exclusive import exclusive
+from clusterns_ray.training.finite import first_not_finite
 from clusterns_ray.training.layout import Layout, lay_out
 from clusterns_ray.training.metrics import MetricsLog, step_metrics
 from clusterns_ray.training.mirror import NoMirror
@@ -43,6 +58,7 @@ from clusterns_ray.training.objective import DTYPES, Objective, TwoViews
 from clusterns_ray.training.optim import Optimizer, learning_rate
 from clusterns_ray.training.precision import agreed_precision, multiplies_bf16
 from clusterns_ray.training.rows import NoRowLog, RowLog
+from clusterns_ray.training.run_files import WRITTEN, check_config, model_damage, read_result
 from clusterns_ray.training.sample import sample_centroids, sample_rows, token_ids
 from clusterns_ray.training.shards import Shard, ShardReader
 from clusterns_ray.training.teacher import Teacher
@@ -69,6 +85,9 @@ ONE_LAST_COPY_S = 60.0
 DESCRIBED = 2048
 """Sentences of the corpus by which the clusters are described at the end of a run."""
 
+TRIED = 64
+"""Sentences of the corpus whose embeddings have to be finite before a model is exported without a dev set."""
+
 
 @dataclass
 class Progress:
@@ -77,10 +96,15 @@ class Progress:
     step: int = 0
     """steps done"""
     best_step: int = 0
+    """that of the exported model; 0 is the untrained encoder"""
     best_score: float | None = None
+    """the exported model's dev score, never below ``score_before``"""
+    best_trained_score: float | None = None
+    """the best dev score after a step, which may be below ``score_before``"""
     score_before: float | None = None
     last_score: float | None = None
     evaluations_without_gain: int = 0
+    """in a row, without a new ``best_trained_score``: a run whose first steps cost it some score may still gain"""
     clustering_started_at: int | None = None
     seconds: float = 0.0
     """spent in steps and evaluations, over all resumptions"""
@@ -116,16 +140,28 @@ def train_worker(
         What ``result.json`` holds; the same on every worker but for the seconds.
 
     Raises:
-        NonFiniteError: gradients stay NaN or infinite.
-        CheckpointError: checkpoints are there but none can be used.
+        ConfigError, DataError: the request cannot work; the run's name is still free.
+        NonFiniteError: weights or embeddings are NaN or infinite, or gradients stay so.
+        CheckpointError: checkpoints are there but none can be used, or the exported model is damaged for good.
+        StorageError: a file cannot be read or written.
         Drained: ``leave`` said so; the last step is in a checkpoint.
     """
-    mirror = mirror or NoMirror(Path(run_dir))
-    with one_writer(Path(run_dir), mirror, lambda text: watch({"event": "note", "text": text})):
+    run_dir = Path(run_dir)
+    mirror = mirror or NoMirror(run_dir)
+
+    def note(text: str) -> None:
+        watch({"event": "note", "text": text})
+
+    with one_writer(run_dir, mirror, note), storage_errors(run_dir):
         mirror.pull(files=distributed.rank() == 0)
-        verify_tokens(Path(tokens_dir), begun=bool(list_checkpoints(Path(run_dir) / "checkpoints")))
-        run = Run(config, Path(tokens_dir), sts_dir, Path(run_dir), device, watch, report, mirror)
+        by_worker_0(lambda: take_over(run_dir, config, mirror.address("").rstrip("/"), note), run_dir)
+        begun = bool(list_checkpoints(run_dir / "checkpoints"))
+        # Of a run that begins, every checksum is compared.
+        by_worker_0(lambda: TokenStore.open(Path(tokens_dir), verify=not begun), Path(tokens_dir))
+        run = Run(config, Path(tokens_dir), sts_dir, run_dir, device, watch, report, mirror)
         run.restore()
+        # Only now is the name taken: nothing of a request that is refused stays.
+        run.write_text("config.yaml", dump_config(config))
         run.write_json("environment.json", describe_environment(device, command, distributed.world_size()))
         try:
             return _train(run, leave, score_before)
@@ -136,6 +172,62 @@ def train_worker(
         finally:
             run.trackers.close()
             mirror.stop()
+
+
+def take_over(run_dir: Path, config: Config, where: str, note: Callable[[str], None]) -> None:
+    """Make sure that the run is of this configuration, and remove what a killed writer left half written.
+
+    Raises:
+        ConfigError: the run belongs to another configuration, or its own cannot be read.
+    """
+    remove_partial_files(run_dir, WRITTEN)
+    for name in ("config.yaml", "result.json"):
+        path = run_dir / name
+        if not path.is_file():
+            continue
+        text = path.read_text(encoding="utf-8", errors="replace")
+        check_config(text, config, where) if name == "config.yaml" else read_result(text, config, where, note)
+
+
+@contextmanager
+def storage_errors(place: Path) -> Iterator[None]:
+    """Errors of the operating system as StorageError; where there are several workers, as they are: one that ends so is
+    started again with the others, which would otherwise wait for it."""
+    try:
+        yield
+    except OSError as error:
+        if distributed.world_size() > 1:
+            raise
+        raise _written_error(error, place) from error
+
+
+def by_worker_0(work: Callable[[], Any], place: Path) -> None:
+    """Do what one worker does for all. Where it fails, all workers raise, so that none waits for the others.
+
+    Raises:
+        StorageError: ``work`` could not read or write its files, which are in ``place``.
+        ClusterNSError: what else ``work`` raises of this kind.
+    """
+    failed: ClusterNSError | None = None
+    if distributed.rank() == 0:
+        try:
+            work()
+        except ClusterNSError as error:
+            failed = error
+        except Exception as error:
+            failed = _written_error(error, place)
+            failed.__cause__ = error
+    reason = distributed.broadcast_object(str(failed) if failed else None)
+    if reason is not None:
+        raise failed or ClusterNSError(reason)
+
+
+def _written_error(error: Exception, place: Path) -> StorageError:
+    """The error as one of storage; raises it as it is where it is none."""
+    told = storage_error(error, place, "Then give the same command again: it goes on from the newest checkpoint.")
+    if told is None:
+        raise error
+    return told
 
 
 @contextmanager
@@ -155,22 +247,10 @@ def one_writer(run_dir: Path, mirror: NoMirror, note: Callable[[str], None]) -> 
         yield
 
 
-def verify_tokens(tokens_dir: Path, begun: bool) -> None:
-    """Refuse damaged tokens on all workers together; of a run that begins, worker 0 compares every checksum."""
-    refused: DataError | None = None
-    if distributed.rank() == 0:
-        try:
-            TokenStore.open(tokens_dir, verify=not begun)
-        except DataError as error:
-            refused = error
-    reason = distributed.broadcast_object(str(refused) if refused else None)
-    if reason is not None:
-        raise refused or DataError(reason)
-
-
 def _train(run: Run, leave: Leave, score_before: float | None) -> dict[str, Any]:
     config = run.config
     run.warm_up_reducer()
+    run.note_end()
     run.watch(
         {
             "event": "start",
@@ -178,6 +258,7 @@ def _train(run: Run, leave: Leave, score_before: float | None) -> dict[str, Any]
             "total_steps": run.total_steps,
             "rows": len(run.tokens),
             "num_clusters": config.clustering.num_clusters,
+            "sts_dev_before": run.progress.score_before,
         }
     )
     if run.progress.score_before is None:
@@ -209,6 +290,11 @@ def _train(run: Run, leave: Leave, score_before: float | None) -> dict[str, Any]
             run.note(f"A machine is about to go: stopped after step {run.progress.step}, which is in a checkpoint.")
             raise Drained(f"stopped after step {run.progress.step}, as a machine was about to go")
 
+    if run.progress.step < run.total_steps:
+        run.note(
+            f"Stopped early after step {run.progress.step} of {run.total_steps}: the last {config.evaluation.patience} "
+            "evaluations brought no better dev score (evaluation.patience)."
+        )
     return run.finish()
 
 
@@ -245,6 +331,12 @@ class Run:
 
         precision = agreed_precision(config.train.precision, device)
         self.encoder = Encoder.for_training(config.encoder, stream_key("head", config.seed)).to(device).train()
+        damaged = first_not_finite(self.encoder.named_parameters())
+        if damaged:
+            raise NonFiniteError(
+                f"encoder.name is {config.encoder.name!r}, whose weights are NaN or infinite before training "
+                f"({damaged}), so they are damaged. Copy or download that model again."
+            )
         self.shards = ShardReader(config, self.tokens, self.encoder.tokenizer, device)
         self.views = TwoViews(self.encoder, precision, self.load_language_model())
         self.teacher = Teacher(config.loss.teacher, device) if config.loss.teacher else None
@@ -338,11 +430,28 @@ class Run:
     def note(self, text: str) -> None:
         self.watch({"event": "note", "text": text})
 
-    def write_json(self, name: str, value: Any) -> None:
-        """A file of the run; worker 0 alone."""
-        if self.is_main:
-            write_json(self.run_dir / name, value)
+    def write_text(self, name: str, text: str) -> None:
+        """A file of the run, which worker 0 writes."""
+
+        def write() -> None:
+            write_atomic(self.run_dir / name, text)
             self.mirror.push(name)
+
+        by_worker_0(write, self.run_dir)
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write_text(name, json_text(value))
+
+    def note_end(self) -> None:
+        """Say so where the epochs end before ``train.max_steps``."""
+        train, an_epoch = self.config.train, self.order.steps_per_epoch
+        if train.max_steps is not None and train.max_steps > self.total_steps:
+            self.note(
+                f"train.max_steps is {train.max_steps}, but {train.epochs} epoch{'s'[: train.epochs != 1]} of this "
+                f"corpus {'have' if train.epochs != 1 else 'has'} {self.total_steps} steps: training ends after "
+                f"{self.total_steps}. For more, raise train.epochs (to {math.ceil(train.max_steps / an_epoch)} for "
+                f"{train.max_steps} steps)."
+            )
 
     def log_step(self, step_loss: Any, layout: Layout, rate: float, grad_norm: torch.Tensor) -> None:
         loss = self.config.loss
@@ -350,14 +459,7 @@ class Run:
         values: dict[str, Any] = step_metrics(step_loss, layout.size, [name for name in used if not used[name]])
         if step_loss.counts_K is not None:
             values["empty_clusters"] = self.corpus.bank.empty() if self.corpus else self.health.empty()
-        skipped, in_a_row = self.optimizer.skipped.tolist()
-        if in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise NonFiniteError(
-                f"The last {int(in_a_row)} gradients before step {self.progress.step} were NaN or infinite, so the "
-                f"weights stand still. Lower train.learning_rate ({self.config.train.learning_rate}), raise "
-                f"loss.temperature ({loss.temperature}), or set train.precision to fp32. The checkpoints "
-                "before it are whole."
-            )
+        skipped = self.check_gradients(MAX_SKIPPED_IN_A_ROW)
         now = time.perf_counter()
         (then, step), self.last_log = self.last_log, (now, self.progress.step)
         batch = self.config.train.global_batch_size
@@ -369,12 +471,45 @@ class Run:
                 **values,
                 "learning_rate": rate,
                 "grad_norm": float(grad_norm),
-                "skipped_steps": int(skipped),
+                "skipped_steps": skipped,
                 "sentences_per_second": round((self.progress.step - step) * batch / (now - then), 2),
             }
         )
         for text in self.alarms(self.progress.step, values, self.health.steps):
             self.note(text)
+
+    def check_gradients(self, most: int) -> int:
+        """How many steps were skipped as their gradients were not finite.
+
+        Raises:
+            NonFiniteError: the last ``most`` of them were, in a row.
+        """
+        skipped, in_a_row = map(int, self.optimizer.skipped.tolist())
+        if in_a_row >= most:
+            raise NonFiniteError(
+                f"The last {in_a_row} gradients before step {self.progress.step} were NaN or infinite, so the weights "
+                f"stand still. {self.remedies()} The checkpoints before it are whole."
+            )
+        return skipped
+
+    def check_weights(self) -> None:
+        """Raise NonFiniteError where a weight or a centroid is NaN or infinite: nothing of it may be kept."""
+        parts: list[tuple[str, torch.Tensor]] = list(self.views.named_parameters())
+        if self.clustering.centroids_KD is not None:
+            parts.append(("centroids", self.clustering.centroids_KD))
+        damaged = first_not_finite(parts)
+        if damaged:
+            raise NonFiniteError(
+                f"After step {self.progress.step} weights are NaN or infinite ({damaged}), so they are not kept. "
+                f"{self.remedies()} Exported models and checkpoints from before are whole."
+            )
+
+    def remedies(self) -> str:
+        train, loss = self.config.train, self.config.loss
+        return (
+            f"Lower train.learning_rate ({train.learning_rate}), raise loss.temperature ({loss.temperature}), or set "
+            "train.precision to fp32."
+        )
 
     def note_start_of_clustering(self) -> None:
         if self.clustering.started and self.progress.clustering_started_at is None:
@@ -389,16 +524,35 @@ class Run:
     # ---- evaluation, export, checkpoint -------------------------------------------------------------------------
 
     def evaluate_before(self, known: float | None) -> None:
-        """Score the untrained encoder, or take the score that is known."""
+        """Score the untrained encoder, or take the score that is known, and export it: the first best model."""
         if not self.dev:
             return
         if known is None:
             z_ND = self.dev.encode(self.encoder)
-            self.progress.score_before, health = self.dev.score(z_ND), self.dev_health(z_ND)
+            if not np.isfinite(z_ND).all():
+                raise NonFiniteError(
+                    f"encoder.name is {self.config.encoder.name!r}, whose embeddings of the dev set are NaN or "
+                    f"infinite before training (in {self.progress.precision}). Check that model, or set "
+                    "train.precision to fp32."
+                )
+            score, health = self.dev_score(z_ND), self.dev_health(z_ND)
         else:
-            self.progress.score_before, health = known, {}
-        self.record({"event": "evaluation", "step": 0, "epoch": 0.0, "sts_dev": self.progress.score_before, **health})
+            score, health = known, {}
+        self.progress.score_before = self.progress.best_score = score
+        self.export()
+        self.record({"event": "evaluation", "step": 0, "epoch": 0.0, "sts_dev": score, **health})
         self.last_log = (time.perf_counter(), 0)
+
+    def dev_score(self, z_ND: np.ndarray) -> float:
+        """The score of dev embeddings; :data:`COLLAPSED`, with a note, where there is none."""
+        assert self.dev is not None
+        score = self.dev.score(z_ND)
+        if math.isfinite(score):
+            return score
+        finite = np.isfinite(z_ND).all()
+        reason = "all embeddings are alike" if finite else "embeddings are NaN or infinite"
+        self.note(f"There is no dev score at step {self.progress.step}, as {reason}; it counts as {COLLAPSED:.0f}.")
+        return COLLAPSED
 
     def dev_health(self, z_ND: np.ndarray) -> dict[str, Any]:
         """What an evaluation tells besides the score; worker 0 alone records it."""
@@ -414,45 +568,58 @@ class Run:
             return
         paused = time.perf_counter()
         z_ND = self.dev.encode(self.encoder)
-        score = self.progress.last_score = self.dev.score(z_ND)
-        if not math.isfinite(score):
-            self.note(f"The dev score is {score}: the embeddings are all alike or not finite.")
-            score = self.progress.last_score = COLLAPSED
-        best = self.progress.best_score is None or score > self.progress.best_score
-        if best:
-            self.progress.best_score, self.progress.best_step = score, self.progress.step
-            self.progress.evaluations_without_gain = 0
-            self.export()
+        progress = self.progress
+        score = progress.last_score = self.dev_score(z_ND)
+        if progress.best_trained_score is None or score > progress.best_trained_score:
+            progress.best_trained_score, progress.evaluations_without_gain = score, 0
         else:
-            self.progress.evaluations_without_gain += 1
-        told = {"step": self.progress.step, "epoch": self.epoch(), "sts_dev": score, "best": best}
+            progress.evaluations_without_gain += 1
+        best = progress.best_score is None or score > progress.best_score
+        if best:
+            progress.best_score, progress.best_step = score, progress.step
+            self.export()
+        told = {"step": progress.step, "epoch": self.epoch(), "sts_dev": score, "best": best}
         self.record({"event": "evaluation", **told, **self.dev_health(z_ND)})
-        self.report({"step": self.progress.step, "sts_dev": score, "best_sts_dev": self.progress.best_score})
+        self.report({"step": progress.step, "sts_dev": score, "best_sts_dev": progress.best_trained_score})
         then, step = self.last_log
         self.last_log = (then + time.perf_counter() - paused, step)
 
     def export(self) -> None:
-        """Write ``model/`` (and the centroids beside it) in one step each; worker 0 alone."""
-        if not self.is_main:
-            return
+        """Write ``model/`` (and the centroids beside it) in one step each; worker 0 does.
 
+        Raises:
+            NonFiniteError: a weight is NaN or infinite.
+        """
+        self.check_weights()
+        by_worker_0(self._export, self.run_dir / "model")
+
+    def _export(self) -> None:
         def write(path: Path) -> None:
             self.encoder.save(path)
             (path / "README.md").write_text(model_card(self.config, asdict(self.progress)), encoding="utf-8")
+            write_manifest(path, step=self.progress.best_step, fingerprint=self.config.fingerprint())
 
         replace_directory(self.run_dir / "model", write)
         self.mirror.push("model")
         if self.clustering.centroids_KD is not None:
-            temporary = self.run_dir / ".centroids.npy"
-            np.save(temporary, self.clustering.centroids_KD.cpu().numpy())
+            temporary = self.run_dir / f".centroids.npy.{uuid.uuid4().hex[:8]}"
+            with temporary.open("wb") as file:
+                np.save(file, self.clustering.centroids_KD.cpu().numpy())
             temporary.replace(self.run_dir / "centroids.npy")
             self.mirror.push("centroids.npy")
 
     def save(self) -> None:
-        """Write a checkpoint of everything that changes; worker 0 alone, as all workers hold the same."""
-        if not self.is_main:
-            return
+        """Write a checkpoint of everything that changes; worker 0 does, as all workers hold the same.
+
+        Raises:
+            NonFiniteError: a weight is NaN or infinite.
+        """
         began = time.perf_counter()
+        self.check_weights()
+        by_worker_0(self._save, self.run_dir / "checkpoints")
+        self.progress.checkpoint_seconds += time.perf_counter() - began
+
+    def _save(self) -> None:
         state = {
             "encoder": self.encoder.state_dict(),
             "language_model_head": head_state(self.views.language_model) if self.views.language_model else None,
@@ -469,28 +636,20 @@ class Run:
         self.mirror.push("metrics.jsonl")
         self.mirror.push(f"checkpoints/{path.name}")
         self.mirror.keep_newest("checkpoints", keep)
-        self.progress.checkpoint_seconds += time.perf_counter() - began
 
     def restore(self) -> None:
         """Take up the newest whole checkpoint, which worker 0 chooses for all."""
+        if self.is_main:
+            self.mirror.begin(self.note)
         directory, fingerprint = self.run_dir / "checkpoints", self.config.fingerprint()
         found = load_newest(directory, fingerprint, self.note)
         step = distributed.broadcast_object(found[0] if found else 0)
         if (found[0] if found else 0) != step:
             raise RuntimeError(f"worker {distributed.rank()} does not see the checkpoint of step {step} in {directory}")
         if found:
-            state = found[1]
-            check_digests(f"The run {self.config.runtime.name!r}", state.get("data"), self.digests)
-            self.encoder.load_state_dict(state["encoder"])
-            if self.views.language_model is not None:
-                self.views.language_model.load_state_dict(state["language_model_head"], strict=False)
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.clustering.load_state_dict(state["clustering"], self.device)
-            self.health.load_state_dict(state["health"], self.device)
-            if self.corpus:
-                self.corpus.load_state_dict(state["corpus"])
-            self.progress = Progress(**{"precision": self.progress.precision, **state["progress"]})
-            self.compute_in(self.progress.precision)
+            check_digests(f"The run {self.config.runtime.name!r}", found[1].get("data"), self.digests)
+            by_worker_0(lambda: self.restore_model(found[1]), self.run_dir / "model")
+            self.load_state(found[1])
             chosen = self.config.train.precision == "auto" and self.progress.precision == "bf16"
             if chosen and not multiplies_bf16(self.device):
                 self.note(
@@ -499,9 +658,52 @@ class Run:
                 )
         if self.is_main:
             self.metrics = MetricsLog(self.run_dir / "metrics.jsonl", self.progress.step if found else -1)
-            self.mirror.begin(self.note)
+            if self.metrics.damaged:
+                self.note(
+                    f"metrics.jsonl was damaged: {self.metrics.damaged} of its lines are lost. Weights are whole."
+                )
             self.trackers.begin(self.config, self.run_dir, self.progress.step, self.note)
         self.last_log = (time.perf_counter(), self.progress.step)
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Become what a checkpoint holds."""
+        self.encoder.load_state_dict(state["encoder"])
+        if self.views.language_model is not None:
+            self.views.language_model.load_state_dict(state["language_model_head"], strict=False)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.clustering.load_state_dict(state["clustering"], self.device)
+        self.health.load_state_dict(state["health"], self.device)
+        if self.corpus:
+            self.corpus.load_state_dict(state["corpus"])
+        self.progress = Progress(**{"precision": self.progress.precision, **state["progress"]})
+        self.compute_in(self.progress.precision)
+
+    def restore_model(self, state: dict[str, Any]) -> None:
+        """Before a resumed run goes on, export its best model again where that is missing or damaged.
+
+        Raises:
+            CheckpointError: no checkpoint holds the weights of that step any more.
+        """
+        progress = Progress(**state["progress"])
+        if progress.best_score is None:
+            return  # nothing was exported yet
+        model, best, fingerprint = self.run_dir / "model", progress.best_step, self.config.fingerprint()
+        damage = model_damage(model, fingerprint, best, progress.step)
+        if damage is None:
+            return
+        if best == 0:  # the weights are still those of the untrained encoder
+            self.progress.score_before = self.progress.best_score = progress.score_before
+        else:
+            kept = load_step(self.run_dir / "checkpoints", best, fingerprint)
+            if kept is None:
+                raise CheckpointError(
+                    f"{damage}, and no checkpoint of step {best}, the best one, is left to write it from. Restore "
+                    f"{str(model)!r} from a copy; or remove {str(self.run_dir)!r} and give the same command, which "
+                    "trains the same model anew."
+                )
+            self.load_state(kept)
+        self.note(f"{damage}: the model of step {best} is written anew.")
+        self._export()
 
     def compute_in(self, precision: str) -> None:
         """Training, and all that is encoded within it: the dev set, the bank of the corpus."""
@@ -517,9 +719,23 @@ class Run:
         clusters = describe_clusters(z_ND, centroids_KD.cpu().numpy(), lambda found: self.tokens.texts(rows[found]))
         self.write_json("clusters.json", {"step": self.progress.step, "sample": len(rows), "clusters": clusters})
 
+    def check_embeddings(self) -> None:
+        """Raise NonFiniteError where the encoder embeds a sample of the corpus as NaN or infinity."""
+        rows = sample_rows(self.tokens, TRIED, "try", self.config.seed)
+        if not np.isfinite(encode_together(self.encoder, token_ids(self.tokens, rows))).all():
+            raise NonFiniteError(
+                f"After step {self.progress.step} embeddings are NaN or infinite, so no model is exported. "
+                f"{self.remedies()} The checkpoints before it are whole."
+            )
+
     def finish(self) -> dict[str, Any]:
         """Export if nothing was selected, describe the clusters, write ``result.json``, and say how it went."""
         progress = self.progress
+        # A short run may end before ten gradients in a row can be bad.
+        self.check_gradients(min(MAX_SKIPPED_IN_A_ROW, max(1, math.ceil(progress.step / 2))))
+        self.check_weights()
+        if self.dev is None:
+            self.check_embeddings()
         self.describe_clusters()
         if self.dev is None:
             progress.best_step = progress.step
@@ -535,10 +751,12 @@ class Run:
         result = {
             "best_step": progress.best_step,
             "sts_dev": progress.best_score,
+            "sts_dev_trained": progress.best_trained_score,
             "sts_dev_before": progress.score_before,
             "sts_dev_last": progress.last_score,
             "dev": self.config.evaluation.dev if self.dev else None,
             "steps": progress.step,
+            "total_steps": self.total_steps,
             "stopped_early": progress.step < self.total_steps,
             "clustering_started_at": progress.clustering_started_at,
             "precision": progress.precision,
@@ -550,6 +768,7 @@ class Run:
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
+        result = with_checksum(result)
         self.write_json("result.json", result)  # last, as it says that everything is there
         self.mirror.finish(self.config.runtime.step_timeout_s)
         self.watch({"event": "done", **result})

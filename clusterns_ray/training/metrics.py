@@ -11,6 +11,9 @@ from clusterns_ray import distributed
 from clusterns_ray.files import json_text, write_atomic
 from clusterns_ray.training.objective import SHARE_NAMES, StepLoss
 
+NO_STEP = 2**62
+"""The step of a line that is no record: later than any."""
+
 
 class MetricsLog:
     """Appends to ``metrics.jsonl``, what is not finite as null.
@@ -20,9 +23,11 @@ class MetricsLog:
 
     def __init__(self, path: Path, step: int):
         self.path = path
+        lines = _lines(path)
+        self.damaged = sum(_step_of(line) == NO_STEP for line in lines[:-1])
+        """lines that are no records, but for a last one that a crash may have cut off"""
         if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-            write_atomic(path, "".join(line + "\n" for line in kept))
+            write_atomic(path, "".join(line + "\n" for line in lines if _step_of(line) <= step))
 
     def append(self, record: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -31,16 +36,23 @@ class MetricsLog:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole records of a ``metrics.jsonl``; a line cut off by a crash is left out."""
+    return [json.loads(line) for line in _lines(path) if _step_of(line) < NO_STEP]
+
+
+def _lines(path: Path) -> list[str]:
+    """Bytes that are not UTF-8 become U+FFFD, which no record has, so that their line is none."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) < 2**62]
+    return path.read_bytes().decode("utf-8", errors="replace").split("\n")
 
 
 def _step_of(line: str) -> int:
+    if "\ufffd" in line:
+        return NO_STEP
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return 2**62
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return NO_STEP
 
 
 def step_metrics(step_loss: StepLoss, batch_size: int, unused: Collection[str] = ()) -> dict[str, float]:

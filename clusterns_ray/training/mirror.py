@@ -111,11 +111,23 @@ class Mirror(NoMirror):
         with only_one(self.run_dir.parent / f".{self.run_dir.name}.pull"):
             if files:
                 Place(self.run_dir, self.store).fetch_files()
+                self._pull_model()
             newest = self._pull_newest_checkpoint()
             # The store is what all machines share: a local checkpoint that never got there is not gone on from.
             for path in (self.run_dir / "checkpoints").glob("step-*"):
                 if path.name != newest:
                     shutil.rmtree(path, ignore_errors=True)
+
+    def _pull_model(self) -> None:
+        """The exported model is the store's; one that is damaged there is not there."""
+        try:
+            there = self.store.pull_directory("model", self.run_dir / "model")
+        except StorageError as error:
+            self.warn(f"The exported model is passed over: {error}")
+            self.store.delete_directory("model")
+            there = False
+        if not there:
+            shutil.rmtree(self.run_dir / "model", ignore_errors=True)
 
     def _pull_newest_checkpoint(self) -> str | None:
         checkpoints = self.store / "checkpoints"

@@ -18,12 +18,18 @@ def model_card(config: Config, progress: dict[str, Any]) -> str:
     if config.loss.teacher is not None:
         method += f" and the ranking of `{config.loss.teacher}`"
     before, after = progress["score_before"], progress["best_score"]
-    measured = (
-        f"Spearman x 100 on {config.evaluation.dev}, which also chose the step: {before:.2f} before training, "
-        f"**{after:.2f}** after step {progress['best_step']}."
-        if after is not None and before is not None
-        else "No dev set was given, so this is the model of the last step."
-    )
+    if after is None or before is None:
+        measured = "No dev set was given, so this is the model of the last step."
+    elif progress["best_step"] == 0:
+        measured = (
+            f"This is the untrained encoder: no step of training had a better score on {config.evaluation.dev} than "
+            f"its **{before:.2f}** (Spearman x 100)."
+        )
+    else:
+        measured = (
+            f"Spearman x 100 on {config.evaluation.dev}, which also chose the step: {before:.2f} before training, "
+            f"**{after:.2f}** after step {progress['best_step']}."
+        )
     return f"""---
 library_name: sentence-transformers
 tags: [sentence-transformers, sentence-similarity, feature-extraction, clusterns]

@@ -378,7 +378,7 @@ def candidates(study: Study, ledger: Ledger) -> list[Candidate]:
     for trial, name, seed in planned_confirmations(study, ledger):
         result = runs_of(study, None).read(f"{name}/result.json")
         if result is not None:
-            scores.setdefault(trial.number, {})[seed] = json.loads(result)["sts_dev"]
+            scores.setdefault(trial.number, {})[seed] = json.loads(result)["sts_dev_trained"]
     return [
         Candidate(trial.number, values_of(study, trial), trial.value or 0.0, scores.get(trial.number, {}))
         for trial in top_trials(ledger.ended(), study.config.confirmation.top)

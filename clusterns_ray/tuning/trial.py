@@ -135,7 +135,13 @@ def finished(result: dict[str, Any], config: Config) -> Result:
     """A run's result, and its evaluations: those of earlier attempts may not have been heard of."""
     records = map(json.loads, (read_run_file(config, "metrics.jsonl") or "").splitlines())
     curve = [(r["step"], r["sts_dev"]) for r in records if r.get("sts_dev") is not None and r["step"] > 0]
-    return {"score": result["sts_dev"], "steps": result["steps"], "before": result["sts_dev_before"], "curve": curve}
+    # Not the exported model's, which may be the untrained encoder: the search needs to know how the values did.
+    return {
+        "score": result["sts_dev_trained"],
+        "steps": result["steps"],
+        "before": result["sts_dev_before"],
+        "curve": curve,
+    }
 
 
 def failure(error: BaseException, run: Place) -> str:

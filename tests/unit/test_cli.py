@@ -307,8 +307,12 @@ def test_another_machine_is_not_another_configuration(
     clusterns: Callable[..., Result], config_file: Path, tmp_path: Path
 ) -> None:
     run = taken(config_file, tmp_path)
-    result = json.dumps({"sts_dev": None, "model": str(run / "model"), "steps": 2, "best_step": 2})
-    (run / "result.json").write_text(result)
+    fingerprint = load_config(config_file).fingerprint()
+    (run / "model").mkdir()
+    (run / "model" / "config.json").write_text("{}")
+    write_manifest(run / "model", step=2, fingerprint=fingerprint)
+    facts = {"best_step": 2, "steps": 2, "stopped_early": False, "sts_dev": None, "model": str(run / "model")}
+    write_json(run / "result.json", with_checksum({**facts, "fingerprint": fingerprint}))
     done = clusterns("train", config_file, "--set", "runtime.num_workers=2", "--set", "runtime.keep=5")
     assert done.exit_code == 0, done.output
 

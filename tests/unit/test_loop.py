@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import re
+import resource
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,19 +23,20 @@ from helpers import WIDTH, make_tiny_model, write_corpus, write_pairs
 from clusterns_ray.config import Config, make_config
 from clusterns_ray.data.prepare import Prepared, prepare
 from clusterns_ray.encoder import Encoder
-from clusterns_ray.errors import CheckpointError, ClusterNSError, DataError, NonFiniteError
+from clusterns_ray.errors import CheckpointError, ClusterNSError, ConfigError, DataError, NonFiniteError, StorageError
+from clusterns_ray.progress import outcome_lines
 from clusterns_ray.tokenization import tokenize
 from clusterns_ray.training import loop
 from clusterns_ray.training.checkpoint import list_checkpoints
 from clusterns_ray.training.dev import DevSet
-from clusterns_ray.training.loop import Run, train_worker
+from clusterns_ray.training.loop import COLLAPSED, Run, train_worker
 from clusterns_ray.training.metrics import read_metrics
 from clusterns_ray.training.optim import Optimizer
 from clusterns_ray.training.precision import agreed_precision
 from clusterns_ray.training.views import CachedViews, Views, chunked
 
 CPU = torch.device("cpu")
-NO_SECONDS = {"seconds": 0, "checkpoint_seconds": 0}
+NO_SECONDS = {"seconds": 0, "checkpoint_seconds": 0, "checksum": ""}
 
 
 @pytest.fixture(autouse=True)
@@ -117,8 +122,8 @@ def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     return found
 
 
-def assert_same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert set(a) == set(b) and len(a) > 50
+def assert_same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], least: int = 50) -> None:
+    assert set(a) == set(b) and len(a) > least
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
@@ -369,14 +374,39 @@ def test_a_better_score_renews_the_patience(lab: Lab, tmp_path: Path, monkeypatc
     assert (result["steps"], result["stopped_early"], result["best_step"]) == (6, False, 5)
 
 
-def test_a_model_that_is_never_better_than_before_is_still_exported(
-    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_where_no_step_is_better_the_untrained_encoder_is_exported(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Path
 ) -> None:
     scores = iter([50.0, 10.0, 20.0, 30.0])
     monkeypatch.setattr(DevSet, "score", lambda self, encoder: next(scores))
-    result = lab.run(tmp_path, lab.config())
-    assert (result["sts_dev_before"], result["sts_dev"], result["best_step"]) == (50.0, 30.0, 6)
-    assert (tmp_path / "model" / "config.json").is_file()
+    config = lab.config(encoder={"pooling": "mean"})
+    result = lab.run(tmp_path, config)
+    assert (result["sts_dev_before"], result["sts_dev"], result["best_step"]) == (50.0, 50.0, 0)
+    assert result["sts_dev_trained"] == 30.0, "what a search is told of"
+    assert [report["best_sts_dev"] for report in lab.reports] == [10.0, 20.0, 30.0]
+    assert not any(event["best"] for event in lab.seen("evaluation")[1:])
+    model = Encoder.load(tmp_path / "model")
+    untrained = Encoder.for_training(config.encoder, seed=0)
+    assert (model.pooling, model.max_length, model.training) == ("mean", untrained.max_length, False)
+    assert_same_tensors(untrained.backbone.state_dict(), model.backbone.state_dict(), least=20)
+    texts = ["The baker sells bread at night.", "A doctor finds a lamp."]
+    np.testing.assert_array_equal(model.encode(texts), untrained.encode(texts))
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "This is the untrained encoder" in card and "**50.00**" in card
+    lines = outcome_lines(result)
+    assert "50.00 before, 30.00 at best in 6 steps (-20.00)" in lines[0] and "untrained encoder" in lines[1]
+
+
+def test_patience_counts_steps_that_are_below_the_untrained_encoder(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training may cost some score at first: it goes on as long as it gains."""
+    scores = iter([50.0, 10.0, 20.0, 30.0, 25.0, 29.0, 60.0])
+    monkeypatch.setattr(DevSet, "score", lambda self, encoder: next(scores))
+    result = lab.run(tmp_path, lab.config(evaluation={"every_steps": 1, "patience": 2}))
+    assert (result["steps"], result["best_step"], result["sts_dev"]) == (5, 0, 50.0)
+    assert result["total_steps"] == 6 and "stopped early, after step 5 of 6" in outcome_lines(result)[0]
+    assert any("Stopped early after step 5 of 6: the last 2 eval" in note["text"] for note in lab.seen("note"))
 
 
 def test_a_score_that_is_not_a_number_does_not_become_the_best(
@@ -387,6 +417,25 @@ def test_a_score_that_is_not_a_number_does_not_become_the_best(
     monkeypatch.setattr(DevSet, "score", lambda self, encoder: next(scores))
     result = lab.run(tmp_path, lab.config())
     assert (result["best_step"], result["sts_dev"]) == (6, 30.0)
+    assert any("no dev score at step 2, as all embeddings are alike" in note["text"] for note in lab.seen("note"))
+
+
+def test_collapsed_before_and_after_nothing_is_best(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DevSet, "score", lambda self, encoder: math.nan)
+    result = lab.run(tmp_path, lab.config())
+    assert (result["best_step"], result["sts_dev"], result["sts_dev_before"]) == (0, COLLAPSED, COLLAPSED)
+    assert not any(event.get("best") for event in lab.seen("evaluation"))
+
+
+@pytest.mark.parametrize(("max_steps", "said"), [(25, True), (10, False)])
+def test_epochs_that_end_before_max_steps_are_said(lab: Lab, tmp_path: Path, max_steps: int, said: bool) -> None:
+    config = lab.config(train={"max_steps": max_steps, "epochs": 1}, evaluation={"sts": None})
+    assert lab.run(tmp_path, config)["steps"] == 10, "300 rows in batches of 32"
+    notes = [note["text"] for note in lab.seen("note") if "max_steps" in note["text"]]
+    assert notes == said * [
+        "train.max_steps is 25, but 1 epoch of this corpus has 10 steps: training ends after 10. For more, raise "
+        "train.epochs (to 3 for 25 steps)."
+    ]
 
 
 # ---- resuming -----------------------------------------------------------------------------------------------------
@@ -529,6 +578,8 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(lab: Lab, tmp_path: 
 
 def test_checkpoints_of_another_configuration_are_refused(lab: Lab, tmp_path: Path) -> None:
     lab.run(tmp_path, lab.config(train={"max_steps": 2}))
+    for name in ("config.yaml", "result.json"):  # which would be refused before
+        (tmp_path / name).unlink()
     with pytest.raises(CheckpointError, match="None of the 1 checkpoints"):
         lab.run(tmp_path, lab.config(train={"max_steps": 3}))
     assert any("another configuration" in note["text"] for note in lab.seen("note"))
@@ -578,7 +629,7 @@ def test_a_killed_export_leaves_a_whole_model(lab: Lab, tmp_path: Path, monkeypa
     def save(self: Encoder, directory: Path) -> None:
         count.append(directory)
         original(self, directory)
-        if len(count) == 2:
+        if len(count) == 3:  # before training, after step 2, after step 4
             (Path(directory) / "model.safetensors").write_bytes(b"half")
             raise Killed
 
@@ -764,3 +815,140 @@ def test_bad_gradients_are_found_although_steps_are_seldom_logged(
     )
     with pytest.raises(NonFiniteError, match="before step 14"):
         lab.run(tmp_path, config)
+
+
+# ---- nothing that is not finite is kept ---------------------------------------------------------------------------
+
+
+def assert_all_is_finite(run_dir: Path) -> None:
+    """Every exported weight and every checkpoint."""
+    for path in list_checkpoints(run_dir / "checkpoints"):
+        assert all(value.isfinite().all() for value in weights(run_dir, int(path.name[-8:])).values())
+    if (run_dir / "model").exists():
+        state = Encoder.load(run_dir / "model").backbone.state_dict()
+        assert all(value.isfinite().all() for value in state.values())
+
+
+@pytest.mark.parametrize("rate", [1e300, 1e38])
+@pytest.mark.parametrize("with_dev", [True, False])
+def test_weights_that_leave_the_finite_end_the_run(lab: Lab, tmp_path: Path, rate: float, with_dev: bool) -> None:
+    """In fewer steps than ten, and before any is logged."""
+    every = {"log_every_steps": 50, "checkpoint_every_steps": 50}
+    evaluation = {"every_steps": 50} | ({} if with_dev else {"sts": None})
+    config = lab.config(train={"max_steps": 3, "learning_rate": rate}, evaluation=evaluation, runtime=every)
+    with pytest.raises(NonFiniteError, match=r"Lower train\.learning_rate \(1e\+3"):
+        lab.run(tmp_path, config)
+    assert not (tmp_path / "result.json").exists()
+    assert (tmp_path / "model").exists() == with_dev, "the untrained encoder"
+    assert_all_is_finite(tmp_path)
+    with pytest.raises(NonFiniteError):  # given again, it is not taken for finished
+        lab.run(tmp_path, config)
+
+
+def test_an_encoder_that_is_not_finite_is_refused_before_training(lab: Lab, tmp_path: Path) -> None:
+    damaged = make_tiny_model(tmp_path / "damaged", layers=2)
+    model = Encoder.load(damaged)
+    next(p for p in model.backbone.parameters() if p.ndim == 2).data[3, 1] = math.nan
+    model.backbone.save_pretrained(damaged)
+    config = lab.config(encoder={"name": str(damaged)})
+    with pytest.raises(NonFiniteError, match=r"NaN or infinite before training \(backbone.embeddings.word_embed"):
+        lab.run(tmp_path / "run", config)
+    assert not (tmp_path / "run" / "config.yaml").exists() and not (tmp_path / "run" / "model").exists()
+
+
+def test_a_short_run_whose_gradients_are_all_bad_fails(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Optimizer.step
+    monkeypatch.setattr(Optimizer, "step", lambda self, loss, *others: original(self, loss * math.nan, *others))
+    with pytest.raises(NonFiniteError, match="last 3 gradients before step 3"):
+        lab.run(tmp_path, lab.config(train={"max_steps": 3}, evaluation={"sts": None}))
+    assert not (tmp_path / "result.json").exists() and not (tmp_path / "model").exists()
+
+
+# ---- whose a run is -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sections", "reason"),
+    [
+        ({"encoder": {"max_length": 65}}, "encoder.max_length is 65"),
+        ({"train": {"global_batch_size": 512}, "data": {"limit": 3}}, "3 rows"),
+    ],
+)
+def test_a_refused_request_does_not_take_the_name(
+    lab: Lab, tmp_path: Path, sections: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises((ConfigError, DataError), match=reason):
+        lab.run(tmp_path, lab.config(**sections))
+    assert not (tmp_path / "config.yaml").exists()
+    assert lab.run(tmp_path, lab.config(train={"max_steps": 1}))["steps"] == 1
+
+
+def test_the_configuration_is_compared_by_who_holds_the_lock(lab: Lab, tmp_path: Path) -> None:
+    """As where another command began the run after this one had looked."""
+    lab.run(tmp_path, lab.config(train={"max_steps": 1}))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"train\.max_steps was 1 and is now 2"):
+        lab.run(tmp_path, lab.config(train={"max_steps": 2}))
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    (tmp_path / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"result\.json is that of another config"):
+        lab.run(tmp_path, lab.config(train={"max_steps": 2}))
+
+
+def test_what_a_kill_left_half_written_is_removed(lab: Lab, tmp_path: Path) -> None:
+    ours = [".result.json.94537254", ".config.yaml.0a1b2c3d", ".centroids.npy.00000000", ".metrics.jsonl.ffffffff"]
+    others = [".result.json.notours!", ".mine.94537254", "result.json.94537254", ".report.html.94537254"]
+    for name in (*ours, *others):
+        (tmp_path / name).write_text("half")
+    (tmp_path / ".model.new-12345678").mkdir()
+    lab.run(tmp_path, lab.config(train={"max_steps": 1}))
+    left = {path.name for path in tmp_path.iterdir() if path.name.startswith(".") or path.name in others}
+    assert left == {".lock", *others}
+
+
+# ---- disks that take no more --------------------------------------------------------------------------------------
+
+
+class FullDisk:
+    """Fails to flush every file or directory whose path holds ``part``."""
+
+    def __init__(self, part: str):
+        self.part, self.fsync = part, os.fsync
+
+    def __call__(self, handle: int) -> None:
+        if self.part in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.fsync(handle)
+
+
+@pytest.mark.parametrize("part", ["checkpoints/.step", ".model.new", ".config.yaml", ".result.json", ".environment"])
+def test_a_full_disk_is_one_line_and_the_run_goes_on(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    whole = lab.run(tmp_path / "whole", lab.config())
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", FullDisk(part))
+        with pytest.raises(StorageError, match=r"No space left on device\. Free some space there\. Then give the same"):
+            lab.run(tmp_path / "full", lab.config())
+    assert not (tmp_path / "full" / "result.json").exists()
+    again = lab.run(tmp_path / "full", lab.config())
+    assert {**again, **NO_SECONDS, "model": ""} == {**whole, **NO_SECONDS, "model": ""}
+    assert_same_tensors(weights(tmp_path / "whole", 6), weights(tmp_path / "full", 6))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_FSIZE")
+@pytest.mark.parametrize("limit", [1_000, 60_000, 200_000])
+def test_a_file_that_may_not_grow_is_one_line(lab: Lab, tmp_path: Path, limit: int) -> None:
+    """What torch and safetensors write fails with errors of their own kinds."""
+    old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
+    try:
+        with pytest.raises(
+            StorageError, match=r"cannot be read or written: (File too large|the disk took only a part)"
+        ):
+            lab.run(tmp_path, lab.config())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
