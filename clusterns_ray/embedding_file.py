@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clusterns_ray.errors import DataError
+from clusterns_ray.files import checksum_holds, with_checksum
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,7 +34,7 @@ def embedding_schema(width: int, dtype: str, info: dict[str, Any]) -> pa.Schema:
         pa.field("text", pa.string(), nullable=False),
         pa.field("embedding", pa.list_(value, width), nullable=False),
     ]
-    return pa.schema(columns, metadata={METADATA: json.dumps(info)})
+    return pa.schema(columns, metadata={METADATA: json.dumps(with_checksum(info))})
 
 
 def embedding_table(texts: list[str], stored_ND: np.ndarray, schema: pa.Schema) -> pa.Table:
@@ -76,9 +77,8 @@ def read_info(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         found = info.get("format") if isinstance(info, dict) else info
         raise DataError(f"{path}: its format is {found!r}, and this version reads {FORMAT}; encode again")
-    missing = [key for key in ("model", "digest", "width", "request", "pooling", "max_length") if key not in info]
-    if missing:
-        raise DataError(f"{path}: its metadata are damaged (no {missing[0]}); encode again")
+    if "checksum" in info and not checksum_holds(info):
+        raise DataError(f"{path}: its metadata are damaged (their checksum is another); encode again")
     return info
 
 

@@ -140,7 +140,7 @@ def _system_reason(error: BaseException) -> str | None:
     code = re.search(r"os error (\d+)", str(error))
     if code:
         return os.strerror(int(code[1]))
-    if isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error):
+    if isinstance(error, RuntimeError) and "inline_container" in str(error):
         return "the disk took only a part of it"
     return None
 

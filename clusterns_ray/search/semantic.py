@@ -312,7 +312,8 @@ def _outdated(folder: Path, manifest: dict[str, Any], request: dict[str, Any]) -
 def _why(folder: Path, request: dict[str, Any]) -> str:
     saved = _read_manifest(folder)
     if saved is None:
-        return f"Building the index in {folder}"
+        begun = any((folder / name).exists() for name in (EMBEDDINGS, f"{EMBEDDINGS}.parts"))
+        return f"Building the index in {folder}" + (" anew: it was not finished, or is damaged." if begun else "")
     return f"Building the index in {folder} anew: {'; '.join(_outdated(folder, saved, request)) or 'as asked for'}."
 
 

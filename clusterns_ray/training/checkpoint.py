@@ -37,7 +37,8 @@ def save_checkpoint(directory: Path, step: int, state: dict[str, Any], fingerpri
     """
 
     def write(path: Path) -> None:
-        torch.save(state, path / "state.pt")
+        with (path / "state.pt").open("wb") as file:  # whose errors name their reason, as torch's own do not
+            torch.save(state, file)
         manifest = {
             "format": FORMAT,
             "step": step,

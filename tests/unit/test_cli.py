@@ -15,7 +15,9 @@ from helpers import sentences, write_pairs
 from typer.testing import CliRunner, Result
 
 from clusterns_ray.cli import app
+from clusterns_ray.config import load_config
 from clusterns_ray.evaluation.sts import TASKS
+from clusterns_ray.files import with_checksum, write_json, write_manifest
 
 HEAVY = ("torch", "ray", "transformers", "faiss", "scipy", "pyarrow", "datasets")
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from clusterns_ray.cli import app
 from clusterns_ray.config import EvaluationConfig, dump_config, make_config
 from clusterns_ray.data.prepare import structure_dev_set
 from clusterns_ray.encoder import Encoder
-from clusterns_ray.errors import ConfigError, DataError
+from clusterns_ray.errors import ConfigError, DataError, NonFiniteError
 from clusterns_ray.evaluation import suite as module
 from clusterns_ray.evaluation import transfer
 from clusterns_ray.evaluation.clusters import evaluate_clusters, read_clusters
@@ -392,3 +393,64 @@ def test_documents_of_a_run_that_are_gone_are_asked_for(run_of_demo: Path) -> No
     (run_of_demo / "config.yaml").write_text(text.replace("documents: null", ""))
     with pytest.raises(ConfigError, match=r"No documents found at 'gone/\*\.md'.* give --documents FILES"):
         evaluate_model(str(run_of_demo / "model"), "structure")
+
+
+# ---- no score is no number ----------------------------------------------------------------------------------------
+
+
+def spoiled_model(path: Path, kind: str) -> Path:
+    """A tiny BERT whose embeddings are NaN, beyond float32, or the same for every sentence."""
+    encoder = Encoder.load(make_tiny_model(path, layers=2))
+    last = encoder.backbone.encoder.layer[-1].output
+    if kind == "nan":
+        last.dense.weight.data[4, 5] = np.nan
+    elif kind == "overflow":
+        for layer in encoder.backbone.encoder.layer:
+            layer.intermediate.dense.weight.data *= 1e36
+            layer.output.dense.weight.data *= 1e36
+    else:
+        last.LayerNorm.weight.data *= 0
+        last.LayerNorm.bias.data += 0.5
+    encoder.backbone.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("suite", ["sts", "transfer", "clustering", "geometry"])
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("nan", "embeddings are NaN or infinite.*weights are damaged .encoder.layer.1.output.dense.weight holds"),
+        ("overflow", "embeddings are NaN or infinite.*the weights are finite, but too large"),
+        ("constant", "all .* sentences have the same embedding"),
+    ],
+)
+def test_a_model_without_a_score_is_refused_with_the_reason(
+    data: Path, tmp_path: Path, kind: str, reason: str, suite: str
+) -> None:
+    model = spoiled_model(tmp_path / "model", kind)
+    sources = {
+        "sts": ["--sts", data / "sts", "--dev", "STSB/dev"],
+        "transfer": ["--transfer", data / "transfer"],
+        "clustering": ["--clusters", data / "topics.tsv"],
+        "geometry": ["--sts", data / "sts"],
+    }
+    command = ["evaluate", model, "--suite", suite, *sources[suite], "--json", tmp_path / "scores.json"]
+    result = CliRunner().invoke(app, list(map(str, command)))
+    assert result.exit_code == 1, result.output
+    assert re.search(reason, result.stderr) and str(model) in result.stderr and result.stdout.count("|") == 0
+    assert not (tmp_path / "scores.json").exists()
+
+
+def test_one_set_whose_cosines_are_all_the_same_is_named(data: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """Every pair is a sentence with itself: the other tests have scores, but there would be no average."""
+    shutil.copytree(data / "sts", tmp_path / "sts")
+    same = [{"sentence1": text, "sentence2": text, "score": at} for at, text in enumerate(sentences(5))]
+    (tmp_path / "sts" / "SICKR" / "test.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in same))
+    with pytest.raises(NonFiniteError, match=r"cosines of all 5 pairs of SICKR/test are the same \(1.0000\)"):
+        evaluate_model(str(tiny_model), tmp_path / "sts")
+
+
+def test_queries_and_sentences_that_are_not_finite_are_no_embeddings(tmp_path: Path) -> None:
+    encoder = Encoder.load(spoiled_model(tmp_path / "model", "nan"))
+    with pytest.raises(NonFiniteError, match="such as that of 'A boat'"):
+        encoder.encode(["A boat"])
