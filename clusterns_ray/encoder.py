@@ -355,18 +355,12 @@ class Encoder(nn.Module):
                     progress(done)
         broken = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
         if len(broken):
-            raise NonFiniteError(self._why_not_finite(sentences[int(broken[0])], len(broken), len(embeddings)))
+            raise NonFiniteError(
+                f"{len(broken):,} of {len(embeddings):,} embeddings are NaN or infinite, such as that of "
+                f"{sentences[int(broken[0])][:60]!r}: the model's weights are damaged, or too large to compute with. "
+                "Copy or download the model again, or take an earlier checkpoint."
+            )
         return embeddings
-
-    def _why_not_finite(self, sentence: str, broken: int, count: int) -> str:
-        weight = next((name for name, value in self.named_parameters() if not bool(value.isfinite().all())), None)
-        reason = (
-            f"the weights are damaged ({weight.removeprefix('backbone.')} holds NaN or infinity). Copy or download the "
-            "model again."
-            if weight
-            else "the weights are finite, but too large to compute with. Check how the model was trained."
-        )
-        return f"{broken:,} of {count:,} embeddings are NaN or infinite, such as that of {sentence[:60]!r}: {reason}"
 
     @torch.inference_mode()
     def encode_ids(self, ids: Sequence[Sequence[int]]) -> Tensor:

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from clusterns_ray.errors import ClusterNSError, ConfigError
+from clusterns_ray.errors import ClusterNSError, ConfigError, NonFiniteError
 from clusterns_ray.models import local_model_config
 
 UNLIMITED = 1_000_000
@@ -90,10 +90,9 @@ def load_weights(
         )
     bad = [name for name, value in model.named_parameters() if not torch.isfinite(value).all()]
     if bad:
-        raise _refused(
-            source,
-            f"its weights hold values that are not finite (NaN or infinity): {_some(bad)}. Copy or download it again, "
-            "or take an earlier checkpoint.",
+        raise NonFiniteError(
+            f"encoder {source!r} cannot be used: its weights hold values that are not finite (NaN or infinity): "
+            f"{_some(bad)}. Copy or download it again, or take an earlier checkpoint."
         )
     return model, sorted(report["missing_keys"])
 

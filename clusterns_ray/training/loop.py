@@ -331,12 +331,6 @@ class Run:
 
         precision = agreed_precision(config.train.precision, device)
         self.encoder = Encoder.for_training(config.encoder, stream_key("head", config.seed)).to(device).train()
-        damaged = first_not_finite(self.encoder.named_parameters())
-        if damaged:
-            raise NonFiniteError(
-                f"encoder.name is {config.encoder.name!r}, whose weights are NaN or infinite before training "
-                f"({damaged}), so they are damaged. Copy or download that model again."
-            )
         self.shards = ShardReader(config, self.tokens, self.encoder.tokenizer, device)
         self.views = TwoViews(self.encoder, precision, self.load_language_model())
         self.teacher = Teacher(config.loss.teacher, device) if config.loss.teacher else None

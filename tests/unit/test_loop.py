@@ -851,7 +851,7 @@ def test_an_encoder_that_is_not_finite_is_refused_before_training(lab: Lab, tmp_
     next(p for p in model.backbone.parameters() if p.ndim == 2).data[3, 1] = math.nan
     model.backbone.save_pretrained(damaged)
     config = lab.config(encoder={"name": str(damaged)})
-    with pytest.raises(NonFiniteError, match=r"NaN or infinite before training \(backbone.embeddings.word_embed"):
+    with pytest.raises(NonFiniteError, match=r"not finite \(NaN or infinity\): embeddings.word_embed"):
         lab.run(tmp_path / "run", config)
     assert not (tmp_path / "run" / "config.yaml").exists() and not (tmp_path / "run" / "model").exists()
 
