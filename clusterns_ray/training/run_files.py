@@ -7,9 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from clusterns_ray.config import Config, make_config
+from clusterns_ray.config import Config, parse_saved_config
 from clusterns_ray.errors import ConfigError, StorageError
 from clusterns_ray.files import changed_file, checksum_holds, read_manifest
 
@@ -36,8 +34,8 @@ def check_config(text: str, config: Config, where: str) -> None:
         ConfigError: the configurations differ, or the saved one cannot be read.
     """
     try:
-        saved = make_config(yaml.safe_load(text))
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        saved = parse_saved_config(text, "it")
+    except ConfigError as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"{where}/config.yaml, which says with what configuration the run was begun, cannot be read ({reason}), so "
