@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
-import yaml
 
-from clusterns_ray.config import Config, DataConfig, EncoderConfig, EvaluationConfig, YamlLoader, make_config
+from clusterns_ray.config import Config, DataConfig, EncoderConfig, EvaluationConfig, parse_saved_config
 from clusterns_ray.data.documents import list_documents
 from clusterns_ray.data.prepare import documents_of, structure_dev_set
 from clusterns_ray.errors import ConfigError, DataError, NonFiniteError
@@ -187,8 +186,8 @@ def _config_of_run(model: str) -> Config | None:
     for file in ("config.yaml", "best.yaml"):
         text = read_text(f"{holder}/{file}")
         if text is not None:
-            with suppress(ConfigError, yaml.YAMLError):  # a file of that name that is not a run's
-                return make_config(yaml.load(text, Loader=YamlLoader))
+            with suppress(ConfigError):  # a file of that name that is not a run's
+                return parse_saved_config(text, f"{holder}/{file}")
     return None
 
 
