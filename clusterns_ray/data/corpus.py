@@ -39,7 +39,7 @@ _URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
 
 @dataclass
 class ReadCounts:
-    """What was read; ``rows == empty + kept`` once a corpus has been read to its end."""
+    """What was read; ``rows == empty + unusable + kept`` once a corpus has been read to its end."""
 
     files: int = 0
     rows: int = 0
@@ -48,6 +48,8 @@ class ReadCounts:
     cut: int = 0
     """Rows longer than ``MAX_CHARACTERS``, kept cut to that length."""
     kept: int = 0
+    unusable: int = 0
+    """Sentences of documents that are no plain sentences (see ``documents.is_usable``), skipped."""
 
 
 @dataclass(frozen=True)
@@ -314,7 +316,7 @@ def _find(filesystem: FileSystem, location: str) -> list[FileInfo]:
     base, pattern = "/".join(parts[:first]) or "/", parts[first:]
     recursive = len(pattern) > 1 or "**" in pattern
     if recursive and filesystem.type_name == "local":
-        matching = [path for path in _walk(base) if _matches(path.split("/")[first:], pattern)]
+        matching = [path for path in walk(base) if _matches(path.split("/")[first:], pattern)]
         listing = filesystem.get_file_info(matching) if matching else []
     else:
         listing = filesystem.get_file_info(FileSelector(base, allow_not_found=True, recursive=recursive))
@@ -323,7 +325,18 @@ def _find(filesystem: FileSystem, location: str) -> list[FileInfo]:
     return sorted(found, key=lambda info: info.path)
 
 
-def _walk(base: str) -> Iterator[str]:
+def find_local(location: str) -> list[str]:
+    """The files of this machine that match a glob, sorted.
+
+    Raises:
+        OSError: a directory cannot be read.
+    """
+    from pyarrow.fs import LocalFileSystem
+
+    return [info.path for info in _find(LocalFileSystem(), os.path.abspath(location))]
+
+
+def walk(base: str) -> Iterator[str]:
     """The paths below a directory of this machine that are no directories; links are followed, and no directory is
     entered twice, so that a link to a directory above ends."""
     entered: set[tuple[int, int]] = set()

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-import glob
-import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from unicodedata import category
 
+from clusterns_ray.data.corpus import Source, find_local, walk
+from clusterns_ray.data.readers import decode, json_rows, text_lines, text_of
 from clusterns_ray.errors import DataError
+from clusterns_ray.paths import check_regular_file
 
 SUFFIXES = (".jsonl", ".md", ".txt")
 MIN_WORDS, MAX_WORDS = 4, 60
 MIN_LETTER_SHARE = 0.6
 
-_HEADING = re.compile(r"#{1,6}\s+(?P<markdown>.*?)\s*#*|(?P<wiki>={1,6})\s*(?P<title>[^=].*?)\s*(?P=wiki)")
-_SENTENCE = re.compile(r"""["'“‘«„]*[^\W_].*[.!?…。！？]["'”’»)\]]*""", re.DOTALL)
+IDEOGRAPHS_A_WORD = 2
+"""Characters of Chinese and Japanese, written without spaces, that count as a word."""
+LETTERS_A_WORD = 4
+"""Letters and vowel signs of Thai, Lao, Tibetan, Burmese and Khmer that count as a word."""
+
+_OPENING, _CLOSING = "\"'“‘«„「『《〈（", "\"'”’»)]」』》〉）"
+_TERMINATORS = ".!?…。！？．｡॥।։؟۔።།༎။។៕"
 # U+FFFC (object replacement character) stands where a formula or the like was cut out of a sentence.
 _MARKUP = re.compile(r"[<|\ufffc]|\[\[|\]\]|\{\{|\}\}|\{\||''|==|https?://|www\.")
+_IDEOGRAPHS = re.compile("[\u3005\u3006\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+_UNSPACED_LETTERS = re.compile("[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff]")
+# Thai and Lao have no full stop: a space ends a phrase. Of the others the splitter does not know.
+_MORE_ENDS = re.compile("(?<=[\u0e00-\u0eff]) +(?=[\u0e00-\u0eff])|(?<=[។៕།༎።]) *(?=[^ ។៕།༎።])")
+_LONG_PARAGRAPH, _WINDOW = 10_000, 800
 
 
 @dataclass(frozen=True)
@@ -51,14 +64,31 @@ def parse_document(text: str, title: str) -> Document:
         if paragraphs := _paragraphs(block):
             sections.append(Section(heading, paragraphs))
 
-    for line in map(str.strip, text.splitlines()):
-        if match := _HEADING.fullmatch(line):
+    # Not splitlines(), which also splits at characters that may stand within a sentence, such as U+2028.
+    for line in map(str.strip, text.replace("\r\n", "\n").replace("\r", "\n").split("\n")):
+        found = _heading(line)
+        if found is not None:
             close()
-            heading, block = match["markdown"] or match["title"] or "", []
+            heading, block = found, []
         else:
             block.append(line)
     close()
     return Document(title, tuple(sections))
+
+
+def _heading(line: str) -> str | None:
+    """The text of a heading; None for another line. Takes a time linear in the line, as regular expressions may not."""
+    if line.startswith("#"):
+        rest = line.lstrip("#")
+        if len(line) - len(rest) > 6 or not rest[:1].isspace():
+            return None
+        return rest.strip().rstrip("#").rstrip()
+    if line.startswith("="):
+        level = len(line) - len(line.lstrip("="))
+        if level > 6 or len(line) <= 2 * level or not line.endswith("=" * level):
+            return None
+        return line[level:-level].strip()
+    return None
 
 
 def _paragraphs(lines: list[str]) -> tuple[str, ...]:
@@ -73,6 +103,7 @@ def read_documents(spec: str | list[str], text_column: str = "text") -> Iterator
     ``title``); a ``.md`` or ``.txt`` file is one document.
 
     Raises:
+        ConfigError: what is named is no regular file.
         DataError: nothing found, an unsupported file, bytes that are not UTF-8, invalid JSON or a missing
             field (with file and line).
     """
@@ -92,27 +123,49 @@ def read_documents(spec: str | list[str], text_column: str = "text") -> Iterator
 def list_documents(spec: str | list[str]) -> list[str]:
     """Files (and ``demo``) that ``spec`` names, in the order asked for, each once; as ``read_documents``."""
     specs = [spec] if isinstance(spec, str) else spec
-    return list(dict.fromkeys(source for one in specs for source in _expand(one)))
+    once: dict[str, str] = {}
+    for source in (source for one in specs for source in _expand(one)):
+        once.setdefault(source if source == "demo" else os.path.realpath(source), source)
+    return list(once.values())
+
+
+def document_sources(spec: str | list[str]) -> list[Source]:
+    """As :func:`list_documents`, each with its size and the time of its last change."""
+    sources = []
+    for file in list_documents(spec):
+        stat = None if file == "demo" else os.stat(file)
+        path = file if stat is None else str(Path(file).resolve())
+        sources.append(Source(path, stat and stat.st_size, stat and stat.st_mtime_ns))
+    return sources
 
 
 def _expand(spec: str) -> list[str]:
-    path = Path(spec).expanduser()
     if spec == "demo":
         return [spec]
-    if not spec:  # which Path would take for the current directory
-        files = []
-    elif path.is_file():
-        files = [path]
-    elif path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in SUFFIXES)
-    else:
-        files = sorted(file for file in map(Path, glob.glob(str(path), recursive=True)) if file.is_file())
+    try:
+        files = [str(file) for file in sorted(map(Path, _find(spec)))] if spec else []
+    except OSError as error:
+        raise DataError(
+            f"Documents {spec!r} cannot be listed: {error.strerror or error}. Check the path, and that this user may "
+            "read the directory."
+        ) from None
     if not files:
         raise DataError(
             f"No documents found at {spec!r}: no such file, no match for the glob, or a directory without "
             f"{', '.join(SUFFIXES)} files. Check the path, or use 'demo' for the packaged sample."
         )
-    return [str(file) for file in files]
+    for file in files:
+        check_regular_file("The document", file)
+        if not os.access(file, os.R_OK):
+            raise DataError(f"The document {file!r} may not be read by this user. Change its permissions.")
+    return files
+
+
+def _find(spec: str) -> list[str]:
+    path = os.path.expanduser(spec)
+    if os.path.isdir(path):
+        return [file for file in walk(path) if Path(file).suffix in SUFFIXES]
+    return [path] if os.path.lexists(path) else find_local(path)
 
 
 def _read_source(source: str, text_column: str) -> Iterator[Document]:
@@ -122,79 +175,97 @@ def _read_source(source: str, text_column: str) -> Iterator[Document]:
         yield from demo_documents()
         return
     path = Path(source)
-    if path.suffix == ".jsonl":
-        yield from _read_jsonl(path, text_column)
-    elif path.suffix in SUFFIXES:
-        yield parse_document(_decode(path.read_bytes(), path), path.stem)
-    else:
+    if path.suffix not in SUFFIXES:
         raise DataError(
             f"Cannot read {path} as a document: the suffix is {path.suffix!r}, and only "
             f"{', '.join(SUFFIXES)} are known. Convert or rename it, or narrow the glob."
         )
+    try:
+        if path.suffix == ".jsonl":
+            yield from _read_jsonl(path, text_column)
+        else:
+            yield parse_document(decode(path.read_bytes(), source), path.stem)
+    except OSError as error:
+        raise DataError(f"{source}: reading failed: {error.strerror or error}. Check that the disk is well.") from None
 
 
 def _read_jsonl(path: Path, text_column: str) -> Iterator[Document]:
-    with path.open("rb") as lines:
-        for number, raw in enumerate(lines, start=1):
-            if line := _decode(raw, path, number).strip():
-                yield _row_document(line, f"{path}:{number}", f"{path.stem}:{number}", text_column)
-
-
-def _row_document(line: str, where: str, default_title: str, text_column: str) -> Document:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{where}: invalid JSON {line[:80]!r}: {error}. Write one JSON object a line, such as "
-            f'{{"{text_column}": "..."}}.'
-        ) from error
-    text = row.get(text_column) if isinstance(row, dict) else None
-    if not isinstance(text, str):
-        received = f"the fields {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
-        raise DataError(
-            f"{where}: expected an object whose field {text_column!r} is a string, got {received}: there is "
-            "no text to read. Add the field, or name the one that holds the text as text_column."
-        )
-    try:
-        text.encode("utf-8")  # JSON escapes can spell half a surrogate pair, which no file can store
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: the field {text_column!r} holds {text[error.start]!r}, half a surrogate pair, which "
-            "is not text. Write the whole character."
-        ) from error
-    return parse_document(text, str(row.get("title") or default_title))
-
-
-def _decode(raw: bytes, path: Path, first_line: int = 1) -> str:
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = first_line + error.object.count(b"\n", 0, error.start)
-        raise DataError(
-            f"{path}:{line}: byte 0x{error.object[error.start]:02x} is not valid UTF-8 ({error.reason}). "
-            "Save the file as UTF-8."
-        ) from error
+    with path.open("rb") as stream:
+        for number, row in json_rows(text_lines(stream, str(path)), str(path), [text_column]):
+            if row is not None:
+                text = text_of(row, f"{path}:{number}", text_column)
+                yield parse_document(text or "", str(row.get("title") or f"{path.stem}:{number}"))
 
 
 def split_sentences(paragraph: str, language: str = "en") -> list[str]:
     """Sentences of a paragraph in order, stripped; ``language`` is an ISO 639-1 code."""
+    sentences = (
+        _segment(paragraph, language) if len(paragraph) <= _LONG_PARAGRAPH else _segment_long(paragraph, language)
+    )
+    parts = sentences if paragraph.isascii() else (part for s in sentences for part in _MORE_ENDS.split(s))
+    return [stripped for part in parts if (stripped := part.strip())]
+
+
+def _segment(text: str, language: str) -> list[str]:
     from sentencex import segment  # pyright: ignore[reportAttributeAccessIssue]  (compiled, without stubs)
 
-    return [stripped for sentence in segment(language, paragraph) if (stripped := sentence.strip())]
+    return segment(language, text)
+
+
+def _segment_long(paragraph: str, language: str) -> Iterator[str]:
+    """Sentences of a paragraph of any length, a window at a time: the splitter takes a time that grows with the square
+    of a text without spaces. What a window splits near its end is split anew by the next, as quotes may close there."""
+    start, begun = 0, ""
+    while start < len(paragraph):
+        window = paragraph[start : start + _WINDOW]
+        found = _segment(window, language)
+        taken, is_last = 0, start + len(window) == len(paragraph)
+        for number, sentence in enumerate(found, start=1):
+            if not is_last and taken and (taken + len(sentence) > 3 * _WINDOW // 4 or number == len(found)):
+                break
+            taken += len(sentence)
+            if len(sentence) == len(window) and not is_last:  # it is longer than the window
+                begun += sentence
+                continue
+            yield begun + sentence
+            begun = ""
+        start += taken
+
+
+def count_words(text: str) -> float:
+    """Words between spaces, or in scripts that have none as many as their characters make."""
+    if text.isascii():
+        return len(text.split())
+    ideographs, letters = len(_IDEOGRAPHS.findall(text)), len(_UNSPACED_LETTERS.findall(text))
+    if not ideographs and not letters:
+        return len(text.split())
+    rest = _UNSPACED_LETTERS.sub(" ", _IDEOGRAPHS.sub(" ", text)).split()
+    words = sum(any(map(str.isalnum, word)) for word in rest)
+    return words + ideographs / IDEOGRAPHS_A_WORD + letters / LETTERS_A_WORD
 
 
 def is_usable(sentence: str) -> bool:
-    """Whether this is a plain sentence: 4 to 60 words, mostly letters, closed, without leftover markup."""
-    if not MIN_WORDS <= len(sentence.split()) <= MAX_WORDS:
+    """Whether this is a plain sentence: 4 to 60 words, mostly letters, closed, without leftover markup.
+
+    Words of scripts without spaces are counted by their characters, as :func:`count_words` does.
+    """
+    if not MIN_WORDS <= count_words(sentence) <= MAX_WORDS:
         return False
-    if not _SENTENCE.fullmatch(sentence) or _MARKUP.search(sentence):
+    first, last = sentence.lstrip(_OPENING)[:1], sentence.rstrip(_CLOSING)[-1:]
+    if not first.isalnum() or not (last in _TERMINATORS or "\u0e00" <= last <= "\u0eff") or _MARKUP.search(sentence):
         return False
     visible = "".join(sentence.split())
-    return sum(map(str.isalpha, visible)) >= MIN_LETTER_SHARE * len(visible)
+    needed = MIN_LETTER_SHARE * len(visible)
+    return sum(map(str.isalpha, visible)) >= needed or sum(category(c)[0] in "LM" for c in visible) >= needed
 
 
 def document_sentences(document: Document, language: str = "en") -> Iterator[str]:
     """Usable sentences of a document in reading order."""
+    return filter(is_usable, all_sentences(document, language))
+
+
+def all_sentences(document: Document, language: str = "en") -> Iterator[str]:
+    """Sentences of a document in reading order, also those that are not usable."""
     for section in document.sections:
         for paragraph in section.paragraphs:
-            yield from filter(is_usable, split_sentences(paragraph, language))
+            yield from split_sentences(paragraph, language)

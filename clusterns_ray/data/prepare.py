@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from clusterns_ray.config import Config
-from clusterns_ray.data.corpus import ReadCounts, list_sources, read_sentences
-from clusterns_ray.data.documents import Document, document_sentences, list_documents, read_documents
+from clusterns_ray.data.corpus import ReadCounts, Source, check_unchanged, list_sources, read_sentences
+from clusterns_ray.data.documents import Document, all_sentences, document_sources, is_usable, read_documents
 from clusterns_ray.data.structure import write_structure_dev
 from clusterns_ray.data.tokens import TokenStore, prepare_tokens, reuse_tokens
 from clusterns_ray.errors import ConfigError
@@ -69,13 +69,15 @@ def prepare(
 
     def read() -> list[Document]:
         nonlocal documents
+        spec = documents_of(config)
+        assert spec is not None
         if documents is None:
-            note(f"Reading documents from {documents_of(config)}")
-            spec = documents_of(config)
-            assert spec is not None
+            note(f"Reading documents from {spec}")
             documents = list(read_documents(spec, config.data.text_column))
+        check_unchanged(document_files, document_sources(spec))
         return documents
 
+    document_files = document_sources(documents_of(config) or [])
     sts_dir = config.evaluation.sts
     if sts_dir == "hf":  # first, as a machine without a network has to be told at once
         sts_dir = str(fetch_sts(cache / "sts-hub", [config.evaluation.dev], note))
@@ -89,11 +91,15 @@ def prepare(
         note(f"Tokenising {config.data.corpus or config.data.documents}")
         counts = ReadCounts()
         if corpus_is_documents(config):
-            sentences = _count(_document_rows(read()), counts, config.data.limit)
+            sentences = _usable_sentences(read(), counts, config.data.limit)
         else:
             assert config.data.corpus is not None
             sentences = read_sentences(
-                config.data.corpus, text_column=config.data.text_column, limit=config.data.limit, counts=counts
+                config.data.corpus,
+                text_column=config.data.text_column,
+                limit=config.data.limit,
+                counts=counts,
+                sources=[Source(**source) for source in fingerprint["corpus"]],
             )
         store = prepare_tokens(
             sentences,
@@ -137,13 +143,15 @@ def structure_dev_set(
     Raises:
         ConfigError, DataError: the documents are not there, or hold too little text.
     """
-    identity = {"documents": files_fingerprint(documents), "pairs": pairs, "seed": STRUCTURE_SEED}
+    files = document_sources(documents)
+    identity = {"documents": [asdict(file) for file in files], "pairs": pairs, "seed": STRUCTURE_SEED}
     if text_column != "text":  # only then, so that sets made before are found again
         identity["text_column"] = text_column
     directory = cache / f"structure-{_short_hash(identity)}"
     if not (directory / "STRUCTURE" / "dev.jsonl").is_file():
         note("Grading pairs of sentences by where they stand in their documents")
         found = read() if read is not None else list(read_documents(documents, text_column))
+        check_unchanged(files, document_sources(documents))
         write_structure_dev(found, directory, pairs=pairs, seed=STRUCTURE_SEED)
     return directory
 
@@ -183,37 +191,16 @@ def load_tokenizer(config: Config) -> Any:
 
 def corpus_fingerprint(config: Config, tokenizer: Any) -> dict[str, Any]:
     """What the token shards depend on; files by path, size and time of change."""
+    is_documents = corpus_is_documents(config)
+    sources = document_sources(documents_of(config) or []) if is_documents else list_sources(config.data.corpus or "")
     return {
-        "corpus": documents_fingerprint(config)
-        if corpus_is_documents(config)
-        else [asdict(source) for source in list_sources(config.data.corpus or "")],
+        "corpus": [asdict(source) for source in sources],
         "text_column": config.data.text_column,
         "limit": config.data.limit,
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "max_length": config.encoder.max_length,
         "prompt": config.encoder.prompt,
     }
-
-
-def documents_fingerprint(config: Config) -> list[dict[str, Any]]:
-    spec = documents_of(config)
-    assert spec is not None
-    return files_fingerprint(spec)
-
-
-def files_fingerprint(documents: str | list[str]) -> list[dict[str, Any]]:
-    """Path, size and time of change of every file that ``documents`` names."""
-    found = []
-    for file in list_documents(documents):
-        stat = None if file == "demo" else Path(file).stat()
-        found.append(
-            {
-                "path": file if stat is None else str(Path(file).resolve()),
-                "size": stat and stat.st_size,
-                "mtime_ns": stat and stat.st_mtime_ns,
-            }
-        )
-    return found
 
 
 def describe(store: TokenStore | dict[str, Any]) -> str:
@@ -223,6 +210,7 @@ def describe(store: TokenStore | dict[str, Any]) -> str:
     parts = [f"{manifest['rows']:,} sentences, {manifest['tokens']:,} tokens (mean {manifest['mean_length']:.1f})"]
     for key, text in (
         ("empty", "{:,} empty rows skipped"),
+        ("unusable", "{:,} sentences of documents skipped (not of 4 to 60 words, with markup, or unfinished)"),
         ("cut", "{:,} over-long rows cut"),
         ("truncated", "{:,} sentences cut to max_length"),
         ("without_tokens", "{:,} rows without tokens skipped"),
@@ -232,18 +220,17 @@ def describe(store: TokenStore | dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _document_rows(documents: list[Document]) -> Iterator[str]:
+def _usable_sentences(documents: list[Document], counts: ReadCounts, limit: int | None) -> Iterator[str]:
     for document in documents:
-        yield from document_sentences(document)
-
-
-def _count(sentences: Iterator[str], counts: ReadCounts, limit: int | None) -> Iterator[str]:
-    for sentence in sentences:
-        if limit is not None and counts.kept >= limit:
-            return
-        counts.rows += 1
-        counts.kept += 1
-        yield sentence
+        for sentence in all_sentences(document):
+            if limit is not None and counts.kept >= limit:
+                return
+            counts.rows += 1
+            if is_usable(sentence):
+                counts.kept += 1
+                yield sentence
+            else:
+                counts.unusable += 1
 
 
 def _short_hash(value: Any) -> str:

@@ -168,7 +168,7 @@ def _layout(document: list[list[list[str]]], counts: Counter[str]) -> _Layout:
 def _within(layouts: Sequence[_Layout], grade: int, need: int, rng: np.random.Generator) -> list[tuple[str, str]]:
     """``need`` distinct pairs of one grade, each from a single document."""
     capacity = [int(layout.partners(grade).sum()) for layout in layouts]
-    _check_enough(grade, sum(capacity), need, len(layouts))
+    _check_enough(grade, sum(capacity), need, layouts)
     return [
         layouts[index].pair(grade, int(rank))
         for index, count in _spread(capacity, need, rng).items()
@@ -189,7 +189,7 @@ def _across_documents(layouts: Sequence[_Layout], need: int, rng: np.random.Gene
     widths = (len(circle) - 1) // 2 + ((len(circle) % 2 == 0) & (owners < len(circle) // 2))
     ends = np.concatenate([[0], np.cumsum(np.tile(sizes, 2))])
     capacity = (sizes * (ends[owners + 1 + widths] - ends[owners + 1])).tolist()
-    _check_enough(0, sum(capacity), need, len(layouts))
+    _check_enough(0, sum(capacity), need, layouts)
     drawn = []
     for owner, owner_count in _spread(capacity, need, rng).items():
         first = circle[owner]
@@ -215,11 +215,12 @@ def _spread(capacity: Sequence[int], need: int, rng: np.random.Generator) -> dic
     return counts
 
 
-def _check_enough(grade: int, found: int, need: int, documents: int) -> None:
+def _check_enough(grade: int, found: int, need: int, layouts: Sequence[_Layout]) -> None:
     if found < need:
+        usable = sum(len(layout.sentences) for layout in layouts)
         raise DataError(
             f"Cannot fill grade {grade} of the structure-graded dev set ({GRADES[grade]}): {need} pairs are "
-            f"needed and {found} were found in {documents} document(s), for too few usable sentences stand "
-            "that way (repeated ones are left out). Give more documents with headings and paragraphs, or ask "
-            "for fewer pairs."
+            f"needed and {found} were found in {len(layouts)} document(s), for too few of their {usable:,} usable "
+            "sentences (of 4 to 60 words, and not repeated) stand that way. Give more documents with headings and "
+            "paragraphs, or ask for fewer pairs."
         )

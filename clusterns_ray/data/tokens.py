@@ -90,7 +90,7 @@ def prepare_tokens(
             "format": FORMAT_VERSION,
             "fingerprint": fingerprint,
             "counts": {
-                **asdict(counts),
+                **{name: count for name, count in asdict(counts).items() if count or name != "unusable"},
                 "truncated": writer.truncated,
                 "without_tokens": writer.without_tokens,
             },
@@ -197,6 +197,12 @@ class _Writer:
 
 def _nothing_usable(counts: ReadCounts, without_tokens: int) -> str:
     rows = max(counts.rows, without_tokens)
+    if counts.unusable and counts.unusable == counts.rows:
+        return (
+            f"{counts.unusable:,} sentences were found in the documents, and none is a plain sentence of 4 to 60 words "
+            "that ends in a full stop or the like, so there is nothing to train on; give documents of prose, or a file "
+            "with a sentence a line as data.corpus, which is taken as it is"
+        )
     return (
         f"0 of {rows} rows usable: {counts.empty} empty, {without_tokens} without tokens, so there "
         "is nothing to train on; check that the corpus has text, and that text_column names its column"

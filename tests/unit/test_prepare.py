@@ -225,6 +225,61 @@ def test_too_few_documents_for_the_dev_set(config: Callable[..., Config], tmp_pa
         prepare(config(data={"documents": str(tmp_path / "one.md")}, evaluation={"sts": "structure"}))
 
 
+CHINESE = ["农夫", "水手", "老师", "画家", "医生", "司机"]
+
+
+def test_documents_in_a_language_without_spaces(config: Callable[..., Config], tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    for who in CHINESE:
+        sections = "\n\n".join(
+            f"# 第{n}节\n\n{who}第{n}天清晨在河边卖了三条新鲜的鱼。{who}第{n}天中午把那封长信寄给了朋友。\n\n"
+            f"{who}第{n}天傍晚把红色的小船修理好了。{who}第{n}天夜里在山上看见了许多星星。"
+            for n in "一二三四"
+        )
+        (tmp_path / "docs" / f"{who}.md").write_text(sections, encoding="utf-8")
+    prepared = prepare(
+        config(
+            data={"corpus": None, "documents": str(tmp_path / "docs")},
+            evaluation={"sts": "structure", "dev": "STRUCTURE/dev", "structure_pairs": 40},
+        )
+    )
+    assert prepared.manifest["rows"] == prepared.manifest["counts"]["rows"] == 6 * 4 * 4
+    assert prepared.sts_dir is not None
+    pairs = read_pairs(prepared.sts_dir, "STRUCTURE/dev")
+    assert sorted(pairs.scores.tolist()) == [0] * 10 + [1] * 10 + [2] * 10 + [3] * 10
+
+
+def test_documents_without_a_usable_sentence_are_told_so(config: Callable[..., Config], tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("Too short. A list item of words\n\nNo end\n")
+    with pytest.raises(DataError, match=r"3 sentences were found in the documents, and none .* 4 to 60 words"):
+        prepare(config(data={"corpus": None, "documents": str(tmp_path / "a.md")}))
+    (tmp_path / "a.md").write_text("Too short. The kettle sings on the stove.\n")
+    prepared = prepare(config(data={"corpus": None, "documents": str(tmp_path / "a.md")}))
+    assert "1 sentences" in describe(prepared.manifest) and "1 sentences of documents skipped" in describe(
+        prepared.manifest
+    )
+
+
+@pytest.mark.parametrize("kind", ["corpus", "documents"])
+def test_text_that_changes_while_it_is_tokenised_is_refused(
+    config: Callable[..., Config], tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(" ".join(sentences(30)) if kind == "documents" else "\n".join(sentences(30)))
+    asked = config(data={"corpus": None, "documents": str(path)} if kind == "documents" else {"corpus": str(path)})
+    read = prepare_module.read_documents if kind == "documents" else prepare_module.read_sentences
+
+    def changed(*arguments: Any, **options: Any) -> Any:
+        for item in read(*arguments, **options):
+            os.utime(path, ns=(1, 1))
+            yield item
+
+    monkeypatch.setattr(prepare_module, read.__name__, changed)
+    with pytest.raises(DataError, match=r"a\.txt: it changed while it was read"):
+        prepare(asked)
+    assert not list(cache_directory(asked).glob("tokens-*"))
+
+
 def test_describe(config: Callable[..., Config], corpus: Path) -> None:
     corpus.write_text("\n\n" + corpus.read_text() + "word " * 90 + "\n")
     prepared = prepare(config())

@@ -90,7 +90,7 @@ def stored(rows: list[Any], suffix: str, ends: str) -> bytes:
     if suffix == ".jsonl":
         return "".join(json.dumps({"id": i, "text": row}) + ends for i, row in enumerate(rows)).encode()
     out = io.StringIO(newline="")
-    writer = csv.writer(out, lineterminator=ends)
+    writer = csv.writer(out, lineterminator=ends, quoting=csv.QUOTE_ALL)
     writer.writerows([["id", "text"], *([i, row] for i, row in enumerate(rows))])
     return out.getvalue().encode()
 
