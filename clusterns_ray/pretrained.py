@@ -24,6 +24,12 @@ UNLIMITED = 1_000_000
 NAMED = 3
 """Weights that a message names; it counts the others."""
 
+_HAS_CODE = (
+    "it has code of its own (auto_map in its {file}), and code that comes with a model is never run. Use a model whose "
+    "architecture is part of transformers; where transformers' own class is right for this one, remove auto_map from a "
+    "copy of it."
+)
+
 
 def read_config(source: str, *, revision: str | None = None, **changes: Any) -> Any:
     """The transformers configuration of a resolved model (see ``models.resolve_model``).
@@ -38,9 +44,24 @@ def read_config(source: str, *, revision: str | None = None, **changes: Any) -> 
 
     local_model_config(source)
     with loading(source, "its config.json"):
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             source, revision=revision, trust_remote_code=False, **hub_options(source, revision), **changes
         )
+    check_code(source, "config.json", getattr(config, "auto_map", None))
+    return config
+
+
+def check_code(source: str, file: str, auto_map: Any) -> None:
+    """Refuse a model that comes with code: transformers' own class may take its weights and compute something else.
+
+    Args:
+        file: which states it, under ``auto_map``.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if auto_map:
+        raise _refused(source, _HAS_CODE.format(file=file))
 
 
 def load_weights(
@@ -106,16 +127,11 @@ def check_complete(source: str, missing: Iterable[str]) -> None:
     lacking = [name for name in missing if "pooler" not in name.split(".")]
     if not lacking:
         return
-    config = local_model_config(source) or {}
-    remedy = (
-        "It is meant to be run by code of its own (auto_map in its config.json), which is never run; use a model whose "
-        "architecture is part of transformers."
-        if config.get("auto_map")
-        else "Their names must be those of the architecture in config.json: save the model itself with "
-        "save_pretrained, not a module around it, or copy or download it again."
-    )
     raise _refused(
-        source, f"its files lack weights, which would have to be drawn at random: {_some(lacking)}. {remedy}"
+        source,
+        f"its files lack weights, which would have to be drawn at random: {_some(lacking)}. Their names must be those "
+        "of the architecture in config.json: save the model itself with save_pretrained, not a module around it, or "
+        "copy or download it again.",
     )
 
 
@@ -179,9 +195,8 @@ def cannot_load(source: str, part: str, error: BaseException) -> ConfigError:
     """What to say when a library cannot load ``part`` of a model: the reason in one line, and a remedy that helps."""
     text = one_line(error)
     if "trust_remote_code" in text or "custom code" in text:
-        reason = "it needs code of its own (auto_map in its config.json), and code that comes with a model is never run"
-        remedy = "Use a model whose architecture is part of transformers."
-    elif isinstance(error, pickle.UnpicklingError) or "Weights only load failed" in text:
+        return _refused(source, _HAS_CODE.format(file="config.json"))
+    if isinstance(error, pickle.UnpicklingError) or "Weights only load failed" in text:
         reason = (
             "its weights file is a pickle that holds more than tensors, and unpickling it could run code, so it is not "
             "read"

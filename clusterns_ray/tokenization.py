@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clusterns_ray.errors import ConfigError
-from clusterns_ray.pretrained import check_vocabulary, hub_options, loading, read_config, vocabulary_size
+from clusterns_ray.pretrained import check_code, check_vocabulary, hub_options, loading, read_config, vocabulary_size
 
 
 def load_tokenizer(source: str, *, revision: str | None = None) -> Any:
@@ -24,6 +24,7 @@ def load_tokenizer(source: str, *, revision: str | None = None) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=revision, trust_remote_code=False, **hub_options(source, revision)
         )
+        check_code(source, "tokenizer_config.json", tokenizer.init_kwargs.get("auto_map"))
         _check_files(source, tokenizer)
         check_fast(tokenizer)
         check_vocabulary(source, tokenizer, vocabulary_size(config))

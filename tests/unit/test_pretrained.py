@@ -23,7 +23,7 @@ import clusterns_ray
 from clusterns_ray import pretrained
 from clusterns_ray.backbone import load_language_model, load_transformer
 from clusterns_ray.encoder import Encoder
-from clusterns_ray.errors import ConfigError
+from clusterns_ray.errors import ConfigError, NonFiniteError
 from clusterns_ray.pretrained import cannot_load, one_line, read_config
 from clusterns_ray.tokenization import load_tokenizer
 from clusterns_ray.training.teacher import Teacher
@@ -162,8 +162,8 @@ def test_weights_that_are_not_finite_are_named(copy: Callable[..., Path], value:
         return weights
 
     edit_weights(directory, damage)
-    text = refused(directory)
-    assert "not finite" in text and "encoder.layer.1.output.dense.weight" in text
+    with pytest.raises(NonFiniteError, match=r"not finite.* encoder\.layer\.1\.output\.dense\.weight"):
+        Encoder.load(directory)
 
 
 def test_quantised_weights_and_adapters_are_refused(copy: Callable[..., Path]) -> None:
@@ -317,19 +317,23 @@ def test_code_of_a_model_is_never_run(
     (directory / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     if place == CONFIG:
         edit_json(directory / CONFIG, model_type="own", auto_map={"AutoConfig": "own.C", "AutoModel": "own.M"})
-        assert "never run" in refused(directory)
     else:
         edit_json(directory / SETTINGS, tokenizer_class="Own", auto_map={"AutoTokenizer": ["own.T", None]})
-        Encoder.load(directory)  # its tokenizer.json says all
+    text = refused(directory)
+    assert "never run" in text and f"auto_map in its {place}" in text and "trust_remote_code" not in text
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_model_that_lacks_weights_as_it_has_code_of_its_own_says_so(copy: Callable[..., Path]) -> None:
+def test_code_beside_an_architecture_of_transformers_is_refused_until_it_is_taken_out(
+    copy: Callable[..., Path],
+) -> None:
+    """Its weights would fit, and transformers' own class might compute something else."""
     directory = copy()
     edit_json(directory / CONFIG, auto_map={"AutoModel": "own.Model"})
-    edit_weights(directory, lambda w: {name: v for name, v in w.items() if "position" not in name})
-    text = refused(directory)
-    assert "auto_map" in text and "position_embeddings" in text
+    assert "remove auto_map" in refused(directory)
+    assert "remove auto_map" in refused(directory, lambda path: load_tokenizer(str(path)))
+    edit_json(directory / CONFIG, auto_map=...)
+    Encoder.load(directory)
 
 
 def test_every_call_that_could_run_code_says_not_to() -> None:
