@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from clusterns_ray.errors import ConfigError, StorageError
+from clusterns_ray.paths import check_outlasts_job
 
 PROBE_BYTES = 1 << 20
 """What a test of a disk writes: a full one still takes an empty file."""
@@ -77,8 +78,9 @@ def check_writable(path: Path, option: str) -> None:
     """Refuse a file that could not be written in the end, before the work that it is for.
 
     Raises:
-        ConfigError: its directory is not there or does not take files, or it is a directory itself.
+        ConfigError: its directory is not there, does not take files or does not last, or it is a directory itself.
     """
+    check_outlasts_job(option, path)
     reason = "it is a directory" if path.is_dir() else None
     if reason is None:
         probe = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")

@@ -20,6 +20,9 @@ MAX_NAME_BYTES = 255
 MAX_PATH_BYTES = 4095
 """Linux's limits on one part of a path and on a whole one."""
 
+_PACKAGE = re.compile(r".*/runtime_resources/(?:working_dir|py_modules)_files/[^/]+")
+"""Where Ray unpacks what a job brings, on every node."""
+
 _OTHER_NAMES = {"s3a": "s3", "s3n": "s3", "gcs": "gs"}
 _WEB = ("http", "https", "ftp")
 _KNOWN = {*CORPORA, *_OTHER_NAMES, *_WEB, "file"}
@@ -116,6 +119,29 @@ def check_regular_file(key: str, path: str | Path, remedy: str = "Give the path 
         if not stat.S_ISDIR(mode):
             remedy = "Write what it delivers to a file first, and give that."
         raise ConfigError(f"{_shown(key, str(path))} is {kind}, not a regular file. {remedy}")
+
+
+def job_package(path: str | Path) -> str | None:
+    """The copy that Ray made of a job's working directory on this machine, if the path leads into one."""
+    found = _PACKAGE.match(os.path.realpath(os.path.expanduser(path)))
+    return found[0] if found else None
+
+
+def check_outlasts_job(key: str, path: str | Path) -> None:
+    """Refuse a place for results inside the copy that Ray makes of a job's working directory (``ray job submit
+    --working-dir``), in which the job's commands run.
+
+    Raises:
+        ConfigError: the path, which may be relative, leads into such a copy.
+    """
+    package = job_package(path)
+    if package is not None:
+        raise ConfigError(
+            f"{_shown(key, str(path))} is in {package!r}, Ray's copy of the job's working directory: it has another "
+            "path as soon as any file changes, and Ray removes it after the job, so that the results would be lost and "
+            "nothing could be resumed. Give an absolute path on a disk that stays, or in an object store "
+            "(s3://BUCKET/PREFIX) where that is possible."
+        )
 
 
 def redact(text: str) -> str:

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
 
 from clusterns_ray.config import RuntimeConfig
 from clusterns_ray.errors import ClusterNSError, ConfigError
+from clusterns_ray.launch.capacity import HEAD, ClusterCapacity, check_room, node_types, wants_gpu, worker_resources
+
+log = logging.getLogger("cluster")
 
 ANSWER_TIMEOUT_S = 10.0
+REPORT_TIMEOUT_S = 20.0
+"""How long an autoscaler that is no process of this machine may take until its first report; KubeRay starts it after
+the head."""
+
+_MONITORS = {1: "autoscaler/_private/monitor.py", 2: "autoscaler/v2/monitor.py"}
+_NAMESPACE = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
 
 
 @contextmanager
@@ -42,52 +56,146 @@ def connect(cpus: int, note: Callable[[str], None], *, dashboard: bool = False) 
         ray.shutdown()
 
 
-def uses_gpu(runtime: RuntimeConfig) -> bool:
-    """One GPU a worker, unless it was said otherwise, where the cluster has them or its autoscaler may bring them.
+def check_workers(
+    runtime: RuntimeConfig, count: int, job: Literal["run", "trial"], *, begun: bool, note: Callable[[str], None]
+) -> bool:
+    """Refuse workers that the cluster that was joined can never hold.
+
+    Args:
+        count: the fewest workers with which the job starts.
+        begun: whether the job was begun before. Where no autoscaler is in charge, nodes that it had may come back, so
+            that it waits for them.
+
+    Returns:
+        Whether each worker takes a GPU.
 
     Raises:
-        ConfigError: it was not said, no node has one, and the autoscaler does not tell what it may bring.
+        ConfigError: they do not fit (:func:`check_room`), or whether they take GPUs is not known (:func:`wants_gpu`).
+    """
+    capacity = cluster_capacity()
+    use_gpu = wants_gpu(runtime.use_gpu, capacity)
+    worker = worker_resources(runtime.cpus_per_worker, use_gpu)
+    try:
+        check_room(capacity, worker, count, job)
+    except ConfigError:
+        if not (begun and capacity.autoscaler == 0 and os.environ.get("RAY_ADDRESS")):
+            raise
+        note(
+            f"The cluster has {capacity.describe()}: too little for {count} worker{'s'[: count != 1]}. Waiting up to "
+            f"{runtime.start_timeout_s:.0f} s (runtime.start_timeout_s) for nodes to come back."
+        )
+    return use_gpu
+
+
+def cluster_capacity() -> ClusterCapacity:
+    """What the cluster that was joined has and may get.
+
+    Neither version of the autoscaler publishes its node types through Ray. They are in the file that it was given,
+    which is read where this process runs beside it, on the head; KubeRay's are in the RayCluster resource.
     """
     import ray
 
-    if runtime.use_gpu is not None:
-        return runtime.use_gpu
-    limits = can_grow_to()
-    found = ray.cluster_resources().get("GPU", 0) > 0 or (limits or {}).get("GPU", 0) > 0
-    if not found and limits is None and autoscales():
-        raise ConfigError(
-            "runtime.use_gpu is not set, and this cluster may yet start nodes with GPUs, or without: it does not tell. "
-            "Set it to true or false."
-        )
-    return found
+    up = [node for node in ray.nodes() if node["Alive"]]
+    nodes = tuple(node["Resources"] for node in up)
+    here = ray.get_runtime_context().get_node_id()
+    on_head = any(HEAD in node["Resources"] for node in up if node["NodeID"] == here)
+    version, config, failure = _autoscaler(on_head)
+    if config is None:
+        return ClusterCapacity(nodes, version, node_types=None if version else (), failure=failure)
+    types, most = node_types(config)
+    return ClusterCapacity(nodes, version, types, most, failure)
 
 
-def autoscales() -> bool:
-    """Whether an autoscaler may add nodes, be its limits known or not."""
-    if can_grow_to() is not None:
-        return True
+def _autoscaler(on_head: bool) -> tuple[int, Mapping[str, Any] | None, str | None]:
+    """The version of the cluster's autoscaler (0: none), its configuration where it can be read, and its failure."""
+    monitor = _monitor_process() if on_head else None
+    if monitor is not None:
+        version, path = monitor
+        # Ray starts a monitor on every head; without a file it only watches.
+        return (version, _read_yaml(path), None) if path is not None else (0, None, None)
+    kuberay = _kuberay_resource() if on_head else None
+    if kuberay is not None and not kuberay["spec"].get("enableInTreeAutoscaling"):
+        return 0, None, None
+    version, failure = _reported_version(REPORT_TIMEOUT_S if kuberay is None else 0)
+    if kuberay is None:
+        return version, None, failure
+    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+
+    return version or 2, _derive_autoscaling_config_from_ray_cr(dict(kuberay)), failure
+
+
+def _monitor_process() -> tuple[int, Path | None] | None:
+    """The autoscaler of this cluster's head, if it is a process of this machine: its version, and its file."""
     import ray
+    import psutil  # isort: skip  # Ray carries it
+
+    port = ray.get_runtime_context().gcs_address.rpartition(":")[2]
+    for process in psutil.process_iter():
+        try:
+            command = process.cmdline()
+            program = next((part for part in command[:4] if part.endswith("monitor.py")), "")
+            version = next((number for number, end in _MONITORS.items() if program.endswith(end)), None)
+            given = dict(part.removeprefix("--").split("=", 1) for part in command if re.match(r"--[\w-]+=", part))
+            if version is None or given.get("gcs-address", "").rpartition(":")[2] != port:
+                continue
+            path = given.get("autoscaling-config")
+            return version, Path(process.cwd(), os.path.expanduser(path)) if path else None
+        except psutil.Error:
+            continue
+    return None
+
+
+def _read_yaml(path: Path) -> Mapping[str, Any] | None:
+    """The autoscaler's own file, which Ray has read already; None where it cannot be read."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def _kuberay_resource() -> Mapping[str, Any] | None:
+    """The RayCluster resource of this pod; None outside Kubernetes, and where it may not be read."""
+    name, namespace = os.environ.get("RAY_CLUSTER_NAME"), Path(_NAMESPACE)
+    if not (name and "KUBERNETES_SERVICE_HOST" in os.environ and namespace.is_file()):
+        return None
+    from ray.autoscaler._private.kuberay.node_provider import KubernetesHttpApiClient
+
+    try:
+        return KubernetesHttpApiClient(namespace.read_text().strip()).get(f"rayclusters/{name}")
+    except Exception as error:  # no right to read it, another version of the interface: the reports tell less
+        log.info("The RayCluster %s cannot be read: %s", name, error)
+        return None
+
+
+def _reported_version(wait_s: float) -> tuple[int, str | None]:
+    """The version of an autoscaler that reports to Ray, and why it has failed; 0 if none reports in time."""
+    import ray
+    from ray._private import ray_constants
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
 
-    # The second version of the autoscaler publishes its state, though not its limits; without one the count stays 0.
-    reply = GetClusterStatusReply()
     client = GcsClient(ray.get_runtime_context().gcs_address)
-    reply.ParseFromString(client.get_cluster_status(timeout_s=ANSWER_TIMEOUT_S))
-    return reply.autoscaling_state.autoscaler_state_version > 0
-
-
-def can_grow_to() -> Mapping[str, float] | None:
-    """The most of each resource that the cluster's autoscaler may bring it to; None without one."""
-    # The one place that knows an autoscaler's limits; the public API tells of nodes that are there.
-    from ray._private.state import state
-
-    return state.get_max_resources_from_cluster_config()
-
-
-def places(worker: Mapping[str, float], resources: Mapping[str, float]) -> int:
-    """How many workers a node with such resources holds."""
-    return min(int(resources.get(key, 0) / value + 1e-9) for key, value in worker.items() if value)
+    deadline = time.monotonic() + wait_s
+    while True:
+        error = client.internal_kv_get(ray_constants.DEBUG_AUTOSCALING_ERROR.encode(), namespace=None)
+        if error:
+            return 1, " ".join(error.decode().split())[-300:]
+        status = json.loads(
+            client.internal_kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS.encode(), namespace=None) or "{}"
+        )
+        if "autoscaler_report" in status:
+            # One that only watches names its types after the nodes.
+            types = status["autoscaler_report"]["node_type_mapping"] or {}
+            if types:
+                return int(any(name != f"node_{node}" for node, name in types.items())), None
+        reply = GetClusterStatusReply()
+        reply.ParseFromString(client.get_cluster_status(timeout_s=ANSWER_TIMEOUT_S))
+        if reply.autoscaling_state.autoscaler_state_version > 0:
+            return 2, None
+        if time.monotonic() > deadline:
+            return 0, None
+        time.sleep(0.25)
 
 
 def _start(cpus: int, note: Callable[[str], None], dashboard: bool) -> None:

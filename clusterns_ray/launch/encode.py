@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from clusterns_ray.embeddings import Encoded, Part, Tell, Watch, encode_files
 from clusterns_ray.errors import ClusterNSError, ConfigError
-from clusterns_ray.launch.cluster import connect
+from clusterns_ray.launch.capacity import check_room
+from clusterns_ray.launch.cluster import cluster_capacity, connect
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,15 +91,19 @@ class _Worker:
     """An actor that holds an encoder."""
 
     def __init__(self, encoder: Encoder):
+        self.encoder = encoder
+
+    def ready(self) -> None:
+        """Bring the encoder to this worker's device."""
         import ray
         import torch
 
-        self.encoder = encoder.to("cuda" if ray.get_gpu_ids() else "cpu")
+        from clusterns_ray.launch.workers import check_gpu
+
+        check_gpu()
+        self.encoder = self.encoder.to("cuda" if ray.get_gpu_ids() else "cpu")
         if self.encoder.device.type == "cpu":
             torch.set_num_threads(1)
-
-    def ready(self) -> None:
-        pass
 
     def encode(self, texts: list[str], batch_size: int) -> np.ndarray:
         return self.encoder.encode(texts, batch_size=batch_size)
@@ -111,8 +116,10 @@ class _Workers:
         import ray
 
         self.batch_size, self.count, self.note = batch_size, count, note
-        gpus = ray.cluster_resources().get("GPU", 0)
-        share = 1 / math.ceil(count / gpus) if gpus else 0
+        capacity = cluster_capacity()
+        gpus = capacity.most("GPU")
+        share = 1 / max(math.ceil(count / gpus), 1) if gpus else 0
+        check_room(capacity, {"CPU": 1.0, **({"GPU": share} if share else {})}, 1, "encode")
         # The workers are sent the encoder itself: they may not see the directory it came from.
         encoder_ref = ray.put(encoder)
         worker = ray.remote(num_cpus=1, num_gpus=share, max_restarts=0)(_Worker)

@@ -17,6 +17,7 @@ from clusterns_ray.evaluation.sts import check_pairs_exist
 from clusterns_ray.files import write_probe
 from clusterns_ray.launch.places import read_run_file, run_directory, run_url
 from clusterns_ray.models import local_model_config, resolve_model
+from clusterns_ray.paths import check_outlasts_job
 from clusterns_ray.storage import Store, is_url, local_copy
 from clusterns_ray.training.run_files import check_config
 from clusterns_ray.training.trackers import missing_packages
@@ -68,7 +69,15 @@ def check_encoder(config: Config) -> None:
         resolve_model(config.loss.teacher)
 
 
+def check_lasting(config: Config) -> None:
+    """Whether the results outlast the job that this process may be part of."""
+    for key, path in (("runtime.storage_path", config.runtime.storage_path), ("data.cache_dir", config.data.cache_dir)):
+        if path is not None and not is_url(path):
+            check_outlasts_job(key, path)
+
+
 def check_storage(config: Config) -> None:
+    check_lasting(config)
     path = config.runtime.storage_path
     if is_url(path):
         check_store("runtime.storage_path", path)

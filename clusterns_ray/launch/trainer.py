@@ -10,7 +10,7 @@ from typing import Any
 from clusterns_ray.config import Config, make_config
 from clusterns_ray.data.prepare import Prepared, describe, prepare
 from clusterns_ray.errors import ClusterNSError, ConfigError
-from clusterns_ray.launch.cluster import connect, on_this_node, uses_gpu
+from clusterns_ray.launch.cluster import check_workers, connect, on_this_node
 from clusterns_ray.launch.places import read_run_file, run_directory, run_store, run_url, stage, unstage
 from clusterns_ray.launch.preflight import check_request, warn_of_faiss
 from clusterns_ray.training.run_files import model_damage, read_result
@@ -46,11 +46,21 @@ def train(config: Config, watch: Watch = lambda event: None) -> dict[str, Any]:
     warn_of_faiss(note)
     if config.runtime.use_gpu and config.runtime.num_workers == 0:
         _wants_gpu(config)
-    prepared = prepare(config, note, lambda rows: watch({"event": "tokenised", "rows": rows}))
-    note(("Corpus, as prepared before: " if prepared.reused else "Corpus: ") + describe(prepared.manifest))
-    if config.runtime.num_workers == 0:
-        return _train_here(config, prepared, run_dir, watch)
-    return _train_on_ray(config, prepared, run_dir, watch)
+
+    def prepare_data() -> Prepared:
+        prepared = prepare(config, note, lambda rows: watch({"event": "tokenised", "rows": rows}))
+        note(("Corpus, as prepared before: " if prepared.reused else "Corpus: ") + describe(prepared.manifest))
+        return prepared
+
+    runtime = config.runtime
+    if runtime.num_workers == 0:
+        return _train_here(config, prepare_data(), run_dir, watch)
+    fewest, most = runtime.worker_counts()[0], runtime.worker_counts()[-1]
+    with connect(most * runtime.cpus_per_worker, note):
+        # Before the corpus is read, which may take long.
+        begun = read_run_file(config, "config.yaml") is not None
+        use_gpu = check_workers(runtime, fewest, "run", begun=begun, note=note)
+        return _fit(config, prepare_data(), run_dir, watch, use_gpu)
 
 
 def finished_result(config: Config, note: Callable[[str], None]) -> dict[str, Any] | None:
@@ -112,13 +122,7 @@ def _wants_gpu(config: Config) -> bool:
     return torch.cuda.is_available() if config.runtime.use_gpu is None else config.runtime.use_gpu
 
 
-def _train_on_ray(config: Config, prepared: Prepared, run_dir: Path, watch: Watch) -> dict[str, Any]:
-    needed = config.runtime.worker_counts()[-1] * config.runtime.cpus_per_worker
-    with connect(needed, lambda text: watch({"event": "note", "text": text})):
-        return _fit(config, prepared, run_dir, watch)
-
-
-def _fit(config: Config, prepared: Prepared, run_dir: Path, watch: Watch) -> dict[str, Any]:
+def _fit(config: Config, prepared: Prepared, run_dir: Path, watch: Watch, use_gpu: bool) -> dict[str, Any]:
     """Train on Ray workers, and show here what worker 0 tells."""
     import ray
 
@@ -147,7 +151,7 @@ def _fit(config: Config, prepared: Prepared, run_dir: Path, watch: Watch) -> dic
             _work,
             settings,
             config.runtime,
-            use_gpu=uses_gpu(config.runtime),
+            use_gpu=use_gpu,
             name=config.runtime.name,
             # What Ray keeps of an attempt is apart from the run: our checkpoints are what a run resumes from.
             storage_path=(store / "ray").url if store else str(run_dir / "ray"),

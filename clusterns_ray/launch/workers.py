@@ -63,7 +63,7 @@ def run_workers(
         trainer = TorchTrainer(
             work,
             train_loop_config=settings,
-            torch_config=TorchConfig(timeout_s=int(runtime.step_timeout_s)),
+            torch_config=CheckedTorchConfig(timeout_s=int(runtime.step_timeout_s)),
             scaling_config=ScalingConfig(
                 num_workers=runtime.num_workers,
                 use_gpu=use_gpu,
@@ -157,7 +157,53 @@ def _innermost(error: BaseException) -> str:
     return f"{text[-1]}" + ("" if text[-1].endswith(".") else ".")
 
 
+class CheckedTorchConfig(TorchConfig):
+    """Ray's process group, set up once torch sees the GPUs that Ray has given to the workers."""
+
+    @property
+    def backend_cls(self) -> type:
+        return _CheckedBackend
+
+
+class _CheckedBackend(TorchConfig().backend_cls):
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        problems = [problem for problem in worker_group.execute(gpu_problem) if problem]
+        if problems:
+            # The workers return it as an error: what is raised here, Ray tries again.
+            worker_group.execute(_keep_problem, problems[0])
+        else:
+            super().on_start(worker_group, backend_config)
+
+
 # ---- on a worker ----------------------------------------------------------------------------------------------------
+
+_problem: str | None = None
+"""Why the GPUs that Ray has given to this worker's group cannot be used."""
+
+
+def _keep_problem(problem: str) -> None:
+    global _problem
+    _problem = problem
+
+
+def gpu_problem() -> str | None:
+    """Why the GPU that Ray has given to this process cannot be used; None where it can, or there is none."""
+    import torch
+
+    if not ray.get_gpu_ids() or torch.cuda.is_available():
+        return None
+    return (
+        f"Ray gave a GPU to a worker on {ray.util.get_node_ip_address()}, but torch {torch.__version__} sees none "
+        "there. Install a torch with CUDA and the GPU's driver on every node (`nvidia-smi` shows the driver), or set "
+        "runtime.use_gpu to false."
+    )
+
+
+def check_gpu() -> None:
+    """Raise ClusterNSError where the GPU that Ray has given to this process cannot be used."""
+    problem = gpu_problem()
+    if problem:
+        raise ClusterNSError(problem)
 
 
 def answer(train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -173,9 +219,15 @@ def answer(train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def worker_device(config: Config) -> Any:
-    """This worker's device; on a CPU it computes with as many threads as were reserved."""
+    """This worker's device; on a CPU it computes with as many threads as were reserved.
+
+    Raises:
+        ClusterNSError: torch does not see the GPUs that Ray has given to the workers.
+    """
     import torch
 
+    if _problem is not None:
+        raise ClusterNSError(_problem)
     device = get_device()
     assert isinstance(device, torch.device)
     if device.type == "cpu":

@@ -42,6 +42,7 @@ from clusterns_ray.files import (
     write_json,
 )
 from clusterns_ray.models import resolve_model
+from clusterns_ray.paths import check_outlasts_job, job_package
 from clusterns_ray.search.vectors import RECALL_K, build_index, load_faiss, nearest, open_index, stamp_of
 
 FORMAT = 1
@@ -257,15 +258,16 @@ def check_k(k: int, rows: int | None = None) -> None:
 
 def default_directory(corpus: str | Sequence[str]) -> Path:
     """Where an index is kept if nobody says: ``FILE.index`` beside a corpus that is one file of this machine, in a
-    directory that can be written to; else in ``~/.cache/clusterns_ray/search`` (or ``$XDG_CACHE_HOME``), by the name
-    of the corpus.
+    directory that can be written to and lasts; else in ``~/.cache/clusterns_ray/search`` (or ``$XDG_CACHE_HOME``), by
+    the name of the corpus.
 
     Raises:
         DataError: there is no such corpus.
     """
     sources = list_sources(corpus)
     path = Path(sources[0].path)
-    if len(sources) == 1 and "://" not in sources[0].path and os.access(path.parent, os.W_OK):
+    lasts = "://" not in sources[0].path and job_package(path) is None
+    if len(sources) == 1 and lasts and os.access(path.parent, os.W_OK):
         return path.with_name(f"{path.name}.index")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     names = [corpus] if isinstance(corpus, str) else list(corpus)
@@ -358,7 +360,8 @@ def _made(folder: Path) -> Path:
 
 
 def _check_directory(folder: Path) -> None:
-    """Refuse a directory that holds something else."""
+    """Refuse a directory that holds something else, or does not last."""
+    check_outlasts_job("--index", folder)
     if folder.is_dir() and not (folder / MANIFEST).exists():
         strange = [
             path.name

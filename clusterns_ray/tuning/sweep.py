@@ -80,18 +80,17 @@ def _run(sweep: Sweep) -> None:
     # Ray reads some of them when it is imported.
     for key, value in {**RAY_SETTINGS, **({} if os.environ.get("RAY_ADDRESS") else RAY_START_SETTINGS)}.items():
         os.environ.setdefault(key, value)
-    from clusterns_ray.launch.cluster import uses_gpu
     from clusterns_ray.tuning.cluster import cluster, trial_resources
     from clusterns_ray.tuning.pool import Pool
 
     study, runtime = sweep.study, sweep.study.base.runtime
-    with cluster(study, sweep.note):
+    with cluster(study, sweep.note, begun=bool(sweep.ledger.trials())) as use_gpu:
         sweep.prepare()
-        sweep.use_gpu = uses_gpu(study.base.runtime)
+        sweep.use_gpu = use_gpu
         pool = Pool(
             sweep,
             concurrent=study.config.concurrent_trials,
-            resources=trial_resources(study),
+            resources=trial_resources(study, use_gpu),
             max_failures=runtime.max_failures,
             directory=study.directory / "ray",
             start_timeout_s=runtime.start_timeout_s,

@@ -199,8 +199,11 @@ class Listener:
 def _train_here(job: Job, config: Config, tell: Callable[[Result], None]) -> dict[str, Any]:
     import torch
 
+    from clusterns_ray.launch.workers import check_gpu
     from clusterns_ray.training.loop import train_worker
 
+    if job["use_gpu"]:
+        check_gpu()
     device = torch.device("cuda" if job["use_gpu"] else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(config.runtime.cpus_per_worker)

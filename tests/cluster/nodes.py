@@ -148,22 +148,34 @@ class Nodes:
         head = ("--head", f"--port={self.port}", f"--include-dashboard={str(dashboard).lower()}")
         return self._start("head", cpus, *head, *options, **{**QUICK_TO_NOTICE, **env})
 
-    def start_autoscaling_head(self, most: int, idle_s: float = 10.0, dashboard: bool = False) -> Node:
+    def start_autoscaling_head(
+        self, most: int, idle_s: float = 10.0, dashboard: bool = False, version: int = 2, gpus: int = 0
+    ) -> Node:
         """A head without CPUs whose autoscaler, a real one, brings up to ``most`` machines of one CPU each. The cloud
         is Ray's fake one: its machines are processes here.
 
         Args:
             idle_s: seconds that a machine is kept without work.
+            version: of the autoscaler. A plain `ray start` has version 1; `ray up` and KubeRay ask for version 2.
+            gpus: of each machine, as Ray counts them; torch sees none.
         """
         lists = ["cluster_synced_files", "rsync_exclude", "rsync_filter", "initialization_commands", "setup_commands"]
         lists += [f"{kind}_{part}_commands" for kind in ("head", "worker") for part in ("setup", "start_ray")]
+        provider = {
+            1: {"type": "fake_multinode", "foreground_node_launch": True},
+            2: {
+                "type": "external",
+                "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            },
+        }
+        resources = {"CPU": 1} | ({"GPU": gpus} if gpus else {})
         config = {
             "cluster_name": "tests",
             "max_workers": most,
             "idle_timeout_minutes": idle_s / 60,
             "provider": {
-                "type": "external",
-                "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+                **provider[version],
+                "use_node_id_as_ip": version == 1,
                 "gcs_address": f"{get_node_ip_address()}:{self.port}",
                 "launch_multiple": True,
                 "disable_node_updaters": True,
@@ -172,7 +184,7 @@ class Nodes:
             "head_node_type": HEAD_TYPE,
             "available_node_types": {
                 HEAD_TYPE: {"resources": {}, "node_config": {}, "max_workers": 0},
-                NODE_TYPE: {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": most},
+                NODE_TYPE: {"resources": resources, "node_config": {}, "min_workers": 0, "max_workers": most},
             },
             "auth": {},
             "file_mounts": {},
@@ -182,7 +194,9 @@ class Nodes:
         path = self.directory / "autoscaling.yaml"
         path.write_text(yaml.safe_dump(config))
         env = {"RAY_FAKE_CLUSTER": "1", "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_INSTANCE, INSTANCE: HEAD_INSTANCE}
-        env |= {"RAY_enable_autoscaler_v2": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+        env |= {"RAY_enable_autoscaler_v2": str(version - 1), "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+        if gpus:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(f"GPU-none-{number}" for number in range(gpus))
         return self.start_head(0, f"--autoscaling-config={path}", dashboard=dashboard, **env)
 
     def instances(self) -> dict[str, list[psutil.Process]]:

@@ -22,6 +22,7 @@ from clusterns_ray.cli import app
 from clusterns_ray.config import Config, make_config
 from clusterns_ray.errors import ConfigError
 from clusterns_ray.files import write_atomic
+from clusterns_ray.launch.capacity import ClusterCapacity, NodeType
 from clusterns_ray.launch.doctor import machines, node, request
 from clusterns_ray.launch.doctor.examine import as_json, examine, verdict
 from clusterns_ray.launch.doctor.findings import Check, Finding, from_error, size_text
@@ -531,6 +532,9 @@ def test_gpus_that_the_driver_sees(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 # ---- several machines -----------------------------------------------------------------------------------------------
 
 
+FIXED = ClusterCapacity(({"CPU": 4.0}, {"CPU": 4.0}))
+
+
 @pytest.fixture
 def two(asked: dict[str, Any]) -> Cluster:
     """Two nodes that tell what this machine tells, and nothing is wrong with them."""
@@ -540,7 +544,7 @@ def two(asked: dict[str, Any]) -> Cluster:
     nodes = [{"id": f"{number}abcdef01", "address": f"10.0.0.{number}", "resources": {"CPU": 4.0}} for number in (1, 2)]
     lines = [
         {"kind": "driver", **facts},
-        {"kind": "cluster", "nodes": nodes, "types": [], "authenticated": True},
+        {"kind": "cluster", "nodes": nodes, "capacity": FIXED.values(), "authenticated": True},
         {"kind": "state_api", "error": None},
         *({"kind": "describe", "node": n["id"], "asked": now - 1, "answered": now + 1, **facts} for n in nodes),
         *({"kind": "compute", "node": n["id"], **computed} for n in nodes),
@@ -629,20 +633,10 @@ def test_storage_of_nodes(two: Cluster, values: Values) -> None:
     assert levels(machines.examine_model(two)) == ["problem"]
 
 
-def test_places() -> None:
-    worker = {"CPU": 2.0, "GPU": 1.0}
-    assert machines.places(worker, {"CPU": 7.0, "GPU": 4.0}) == 3
-    assert machines.places(worker, {"CPU": 8.0}) == 0
-    spot = {"name": "spot", "resources": {"CPU": 8, "GPU": 1}, "max_count": 4}
-    head = {"CPU": 4.0}
-    assert machines.most_places(worker, [head], []) == 0
-    assert machines.most_places(worker, [head], [spot]) == 4
-    assert machines.most_places(worker, [head], [{**spot, "max_count": -1}]) == float("inf")
-    assert machines.most_places(worker, [head], [{**spot, "resources": {"CPU": 64}}]) == 0
-    assert machines.most_places({"CPU": 1.0}, [head, head], [{**spot, "max_count": 0}]) == 8
-
-
 def test_resources(two: Cluster, values: Values) -> None:
+    def asked_for(use_gpu: bool | None) -> Request:
+        return Request(change(values, runtime={"num_workers": 2, "use_gpu": use_gpu}))
+
     def of(study: bool = False, concurrent: int = 1, shards: int = 16, batch: int = 16, **runtime: Any) -> Finding:
         config = change(
             values, train={"shards": shards, "global_batch_size": batch}, runtime={"use_gpu": None} | runtime
@@ -650,18 +644,33 @@ def test_resources(two: Cluster, values: Values) -> None:
         (finding,) = machines.examine_resources(Request(config, study, concurrent), two)
         return finding
 
+    def autoscaled(version: int, resources: dict[str, float], most: int) -> ClusterCapacity:
+        return ClusterCapacity(FIXED.nodes, version, (NodeType("spot", resources, most),), most)
+
     assert of(num_workers=8).level == "ok"
     assert of(num_workers=16).level == "problem"
     assert of(num_workers=8, cpus_per_worker=3).level == "problem"
-    assert of(num_workers=2, use_gpu=True).level == "problem"
-    assert "can never start: there is room for 0" in of(num_workers=2, use_gpu=True).value
-    two.types = [{"name": "gpu", "resources": {"CPU": 8, "GPU": 1}, "max_count": 2}]
-    assert of(num_workers=2, use_gpu=True).level == "ok" and "0 could start now" in of(num_workers=2).value
-    assert of(num_workers=4).level == "problem", "GPUs are taken where an autoscaler brings them"
-    assert of(num_workers=4, use_gpu=False).level == "ok"
-    two.types = []
+    finding = of(num_workers=2, use_gpu=True)
+    assert finding.level == "problem" and "the cluster has room for 0" in finding.value
+    assert finding.remedy == "Set runtime.use_gpu to false, or start more nodes before the job."
+    for version in (1, 2):
+        two.capacity = autoscaled(version, {"CPU": 8, "GPU": 1}, 2)
+        assert of(num_workers=2, use_gpu=True).level == "ok" and "0 could start now" in of(num_workers=2).value
+        finding = of(num_workers=4)
+        assert finding.level == "problem", "GPUs are taken where an autoscaler brings them"
+        assert f"version {version}" in finding.value and "use_gpu to false" in finding.remedy
+        assert of(num_workers=4, use_gpu=False).level == "ok"
+        assert of(num_workers=16, cpus_per_worker=8, use_gpu=True).level == "problem"
+        two.capacity = ClusterCapacity(({"memory": 1.0},), version, None)
+        finding = of(num_workers=2)
+        assert finding.level == "problem", "a run is refused too"
+        assert "runtime.use_gpu is not set" in finding.value and "--set runtime.use_gpu=true" in finding.remedy
+        for use_gpu in (True, False):
+            assert of(num_workers=2, use_gpu=use_gpu).level == "warning"
+            assert levels(machines.examine_gpus(asked_for(use_gpu), two)) == (["warning"] if use_gpu else ["ok"])
+    two.capacity = ClusterCapacity(FIXED.nodes)
     assert of(num_workers=2, study=True, concurrent=5).level == "warning"
-    two.machines.pop()
+    two.capacity = ClusterCapacity(FIXED.nodes[:1])
     assert of(num_workers=[4, 8], shards=840, batch=840).level == "warning", "elastic: the fewest fit"
     assert machines.examine_resources(Request(change(values)), two) == []
 
@@ -680,8 +689,9 @@ def test_gpus(two: Cluster, values: Values) -> None:
 
     torch_told = two.machines[1].computed["torch"]  # type: ignore[index]
     assert levels(of(True)) == ["problem"] and levels(of(None)) == ["ok"]
-    two.types = [{"name": "spot-gpu", "resources": {"GPU": 1}, "max_count": 2}]
-    assert levels(of(True)) == ["ok"] and "spot-gpu" in of(True)[0].value
+    two.capacity = ClusterCapacity(FIXED.nodes, 1, (NodeType("spot-gpu", {"GPU": 1}, 2),))
+    assert levels(of(True)) == levels(of(None)) == ["ok"] and "spot-gpu" in of(True)[0].value
+    assert "spot-gpu" not in of(False)[0].value
     facts_of(two.machines[1])["gpus"] = [{"name": "A10G", "memory": 1 << 34, "driver": "570"}]
     assert levels(of(None)) == ["warning"] and levels(of(True)) == ["problem"] and levels(of(False)) == ["ok"]
     assert "torch is built without CUDA" in of(True)[0].value

@@ -7,9 +7,13 @@ import socket
 from pathlib import Path
 
 import pytest
+import yaml
+from helpers import write_pairs
+from typer.testing import CliRunner
 
+from clusterns_ray.cli import app
 from clusterns_ray.errors import ConfigError
-from clusterns_ray.paths import CORPORA, check_path, check_regular_file, redact
+from clusterns_ray.paths import CORPORA, check_outlasts_job, check_path, check_regular_file, job_package, redact
 
 
 def refusal(value: str, *schemes: str) -> str:
@@ -145,3 +149,74 @@ def test_what_is_no_regular_file_is_refused(tmp_path: Path, monkeypatch: pytest.
     }.items():
         with pytest.raises(ConfigError, match=reason):
             check_regular_file("corpus", name)
+
+
+# ---- Ray's copy of a job's working directory ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory in which `ray job submit --working-dir .` runs a command."""
+    path = tmp_path / "session_2026-01-01_1/runtime_resources/working_dir_files/_ray_pkg_0123456789abcdef"
+    path.mkdir(parents=True)
+    monkeypatch.chdir(path)
+    return path
+
+
+@pytest.mark.parametrize("path", ["runs", "./a/../runs", ".", "{package}/runs", "{home}/link/runs"])
+def test_what_is_written_into_a_jobs_package_is_refused(package: Path, tmp_path: Path, path: str) -> None:
+    (tmp_path / "link").symlink_to(package)
+    path = path.format(package=package, home=tmp_path)
+    with pytest.raises(ConfigError) as error:
+        check_outlasts_job("runtime.storage_path", path)
+    text = str(error.value)
+    assert f"runtime.storage_path {path!r} is in {str(package)!r}, Ray's copy of the job's working directory" in text
+    assert "absolute path on a disk that stays" in text and "s3://" in text
+
+
+def test_what_outlasts_a_job_is_not_refused(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (package / "out").symlink_to(tmp_path)
+    for path in (tmp_path / "runs", "out/runs", "../../runs"):
+        check_outlasts_job("-o", path)
+    monkeypatch.chdir(tmp_path)
+    check_outlasts_job("-o", "runs")
+    assert job_package(package) == job_package(package / "a/b") == str(package) and job_package(tmp_path) is None
+
+
+def commands(package: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
+    (package / "a.txt").write_text("A boat.\nA river.\n")
+    base = {"encoder": {"name": "package:nowhere"}, "data": {"corpus": "a.txt"}, "evaluation": {"sts": None}}
+    (package / "run.yaml").write_text(yaml.safe_dump(base))
+    away = f"runtime.storage_path={tmp_path}"
+    return {
+        "train": (["train", "run.yaml"], "runtime.storage_path 'runs'"),
+        "prepare": (["prepare", "run.yaml"], "runtime.storage_path 'runs'"),
+        "cache": (["train", "run.yaml", "--set", away, "--set", "data.cache_dir=cache"], "data.cache_dir 'cache'"),
+        "encode": (["encode", "MODEL", "a.txt", "-o", "a.parquet"], "-o '"),
+        "search": (["search", "MODEL", "a.txt", "boat", "--index", "here"], "--index '"),
+        "evaluate": (["evaluate", "MODEL", "--sts", "a.txt", "--json", "out.json"], "--json 'out.json'"),
+    }
+
+
+@pytest.mark.parametrize("name", ["train", "prepare", "cache", "encode", "search", "evaluate"])
+def test_commands_in_a_job(package: Path, tmp_path: Path, tiny_model: Path, name: str) -> None:
+    arguments, says = commands(package, tmp_path)[name]
+    arguments = [str(tiny_model) if part == "MODEL" else part for part in arguments]
+    if name in ("train", "prepare", "cache"):
+        arguments += ["--set", f"encoder.name={tiny_model}"]
+    if name == "evaluate":
+        write_pairs(package / "sts" / "STSB" / "test.jsonl")
+        arguments[3] = "sts"
+    before = sorted(package.rglob("*"))
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2, result.output
+    assert says in result.output and "Ray's copy of the job's working directory" in result.output
+    assert sorted(package.rglob("*")) == before, "something was written before"
+
+
+def test_an_index_beside_a_corpus_in_a_job_is_kept_elsewhere(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from clusterns_ray.search.semantic import default_directory
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(package.parents[3] / "cache"))
+    (package / "a.txt").write_text("A boat.\n")
+    assert package not in default_directory(str(package / "a.txt")).parents

@@ -22,7 +22,6 @@ from clusterns_ray.cli import app
 from clusterns_ray.errors import ClusterNSError, ConfigError, DataError
 from clusterns_ray.evaluation.sts import TASKS
 from clusterns_ray.storage import Place
-from clusterns_ray.tuning.cluster import check_fits
 from clusterns_ray.tuning.ledger import Ledger, read_ledger
 from clusterns_ray.tuning.study import Study, check_study, load_study
 from clusterns_ray.tuning.sweep import Sweep, owner, tune, write_outcome
@@ -145,36 +144,6 @@ def test_a_study_does_not_compare_trials_over_different_data(write_study: Callab
     again = load_study(file)
     with pytest.raises(DataError, match=r"study 'tiny' was begun with other data: the digest of the dev set was"):
         Sweep(again, Ledger(again), Lines()).prepare()
-
-
-GPU = {"CPU": 1.0, "GPU": 1.0}
-
-
-@pytest.mark.parametrize(
-    ("worker", "workers", "nodes", "can_grow", "fits"),
-    [
-        ({"CPU": 2.0}, 1, [{"CPU": 2.0}], None, True),
-        ({"CPU": 2.0}, 1, [{"CPU": 1.0}, {"CPU": 1.0}], None, False),
-        ({"CPU": 2.0}, 3, [{"CPU": 4.0}, {"CPU": 2.0}], None, True),
-        ({"CPU": 2.0}, 4, [{"CPU": 5.0}, {"CPU": 3.0}], None, False),
-        (GPU, 1, [{"CPU": 8.0}], None, False),
-        (GPU, 2, [{"CPU": 1.0, "GPU": 4.0}, {"CPU": 4.0, "GPU": 1.0}], None, True),
-        (GPU, 3, [{"CPU": 1.0, "GPU": 4.0}, {"CPU": 4.0, "GPU": 1.0}], None, False),
-        (GPU, 2, [{"CPU": 1.0}], {"CPU": 8.0, "GPU": 2.0}, True),
-        (GPU, 2, [{"CPU": 1.0}], {"CPU": 8.0, "GPU": 1.0}, False),
-        (GPU, 1, [], {"CPU": 8.0}, False),
-    ],
-)
-def test_resources_that_can_never_be_met(
-    worker: dict[str, float], workers: int, nodes: list[dict[str, float]], can_grow: dict[str, float] | None, fits: bool
-) -> None:
-    if fits:
-        check_fits(worker, workers, nodes, can_grow)
-        return
-    with pytest.raises(ConfigError, match=r"no trial could ever start") as error:
-        check_fits(worker, workers, nodes, can_grow)
-    assert f"{workers} worker" in str(error.value)
-    assert ("may grow to" in str(error.value)) == (can_grow is not None)
 
 
 # ---- which run is next, on a pool of this process -------------------------------------------------------------------

@@ -120,6 +120,7 @@ def _findings(
         yield from request.examine_values(asked)
         config = asked.config
         work: dict[str, Callable[[], list[Finding]]] = {
+            "storage": lambda: request.examine_storage_path(config),
             "trackers": lambda: request.examine_trackers(config),
             "corpus": lambda: request.examine_corpus(config),
             "dev set": lambda: request.examine_dev_set(config),

@@ -60,7 +60,7 @@ def _inspect_nodes(request: dict[str, Any], tell: Tell) -> None:
     from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from clusterns_ray.launch.cluster import autoscales
+    from clusterns_ray.launch.cluster import cluster_capacity
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
     tell(
@@ -70,8 +70,7 @@ def _inspect_nodes(request: dict[str, Any], tell: Tell) -> None:
                 {"id": node["NodeID"], "address": node["NodeManagerAddress"], "resources": node["Resources"]}
                 for node in nodes
             ],
-            "types": _node_types(),
-            "autoscales": autoscales(),
+            "capacity": cluster_capacity().values(),
             "authenticated": _authenticated(),
         }
     )
@@ -96,18 +95,6 @@ def _inspect_nodes(request: dict[str, Any], tell: Tell) -> None:
                 tell({"kind": kind, "node": node, "asked": asked, "answered": time.time(), **ray.get(task)})
             except RayError as error:
                 tell({"kind": kind, "node": node, "error": str(error).strip().splitlines()[-1][:500]})
-
-
-def _node_types() -> list[dict[str, Any]]:
-    """What the cluster's autoscaler may start; empty without one."""
-    # The one place that knows an autoscaler's limits; the public API tells of nodes that are there.
-    from ray._private.state import state
-
-    config = state.get_cluster_config()
-    return [
-        {"name": group.name, "resources": dict(group.resources), "max_count": group.max_count}
-        for group in (config.node_group_configs if config else ())
-    ]
 
 
 def _authenticated() -> bool:

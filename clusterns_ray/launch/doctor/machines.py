@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from clusterns_ray.launch.cluster import places
+from clusterns_ray.errors import ConfigError
+from clusterns_ray.launch.capacity import ClusterCapacity, check_room, wants_gpu, worker_resources, workers_on
 from clusterns_ray.launch.doctor.findings import Finding, from_error, size_text
 from clusterns_ray.launch.doctor.request import Request, Sizes
 from clusterns_ray.launch.estimates import bank_bytes, checkpoint_bytes, held_shards, run_bytes, worker_memory
@@ -40,17 +40,12 @@ class Cluster:
 
     driver: dict[str, Any]
     machines: list[Machine]
-    types: list[dict[str, Any]] = field(default_factory=list)
-    """of the autoscaler, where it tells them"""
-    autoscales: bool = False
+    capacity: ClusterCapacity = field(default_factory=lambda: ClusterCapacity(()))
+    """what its nodes hold, and what its autoscaler may start"""
     authenticated: bool = True
     state_api_error: str | None = None
     joined: bool = False
     """through RAY_ADDRESS; else Ray was started here, or is not needed"""
-
-    @property
-    def gpu_types(self) -> list[str]:
-        return [kind["name"] for kind in self.types if kind["resources"].get("GPU") and kind["max_count"]]
 
 
 def read_facts(lines: Iterable[Mapping[str, Any]], joined: bool) -> Cluster | None:
@@ -70,8 +65,8 @@ def read_facts(lines: Iterable[Mapping[str, Any]], joined: bool) -> Cluster | No
                 for node in fact["nodes"]
             }
             cluster.machines = list(by_id.values())
-            cluster.types, cluster.authenticated = fact["types"], fact["authenticated"]
-            cluster.autoscales = fact.get("autoscales", False)
+            cluster.authenticated = fact["authenticated"]
+            cluster.capacity = ClusterCapacity.from_values(fact["capacity"])
         elif kind == "state_api":
             cluster.state_api_error = fact["error"]
         elif kind == "describe" and fact["node"] in by_id:
@@ -97,12 +92,8 @@ def examine_answers(cluster: Cluster) -> list[Finding]:
                     )
                 )
     if cluster.joined and cluster.machines and not found:
-        text = f"{len(cluster.machines)} up and answering"
-        if cluster.types:
-            text += "; the autoscaler starts " + ", ".join(
-                f"{k['name']} (at most {k['max_count']})" for k in cluster.types
-            )
-        found.append(Finding("ok", "nodes", text))
+        text = f"{len(cluster.machines)} up and answering; {cluster.capacity.describe()}"
+        found.append(Finding("warning" if cluster.capacity.failure else "ok", "nodes", text))
     return found
 
 
@@ -235,53 +226,44 @@ def examine_state_api(request: Request | None, cluster: Cluster) -> list[Finding
 # ---- resources ------------------------------------------------------------------------------------------------------
 
 
-def wants_gpu(request: Request, cluster: Cluster) -> bool:
-    """Whether workers would take a GPU each: as asked, else where there are any or the autoscaler brings them."""
-    wanted = request.config.runtime.use_gpu
-    if wanted is not None:
-        return wanted
+def takes_gpu(request: Request, cluster: Cluster) -> bool:
+    """Whether workers would take a GPU each, as a run decides it.
+
+    Raises:
+        ConfigError: it is not set, and the cluster does not tell; a run would be refused.
+    """
     if not request.on_ray:
-        return bool(_gpus_of_torch(cluster.machines[0]))
-    return any(machine.resources.get("GPU", 0) > 0 for machine in cluster.machines) or bool(cluster.gpu_types)
-
-
-def most_places(worker: Mapping[str, float], nodes: list[dict[str, float]], types: list[dict[str, Any]]) -> float:
-    """How many workers the cluster can ever hold: as it is, or as its autoscaler may make it."""
-    grown = 0.0
-    for kind in types:
-        count = math.inf if kind["max_count"] < 0 else kind["max_count"]
-        here = places(worker, kind["resources"])
-        grown += count * here if here else 0
-    return max(sum(places(worker, node) for node in nodes), grown)
+        wanted = request.config.runtime.use_gpu
+        return bool(_gpus_of_torch(cluster.machines[0])) if wanted is None else wanted
+    return wants_gpu(request.config.runtime.use_gpu, cluster.capacity)
 
 
 def examine_resources(request: Request, cluster: Cluster) -> list[Finding]:
-    """Whether the workers can ever start."""
+    """Whether the workers can ever start: what a run or a sweep refuses is refused here, in the same words."""
     if not request.on_ray:
         return []
-    worker = {"CPU": float(request.config.runtime.cpus_per_worker)}
-    if wants_gpu(request, cluster):
-        worker["GPU"] = 1.0
+    capacity = cluster.capacity
+    try:
+        gpu = takes_gpu(request, cluster)
+        worker = worker_resources(request.config.runtime.cpus_per_worker, gpu)
+        check_room(capacity, worker, request.fewest, "trial" if request.study else "run")
+    except ConfigError as error:
+        return from_error("resources", error)
     each = " and ".join(f"{value:g} {key}" for key, value in worker.items())
-    nodes = [machine.resources for machine in cluster.machines]
-    room = most_places(worker, nodes, cluster.types)
-    has = ", ".join(f"{sum(node.get(key, 0) for node in nodes):g} {key}" for key in ("CPU", "GPU"))
-    there = f"{_count(len(nodes), 'node')} with {has}"
-    if cluster.types:
-        there += f", or {_types_text(cluster.types)}"
-    remedy = "Lower the number of workers or runtime.cpus_per_worker, set runtime.use_gpu to false, or add nodes."
-    asked = f"{_count(request.fewest, 'worker')} with {each} each"
-    if room < request.fewest and cluster.autoscales and not cluster.types:
-        text = f"{asked}: room for {room:g} on {there}; the autoscaler does not tell what it may add"
-        return [Finding("warning", "resources", text, "See that a node type of the cluster's file holds a worker.")]
-    if room < request.fewest:
-        text = f"{asked} can never start: there is room for {room:g} on {there}"
-        return [Finding("problem", "resources", text, remedy)]
-    most = request.most * request.concurrent
+    room, most = capacity.room(worker), request.most * request.concurrent
+    there = capacity.describe()
+    if not capacity.limits_known:
+        text = f"{_count(request.fewest, 'worker')} with {each} each may fit: {there}"
+        remedy = (
+            "See that a node type of the cluster's file holds a worker; a run waits runtime.start_timeout_s for it."
+        )
+        return [Finding("warning", "resources", text, remedy)]
     if room < most:
         wanted = f"{request.concurrent} trials at a time" if request.study else f"up to {most} workers"
-        return [Finding("warning", "resources", f"room for {room:g} of {wanted}; {asked} fit", remedy)]
-    up = sum(places(worker, node) for node in nodes)
+        text = f"{wanted} are asked for; there is room for {room:g} workers with {each} each: {there}"
+        key = "concurrent_trials" if request.study else "runtime.num_workers"
+        return [Finding("warning", "resources", text, f"Lower {key}, or let the cluster have more nodes.")]
+    up = capacity.room_now(worker)
     text = f"{_count(most, 'worker')} with {each} each: room on {there}"
     return [Finding("ok", "resources", text + (f"; {up} could start now" if up < most else ""))]
 
@@ -337,21 +319,31 @@ def examine_gpus(request: Request | None, cluster: Cluster) -> list[Finding]:
                 f"{machine.name}: {len(gpus)} x {gpus[0]}, driver {driver}, CUDA {told['value']['cuda']}, "
                 f"NCCL {told['value']['nccl']}"
             )
-    if wanted and not found and not good:
-        if cluster.gpu_types and request is not None and request.on_ray:
-            names = ", ".join(cluster.gpu_types)
-            return [Finding("ok", "GPU", f"no node with one is up, so none was tried; the autoscaler starts {names}")]
+    if wanted is not False and not found and not good and (names := cluster.capacity.gpu_types()):
         return [
-            Finding(
-                "problem",
-                "GPU",
-                "runtime.use_gpu is true, but no node has one and no autoscaler brings one",
-                "Set runtime.use_gpu to false, or run where there are GPUs.",
-            )
+            Finding("ok", "GPU", f"no node with one is up, so none was tried; the autoscaler starts {', '.join(names)}")
         ]
+    if wanted and not found and not good:
+        return _no_gpu(request, cluster)
     if found or good:
         return found + [Finding("ok", "GPU", text) for text in good]
     return [Finding("ok", "GPU", "none, and none asked for: training is on CPUs")]
+
+
+def _no_gpu(request: Request | None, cluster: Cluster) -> list[Finding]:
+    """A GPU is asked for, and none was tried."""
+    on_ray = request is not None and request.on_ray
+    if on_ray and cluster.capacity.offers_gpu() is None:
+        text = f"no node with one is up, so none was tried: {cluster.capacity.describe()}"
+        return [Finding("warning", "GPU", text, "See that a node type of the cluster's file has GPUs.")]
+    return [
+        Finding(
+            "problem",
+            "GPU",
+            "runtime.use_gpu is true, but no node has one" + (" and no autoscaler brings one" if on_ray else ""),
+            "Set runtime.use_gpu to false, or run where there are GPUs.",
+        )
+    ]
 
 
 def examine_faiss(cluster: Cluster) -> list[Finding]:
@@ -381,7 +373,10 @@ def examine_memory(request: Request, cluster: Cluster, sizes: Sizes) -> list[Fin
     """Whether the workers fit into the memory of GPUs and nodes, by the estimates."""
     if sizes.model is None:
         return []
-    gpu = wants_gpu(request, cluster)
+    try:
+        gpu = takes_gpu(request, cluster)
+    except ConfigError:
+        return []  # found among the resources
     shards = held_shards(request.config.train, request.fewest) * request.fewest
     need = worker_memory(sizes.model, shards, request.fewest, gpu=gpu)
     model = need.weights + need.gradients + need.optimizer + need.buckets
@@ -406,7 +401,7 @@ def examine_memory(request: Request, cluster: Cluster, sizes: Sizes) -> list[Fin
     found = []
     for machine in cluster.machines:
         memory = (machine.facts or {}).get("memory")
-        here = min(running, places(worker, machine.resources)) if request.on_ray else 1
+        here = min(running, workers_on(worker, machine.resources)) if request.on_ray else 1
         if memory is None or not here:
             continue
         text = each if here == 1 else f"{each}, {here} of them"
@@ -454,15 +449,6 @@ def _fits(what: str, need: float, total: float, free: float, text: str, where: s
 def _worst(found: list[Finding]) -> list[Finding]:
     """What is not ok, else one that stands for all."""
     return [finding for finding in found if finding.level != "ok"] or found[:1]
-
-
-def _types_text(types: list[dict[str, Any]]) -> str:
-    """What an autoscaler starts."""
-    parts = []
-    for kind in types:
-        resources = ", ".join(f"{kind['resources'][key]:g} {key}" for key in ("CPU", "GPU") if key in kind["resources"])
-        parts.append(f"at most {kind['max_count']} {kind['name']} with {resources or 'neither CPU nor GPU'}")
-    return ", ".join(parts)
 
 
 def _count(number: int, noun: str) -> str:

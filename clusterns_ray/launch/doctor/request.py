@@ -19,7 +19,7 @@ from clusterns_ray.launch.doctor.findings import Finding, size_text
 from clusterns_ray.launch.doctor.hub import AWAY, find_dataset, find_model, settings_of
 from clusterns_ray.launch.estimates import ModelSize, TextSample, corpus_rows, model_size, sample_text
 from clusterns_ray.launch.places import read_run_file
-from clusterns_ray.launch.preflight import check_data, check_name, check_trackers
+from clusterns_ray.launch.preflight import check_data, check_lasting, check_name, check_trackers
 
 SAMPLE_ROWS = 1000
 """Sentences of the corpus that are read, and tell how long the others are."""
@@ -93,6 +93,12 @@ def examine_name(config: Config) -> list[Finding]:
     if read_run_file(config, "config.yaml") is not None:
         return [Finding("ok", "name", f"{name!r} was begun with this configuration, and would go on")]
     return [Finding("ok", "name", f"{name!r} is free")]
+
+
+def examine_storage_path(config: Config) -> list[Finding]:
+    """Whether what is written outlasts the job; whether it can be written is asked of each node."""
+    check_lasting(config)
+    return []
 
 
 def examine_trackers(config: Config) -> list[Finding]:
