@@ -88,7 +88,7 @@ def test_two_sound_nodes(make_run: Any, nodes: Nodes, tmp_path: Path) -> None:
 
     code, found, said = doctor(run, *settings(run), "--set=runtime.num_workers=4")
     assert (code, problems(found)) == (1, {"resources"}), said
-    assert "4 workers with 1 CPU each can never start: there is room for 2" in found["resources"][0]["value"]
+    assert "asks for 4 workers with 1 CPU each, but the cluster has room for 2" in found["resources"][0]["value"]
 
     stranger = replace(run, env={**run.env, "RAY_AUTH_TOKEN": secrets.token_hex(32)})
     code, found, said = doctor(stranger, *settings(run))

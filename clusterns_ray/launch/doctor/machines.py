@@ -92,7 +92,7 @@ def examine_answers(cluster: Cluster) -> list[Finding]:
                     )
                 )
     if cluster.joined and cluster.machines and not found:
-        text = f"{len(cluster.machines)} up and answering; {cluster.capacity.describe()}"
+        text = f"{len(cluster.machines)} up and answering: {cluster.capacity.describe()}"
         found.append(Finding("warning" if cluster.capacity.failure else "ok", "nodes", text))
     return found
 
