@@ -27,5 +27,9 @@ class StorageError(ClusterNSError):
     """An object store cannot be reached, or what it holds is damaged."""
 
 
+class DiskError(StorageError):
+    """The disk is full, read-only, failing, or over its quota."""
+
+
 class Drained(ClusterNSError):
     """A machine of the group is about to be taken away; what was done is in a checkpoint."""

@@ -197,6 +197,35 @@ def changed_file(directory: Path, manifest: dict[str, Any]) -> str | None:
     return None
 
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
+DISK_WORDS = (
+    *(os.strerror(number).lower() for number in DISK_ERRORS),
+    "disk is full",  # sqlite
+    "disk i/o error",
+    "readonly database",
+    "pytorchstreamwriter failed writing",  # torch.save, which tells no more of a full disk
+    "inline_container.cc",
+)
+
+
+def disk_fault(error: BaseException | None) -> str | None:
+    """Why the disk does not take what is written to it, where that caused ``error``; None for other errors.
+
+    Libraries wrap the system's error, and some keep its words alone, so the whole chain of causes is read.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            where = f": {str(error.filename)!r}" if error.filename else ""
+            return f"{os.strerror(error.errno)}{where}"
+        text = " ".join(str(error).split())
+        if any(words in text.lower() for words in DISK_WORDS):
+            return f"{type(error).__name__}: {text[:200]}"
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def flush(path: Path) -> None:
     """Bring a file, or the names in a directory, to disk."""
     handle = os.open(path, os.O_RDONLY)

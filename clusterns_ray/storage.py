@@ -318,6 +318,10 @@ class Place:
         path = self.local / name
         return path.read_text(encoding="utf-8") if path.is_file() else None
 
+    def has(self, name: str) -> bool:
+        """Whether there is a file of that name, readable or not."""
+        return (self.local / name).is_file() if self.store is None else self.store.read(name) is not None
+
     def write(self, name: str, text: str) -> None:
         """Write a small text to where it belongs, and to the copy."""
         (self.local / name).parent.mkdir(parents=True, exist_ok=True)
@@ -372,6 +376,12 @@ class Place:
             temporary.replace(self.local / name)
         finally:
             temporary.unlink(missing_ok=True)
+
+    def remove_file(self, name: str) -> None:
+        """Remove a small file, if it is there."""
+        (self.local / name).unlink(missing_ok=True)
+        if self.store is not None:
+            self.store.delete(name)
 
     def remove(self, name: str) -> None:
         """Remove a directory, if it is there."""

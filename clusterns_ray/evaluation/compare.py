@@ -99,8 +99,8 @@ def spearman_difference(a_N: np.ndarray, b_N: np.ndarray, gold_N: np.ndarray) ->
 
 def compare_sts(
     tests: StsTests,
-    a: dict[str, np.ndarray],
-    b: dict[str, np.ndarray],
+    a: dict[str, np.ndarray] | Sequence[dict[str, np.ndarray]],
+    b: dict[str, np.ndarray] | Sequence[dict[str, np.ndarray]],
     *,
     seed: int,
     resamples: int = RESAMPLES,
@@ -108,18 +108,22 @@ def compare_sts(
     """Spearman "all" of model a minus that of model b, over pairs drawn within their subsets.
 
     Args:
-        a, b: cosines of the two models by subset, as ``cosines_of`` gives them.
+        a, b: cosines of the two models by subset, as ``cosines_of`` gives them; of several models (one configuration
+            trained with several seeds) the mean of their scores is compared.
 
     Returns:
         :func:`interval` of each task and further subset, and ``average`` where all seven are there.
     """
     found: dict[str, Any] = {}
     point, spread = [], []
+    sides = [[side] if isinstance(side, dict) else list(side) for side in (a, b)]
     named = {**tests.tasks, **{pairs.name: [pairs] for pairs in tests.extra}}
     for number, (name, parts) in enumerate(named.items()):
         gold = np.concatenate([pairs.scores for pairs in parts])
-        first, second = (np.concatenate([side[pairs.name] for pairs in parts]) for side in (a, b))
-        difference = spearman_difference(first, second, gold)
+        first, second = (
+            [np.concatenate([cosines[pairs.name] for pairs in parts]) for cosines in models] for models in sides
+        )
+        difference = _mean_of([spearman_difference(x, y, gold) for x in first for y in second])
         sizes = [len(pairs) for pairs in parts]
         differences_R = paired_bootstrap(difference, sizes, seed=seed + number, resamples=resamples)
         whole = float(difference(np.ones((1, len(gold))))[0])
@@ -130,6 +134,10 @@ def compare_sts(
     if not tests.missing:  # tasks are drawn apart, so their differences average resample by resample
         found["average"] = interval(float(np.mean(point)), np.mean(spread, axis=0))
     return found
+
+
+def _mean_of(differences: Sequence[Difference]) -> Difference:
+    return lambda counts_RN: np.mean([difference(counts_RN) for difference in differences], axis=0)
 
 
 def compare_right(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +10,11 @@ from typing import Any
 from clusterns_ray.report import study_charts as charts
 from clusterns_ray.report.page import Cell, Fact, Figure, Fold, Link, Page, Section, Table, Warning, write_page
 from clusterns_ray.report.run import footer
-from clusterns_ray.report.words import NONE, count, duration, fixed, listing, plain_value
+from clusterns_ray.report.words import NONE, count, duration, fixed, listing
 from clusterns_ray.tuning.analysis import StudyRecord, Trial, at_the_edge, read_study, rungs
+from clusterns_ray.tuning.comparison import sentences
+from clusterns_ray.tuning.outcome import check_result
+from clusterns_ray.tuning.view import show_value
 from clusterns_ray.yaml_text import dump_yaml
 
 FEW = 20
@@ -34,9 +36,13 @@ def write_study_report(directory: str | Path, output: str | Path | None = None) 
 
 
 def read_result(directory: Path) -> dict[str, Any] | None:
-    """``result.json`` of a study that has come to its end."""
+    """``result.json`` of a study that has come to its end; None while it has not.
+
+    Raises:
+        DataError: it is damaged.
+    """
     path = directory / "result.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return check_result(path.read_text(encoding="utf-8", errors="replace"), str(path)) if path.is_file() else None
 
 
 def study_page(study: StudyRecord, result: dict[str, Any] | None) -> Page:
@@ -70,11 +76,15 @@ def headline(study: StudyRecord, result: dict[str, Any] | None) -> list[str]:
     words = f"The winner is trial {winner['trial']}, with {fixed(winner['mean'])} on {dev} (Spearman × 100)"
     if winner["deviation"] is not None:
         words += f", the mean of {len(winner['scores'])} new seeds, standard deviation {fixed(winner['deviation'])}"
-    elif not winner["scores"]:
-        words += ", from a single run"
-    if result["sts_dev_before"] is not None:
+    elif winner["scores"]:
+        words += ", of one new seed"
+    else:
+        words += ", from a single run that no other seed confirmed"
+    if result.get("sts_dev_before") is not None:
         words += f"; the untrained encoder has {fixed(result['sts_dev_before'])}"
-    return [f"{tried}.", words + "."]
+    if result.get("base"):
+        words += f", the base configuration {fixed(result['base']['mean'])}"
+    return [f"{tried}.", words + ".", *([" ".join(sentences(result))] if result.get("against") else [])]
 
 
 def facts(study: StudyRecord, result: dict[str, Any] | None) -> list[Fact]:
@@ -85,6 +95,11 @@ def facts(study: StudyRecord, result: dict[str, Any] | None) -> list[Fact]:
         note = f"mean over {count(len(winner['scores']), 'seed')}" if winner["scores"] else "one run"
         found.append(Fact("Winner on the dev set", fixed(winner["mean"]) + spread, note))
     found.append(Fact("Untrained encoder", fixed(study.before), "the same set"))
+    base = (result or {}).get("base")
+    if base:
+        spread = "" if base["deviation"] is None else f" ± {fixed(base['deviation'])}"
+        note = f"mean over {count(len(base['scores']), 'seed')}" if base["scores"] else "one run"
+        found.append(Fact("Base configuration", fixed(base["mean"]) + spread, note))
     states = {name: sum(trial.state == state for trial in study.trials) for state, name in STATES.items()}
     said = ", ".join(f"{number} {name}" for name, number in states.items() if number)
     found.append(Fact("Trials", str(len(study.trials)), said))
@@ -126,14 +141,20 @@ def _about_winner(study: StudyRecord, result: dict[str, Any]) -> Iterator[Warnin
         parameter = study.varied.get(key)
         side = at_the_edge(parameter, value) if parameter else None
         if parameter and side:
+            ends = f"{show_value(parameter['low'])} to {show_value(parameter['high'])}"
             yield Warning(
-                f"The winner's {key} ({plain_value(value)}) lies at the {side} edge of the space "
-                f"({parameter['low']} to {parameter['high']}); the best value may lie beyond. Widen it."
+                f"The winner's {key} ({show_value(value)}) lies at the {side} edge of the space ({ends}); the best "
+                "value may lie beyond. Widen it."
             )
     if not winner["scores"]:
         yield Warning(
             "Nothing was confirmed with other seeds: the best of many single runs is too good on average, and the "
             "next may be as good. Set confirmation.seeds."
+        )
+    elif len(winner["scores"]) < 2:
+        yield Warning(
+            "The winner has the score of one new seed alone, so nothing tells whether it differs from the next. Set "
+            "more confirmation.seeds."
         )
     elif result["not_told_apart"]:
         names = listing([f"trial {number}" for number in result["not_told_apart"]])
@@ -151,8 +172,17 @@ def _about_winner(study: StudyRecord, result: dict[str, Any]) -> Iterator[Warnin
         )
     for name, reason in result["confirmation_failures"].items():
         yield Warning(f"The confirming run {name} failed: {reason}")
-    if result["sts_dev_before"] is not None and winner["mean"] <= result["sts_dev_before"]:
-        yield Warning("No configuration improved the untrained encoder on this dev set. Is the text of its kind?")
+    if result.get("sts_dev_before") is not None and winner["mean"] <= result["sts_dev_before"]:
+        yield Warning(
+            f"No configuration improved the untrained encoder on this dev set ({fixed(result['sts_dev_before'])}; the "
+            f"winner has {fixed(winner['mean'])}). Is the text of its kind?"
+        )
+    base = result.get("base")
+    if base and base["mean"] > winner["mean"]:
+        yield Warning(
+            f"The winner ({fixed(winner['mean'])}) is worse than the base configuration ({fixed(base['mean'])}), which "
+            "needed no search."
+        )
 
 
 # ---- sections ---------------------------------------------------------------------------------------------------
@@ -162,41 +192,69 @@ def outcome_section(study: StudyRecord, result: dict[str, Any] | None) -> Sectio
     if result is None:
         return None
     keys = list(study.varied)
-    alike = set(result["not_told_apart"])
-    rows: list[list[Cell]] = []
+    alike, number = set(result["not_told_apart"]), result["winner"]["trial"]
+    confirmed = any(candidate["scores"] for candidate in result["candidates"])
     candidates = sorted(result["candidates"], key=lambda candidate: -candidate["mean"])
-    for candidate in candidates:
-        number = candidate["trial"]
-        verdict = "winner" if number == result["winner"]["trial"] else "not told apart" if number in alike else "worse"
-        rows.append(
-            [
-                Link(f"trial {number}", "#trials"),
-                verdict,
-                fixed(candidate["mean"]),
-                fixed(candidate["deviation"]),
-                str(len(candidate["scores"])),
-                fixed(candidate["trial_score"]),
-                *(_value(candidate["values"], key) for key in keys),
-            ]
-        )
-    first = next(number for number, c in enumerate(candidates) if c["trial"] == result["winner"]["trial"])
-    return Section(
-        "The best configurations, run again",
-        words=[
+    rows = [
+        _outcome_row(Link(f"trial {c['trial']}", "#trials"), _verdict(c, number, alike), c, keys, confirmed)
+        for c in candidates
+    ]
+    base = result.get("base")
+    if base and base["trial"] not in [c["trial"] for c in candidates]:
+        values = {key: _base_value(study, key) for key in keys}
+        rows.append(_outcome_row("base configuration", "no search", {**base, "values": values}, keys, confirmed))
+    if result.get("sts_dev_before") is not None:
+        untrained = {
+            "mean": result["sts_dev_before"],
+            "deviation": None,
+            "scores": {},
+            "trial_score": None,
+            "values": {},
+        }
+        rows.append(_outcome_row("untrained encoder", "no training", untrained, keys, confirmed))
+    first = next(at for at, c in enumerate(candidates) if c["trial"] == number)
+    if confirmed:
+        title, columns = "The best configurations, run again", ["mean", "deviation", "seeds", "the run that chose it"]
+        words = (
             "The best trials were run again with seeds that no trial had. The winner has the best mean; not told apart "
-            "from it are those whose means do not differ by Welch's t-test at 5 %."
-        ],
+            "from it are those whose means do not differ by Welch's t-test at 5 %, which needs two seeds each."
+        )
+    else:
+        title, columns = "The best configurations", ["score"]
+        words = "Each was run once, with the seed of all trials. None was run again with other seeds."
+    return Section(
+        title,
+        words=[words],
         tables=[
             Table(
-                ["", "", "mean", "deviation", "seeds", "the run that chose it", *keys],
+                ["", "", *columns, *keys],
                 rows,
-                "Dev scores (Spearman × 100) over the confirmation seeds",
+                f"Dev scores (Spearman × 100){' over the confirmation seeds' if confirmed else ', of one run each'}",
                 text_columns=(0, 1),
                 strong_rows=(first,),
             )
         ],
         code=f"clusterns train {result['best']}",
     )
+
+
+def _verdict(candidate: dict[str, Any], winner: int, alike: set[int]) -> str:
+    if candidate["trial"] == winner:
+        return "winner"
+    if len(candidate["scores"]) < 2:
+        return "not tested"
+    return "not told apart" if candidate["trial"] in alike else "worse"
+
+
+def _outcome_row(name: Cell, verdict: str, of: dict[str, Any], keys: list[str], confirmed: bool) -> list[Cell]:
+    chosen = [fixed(of["deviation"]), str(len(of["scores"]) or NONE), fixed(of["trial_score"])] if confirmed else []
+    return [name, verdict, fixed(of["mean"]), *chosen, *(_value(of["values"], key) for key in keys)]
+
+
+def _base_value(study: StudyRecord, key: str) -> Any:
+    section, _, name = key.rpartition(".")
+    values = study.config["base"]
+    return (values.get(section) or {}).get(name) if section else values.get(name)
 
 
 def history_section(study: StudyRecord, result: dict[str, Any] | None) -> Section | None:
@@ -322,26 +380,23 @@ def setup_section(study: StudyRecord) -> Section:
 
 def _space(parameter: dict[str, Any]) -> str:
     if parameter["role"] == "fixed":
-        return plain_value(parameter["value"])
+        return show_value(parameter["value"])
     if parameter["type"] == "choice":
-        return ", ".join(plain_value(choice) for choice in parameter["choices"])
-    step = f", in steps of {parameter['step']}" if parameter.get("step") else ""
+        return ", ".join(show_value(choice) for choice in parameter["choices"])
+    step = f", in steps of {show_value(parameter['step'])}" if parameter.get("step") else ""
     log = ", logarithmic" if parameter.get("log") else ""
-    return f"{parameter['low']} to {parameter['high']}{step}{log}"
+    return f"{show_value(parameter['low'])} to {show_value(parameter['high'])}{step}{log}"
 
 
 def _conditions(parameter: dict[str, Any]) -> str:
     parts = []
     for key, condition in parameter.get("when", {}).items():
         if isinstance(condition, dict):
-            parts += [f"{key} {word} {plain_value(value)}" for word, value in condition.items()]
+            parts += [f"{key} {word} {show_value(value)}" for word, value in condition.items()]
         else:
-            parts.append(f"{key} is {plain_value(condition)}")
+            parts.append(f"{key} is {show_value(condition)}")
     return " and ".join(parts) or "always"
 
 
 def _value(values: dict[str, Any], key: str) -> str:
-    if key not in values:
-        return NONE
-    value = values[key]
-    return f"{value:.4g}" if isinstance(value, float) else plain_value(value)
+    return show_value(values[key]) if key in values else NONE

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clusterns_ray.report.charts import plain
 from clusterns_ray.report.page import color
 from clusterns_ray.tuning.analysis import Importance, Trial
+from clusterns_ray.tuning.view import show_value
 
 LOOKS = {
     "COMPLETE": ("finished", "blue", "circle"),
@@ -87,7 +89,7 @@ def parallel(
     for key, (places, ticks, _) in axes.items():
         found = iter(places)
         low, high = ticks[0], ticks[-1]
-        columns.append([(next(found) - low) / (high - low) if key in t.values else None for t in ranked])
+        columns.append([(next(found) - low) / ((high - low) or 1) if key in t.values else None for t in ranked])
     columns.append([(score - scores[0]) / ((scores[-1] - scores[0]) or 1) for score in scores])
     data = []
     for row, trial in enumerate(ranked):
@@ -221,20 +223,39 @@ def _shown(value: Any, parameter: Mapping[str, Any]) -> Any:
 
 
 def _text(value: Any) -> str:
-    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "-" if value is None else show_value(value)
 
 
 def _axis_type(parameter: Mapping[str, Any]) -> dict[str, Any]:
     if parameter["type"] == "choice":
         names = [plain(str(choice)) for choice in parameter["choices"]]
         return {"type": "category", "categoryorder": "array", "categoryarray": names}
-    return {"type": "log", "exponentformat": "e", "dtick": 1} if parameter.get("log") else {}
+    if not parameter.get("log"):
+        return {}
+    low, high = parameter["low"], parameter["high"]
+    ticks = log_ticks(low, high)
+    room = 0.04 * math.log10(high / low)
+    return {
+        "type": "log",
+        "tickvals": ticks,
+        "ticktext": [show_value(tick) for tick in ticks],
+        "range": [math.log10(low) - room, math.log10(high) + room],
+    }
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers between the ends of a logarithmic axis, or the ends themselves where there are fewer than two."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for digits in ((1,), (1, 3), (1, 2, 5)):
+        ticks = [float(f"{digit}e{decade}") for decade in decades for digit in digits]
+        inside = [tick for tick in ticks if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
+        if len(inside) >= 3:
+            return inside[:: -(-len(inside) // 8)]
+    return [float(low), *[tick for tick in inside if low < tick < high], float(high)]
 
 
 def _axis(values: Sequence[Any], parameter: Mapping[str, Any]) -> tuple[list[float], list[float], list[str]]:
     """Places on a linear axis for values of any kind: choices by number, logarithms, or as they are; and ticks."""
-    import math
-
     if parameter["type"] == "choice":
         choices = parameter["choices"]
         places = [float(next(n for n, choice in enumerate(choices) if choice == value)) for value in values]
@@ -244,7 +265,7 @@ def _axis(values: Sequence[Any], parameter: Mapping[str, Any]) -> tuple[list[flo
     places = [math.log10(value) if log else float(value) for value in values]
     first, last = (math.log10(low), math.log10(high)) if log else (float(low), float(high))
     ticks = [first + (last - first) * part / 4 for part in range(5)]
-    return places, ticks, [f"{10**tick if log else tick:.3g}" for tick in ticks]
+    return places, ticks, [show_value(10**tick if log else tick) for tick in ticks]
 
 
 def _level(y: float, text: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

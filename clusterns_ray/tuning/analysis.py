@@ -14,6 +14,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from clusterns_ray.errors import ConfigError, DataError
 from clusterns_ray.tuning.ledger import begun, read_ledger
 from clusterns_ray.yaml_text import load_yaml, read_yaml_text
 
@@ -55,6 +56,7 @@ class StudyRecord:
     """``study.yaml``"""
     trials: list[Trial]
     before: float | None
+    """dev score of the untrained encoder; the best, where the space has several"""
     seconds: float
     importances: list[Importance]
     """the largest first"""
@@ -73,18 +75,45 @@ def read_study(directory: Path) -> StudyRecord:
 
     Raises:
         ConfigError: the directory holds none.
+        ClusterNSError: a file of it is damaged.
     """
     study = read_ledger(directory)
-    config = load_yaml(read_yaml_text("The study", directory / "study.yaml"), str(directory / "study.yaml"))
+    config = read_study_file(directory / "study.yaml")
     frozen = begun(study)
-    before = list(study.user_attrs.get("scores_before", {}).values())
     return StudyRecord(
         directory,
         config,
         [_trial(trial) for trial in frozen],
-        before[0] if before else None,
+        max(study.user_attrs.get("scores_before", {}).values(), default=None),
         study.user_attrs.get("seconds", 0.0),
         importances(frozen),
+    )
+
+
+def read_study_file(path: Path) -> dict[str, Any]:
+    """The study as it was written into its directory.
+
+    Raises:
+        DataError: that file is damaged.
+    """
+    reason = "it is not a study"
+    try:
+        value = load_yaml(read_yaml_text("The study", path), str(path))
+        roles = [parameter["role"] for parameter in value["space"].values()]
+        names = [
+            value["name"],
+            value["sampler"]["name"],
+            value["scheduler"]["name"],
+            value["base"]["evaluation"]["dev"],
+        ]
+        if all(isinstance(text, str) for text in (*roles, *names)):
+            return value
+    except ConfigError as error:
+        reason = str(error).rstrip(".")
+    except (KeyError, TypeError, AttributeError):
+        pass
+    raise DataError(
+        f"{str(path)!r} is damaged ({reason}). Give `clusterns tune` of the study file again, which writes it anew."
     )
 
 

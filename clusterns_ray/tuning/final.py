@@ -1,71 +1,143 @@
-"""``--finalize``: the winner on the test sets, once, when nothing more is to be chosen."""
+"""``--finalize``: the winner and what it has to beat on the test sets, once, when nothing more is to be chosen."""
 
 from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-from clusterns_ray.config import parse_config
-from clusterns_ray.errors import ConfigError
+import numpy as np
+
+from clusterns_ray.errors import ConfigError, DataError
+from clusterns_ray.evaluation import hub
+from clusterns_ray.evaluation.sts import StsTests, read_tests, score_tests
 from clusterns_ray.files import json_text
+from clusterns_ray.tuning.comparison import NAMES, model_cosines, over_pairs, untrained_cosines
+from clusterns_ray.tuning.ledger import Ledger
+from clusterns_ray.tuning.outcome import summary
+from clusterns_ray.tuning.snapshot import FILES
 from clusterns_ray.tuning.study import Study
-from clusterns_ray.tuning.sweep import owner, runs_of
+from clusterns_ray.tuning.sweep import (
+    Outcome,
+    decide,
+    is_finished,
+    models_of,
+    owner,
+    read_final,
+    readable_faults,
+    was_trained,
+)
+
+Cosines = dict[str, np.ndarray]
 
 
 def finalize(study: Study) -> tuple[dict[str, Any], str]:
-    """Score the models of the winner, one a seed, on the STS tests; or read what was scored before.
+    """Score the winner, the base configuration (one model a seed of each) and the untrained encoder on the STS tests;
+    or read what was scored before.
 
     Returns:
-        What ``final.json`` holds (`when`, `trial`, `seeds`; `tasks` and `average` with mean and deviation), and where
-        that is.
+        What ``final.json`` holds, and where that is: `when`, `trial`, `seeds`; `tasks` and `average` of the winner with
+        mean and deviation; `untrained` and `base` the same; `differences`: the winner's mean minus theirs by task, with
+        95 % intervals of a paired bootstrap.
 
     Raises:
         ConfigError: the study is not finished, or its STS data holds no tests.
+        DataError: a file of the study is damaged.
     """
     home = study.home
     where = (home / "final.json").address
-    final = home.read("final.json")
-    if final is not None:
-        return json.loads(final), where
+    if home.has("final.json"):
+        return read_final(study), where
     if study.base.evaluation.sts == "structure":
         raise ConfigError(
             "evaluation.sts is structure, which has no test sets. Score the model with `clusterns evaluate "
             f"{(home / 'model').address} --sts DIRECTORY`."
         )
-    found = home.read("result.json")
-    if found is None:
-        raise ConfigError(
-            f"The study {study.config.name!r} is not finished, and tests are looked at once. Run `clusterns tune` of "
-            "it to its end first."
-        )
-    with owner(study):
-        result = json.loads(found)
-        sts = parse_config(home.read("best.yaml") or "", source=result["best"]).evaluation.sts
-        from clusterns_ray.evaluation.suite import evaluate_model
-
-        scores = [evaluate_model(str(model), sts) for model in winners(study, result)]
-        tasks = {task: spread([s["tasks"][task]["spearman"] for s in scores]) for task in scores[0]["tasks"]}
-        averages = [s["average"] for s in scores if s["average"] is not None]
+    unfinished = ConfigError(
+        f"The study {study.config.name!r} is not finished, and tests are looked at once. Run `clusterns tune` of it to "
+        "its end first."
+    )
+    there = home.store is not None or (study.directory / FILES[study.config.storage]).is_file()
+    if not there or not home.has("result.json"):
+        raise unfinished
+    with readable_faults(study), owner(study):
+        ledger = Ledger(study)
+        if not is_finished(study, ledger):
+            raise unfinished
+        outcome = decide(study, ledger)
+        _check_result(study, outcome)
+        config = study.space.config(outcome.winner.overrides)
+        tests = read_final_tests(str(config.evaluation.sts), config.evaluation.dev)
+        found: dict[str, list[Cosines]] = {
+            "winner": model_cosines([run.fetch("model") for run in models_of(study, outcome.winner)], tests),
+            "untrained": [untrained_cosines(config, tests)],
+            "base": model_cosines([run.fetch("model") for run in models_of(study, outcome.base)], tests)
+            if outcome.base
+            else [],
+        }
+        others = {name: models for name, models in found.items() if name != "winner"}
         value = {
             "when": datetime.now(UTC).isoformat(timespec="seconds"),
-            "trial": result["winner"]["trial"],
-            "seeds": sorted(map(int, result["winner"]["scores"])),
-            "tasks": tasks,
-            "average": spread(averages) if averages else None,
+            "trial": outcome.winner.number,
+            "seeds": sorted(outcome.winner.scores),
+            "untrained_models": {
+                "winner": sum(not was_trained(run) for run in models_of(study, outcome.winner)),
+                "base": sum(not was_trained(run) for run in models_of(study, outcome.base)) if outcome.base else 0,
+            },
+            **scores_of(tests, found["winner"]),
+            **{name: scores_of(tests, models) if models else None for name, models in others.items()},
+            "differences": over_pairs(tests, found["winner"], others),
         }
         home.write("final.json", json_text(value))
     return value, where
 
 
-def winners(study: Study, result: dict[str, Any]) -> list[Path]:
-    """The winner's model of every seed; the trial's own where nothing was confirmed."""
-    trial, seeds = result["winner"]["trial"], result["winner"]["scores"]
-    if not seeds:
-        return [study.home.fetch("model")]
-    return [(runs_of(study, None) / f"{trial:04d}-seed{seed}").fetch("model") for seed in seeds]
+def _check_result(study: Study, outcome: Outcome) -> None:
+    """Refuse a ``result.json`` that names another winner than the study's own scores do.
+
+    Raises:
+        DataError: it does, or cannot be read.
+    """
+    try:
+        known = json.loads(study.home.read("result.json") or "")["winner"]
+        if (known["trial"], known["mean"]) == (outcome.winner.number, summary(outcome.winner)["mean"]):
+            return
+        reason = "it names another winner than the scores of the study do"
+    except (ValueError, KeyError, TypeError):
+        reason = "it cannot be read"
+    raise DataError(
+        f"{(study.home / 'result.json').address!r} is damaged: {reason}. Give `clusterns tune` of the study again, "
+        "which writes it anew, and then --finalize."
+    )
+
+
+def read_final_tests(sts: str, dev: str) -> StsTests:
+    """The tests in a study's STS data, without the dev set, which has chosen the winner.
+
+    Raises:
+        ConfigError: nothing is left.
+    """
+    directory = str(hub.fetch_sts(hub.hub_cache())) if sts == "hf" else sts
+    tests = read_tests(directory)
+    tests = replace(tests, extra=[pairs for pairs in tests.extra if pairs.name != dev])
+    if not tests.subsets():
+        raise ConfigError(
+            f"{sts!r} holds no test set: {dev} has chosen the winner, and there is no other. Score the model on other "
+            "pairs with `clusterns evaluate RUN/model --sts DIRECTORY`."
+        )
+    return tests
+
+
+def scores_of(tests: StsTests, models: Sequence[Cosines]) -> dict[str, Any]:
+    """Scores of the models by task, sets of one's own among them, with mean and deviation; and their average."""
+    scores = [score_tests(tests, cosines) for cosines in models]
+    tasks = {task: spread([s["tasks"][task]["spearman"] for s in scores]) for task in tests.tasks}
+    tasks |= {pairs.name: spread([s["extra"][pairs.name] for s in scores]) for pairs in tests.extra}
+    averages = [s["average"] for s in scores if s["average"] is not None]
+    return {"tasks": tasks, "average": spread(averages) if averages else None}
 
 
 def spread(scores: list[float]) -> dict[str, Any]:
@@ -74,17 +146,61 @@ def spread(scores: list[float]) -> dict[str, Any]:
 
 
 def render_final(final: dict[str, Any]) -> None:
-    """Print the table of tasks."""
+    """Print the table of tasks: the winner, what it is compared with, and the differences."""
     from rich.console import Console
     from rich.table import Table
 
+    console = Console()
     seeds = ", ".join(map(str, final["seeds"])) or "the trials' own"
     table = Table(title=f"Winner, trial {final['trial']}, seeds {seeds}: Spearman x 100, looked at {final['when']}")
     table.add_column("task")
-    table.add_column("mean", justify="right")
-    table.add_column("+-", justify="right")
-    rows = dict(final["tasks"]) | ({"average": final["average"]} if final["average"] else {})
-    for task, value in rows.items():
-        deviation = "" if value["deviation"] is None else f"{value['deviation']:.2f}"
-        table.add_row(task, f"{value['mean']:.2f}", deviation)
-    Console().print(table)
+    table.add_column("winner", justify="right")
+    others = [name for name in NAMES if final.get(name)]
+    for name in others:
+        table.add_column(NAMES[name].removeprefix("the "), justify="right")
+        table.add_column("difference (95 % interval)", justify="right")
+    rows = [*final["tasks"], *(["average"] if final["average"] else [])]
+    for task in rows:
+        cells = [_cell(final, task)]
+        for name in others:
+            cells += [_cell(final[name], task), _difference(final["differences"].get(name, {}).get(task))]
+        table.add_row(task, *cells)
+    console.print(table)
+    for line in final_sentences(final):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def final_sentences(final: dict[str, Any]) -> list[str]:
+    """What the differences mean, in words."""
+    found = []
+    for name, number in (final.get("untrained_models") or {}).items():
+        if number:
+            found.append(
+                f"{number} of the models scored for the {name} are the untrained encoder, as no step of their runs was "
+                "better on the dev set."
+            )
+    for name, other in NAMES.items():
+        differences = (final.get("differences") or {}).get(name)
+        if not differences:
+            found.append(f"{other[0].upper()}{other[1:]} was not scored, so nothing tells whether the winner beats it.")
+            continue
+        if "average" not in differences and len(differences) > 1:
+            continue
+        (what, found_one) = (
+            ("average", differences["average"]) if "average" in differences else next(iter(differences.items()))
+        )
+        side = "above" if found_one["difference"] > 0 else "BELOW"
+        noise = ", inside the noise of the pairs" if found_one["inside_noise"] else ""
+        found.append(f"The winner is {abs(found_one['difference']):.2f} {side} {other} ({what}){noise}.")
+    return found
+
+
+def _cell(scores: dict[str, Any], task: str) -> str:
+    value = scores["average"] if task == "average" else scores["tasks"].get(task)
+    if value is None:
+        return "-"
+    return f"{value['mean']:.2f}" + ("" if value["deviation"] is None else f" +- {value['deviation']:.2f}")
+
+
+def _difference(found: dict[str, Any] | None) -> str:
+    return "-" if found is None else f"{found['difference']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f})"

@@ -11,10 +11,12 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+import sqlite3
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,9 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from clusterns_ray.data.batches import stream_key
-from clusterns_ray.errors import ClusterNSError, ConfigError
-from clusterns_ray.tuning.snapshot import FILES, LOCK_WAIT_S, SNAPSHOT_S, pull_snapshot, push_snapshot
+from clusterns_ray.errors import ClusterNSError, ConfigError, DiskError
+from clusterns_ray.files import disk_fault
+from clusterns_ray.tuning.snapshot import FILES, LOCK_WAIT_S, LOOK_WAIT_S, SNAPSHOT_S, pull_snapshot, push_snapshot
 from clusterns_ray.tuning.space import Overrides, point_key
 from clusterns_ray.tuning.study import Study, differences
 
@@ -63,15 +66,26 @@ class Ledger:
         self._changed, self._saved_at = False, -math.inf
         study.directory.mkdir(parents=True, exist_ok=True)
         pull_snapshot(self.home, self.config.storage)
-        self.optuna = optuna.create_study(
-            storage=open_storage(study.directory, self.config.storage, writing=True),
-            study_name=self.config.name,
-            direction="maximize",
-            load_if_exists=True,
-            sampler=Sampler(self.config.sampler),
-            pruner=_pruner(study),
-        )
-        self._check_identity(study)
+        self.path = study.directory / FILES[self.config.storage]
+        self.begins_anew = not self.path.exists() and any((study.directory / "trials").glob("*"))
+        """The study's file is gone, though its trials' directories are there."""
+        with study_file(self.path):
+            storage = open_storage(study.directory, self.config.storage, writing=True)
+            others = [name for name in optuna.get_all_study_names(storage) if name != self.config.name]
+            if others:
+                raise ConfigError(
+                    f"{str(self.path)!r} holds the study {others[0]!r}, not {self.config.name!r}. Put that file back "
+                    "where it came from, or choose another name."
+                )
+            self.optuna = optuna.create_study(
+                storage=storage,
+                study_name=self.config.name,
+                direction="maximize",
+                load_if_exists=True,
+                sampler=Sampler(self.config.sampler),
+                pruner=_pruner(study),
+            )
+            self._check_identity(study)
         self._grid = _grid(study) if self.config.sampler.name == "grid" else None
         self._live: dict[int, optuna.Trial] = {}
         self._spent: dict[int, tuple[float, float]] = {}
@@ -81,6 +95,8 @@ class Ledger:
     def _check_identity(self, study: Study) -> None:
         identity = study.identity()
         known = self.optuna.user_attrs.get("identity")
+        if known is None and self.optuna.get_trials(deepcopy=False):
+            raise ClusterNSError(_damaged(self.path, "it has trials, and does not tell of which space"))
         if known is None:
             self.remember("identity", identity)
             self.save()
@@ -207,6 +223,12 @@ class Ledger:
         self._note(trial, reason=reason, seconds=self._seconds(number, seconds))
         self._tell(number, state=TrialState.FAIL)
 
+    def begin_again(self, number: int) -> None:
+        """Take back that a trial was begun, where the disk and not the trial ended it."""
+        trial = self._live[number]
+        attempts = self._frozen(trial).user_attrs.get("attempts", 0)
+        self._note(trial, attempts=max(attempts - 1, 0))
+
     def remember(self, key: str, value: Any) -> None:
         """Keep a plain value with the study."""
         self.optuna.set_user_attr(key, value)
@@ -248,50 +270,127 @@ def begun(study: optuna.Study) -> list[FrozenTrial]:
     return [trial for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING]
 
 
-def read_ledger(directory: Path) -> optuna.Study:
+def read_ledger(directory: Path, name: str | None = None) -> optuna.Study:
     """The Optuna study of a directory, to look at.
+
+    Args:
+        name: of the study; None takes the only one that the file holds.
 
     Raises:
         ConfigError: there is none.
+        ClusterNSError: its file is damaged, locked, or cannot be read.
     """
-    for kind, name in FILES.items():
-        if (directory / name).is_file():
+    for kind, file in FILES.items():
+        path = directory / file
+        if not path.is_file():
+            continue
+        with study_file(path):
             storage = open_storage(directory, kind, writing=False)
             names = optuna.get_all_study_names(storage)
+            if name is not None and names and name not in names:
+                raise ConfigError(f"{str(path)!r} holds the study {names[0]!r}, not {name!r}. Mend `name`.")
             if names:
-                return optuna.load_study(study_name=names[0], storage=storage)
+                study = optuna.load_study(study_name=name or names[0], storage=storage)
+                study.get_trials(deepcopy=False)
+                return study
     raise ConfigError(f"{str(directory)!r} holds no study yet. `clusterns tune` of the study file begins it.")
 
 
 def open_storage(directory: Path, kind: str, writing: bool) -> optuna.storages.BaseStorage:
-    """The storage in ``directory``; its one writer also mends what a kill has left half-written."""
+    """The storage in ``directory``; its one writer also mends what a kill has left half-written.
+
+    Raises:
+        ClusterNSError: the file is damaged.
+    """
     path = directory / FILES[kind]
+    if kind == "sqlite":
+        if writing and not path.exists():
+            _create_database(path)
+        _check_database(path)
+        return _database(path, LOCK_WAIT_S if writing else LOOK_WAIT_S)
+    if writing:
+        _mend_journal(path)
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+    return optuna.storages.JournalStorage(JournalFileBackend(str(path), JournalFileOpenLock(str(path))))
+
+
+@contextmanager
+def study_file(path: Path) -> Iterator[None]:
+    """One line with the reason and the remedy in place of whatever opening or reading a study's file raises.
+
+    Raises:
+        DiskError: the disk does not take what is written.
+        ClusterNSError: the file is locked, damaged, or cannot be opened.
+    """
     try:
-        if kind == "sqlite":
-            if writing and not path.exists():
-                _create_database(path)
-            return _database(path)
-        if writing:
-            _mend_journal(path)
-        from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-
-        return optuna.storages.JournalStorage(JournalFileBackend(str(path), JournalFileOpenLock(str(path))))
+        yield
+    except ClusterNSError:
+        raise
     except Exception as error:
-        raise ClusterNSError(
-            f"The study's file {str(path)!r} cannot be opened ({str(error).splitlines()[0]}). Restore it from a copy, "
-            "or choose another name."
-        ) from error
+        raise file_error(path, error) from error
 
 
-def _database(path: Path) -> optuna.storages.RDBStorage:
-    return optuna.storages.RDBStorage(f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": LOCK_WAIT_S}})
+def file_error(path: Path, error: Exception) -> ClusterNSError:
+    """The words for what SQLite, SQLAlchemy or Optuna said of a study's file."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    texts = [" ".join(str(each).split("\n")[0].split()) or type(each).__name__ for each in chain]
+    said = " ".join(texts).lower()
+    # SQLAlchemy's own text begins with the class of the error below it.
+    reason = texts[0].rpartition("(sqlite3.")[2].partition(") ")[2] or texts[0]
+    if "locked" in said or "busy" in said:
+        return ClusterNSError(
+            f"The study's file {str(path)!r} is locked by another process ({reason}). End whatever has it open, such "
+            "as a database browser; then the same command goes on."
+        )
+    full = disk_fault(error)
+    if full is not None:
+        return DiskError(
+            f"The study's file {str(path)!r} could not be written ({full}). Free space there, or make it writable; "
+            "then the same command goes on."
+        )
+    if "unable to open" in said or any(isinstance(each, PermissionError) for each in chain):
+        return ClusterNSError(
+            f"The study's file {str(path)!r} cannot be opened ({reason}). Make it and its directory readable and "
+            "writable for this user."
+        )
+    return ClusterNSError(_damaged(path, reason[:200]))
+
+
+def _damaged(path: Path, reason: str) -> str:
+    return (
+        f"The study's file {str(path)!r} is damaged ({reason}). Restore it from a copy; or move it away, and "
+        "`clusterns tune` begins the study anew."
+    )
+
+
+def _check_database(path: Path) -> None:
+    """Refuse a database that is damaged, before anything is read of it or written to it.
+
+    Raises:
+        ClusterNSError: it is.
+        sqlite3.Error: it cannot be read.
+    """
+    if path.stat().st_size == 0:
+        raise ClusterNSError(_damaged(path, "it is empty"))
+    with contextlib.closing(sqlite3.connect(path, timeout=LOOK_WAIT_S)) as connection:
+        (found,) = connection.execute("pragma quick_check(1)").fetchone()
+        if found != "ok":
+            raise ClusterNSError(_damaged(path, " ".join(str(found).split())))
+        connection.execute("select count(*) from trials").fetchone()
+
+
+def _database(path: Path, wait_s: float) -> optuna.storages.RDBStorage:
+    return optuna.storages.RDBStorage(f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": wait_s}})
 
 
 def _create_database(path: Path) -> None:
     """Make the tables beside their place, as whoever opens a database without them would make them, too."""
     temporary = path.with_name(f".{path.name}.new")
     temporary.unlink(missing_ok=True)
-    storage = _database(temporary)
+    storage = _database(temporary, LOCK_WAIT_S)
     storage.remove_session()
     storage.engine.dispose()
     temporary.replace(path)
@@ -306,8 +405,13 @@ def _mend_journal(path: Path) -> None:
         return
     with path.open("rb+") as file:
         content = file.read()
+        if not content and any((path.parent / "trials").glob("*")):
+            raise ClusterNSError(_damaged(path, "it is empty"))
         if content and not content.endswith(b"\n"):
-            file.truncate(content.rfind(b"\n") + 1)
+            last = content.rfind(b"\n") + 1
+            if not content[last:].startswith(b"{"):
+                raise ClusterNSError(_damaged(path, "its last line is not one that Optuna began to write"))
+            file.truncate(last)
 
 
 class Sampler(optuna.samplers.BaseSampler):

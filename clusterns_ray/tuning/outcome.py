@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import statistics
@@ -12,6 +13,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from clusterns_ray.errors import DataError
 from clusterns_ray.tuning.space import Overrides
 
 SIGNIFICANCE = 0.05
@@ -21,17 +23,20 @@ SIGNIFICANCE = 0.05
 class Candidate:
     """A configuration that was run with several seeds, or with the trials' seed alone."""
 
-    number: int
-    """of the trial that found it"""
+    number: int | None
+    """of the trial that found it; None for a base configuration that no trial had"""
     overrides: Overrides
-    trial_score: float
-    """the score that chose it: too good on average, as the best of many is"""
+    trial_score: float | None
+    """the score that chose it: too good on average, as the best of many is; None where nothing did"""
     scores: dict[int, float]
     """dev score by confirmation seed"""
 
     @property
     def mean(self) -> float:
-        return statistics.fmean(self.scores.values()) if self.scores else self.trial_score
+        if self.scores:
+            return statistics.fmean(self.scores.values())
+        assert self.trial_score is not None
+        return self.trial_score
 
     @property
     def deviation(self) -> float | None:
@@ -79,6 +84,32 @@ def summary(candidate: Candidate) -> dict[str, Any]:
     }
 
 
+RESULT_KEYS = {"dev": str, "winner": dict, "candidates": list, "not_told_apart": list, "confirmation_failures": dict}
+SUMMARY_KEYS = ("trial", "values", "mean", "deviation", "scores", "trial_score")
+
+
+def check_result(text: str | None, where: str) -> dict[str, Any]:
+    """What a study's ``result.json`` holds.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    try:
+        value = json.loads(text or "")
+        for key, kind in RESULT_KEYS.items():
+            if not isinstance(value[key], kind):
+                raise ValueError(f"its {key} is {str(value[key])[:40]!r}")
+        for candidate in (value["winner"], *value["candidates"]):
+            if any(key not in candidate for key in SUMMARY_KEYS) or not isinstance(candidate["mean"], int | float):
+                raise ValueError("a candidate lacks its scores")
+        return {"seeds": [], "study": "", **value}
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+    raise DataError(
+        f"{where!r} is damaged ({reason}). Give `clusterns tune` of the study file again, which writes it anew."
+    )
+
+
 def write_trials(path: Path, trials: Sequence[FrozenTrial], keys: Sequence[str]) -> None:
     """``trials.parquet``: a row a trial, its values by key, its evaluations as two lists."""
     import pyarrow as pa
@@ -114,11 +145,15 @@ def write_trials(path: Path, trials: Sequence[FrozenTrial], keys: Sequence[str])
     temporary.replace(path)
 
 
-def copy_model(source: Path, target: Path) -> None:
-    """Put a run's exported model in place in one step."""
+def copy_model(source: Path, target: Path, about: Sequence[str] = ()) -> None:
+    """Put a run's exported model in place in one step; ``about`` is added to its model card."""
     from clusterns_ray.training.checkpoint import replace_directory
 
     def write(path: Path) -> None:
         shutil.copytree(source, path, dirs_exist_ok=True)
+        card = path / "README.md"
+        if about and card.is_file():
+            text = card.read_text(encoding="utf-8", errors="replace")
+            card.write_text("\n".join([text, "## The study that chose it", "", *about]) + "\n", encoding="utf-8")
 
     replace_directory(target, write)

@@ -11,6 +11,9 @@ from clusterns_ray.storage import Place
 
 FILES = {"sqlite": "study.db", "journal": "study.journal"}
 LOCK_WAIT_S = 60
+"""Seconds for which the one writer waits for a lock of another process."""
+LOOK_WAIT_S = 10
+"""The same for whoever only looks."""
 SNAPSHOT_S = 30.0
 """Evaluations are in the store after this many seconds; the beginning and the end of a trial at once."""
 

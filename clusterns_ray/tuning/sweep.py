@@ -9,24 +9,39 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sqlite3
+import statistics
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import optuna
+from sqlalchemy.exc import SQLAlchemyError
 
-from clusterns_ray.config import Config, dump_config, make_config
+from clusterns_ray.config import Config, dump_config, make_config, parse_config
 from clusterns_ray.data.digests import check_digests, data_digests
 from clusterns_ray.data.prepare import Prepared, cache_directory, describe, prepare
-from clusterns_ray.errors import ClusterNSError, ConfigError, StorageError
-from clusterns_ray.evaluation.sts import read_pairs
-from clusterns_ray.files import json_text
+from clusterns_ray.errors import ClusterNSError, ConfigError, DataError, DiskError, StorageError
+from clusterns_ray.evaluation.sts import StsTests, read_pairs
+from clusterns_ray.files import checksum_holds, disk_fault, json_text, write_probe
 from clusterns_ray.launch.places import run_directory, stage
 from clusterns_ray.launch.preflight import check_data, check_encoder, check_storage
 from clusterns_ray.storage import Place
 from clusterns_ray.training.exclusive import Held, exclusive, leased
-from clusterns_ray.tuning.ledger import Ledger, Proposal
+from clusterns_ray.tuning.comparison import (
+    difference_over_seeds,
+    model_cosines,
+    over_pairs,
+    seed_interval,
+    sentences,
+    untrained_cosines,
+)
+from clusterns_ray.tuning.ledger import Ledger, Proposal, file_error
 from clusterns_ray.tuning.outcome import Candidate, choose, copy_model, summary, top_trials, write_trials
+from clusterns_ray.tuning.snapshot import FILES
 from clusterns_ray.tuning.space import Overrides, with_values
 from clusterns_ray.tuning.study import Study, dump_study
 
@@ -52,16 +67,53 @@ def tune(study: Study, watch: Watch = lambda event: None) -> dict[str, Any]:
         ClusterNSError: no trial finished, or the cluster failed; what is finished is kept.
     """
     check_request(study)
-    with owner(study, lambda text: watch({"event": "note", "text": text})) as permit:
+
+    def note(text: str) -> None:
+        watch({"event": "note", "text": text})
+
+    with readable_faults(study), owner(study, note) as permit:
         ledger = Ledger(study, permit=permit)
+        if ledger.begins_anew:
+            note(
+                f"{str(ledger.path)!r} is not there, though trials of an earlier study of that name are: the study "
+                "begins anew. Runs of exactly the same configuration are kept, the others are replaced."
+            )
         study.home.write("study.yaml", dump_study(study))
         sweep = Sweep(study, ledger, watch)
         if sweep.exhausted():
-            watch({"event": "note", "text": f"{study.config.name!r} is finished; raise the budget to go on with it."})
+            note(f"{study.config.name!r} is finished; raise the budget to go on with it.")
         else:
             _check_not_finalized(study)
+            # What an earlier end of the study said is not its result any more.
+            study.home.remove_file("result.json")
             _run(sweep)
-        return write_outcome(study, ledger)
+        return write_outcome(study, ledger, note)
+
+
+@contextmanager
+def readable_faults(study: Study) -> Iterator[None]:
+    """One line, with the remedy, where the disk fails or the study's file does, anywhere in a sweep.
+
+    Raises:
+        DiskError: the disk does not take what is written; no trial is lost by it.
+        ClusterNSError: the study's file is locked or damaged.
+    """
+    try:
+        yield
+    except ClusterNSError:
+        raise
+    except (SQLAlchemyError, sqlite3.Error, optuna.exceptions.StorageInternalError) as error:
+        raise file_error(study.directory / FILES[study.config.storage], error) from error
+    except Exception as error:
+        reason = disk_fault(error)
+        if reason is None:
+            raise
+        raise DiskError(
+            f"The study's files in {str(study.directory)!r} could not be written ({reason}). {DISK_REMEDY}"
+        ) from error
+
+
+DISK_REMEDY = "Free space there, or make it writable; then the same command goes on, and no trial is lost."
 
 
 RAY_SETTINGS = {
@@ -211,6 +263,8 @@ class Sweep:
 
     def ended(self, job: Job, result: dict[str, Any]) -> None:
         number, seconds = job["number"], result["seconds"]
+        if result["outcome"] != "finished":
+            self._check_storage(job, result)
         if result["outcome"] == "finished":
             if number is not None:
                 self.ledger.complete(number, result["score"], result["steps"], seconds, result["curve"])
@@ -225,6 +279,23 @@ class Sweep:
             told = {"reason": result["reason"]}
         self.watch({"event": "trial", "what": result["outcome"], **_told(job), **told})
         self._close(job)
+
+    def _check_storage(self, job: Job, result: dict[str, Any]) -> None:
+        """End the sweep, and not the trial, where it is the storage that failed.
+
+        A process that died of a full disk may not have told so, which is why the disk is tried as well.
+
+        Raises:
+            StorageError: the same command takes the trial up again.
+        """
+        reason = result["reason"] if result["outcome"] == "storage" else full_disk(self.study.directory)
+        if reason is None:
+            return
+        if job["number"] is not None:
+            with suppress(Exception):  # which is on the same disk
+                self.ledger.begin_again(job["number"])
+        self._live.discard(job["id"])
+        raise DiskError(f"The sweep stopped in {job['id']}: {reason.rstrip('.')}. {DISK_REMEDY}")
 
     # ---- jobs ---------------------------------------------------------------------------------------------------
 
@@ -247,6 +318,9 @@ class Sweep:
     def _job(self, name: str, number: int | None, overrides: Overrides) -> Job:
         runs = runs_of(self.study, number)
         config = trial_config(self.study, overrides, runs, name)
+        if not is_run_of(runs / name, config):
+            self.note(f"{(runs / name).address} is of another configuration, or damaged; it is replaced.")
+            runs.remove(name)
         (runs / name).write("config.yaml", dump_config(config))
         _, staged = self._data(config)
         job: Job = {
@@ -265,9 +339,9 @@ class Sweep:
     def _plan_confirmations(self) -> list[Job]:
         failures = self.ledger.recall("confirmation_failures", {})
         jobs = []
-        for trial, name, seed in planned_confirmations(self.study, self.ledger):
-            if name not in failures and runs_of(self.study, None).read(f"{name}/result.json") is None:
-                jobs.append(self._job(name, None, {**values_of(self.study, trial), "seed": seed}))
+        for run in planned_runs(self.study, self.ledger):
+            if run.name not in failures and run.score(self.study) is None:
+                jobs.append(self._job(run.name, None, run.overrides))
         return jobs
 
     def _data(self, config: Config) -> tuple[Prepared, dict[str, Any]]:
@@ -306,6 +380,15 @@ class Sweep:
         )
 
 
+def full_disk(directory: Path) -> str | None:
+    """Why nothing more can be written in a directory; None where it can. Real bytes, as a full disk takes names."""
+    try:
+        write_probe(directory / f".write-test-{uuid.uuid4().hex[:8]}")
+    except OSError as error:
+        return f"{str(directory)!r} cannot be written ({error.strerror})"
+    return None
+
+
 def runs_of(study: Study, number: int | None) -> Place:
     """Where the runs of trials are, or those that confirm (which have no number)."""
     return study.home / ("confirmation" if number is None else "trials")
@@ -321,7 +404,7 @@ def remove_leftovers(run: Place, model: bool) -> None:
 def clean_up(study: Study, ledger: Ledger) -> None:
     """Remove what a kill, between the note of a run's end and this, has left; or a pruned trial, still copying."""
     runs = {f"trials/{trial.number:04d}": study.confirms for trial in ledger.ended()}
-    runs |= {f"confirmation/{name}": False for _, name, _ in planned_confirmations(study, ledger)}
+    runs |= {f"confirmation/{run.name}": False for run in planned_runs(study, ledger)}
     store = study.home.store
     there = None if store is None else {"/".join(name.split("/")[:3]) for name in store.names()}
     for name, model in runs.items():
@@ -356,14 +439,74 @@ def _encoder_key(job: Job) -> str:
 # ---- the end ------------------------------------------------------------------------------------------------------
 
 
-def planned_confirmations(study: Study, ledger: Ledger) -> list[tuple[optuna.trial.FrozenTrial, str, int]]:
-    """(trial, run name, seed) of every run that confirms, done or not."""
-    config = study.config.confirmation
-    return [
-        (trial, f"{trial.number:04d}-seed{seed}", seed)
-        for trial in top_trials(ledger.ended(), config.top)
-        for seed in config.seeds
+@dataclass(frozen=True)
+class Planned:
+    """A run beside the trials: of one of the best configurations with another seed, or of the base configuration."""
+
+    trial: int | None
+    """the trial that it confirms; None for the base configuration"""
+    name: str
+    seed: int
+    overrides: Overrides
+
+    def score(self, study: Study) -> float | None:
+        """Its best dev score; None where it has not ended, or what lies there is the run of another configuration."""
+        run = runs_of(study, None) / self.name
+        return run_score(run, trial_config(study, self.overrides, runs_of(study, None), self.name))
+
+
+def planned_runs(study: Study, ledger: Ledger) -> list[Planned]:
+    """Every run beside the trials, done or not; none before a trial has finished."""
+    top = top_trials(ledger.ended(), study.config.confirmation.top)
+    if not top:
+        return []
+    base = base_trial(study, ledger)
+    confirmed = {trial.number for trial in top} if study.confirms else {base}
+    baseline = [] if base is not None and base in confirmed else study.config.confirmation.seeds or [study.base.seed]
+    return [Planned(None, f"base-seed{seed}", seed, {"seed": seed}) for seed in baseline] + [
+        Planned(trial.number, f"{trial.number:04d}-seed{seed}", seed, {**values_of(study, trial), "seed": seed})
+        for trial in top
+        for seed in study.config.confirmation.seeds
     ]
+
+
+def base_trial(study: Study, ledger: Ledger) -> int | None:
+    """The best finished trial with the very values of the base configuration; None where there is none."""
+    for trial in top_trials(ledger.ended(), len(ledger.ended())):
+        if study.space.config(values_of(study, trial)).fingerprint() == study.base.fingerprint():
+            return trial.number
+    return None
+
+
+def is_run_of(run: Place, config: Config) -> bool:
+    """Whether a directory is free, or holds a run of this configuration; not where its configuration is damaged."""
+    try:
+        text = run.read("config.yaml")
+        return text is None or parse_config(text).fingerprint() == config.fingerprint()
+    except (ClusterNSError, UnicodeDecodeError):
+        return False
+
+
+def run_score(run: Place, config: Config) -> float | None:
+    """The best dev score after a step of a run that has ended and is of this configuration; None for any other."""
+    result = read_run_result(run)
+    if result is None or not is_run_of(run, config):
+        return None
+    score = result.get("sts_dev_trained", result.get("sts_dev"))
+    if isinstance(score, bool) or not isinstance(score, int | float):
+        return None
+    return float(score) if result.get("fingerprint", config.fingerprint()) == config.fingerprint() else None
+
+
+def read_run_result(run: Place) -> dict[str, Any] | None:
+    """A run's ``result.json``; None where there is none, or it is damaged."""
+    try:
+        result = json.loads(run.read("result.json") or "")
+    except ValueError:  # UnicodeDecodeError is one
+        return None
+    if not isinstance(result, dict) or ("checksum" in result and not checksum_holds(result)):
+        return None
+    return result
 
 
 def values_of(study: Study, trial: optuna.trial.FrozenTrial) -> Overrides:
@@ -374,69 +517,239 @@ def values_of(study: Study, trial: optuna.trial.FrozenTrial) -> Overrides:
 def candidates(study: Study, ledger: Ledger) -> list[Candidate]:
     """The best trials with the scores of their confirmations."""
     scores: dict[int, dict[int, float]] = {}
-    for trial, name, seed in planned_confirmations(study, ledger):
-        result = runs_of(study, None).read(f"{name}/result.json")
-        if result is not None:
-            scores.setdefault(trial.number, {})[seed] = json.loads(result)["sts_dev_trained"]
+    for run in planned_runs(study, ledger):
+        score = run.score(study) if run.trial is not None else None
+        if run.trial is not None and score is not None:
+            scores.setdefault(run.trial, {})[run.seed] = score
     return [
         Candidate(trial.number, values_of(study, trial), trial.value or 0.0, scores.get(trial.number, {}))
         for trial in top_trials(ledger.ended(), study.config.confirmation.top)
     ]
 
 
-def write_outcome(study: Study, ledger: Ledger) -> dict[str, Any]:
+def baseline(study: Study, ledger: Ledger, found: list[Candidate]) -> Candidate | None:
+    """The base configuration, by the same seeds as the others; None where none of its runs has ended."""
+    number = base_trial(study, ledger)
+    for candidate in found:
+        if candidate.number == number and (candidate.scores or not study.confirms):
+            return candidate
+    runs = [run for run in planned_runs(study, ledger) if run.trial is None]
+    scores = {run.seed: score for run in runs if (score := run.score(study)) is not None}
+    if not study.confirms:
+        trial = next((trial for trial in ledger.ended() if trial.number == number), None)
+        score = trial.value if trial is not None else scores.get(study.base.seed)
+        return None if score is None else Candidate(number, {}, score, {})
+    return Candidate(number, {}, None, scores) if scores else None
+
+
+def models_of(study: Study, candidate: Candidate) -> list[Place]:
+    """The directories of a candidate's runs, one a seed, the trial's own where nothing was confirmed."""
+    name = "base" if candidate.number is None or not candidate.overrides else f"{candidate.number:04d}"
+    if candidate.scores:
+        return [runs_of(study, None) / f"{name}-seed{seed}" for seed in sorted(candidate.scores)]
+    if candidate.number is None:
+        return [runs_of(study, None) / f"base-seed{study.base.seed}"]
+    return [runs_of(study, candidate.number) / f"{candidate.number:04d}"]
+
+
+def write_outcome(study: Study, ledger: Ledger, note: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """``trials.parquet``, ``best.yaml``, ``model/`` and ``result.json``, from what the study and its runs hold."""
     home, trials = study.home, ledger.trials()
     clean_up(study, ledger)
     write_trials(home.local / "trials.parquet", trials, list(study.space.parameters))
     home.publish("trials.parquet")
-    found = candidates(study, ledger)
-    if not found:
+    if not candidates(study, ledger):
         reasons = [trial.user_attrs["reason"] for trial in trials if "reason" in trial.user_attrs]
         raise ClusterNSError(
             f"None of the {len(trials)} trials of {study.config.name!r} finished"
             + (f"; the last: {reasons[-1]}" if reasons else ".")
             + f" See {(home / 'trials').address!r}."
         )
-    winner, alike = choose(found, len(study.config.confirmation.seeds))
-    config = study.space.config(winner.overrides)
-    best = make_config(with_values(config.resolved(), {"runtime.name": f"{study.config.name}-best"}))
-    home.write("best.yaml", dump_config(best))
-    copy_model(_best_run(study, winner).fetch("model"), home.local / "model")
-    home.publish("model")
-    scores_before = list(ledger.recall("scores_before", {}).values())
+    outcome = decide(study, ledger)
+    winner, config = outcome.winner, study.space.config(outcome.winner.overrides)
     result = {
         "study": study.config.name,
         "dev": study.base.evaluation.dev,
-        "sts_dev_before": scores_before[0] if len(scores_before) == 1 else None,
+        "sts_dev_before": outcome.before,
         "trials": {state: sum(t.state.name == state for t in trials) for state in ("COMPLETE", "PRUNED", "FAIL")},
         "seconds": round(ledger.recall("seconds", 0.0), 1),
         "seeds": study.config.confirmation.seeds,
         "winner": summary(winner),
-        "not_told_apart": [candidate.number for candidate in alike],
-        "candidates": [summary(candidate) for candidate in found],
+        "base": summary(outcome.base) if outcome.base else None,
+        "intervals": {
+            name: seed_interval(list(candidate.scores.values())) if candidate else None
+            for name, candidate in (("winner", winner), ("base", outcome.base))
+        },
+        "against": {},
+        "model_is_trained": was_trained(best_run(study, winner)),
+        "not_told_apart": [candidate.number for candidate in outcome.alike],
+        "candidates": [summary(candidate) for candidate in outcome.candidates],
         "confirmation_failures": ledger.recall("confirmation_failures", {}),
         "best": (home / "best.yaml").address,
         "model": (home / "model").address,
     }
+    result["against"] = compare_winner(study, ledger, outcome, result, note)
+    best = make_config(with_values(config.resolved(), {"runtime.name": f"{study.config.name}-best"}))
+    about = [*outcome_words(result), *sentences(result)]
+    home.write("best.yaml", "".join(f"# {line}\n" for line in about) + dump_config(best))
+    copy_model(best_run(study, winner).fetch("model"), home.local / "model", about)
+    home.publish("model")
     ledger.save()
     home.write("result.json", json_text(result))  # last, as it says that everything is there
     return result
 
 
-def _best_run(study: Study, winner: Candidate) -> Place:
+@dataclass(frozen=True)
+class Outcome:
+    """What a study's trials and confirmations decide."""
+
+    candidates: list[Candidate]
+    winner: Candidate
+    alike: list[Candidate]
+    """not to be told apart from the winner"""
+    base: Candidate | None
+    """the base configuration; None where its runs failed"""
+    before: float | None
+    """the dev score of the encoder that the winner started from, untrained"""
+
+
+def decide(study: Study, ledger: Ledger) -> Outcome:
+    """The winner and what stands beside it; there has to be a candidate."""
+    found = candidates(study, ledger)
+    winner, alike = choose(found, len(study.config.confirmation.seeds))
+    scores = ledger.recall("scores_before", {})
+    key = _encoder_key({"config": study.space.config(winner.overrides).resolved()})
+    return Outcome(found, winner, alike, baseline(study, ledger, found), scores.get(key))
+
+
+def count_seeds(count: int) -> str:
+    return "one further seed" if count == 1 else f"{count} further seeds"
+
+
+def outcome_words(result: dict[str, Any]) -> list[str]:
+    """What kind of score chose the winner of a study."""
+    winner, dev = result["winner"], result["dev"]
+    if not winner["scores"]:
+        return [
+            f"Trial {winner['trial']} of the study {result['study']}: {winner['mean']:.2f} on {dev} (Spearman x 100), "
+            "the best of single runs, which no other seed confirmed."
+        ]
+    spread = "" if winner["deviation"] is None else f" +- {winner['deviation']:.2f}"
+    return [
+        f"Trial {winner['trial']} of the study {result['study']}: {winner['mean']:.2f}{spread} on {dev} (Spearman x "
+        f"100) over {count_seeds(len(winner['scores']))}; model/ is that of the seed with the best score."
+    ]
+
+
+def compare_winner(
+    study: Study, ledger: Ledger, outcome: Outcome, result: dict[str, Any], note: Callable[[str], None]
+) -> dict[str, dict[str, Any] | None]:
+    """Score, difference and intervals of the winner against the untrained encoder and the base configuration.
+
+    The intervals over the dev pairs need the models to be run; those of the last time are kept where no score changed.
+    """
+    winner = outcome.winner
+    own = list(winner.scores.values()) or [winner.mean]
+    others = {
+        "untrained": None if outcome.before is None else [outcome.before],
+        "base": outcome.base and (list(outcome.base.scores.values()) or [outcome.base.mean]),
+    }
+    kept = ledger.recall("comparison", {})
+    if kept.get("of") != _compared(result):
+        kept = {"of": _compared(result), "intervals": _pair_intervals(study, outcome, note)}
+        ledger.remember("comparison", kept if kept["intervals"] else {})
+    pairs = kept["intervals"]
+    found: dict[str, dict[str, Any] | None] = {}
+    for name, scores in others.items():
+        if scores is None:
+            found[name] = None
+            continue
+        score = statistics.fmean(scores)
+        alone = name == "base" and len(scores) == 1  # of one seed nothing is known about others
+        found[name] = {
+            "score": score,
+            "difference": winner.mean - score,
+            "over_pairs": pairs.get(name),
+            "over_seeds": None if alone else difference_over_seeds(own, scores),
+        }
+    return found
+
+
+def _compared(result: dict[str, Any]) -> str:
+    return json.dumps([result[key] for key in ("winner", "base", "sts_dev_before")], sort_keys=True)
+
+
+def _pair_intervals(study: Study, outcome: Outcome, note: Callable[[str], None]) -> dict[str, Any]:
+    """Over the dev pairs, by name of what the winner is compared with; empty where a model cannot be run."""
+    config = study.space.config(outcome.winner.overrides)
+    note("Comparing the winner with the untrained encoder and the base configuration on the pairs of the dev set")
+    try:
+        prepared = prepare(config, note)
+        assert prepared.sts_dir is not None
+        tests = StsTests({}, [read_pairs(prepared.sts_dir, config.evaluation.dev)])
+        if not all(map(was_trained, models_of(study, outcome.winner))):
+            note("No intervals over the dev pairs: a run of the winner exported the untrained encoder.")
+            return {}
+        winner = model_cosines([run.fetch("model") for run in models_of(study, outcome.winner)], tests)
+        base = models_of(study, outcome.base) if outcome.base else []
+        base = base if all(map(was_trained, base)) else []
+        others = {
+            "untrained": [untrained_cosines(config, tests)],
+            "base": model_cosines([run.fetch("model") for run in base], tests),
+        }
+    except ClusterNSError as error:
+        note(f"No intervals over the dev pairs, as a model could not be run: {error}")
+        return {}
+    return {name: found[config.evaluation.dev] for name, found in over_pairs(tests, winner, others).items()}
+
+
+def was_trained(run: Place) -> bool:
+    """Whether the ``model/`` of a run is that of a step: where none was better, it is the untrained encoder."""
+    return (read_run_result(run) or {}).get("best_step") != 0
+
+
+def best_run(study: Study, winner: Candidate) -> Place:
     """The winner's run with its best seed."""
+    runs = models_of(study, winner)
     if not winner.scores:
-        return runs_of(study, winner.number) / f"{winner.number:04d}"
-    seed = min(winner.scores, key=lambda seed: (-winner.scores[seed], seed))
-    return runs_of(study, None) / f"{winner.number:04d}-seed{seed}"
+        return runs[0]
+    seeds = sorted(winner.scores)
+    return runs[seeds.index(min(seeds, key=lambda seed: (-winner.scores[seed], seed)))]
+
+
+def is_finished(study: Study, ledger: Ledger) -> bool:
+    """Whether every trial and every run beside them has come to an end, for this budget."""
+    failures = ledger.recall("confirmation_failures", {})
+    runs = planned_runs(study, ledger)
+    return (
+        bool(runs or ledger.ended())
+        and ledger.spent()
+        and not ledger.running()
+        and all(run.name in failures or run.score(study) is not None for run in runs)
+    )
+
+
+def read_final(study: Study) -> dict[str, Any]:
+    """What ``final.json`` holds.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    try:
+        value = json.loads(study.home.read("final.json") or "")
+        if isinstance(value["when"], str) and isinstance(value["tasks"], dict) and isinstance(value["seeds"], list):
+            return value
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise DataError(
+        f"{(study.home / 'final.json').address!r} is damaged: it does not tell when the tests were looked at, and with "
+        "which scores. Restore it from a copy; or remove it, and --finalize scores the same winner again."
+    )
 
 
 def _check_not_finalized(study: Study) -> None:
-    final = study.home.read("final.json")
-    if final is not None:
-        when = json.loads(final)["when"]
+    if study.home.has("final.json"):
         raise ConfigError(
-            f"The study {study.config.name!r} was finalized at {when}: its tests have been looked at, so nothing more "
-            "may be chosen. Begin a study of another name."
+            f"The study {study.config.name!r} was finalized at {read_final(study)['when']}: its tests have been looked "
+            "at, so nothing more may be chosen. Begin a study of another name."
         )

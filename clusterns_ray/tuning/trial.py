@@ -23,7 +23,8 @@ from ray import tune
 
 from clusterns_ray import distributed
 from clusterns_ray.config import Config, make_config
-from clusterns_ray.errors import ClusterNSError, StorageError
+from clusterns_ray.errors import ClusterNSError, DiskError, StorageError
+from clusterns_ray.files import disk_fault
 from clusterns_ray.launch.places import read_run_file, run_directory, run_place, run_url, unstage
 from clusterns_ray.storage import Place
 from clusterns_ray.training.metrics import read_metrics
@@ -34,7 +35,8 @@ Job = dict[str, Any]
 
 Result = dict[str, Any]
 """Of an evaluation: `step, score, last, seconds`, the untrained encoder's at step 0. At the end: `outcome`, either
-``finished`` (with `score, steps, curve`) or ``failed`` (with `reason`), and `seconds`."""
+``finished`` (with `score, steps, curve`), ``failed`` (with `reason`) or ``storage`` (with `reason`: what it did could
+not be kept, which is no fault of its values), and `seconds`."""
 
 STOP_S = 90.0
 """How long a stopped trial is waited for before its process is given up; a store gets its last files meanwhile."""
@@ -48,19 +50,31 @@ class TrialProcess(tune.Trainable):
     """A Ray actor that trains one job after the other; one `step` is one evaluation."""
 
     run: TrialRun | None = None
+    storage_faults = 0
+    """how often what this job did could not be kept"""
 
     def setup(self, config: Job) -> None:
         self.reset_config(config)
 
     def reset_config(self, new_config: Job) -> bool:
         self.cleanup()
-        self.run = TrialRun(new_config)
+        self.run, self.storage_faults = TrialRun(new_config), 0
         return True
 
     def step(self) -> Result:
-        assert self.run is not None
-        result = self.run.next()
-        return {**result, "done": "outcome" in result}
+        while True:
+            assert self.run is not None
+            try:
+                result = self.run.next()
+            except StorageError as error:
+                self.storage_faults += 1
+                if isinstance(error, DiskError) or self.storage_faults > self.run.config.runtime.max_failures:
+                    return {"outcome": "storage", "reason": str(error), "seconds": 0.0, "done": True}
+                job = self.run.job
+                self.cleanup()
+                self.run = TrialRun(job)
+                continue
+            return {**result, "done": "outcome" in result}
 
     def cleanup(self) -> None:
         if self.run is not None:
@@ -128,6 +142,10 @@ class TrialRun:
         except StorageError as error:  # no fault of the trial's values
             self.results.put(error)
         except BaseException as error:
+            reason = disk_fault(error)
+            if reason is not None:
+                self.results.put(DiskError(f"The files of trial {self.job['id']} could not be written ({reason})."))
+                return
             self.results.put({"outcome": "failed", "reason": failure(error, run_place(self.config))})
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
+
+from clusterns_ray.tuning.comparison import sentences
+from clusterns_ray.tuning.outcome import check_result
 
 if TYPE_CHECKING:
     import optuna
@@ -47,7 +53,7 @@ class Progress:
     seconds_left: float | None
     """by the mean trial so far; None before the first has ended, and for budgets without end"""
     before: float | None
-    """dev score of the untrained encoder"""
+    """dev score of the untrained encoder; the best, where the space has several"""
 
     @property
     def best(self) -> Row | None:
@@ -82,10 +88,8 @@ def read_progress(study: Study, optuna_study: optuna.Study) -> Progress:
         workers = max(study.config.workers_per_trial, 1)
         spent = sum(row.seconds for row in rows) * workers
         left.append(max(budget.worker_hours * 3600 - spent, 0.0) / workers / concurrent)
-    before = list(attrs.get("scores_before", {}).values())
-    return Progress(
-        study.config.name, rows, budget.trials, seconds, min(left, default=None), before[0] if before else None
-    )
+    before = max(attrs.get("scores_before", {}).values(), default=None)
+    return Progress(study.config.name, rows, budget.trials, seconds, min(left, default=None), before)
 
 
 def render(progress: Progress) -> RenderableType:
@@ -128,12 +132,19 @@ def summary_line(progress: Progress) -> str:
         *(f"{progress.count(state)} {word}" for state, word in WORDS.items() if progress.count(state)),
     ]
     if best is not None and best.score is not None:
-        gain = "" if progress.before is None else f" ({best.score - progress.before:+.2f} over the untrained encoder)"
-        parts.append(f"best {best.score:.2f} of trial {best.number}{gain}")
+        parts.append(f"best {best.score:.2f} of trial {best.number}{_beside_untrained(best.score, progress.before)}")
     parts.append(f"{clock(progress.seconds)} spent")
     if progress.seconds_left:
         parts.append(f"about {clock(progress.seconds_left)} left, before confirmation")
     return ", ".join(parts)
+
+
+def _beside_untrained(score: float, before: float | None) -> str:
+    if before is None:
+        return ""
+    if score > before:
+        return f" ({score - before:+.2f} over the untrained encoder, {before:.2f})"
+    return f" (NO BETTER than the untrained encoder, {before:.2f}: {score - before:+.2f})"
 
 
 def clock(seconds: float) -> str:
@@ -148,7 +159,14 @@ def show_values(values: Mapping[str, Any]) -> str:
 
 
 def show_value(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    """A value of the configuration as people read it: numbers to three digits, ``3.12e-4``, the rest as YAML has it."""
+    if isinstance(value, float) and math.isfinite(value):
+        rounded = float(f"{value:.3g}")
+        if rounded and not 1e-3 <= abs(rounded) < 1e6:
+            digits, _, exponent = f"{rounded:.2e}".partition("e")
+            return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
+        return f"{rounded:g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def study_watch(study: Study):
@@ -233,13 +251,32 @@ def render_result(result: Mapping[str, Any]) -> list[str]:
                 f"trial {candidate['trial']}: {candidate['mean']:.2f}{spread} over {of} (one run chose it with "
                 f"{candidate['trial_score']:.2f}){mark}"
             )
-    lines.append(f"Winner by {result['dev']}: trial {winner['trial']}, {values}.")
+    span = (result.get("intervals") or {}).get("winner")
+    over = (
+        f" (95 % interval over {len(winner['scores'])} seeds {span['low']:.2f} to {span['high']:.2f})" if span else ""
+    )
+    lines.append(f"Winner by {result['dev']}: trial {winner['trial']}, {values}. It has {winner['mean']:.2f}{over}.")
+    lines += sentences(result)
     if not seeds:
         lines.append("One run each, without confirmation.seeds: the difference to the next may be chance.")
+    elif len(winner["scores"]) < 2:
+        lines.append("The winner has the score of one seed alone: the difference to the next may be chance.")
     elif result["not_told_apart"]:
         alike = ", ".join(str(number) for number in result["not_told_apart"])
         lines.append(f"Not to be told apart from it with these seeds (Welch's t-test, 5%): trial {alike}.")
     return lines
+
+
+def read_result(study: Study) -> dict[str, Any]:
+    """What ``result.json`` of a finished study holds.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    text = None
+    with suppress(UnicodeDecodeError):
+        text = study.home.read("result.json")
+    return check_result(text, (study.home / "result.json").address)
 
 
 def show_status(study: Study) -> None:
@@ -247,6 +284,7 @@ def show_status(study: Study) -> None:
 
     Raises:
         ConfigError: nothing has been written yet.
+        DataError: ``result.json`` is damaged.
     """
     from rich.console import Console
 
@@ -266,10 +304,18 @@ def show_status(study: Study) -> None:
         if newest is not None:
             here.fetch_files(leave_out=(".html", ".parquet"))
             console.print(f"As of the snapshot of {datetime.fromtimestamp(newest):%H:%M:%S} in {store.address}.")
-    console.print(render(read_progress(study, read_ledger(here.local))))
-    confirmed = sum(name.startswith("confirmation/") and name.endswith("/result.json") for name in names)
-    if confirmed:
-        console.print(f"{confirmed} confirming runs finished.")
+    # The seconds that a sweep holds the study's file for are few.
+    progress = read_progress(study, read_ledger(here.local, study.config.name))
+    console.print(render(progress))
+    confirming = [name for name in names if name.startswith("confirmation/") and name.endswith("/result.json")]
+    base = sum(name.startswith("confirmation/base-") for name in confirming)
+    if len(confirming) > base:
+        console.print(f"{len(confirming) - base} confirming runs finished.")
+    if base:
+        console.print(f"The base configuration was run {'once' if base == 1 else f'with {base} seeds'}.")
+    if "result.json" in names:
+        for line in render_result(read_result(study)):
+            console.print(line, soft_wrap=True, markup=False)
     for name, text in (("result.json", "Finished"), ("final.json", "Finalized")):
         if name in names:
             console.print(f"{text}: {(study.home / name).address}", soft_wrap=True)

@@ -201,7 +201,8 @@ def test_trials_then_the_best_again_with_new_seeds(done: Any) -> None:
     _, study, begun, result = done
     assert begun[:3] == ["0000", "0001", "0002"]
     best = sorted(read_ledger(study.directory).trials, key=lambda trial: (-trial.value, trial.number))[:2]
-    assert begun[3:] == [f"{trial.number:04d}-seed{seed}" for trial in best for seed in (1, 2)]
+    again = [f"{trial.number:04d}-seed{seed}" for trial in best for seed in (1, 2)]
+    assert begun[3:] == ["base-seed1", "base-seed2", *again]
     assert result["trials"] == {"COMPLETE": 3, "PRUNED": 0, "FAIL": 0}
     for trial in best:
         config = yaml.safe_load((study.directory / f"confirmation/{trial.number:04d}-seed2/config.yaml").read_text())
@@ -265,7 +266,7 @@ def test_a_trial_that_always_takes_the_sweep_down_is_given_up(write_study: Calla
 def test_a_confirmation_that_fails_is_not_tried_for_ever(write_study: Callable[..., Path]) -> None:
     study = load_study(write_study(budget={"trials": 1}, confirmation={"top": 1, "seeds": [1, 2]}))
     sweep = Sweep(study, Ledger(study), Lines())
-    assert drive(sweep, stop_after=1)[-1] == "0000-seed1"
+    assert drive(sweep, stop_after=3)[-1] == "0000-seed1"
     job = {"id": "0000-seed1", "number": None, "values": {}, "run_dir": str(study.directory / "x")}
     sweep.ended(job, {"outcome": "failed", "reason": "why not", "seconds": 1.0})
     again = Sweep(study, Ledger(study), Lines())
@@ -357,7 +358,11 @@ def test_status_of_a_finished_study(done: Any, clusterns: Callable[..., Result])
     file, study, _, result = done
     said = clusterns(file, "--status")
     assert said.exit_code == 0, said.output
-    assert "3 of 3 trials, 3 finished" in said.stdout and "4 confirming runs finished." in said.stdout
+    assert (
+        "3 of 3 trials, 3 finished" in said.stdout
+        and "4 confirming runs finished." in said.stdout
+        and "base configuration was run with 2 seeds" in said.stdout
+    )
     assert f"Finished: {study.directory / 'result.json'}" in said.stdout
     assert f"of trial {max(result['candidates'], key=lambda c: c['trial_score'])['trial']}" in said.stdout
 
@@ -372,6 +377,8 @@ def test_the_result_in_words(done: Any) -> None:
     )
     assert any(line.startswith(f"Winner by STSB/dev: trial {winner['trial']}, ") for line in lines)
     assert ("Not to be told apart" in lines[-1]) == bool(result["not_told_apart"])
+    said = " ".join(lines)
+    assert "the untrained encoder (" in said and "the base configuration (" in said and "over the dev pairs" in said
 
 
 # ---- the same command again, and the tests --------------------------------------------------------------------------

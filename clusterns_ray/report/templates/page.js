@@ -1,9 +1,11 @@
 "use strict";
-// Unpacks plotly.js, draws every plot in the colours of the reader's theme, and again when that changes.
+// Unpacks plotly.js, draws every plot in the colours of the reader's theme, and again when that changes. On paper the
+// plots are those of the light theme, as the page is.
 (async () => {
   const plots = [...document.querySelectorAll(".plot")].map((box) => [box, JSON.parse(box.nextElementSibling.textContent)]);
   const dark = new Map(Object.values(JSON.parse(document.getElementById("colors").textContent)));
   const scheme = matchMedia("(prefers-color-scheme: dark)");
+  const paper = matchMedia("print");
   const touch = matchMedia("(pointer: coarse)");
 
   const channels = (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16)).join(", ");
@@ -33,15 +35,21 @@
   };
 
   const nextFrame = () => new Promise((done) => setTimeout(done, 0));
+  let printing = false;
+  const isDark = () => scheme.matches && !paper.matches && !printing;
+  const draw = (box, plot, dark) => {
+    const { data, layout } = structuredClone(dark ? repaint(plot) : plot);
+    // A finger scrolls the page; a mouse zooms into the plot.
+    if (touch.matches) layout.dragmode = false;
+    return Plotly.react(box, data, layout, { responsive: true, displayModeBar: false, showTips: false });
+  };
   const drawAll = async () => {
+    const dark = isDark();
     for (const [box, plot] of plots) {
-      const { data, layout } = structuredClone(scheme.matches ? repaint(plot) : plot);
-      // A finger scrolls the page; a mouse zooms into the plot.
-      if (touch.matches) layout.dragmode = false;
-      await Plotly.react(box, data, layout, { responsive: true, displayModeBar: false, showTips: false });
+      await draw(box, plot, dark);
       await nextFrame();
     }
-    document.documentElement.dataset.drawn = scheme.matches ? "dark" : "light";
+    document.documentElement.dataset.drawn = dark ? "dark" : "light";
   };
 
   try {
@@ -56,7 +64,18 @@
     return;
   }
   let drawing = drawAll();
-  scheme.addEventListener("change", () => {
+  const again = () => {
     drawing = drawing.then(drawAll);
+  };
+  scheme.addEventListener("change", again);
+  paper.addEventListener("change", again);
+  addEventListener("beforeprint", () => {
+    printing = true;
+    // At once: the browser prints as soon as this returns.
+    if (scheme.matches) plots.forEach(([box, plot]) => draw(box, plot, false));
+  });
+  addEventListener("afterprint", () => {
+    printing = false;
+    again();
   });
 })();

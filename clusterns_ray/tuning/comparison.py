@@ -1,0 +1,126 @@
+"""The winner beside what it has to beat: the untrained encoder, and the base configuration trained without a search.
+
+Shape suffixes: N pairs of a dev set.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from clusterns_ray.config import Config
+from clusterns_ray.evaluation.compare import LEVEL, compare_sts
+from clusterns_ray.evaluation.sts import StsTests, cosines_of
+
+SEED = 1111
+"""Of the resampling: the same models give the same intervals."""
+
+NAMES = {"untrained": "the untrained encoder", "base": "the base configuration"}
+
+
+def seed_interval(scores: Sequence[float]) -> dict[str, float] | None:
+    """The 95 % interval of the mean over seeds, by Student's t; None for fewer than two."""
+    if len(scores) < 2:
+        return None
+    mean, error = statistics.fmean(scores), statistics.stdev(scores) / math.sqrt(len(scores))
+    from scipy.stats import t
+
+    half = float(t.ppf((1 + LEVEL) / 2, len(scores) - 1)) * error
+    return {"low": mean - half, "high": mean + half}
+
+
+def difference_over_seeds(first: Sequence[float], second: Sequence[float]) -> dict[str, float] | None:
+    """The 95 % interval of the difference of two means over seeds, by Welch's t; None for fewer than two seeds.
+
+    Args:
+        second: one score alone stands for what does not depend on seeds.
+    """
+    if len(second) == 1:
+        own = seed_interval(first)
+        return own and {"low": own["low"] - second[0], "high": own["high"] - second[0]}
+    if len(first) < 2 or len(second) < 2:
+        return None
+    difference = statistics.fmean(first) - statistics.fmean(second)
+    a, b = (statistics.variance(scores) / len(scores) for scores in (first, second))
+    if a + b == 0:
+        return {"low": difference, "high": difference}
+    from scipy.stats import t
+
+    freedom = (a + b) ** 2 / (a**2 / (len(first) - 1) + b**2 / (len(second) - 1))
+    half = float(t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(a + b)
+    return {"low": difference - half, "high": difference + half}
+
+
+def encode_tests(encoder: Any, tests: StsTests) -> dict[str, np.ndarray]:
+    """Cosines of the pairs of every subset, computed on a GPU where there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        encoder.to("cuda")
+    return cosines_of(tests, encoder.encode)
+
+
+def model_cosines(models: Sequence[Any], tests: StsTests) -> list[dict[str, np.ndarray]]:
+    """:func:`encode_tests` of each of the models, one after the other.
+
+    Raises:
+        ConfigError: one of them cannot be loaded.
+    """
+    from clusterns_ray.encoder import Encoder
+
+    return [encode_tests(Encoder.load(str(model)), tests) for model in models]
+
+
+def untrained_cosines(config: Config, tests: StsTests) -> dict[str, np.ndarray]:
+    """:func:`encode_tests` of the encoder that a configuration starts from."""
+    from clusterns_ray.encoder import Encoder
+
+    return encode_tests(Encoder.for_training(config.encoder, config.seed), tests)
+
+
+def over_pairs(
+    tests: StsTests, winner: list[dict[str, np.ndarray]], others: Mapping[str, list[dict[str, np.ndarray]]]
+) -> dict[str, dict[str, Any]]:
+    """Differences of the winner's mean over seeds to that of each of ``others``: by task, with 95 % intervals of a
+    paired bootstrap over the pairs."""
+    return {name: compare_sts(tests, winner, models, seed=SEED) for name, models in others.items() if models}
+
+
+def sentence(name: str, against: Mapping[str, Any]) -> str:
+    """One sentence on the winner beside one of :data:`NAMES`."""
+    other, score, difference = NAMES[name], against["score"], against["difference"]
+    known = {"the dev pairs": against["over_pairs"], "seeds": against["over_seeds"]}
+    known = {what: span for what, span in known.items() if span is not None}
+    spans = [f"95 % interval over {what} {span['low']:+.2f} to {span['high']:+.2f}" for what, span in known.items()]
+    if difference == 0:
+        return f"The winner is no better than {other} ({score:.2f})."
+    noise = any(
+        span is not None and span["low"] <= 0 <= span["high"] for span in (against["over_pairs"], against["over_seeds"])
+    )
+    text = f"The winner is {abs(difference):.2f} {'above' if difference > 0 else 'BELOW'} {other} ({score:.2f})"
+    text += f"; {' and '.join(spans)}" if spans else "; no interval is known"
+    return text + (": inside the noise." if noise else ".")
+
+
+def sentences(result: Mapping[str, Any]) -> list[str]:
+    """What has to be said of a study's winner beside the untrained encoder and the base configuration."""
+    found = []
+    for name, other in NAMES.items():
+        against = (result.get("against") or {}).get(name)
+        if against is None:
+            found.append(f"{other[0].upper()}{other[1:]} has no score, so nothing tells whether the winner beats it.")
+        else:
+            found.append(sentence(name, against))
+    untrained = (result.get("against") or {}).get("untrained")
+    if untrained is not None and untrained["difference"] <= 0:
+        found.append(
+            "No configuration of this study improves the untrained encoder on this dev set: use that, or other text, "
+            "a lower learning rate or more steps."
+        )
+    if result.get("model_is_trained") is False:
+        found.append("model/ is the untrained encoder itself, as no step of that run was better on the dev set.")
+    return found
