@@ -217,6 +217,11 @@ def _states(backbone: Any, rows: list[list[int]]) -> torch.Tensor:
     return backbone(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT)).last_hidden_state
 
 
+def has_decoder(backbone: Any) -> bool:
+    """Whether token states are those of a decoder that is given what the encoder has read, as BART's are."""
+    return bool(getattr(backbone.config, "is_encoder_decoder", False)) and hasattr(backbone, "decoder")
+
+
 def is_causal(backbone: Any) -> bool:
     """Whether a token's state tells nothing of the tokens behind it; found by changing the last one."""
     training = backbone.training

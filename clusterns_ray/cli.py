@@ -79,7 +79,7 @@ def prepare(config: ConfigFile, set: Overrides = None) -> None:
         watch = progress_watch()
         settings = load_config(config, set or ())
         check_data(settings)
-        check_encoder(settings)
+        settings = check_encoder(settings)
         check_storage(settings)
         try:
             prepared = data.prepare(

@@ -54,6 +54,10 @@ def _checked(key: str, value: str | list[str] | None, schemes: tuple[str, ...]) 
     return value if value is None else check_path(key, value, schemes)
 
 
+Pooling = Literal["cls", "mean", "mask", "first_last", "top2", "last"]
+POOLINGS: tuple[str, ...] = get_args(Pooling)
+
+
 class EncoderConfig(Section):
     name: str = "bert-base-uncased"
     """A hub id, a directory, or `package:PYTHON_PACKAGE/SUBDIR` (weights that a pip package carries)."""
@@ -61,8 +65,10 @@ class EncoderConfig(Section):
     """Branch, tag or commit on the hub."""
     num_layers: int | None = Field(default=None, ge=1)
     """Keep the first N layers; all of them if unset."""
-    pooling: Literal["cls", "mean", "mask", "first_last", "top2"] = "cls"
-    """How token states become one embedding; `mask` needs a prompt that holds the mask token."""
+    pooling: Pooling | None = None
+    """How token states become one embedding; `mask` needs a prompt that holds the mask token. If unset, the model's own
+    where its directory states one; else `last` for a causal model, whose first token sees nothing, and `cls` for all
+    others."""
     head: Literal["mlp", "none"] = "mlp"
     """A linear layer with tanh over the pooled state, in training only; the exported model has none."""
     dropout: float | None = Field(default=None, gt=0, lt=1)
@@ -70,7 +76,8 @@ class EncoderConfig(Section):
     max_length: int = Field(default=32, ge=4, le=2**20)
     """Tokens a sentence is cut to in training, special ones included; finished encoders read longer text."""
     prompt: str | None = None
-    """A template around the sentence, such as `This sentence of "{sentence}" means [MASK].`"""
+    """A template around the sentence, such as `This sentence of "{sentence}" means [MASK].` If unset, the model's own
+    where it has one; `{sentence}` is none."""
     second_prompt: str | None = None
     """The template of the second view, in training; `prompt` if unset. The first one is what finished encoders use."""
     denoise: bool = False
@@ -95,8 +102,8 @@ class EncoderConfig(Section):
             )
         if self.denoise and self.pooling != "mask":
             raise ValueError(
-                f"encoder.denoise is true, but encoder.pooling is {self.pooling}; what is subtracted is the state of "
-                "the template's mask token, so use mask, or turn it off"
+                f"encoder.denoise is true, but encoder.pooling is {self.pooling or 'unset'}; what is subtracted is the "
+                "state of the template's mask token, so use mask, or turn it off"
             )
         if self.pooling == "mask" and self.prompt is None:
             raise ValueError(

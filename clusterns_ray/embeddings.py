@@ -19,11 +19,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clusterns_ray.config import EncoderConfig
+from clusterns_ray.config import POOLINGS
 from clusterns_ray.data.corpus import ReadCounts, Source, list_sources, read_sentences
 from clusterns_ray.embedding_file import (
     FORMAT,
@@ -46,7 +46,6 @@ DTYPES = ("float32", "float16")
 ROWS_PER_PART = 1024
 """Sentences of a part: what a kill can lose, what memory holds, and what is sorted by length together."""
 
-POOLINGS = get_args(EncoderConfig.model_fields["pooling"].annotation)
 MANIFEST = "manifest.json"
 
 Part = tuple[int, list[str]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,18 +17,27 @@ import torch
 from torch import Tensor, nn
 
 from clusterns_ray.attention import use_fast_training
-from clusterns_ray.backbone import check_dropout, first_position, load_transformer, longest_input, passes_differ
+from clusterns_ray.backbone import (
+    check_dropout,
+    first_position,
+    has_decoder,
+    is_causal,
+    load_transformer,
+    longest_input,
+    passes_differ,
+)
+from clusterns_ray.base_model import choose_pooling, complete_encoder
 from clusterns_ray.bert import PackedBert, can_pack
 from clusterns_ray.dropout import Streams
 from clusterns_ray.errors import ConfigError, NonFiniteError
 from clusterns_ray.files import follow_umask
 from clusterns_ray.model_files import (
     HIDDEN_STATE_POOLINGS,
-    read_settings,
     write_prompt_module,
     write_sentence_transformers,
     write_settings,
 )
+from clusterns_ray.model_settings import ModelSettings, read_settings
 from clusterns_ray.models import resolve_model
 from clusterns_ray.packing import Packing
 from clusterns_ray.tokenization import prompt_frame, prompt_length, tokenize
@@ -72,11 +82,15 @@ class Encoder(nn.Module):
         prompt: str | None = None,
         normalize: bool = False,
         denoise: bool = False,
+        lower_case: bool = False,
+        similarity: str = "cosine",
         second_prompt: str | None = None,
         head: nn.Module | None = None,
     ):
         """
         Args:
+            lower_case: whether the tokenizer was made to put text into lower case, which a saved one may forget.
+            similarity: by which the embeddings are meant to be compared.
             second_prompt, head: for training alone; neither is saved.
         """
         super().__init__()
@@ -87,12 +101,19 @@ class Encoder(nn.Module):
         self.prompt = prompt
         self.normalize = normalize
         self.denoise = denoise
+        self.lower_case = lower_case
+        self.similarity = similarity
         self.head = head
         self.packs = True
         """whether to pack where it can be done"""
         self._weights: PackedBert | None = None
         self.autocast_dtype = torch.float32
         """in which :meth:`encode_ids` multiplies; a run sets its own, a finished encoder keeps float32"""
+        if has_decoder(backbone) and (pooling in HIDDEN_STATE_POOLINGS or denoise):
+            raise ConfigError(
+                f"encoder.pooling is {pooling} and encoder.denoise {str(denoise).lower()}, but the model is an "
+                "encoder-decoder, of which the last layer alone is read. Use mean or last, without denoise."
+            )
         if pooling == "mask":
             _check_mask_prompt("prompt", prompt, tokenizer)
             if second_prompt is not None:
@@ -111,21 +132,40 @@ class Encoder(nn.Module):
         or ``package:PYTHON_PACKAGE/SUBDIR``.
 
         Pooling, length and normalisation come from the directory where it says so; a plain transformer is pooled
-        by the mean of its token states, at 128 tokens.
+        by the mean of its token states, or by the last one where it is causal, at 128 tokens. Similarities of all kinds
+        are cosines here, also where a model of sentence-transformers names another one: see :attr:`similarity`.
 
         Raises:
             ConfigError: it cannot be found or loaded.
         """
         source = resolve_model(str(name))
-        settings = {"pooling": "mean", "max_length": 128, **read_settings(source)}
-        if pooling is not None:
-            settings["pooling"] = pooling
-        if max_length is not None:
-            settings["max_length"] = max_length
         backbone, tokenizer = load_transformer(source)
-        limit = longest_text(backbone, tokenizer, settings.get("prompt"))
-        settings["max_length"] = settings["max_length"] if limit is None else min(settings["max_length"], limit)
-        return cls(backbone, tokenizer, **settings).eval()
+        return cls.finished(backbone, tokenizer, read_settings(source), str(name), pooling, max_length)
+
+    @classmethod
+    def finished(
+        cls,
+        backbone: Any,
+        tokenizer: Any,
+        settings: ModelSettings,
+        name: str,
+        pooling: str | None = None,
+        max_length: int | None = None,
+    ) -> Encoder:
+        """:meth:`load` of a backbone that is loaded already."""
+        limit = longest_text(backbone, tokenizer, settings.prompt)
+        length = max_length or own_length(settings, tokenizer, name) or 128
+        return cls(
+            backbone,
+            tokenizer,
+            pooling=choose_pooling(pooling, settings.pooling, "mean", lambda: is_causal(backbone), name),
+            max_length=length if limit is None else min(length, limit),
+            prompt=settings.prompt,
+            normalize=settings.normalize,
+            denoise=settings.denoise,
+            lower_case=settings.lower_case,
+            similarity=settings.similarity,
+        ).eval()
 
     @classmethod
     def for_training(cls, config: EncoderConfig, seed: int) -> Encoder:
@@ -143,15 +183,20 @@ class Encoder(nn.Module):
         )
         if not passes_differ(backbone):
             check_dropout(backbone.config, config.name)
-        return cls.around(backbone, tokenizer, config, seed, read_settings(source).get("max_length", LONGEST_ENCODED))
+        config = complete_encoder(config)[0]
+        return cls.around(backbone, tokenizer, config, seed, read_settings(source, revision=config.revision))
 
     @classmethod
-    def around(cls, backbone: Any, tokenizer: Any, config: EncoderConfig, seed: int, reads: int) -> Encoder:
-        """:meth:`for_training` of a backbone that is loaded already.
+    def around(
+        cls, backbone: Any, tokenizer: Any, config: EncoderConfig, seed: int, own: ModelSettings | None = None
+    ) -> Encoder:
+        """:meth:`for_training` of a backbone that is loaded already, by a configuration that is complete.
 
         Args:
-            reads: tokens of a finished embedding, where the model can read so many.
+            own: what the model says of its finished embeddings, such as how many tokens they read.
         """
+        own = own or ModelSettings()
+        reads = own_length(own, tokenizer, config.name) or LONGEST_ENCODED
         limit = longest_text(backbone, tokenizer, config.prompt, config.second_prompt)
         if limit is not None and config.max_length > limit:
             besides = " besides the prompt" if config.prompt else ""
@@ -170,10 +215,12 @@ class Encoder(nn.Module):
         return cls(
             backbone,
             tokenizer,
-            pooling=config.pooling,
+            pooling=config.pooling or "cls",
             max_length=min(reads, LONGEST_ENCODED if limit is None else limit),
             prompt=config.prompt,
             denoise=config.denoise,
+            normalize=own.normalize,
+            lower_case=own.lower_case,
             second_prompt=config.second_prompt,
             head=head,
         )
@@ -217,7 +264,7 @@ class Encoder(nn.Module):
         n = batch.draws
         words = {"input_ids": batch.input_ids_BT.repeat(n, 1)}
         # The decoder of an encoder-decoder is given the ids of the sentence.
-        if batch.words_BTD is not None and not getattr(self.backbone.config, "is_encoder_decoder", False):
+        if batch.words_BTD is not None and not has_decoder(self.backbone):
             words = {"inputs_embeds": batch.words_BTD.repeat(n, 1, 1)}
         all_layers = self.pooling in HIDDEN_STATE_POOLINGS
         mask_BT = batch.attention_mask_BT.repeat(n, 1)
@@ -263,7 +310,10 @@ class Encoder(nn.Module):
         """The column of the one token whose state in the last layer is a row's embedding, for every draw; None where it
         is not one."""
         if self.pooling == "cls":
-            return batch.input_ids_BT.new_zeros(batch.draws * len(batch.input_ids_BT))
+            return batch.attention_mask_BT.to(torch.int64).argmax(dim=1).repeat(batch.draws)
+        if self.pooling == "last":
+            mask_BT = batch.attention_mask_BT.to(torch.int64)
+            return (mask_BT * torch.arange(mask_BT.shape[1], device=mask_BT.device)).argmax(dim=1).repeat(batch.draws)
         if self.pooling == "mask":
             is_mask_BT = batch.input_ids_BT == self.tokenizer.mask_token_id
             return is_mask_BT.to(torch.int64).argmax(dim=1).repeat(batch.draws)
@@ -379,7 +429,7 @@ class Encoder(nn.Module):
     def save(self, directory: str | os.PathLike) -> None:
         """Write a directory that transformers and sentence-transformers load as it is; the head is left out.
 
-        With a prompt, whose end stands after the sentence, sentence-transformers has no module of its own that
+        With a prompt whose end stands after the sentence, sentence-transformers has no module of its own that
         applies it; it then takes ours, where this package is installed and ``trust_remote_code=True`` is given.
         """
         path = Path(directory)
@@ -387,20 +437,35 @@ class Encoder(nn.Module):
         self.backbone.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
         follow_umask(path)
-        settings = {
-            "pooling": self.pooling,
-            "max_length": self.max_length,
-            "prompt": self.prompt,
-            "normalize": self.normalize,
-            "denoise": self.denoise,
-        }
+        settings = ModelSettings(
+            pooling=self.pooling,
+            max_length=self.max_length,
+            prompt=self.prompt,
+            normalize=self.normalize,
+            denoise=self.denoise,
+            lower_case=self.lower_case,
+        )
         write_settings(path, settings)
-        if self.prompt is None:
-            write_sentence_transformers(
-                path, self.pooling, self.width, self.max_length, self.backbone.config, self.normalize
-            )
+        # What stands before a sentence alone is a prompt to sentence-transformers too.
+        if self.prompt is None or (self.prompt.endswith("{sentence}") and self.pooling != "mask"):
+            length = self.max_length + (prompt_length(self.prompt, self.tokenizer) if self.prompt else 0)
+            write_sentence_transformers(path, replace(settings, max_length=length), self.backbone.config)
         else:
             write_prompt_module(path)
+
+
+def own_length(settings: ModelSettings, tokenizer: Any, name: str) -> int | None:
+    """Tokens of a sentence, besides its prompt, that a model reads by its own settings; None if they do not say."""
+    if settings.max_length is None or not (settings.counts_prompt and settings.prompt):
+        return settings.max_length
+    length = settings.max_length - prompt_length(settings.prompt, tokenizer)
+    if length <= tokenizer.num_special_tokens_to_add(False):
+        raise ConfigError(
+            f"encoder {name!r}: it reads {settings.max_length} tokens (max_seq_length), of which its default prompt "
+            f"{settings.prompt.removesuffix('{sentence}')!r} leaves none for the text. Raise max_seq_length in its "
+            "sentence_bert_config.json."
+        )
+    return length
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
@@ -424,9 +489,9 @@ def autocast_dtype() -> torch.dtype:
 def pool(states_L: Sequence[Tensor], attention_mask_BT: Tensor, pooling: str, column_B: Tensor | None = None) -> Tensor:
     """Token states (B x T x D) to one vector a sentence (B x D).
 
-    ``cls``: the first token. ``mean``: over real tokens. ``mask``: at the mask token. ``first_last``: mean over
-    tokens of the average of the embedding layer and the last layer (as SimCSE's ``avg_first_last``). ``top2``: the
-    same of the last two layers.
+    ``cls``: the first token. ``last``: the last one that does not pad. ``mean``: over real tokens. ``mask``: at the
+    mask token. ``first_last``: mean over tokens of the average of the embedding layer and the last layer (as SimCSE's
+    ``avg_first_last``). ``top2``: the same of the last two layers.
 
     Args:
         states_L: of the last layer at the end, before it those of the others where pooling asks for them.
@@ -441,7 +506,7 @@ def pool(states_L: Sequence[Tensor], attention_mask_BT: Tensor, pooling: str, co
         other = states_L[0] if pooling == "first_last" else states_L[-2]
         states_BTD = (other + last_BTD) / 2
     else:
-        raise ConfigError(f"encoder.pooling is {pooling!r}; it must be cls, mean, mask, first_last or top2.")
+        raise ConfigError(f"encoder.pooling is {pooling!r}; it must be cls, mean, mask, first_last, top2 or last.")
     weight_BT1 = attention_mask_BT.unsqueeze(-1).to(states_BTD.dtype)
     return (states_BTD * weight_BT1).sum(dim=1) / weight_BT1.sum(dim=1).clamp(min=1e-9)
 

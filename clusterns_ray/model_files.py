@@ -4,19 +4,15 @@ sentence-transformers."""
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from clusterns_ray.errors import ConfigError
 from clusterns_ray.files import follow_umask, json_text
+from clusterns_ray.model_settings import SAVED, SETTINGS_FILE, ModelSettings
 from clusterns_ray.models import resolve_model
-from clusterns_ray.pretrained import UNLIMITED, hub_options, length_limit, loading
-
-SETTINGS_FILE = "clusterns.json"
-"""What a directory written by ``Encoder.save`` needs besides the transformer: pooling, length, prompt."""
+from clusterns_ray.pretrained import hub_options, loading
 
 HIDDEN_STATE_POOLINGS = ("first_last", "top2")
 """Poolings that read more than the last layer."""
@@ -61,58 +57,22 @@ def _sha256(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def write_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Write what :func:`read_settings` reads."""
-    _write_json(path / SETTINGS_FILE, settings)
+def write_settings(path: Path, settings: ModelSettings) -> None:
+    """Write what :func:`~clusterns_ray.model_settings.read_settings` reads."""
+    _write_json(path / SETTINGS_FILE, {key: getattr(settings, key) for key in SAVED})
 
 
-def read_settings(source: str) -> dict[str, Any]:
-    """Pooling, length, prompt and normalisation as a model directory states them; empty for a plain transformer."""
-    path = Path(source)
-    if (path / SETTINGS_FILE).is_file():
-        return json.loads((path / SETTINGS_FILE).read_text())
-    if not (path / "modules.json").is_file():
-        return {}
-    settings: dict[str, Any] = {}
-    for module in json.loads((path / "modules.json").read_text()):
-        kind = module["type"].rsplit(".", 1)[-1]
-        if kind == "Transformer":
-            file = path / module["path"] / "sentence_bert_config.json"
-            length = json.loads(file.read_text()).get("max_seq_length") if file.is_file() else None
-            if length is None:
-                tokenizer = path / module["path"] / "tokenizer_config.json"
-                length = json.loads(tokenizer.read_text()).get("model_max_length") if tokenizer.is_file() else None
-            settings["max_length"] = length_limit(length) or UNLIMITED
-        elif kind == "Pooling":
-            pooling = json.loads((path / module["path"] / "config.json").read_text())
-            settings["pooling"] = _pooling_name(pooling, source)
-        elif kind == "Normalize":
-            settings["normalize"] = True
-        else:
-            raise ConfigError(
-                f"{source}: its sentence-transformers module {kind} is not one of Transformer, Pooling and Normalize, "
-                "so it would be encoded wrongly here. Give Encoder.load a plain encoder."
-            )
-    return settings
+def write_sentence_transformers(path: Path, settings: ModelSettings, config: Any) -> None:
+    """Describe an encoder for sentence-transformers, which then loads the directory as it is.
 
-
-def _pooling_name(config: dict[str, Any], source: str) -> str:
-    mode = config.get("pooling_mode")
-    if mode is None:
-        on = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
-        mode = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}.get(on[0]) if len(on) == 1 else on
-    if mode not in ("mean", "cls"):
-        raise ConfigError(f"{source}: its pooling {mode!r} is not supported here; mean and cls are.")
-    return mode
-
-
-def write_sentence_transformers(
-    path: Path, pooling: str, width: int, max_length: int, config: Any, normalize: bool
-) -> None:
-    """Describe an encoder for sentence-transformers, which then loads the directory as it is."""
+    Args:
+        settings: with a prompt that ends with the sentence, or none; ``max_length`` counts the prompt.
+        config: the transformer's.
+    """
+    pooling, width = settings.pooling, config.hidden_size
     # The module names and keys of sentence-transformers 2 to 5, which 6 reads as well.
     modules = [("", "Transformer")]
-    transformer = {"max_seq_length": max_length, "do_lower_case": False}
+    transformer = {"max_seq_length": settings.max_length, "do_lower_case": settings.lower_case}
     if pooling in HIDDEN_STATE_POOLINGS:
         modules.append(("1_LayerPooling", "WeightedLayerPooling"))
         _write_layer_weights(path / "1_LayerPooling", pooling, width, config.num_hidden_layers)
@@ -124,12 +84,13 @@ def write_sentence_transformers(
         {
             "word_embedding_dimension": width,
             "pooling_mode_cls_token": pooling == "cls",
-            "pooling_mode_mean_tokens": pooling != "cls",
+            "pooling_mode_mean_tokens": pooling not in ("cls", "last"),
             "pooling_mode_max_tokens": False,
             "pooling_mode_mean_sqrt_len_tokens": False,
+            "pooling_mode_lasttoken": pooling == "last",
         },
     )
-    if normalize:
+    if settings.normalize:
         modules.append((f"{len(modules)}_Normalize", "Normalize"))
         (path / modules[-1][0]).mkdir(exist_ok=True)
     _write_json(path / "sentence_bert_config.json", transformer)
@@ -140,7 +101,9 @@ def write_sentence_transformers(
             for i, (folder, kind) in enumerate(modules)
         ],
     )
-    _write_json(path / "config_sentence_transformers.json", {"similarity_fn_name": "cosine"})
+    prefix = (settings.prompt or "").removesuffix("{sentence}")
+    prompts = {"prompts": {"default": prefix}, "default_prompt_name": "default"} if prefix else {}
+    _write_json(path / "config_sentence_transformers.json", {"similarity_fn_name": "cosine", **prompts})
 
 
 def write_prompt_module(path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clusterns_ray.errors import ConfigError
+from clusterns_ray.model_settings import read_settings
 from clusterns_ray.pretrained import check_code, check_vocabulary, hub_options, loading, read_config, vocabulary_size
 
 
@@ -28,7 +29,20 @@ def load_tokenizer(source: str, *, revision: str | None = None) -> Any:
         _check_files(source, tokenizer)
         check_fast(tokenizer)
         check_vocabulary(source, tokenizer, vocabulary_size(config))
+    if read_settings(source, revision=revision).lower_case:
+        _lower_case(tokenizer)
+    if tokenizer.pad_token is None:  # padding is masked, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    tokenizer.padding_side = "right"
     return tokenizer
+
+
+def _lower_case(tokenizer: Any) -> None:
+    """Put text into lower case before all else, as sentence-transformers does where ``do_lower_case`` is set."""
+    from tokenizers.normalizers import Lowercase, Sequence
+
+    own = tokenizer.backend_tokenizer.normalizer
+    tokenizer.backend_tokenizer.normalizer = Sequence([Lowercase(), *([] if own is None else [own])])
 
 
 def _check_files(source: str, tokenizer: Any) -> None:
@@ -96,18 +110,18 @@ def tokenize(
         )
     if not sentences:
         return [], 0
-    if prompt is None:
-        encoded = _encode(tokenizer, list(sentences), truncation=True, max_length=max_length)
-        full = (i for i, ids in enumerate(encoded["input_ids"]) if len(ids) == max_length)
-        truncated = sum(bool(encoded.encodings[i].overflowing) for i in full)
-        return encoded["input_ids"], truncated
-    if prompt.count("{sentence}") != 1:
+    if prompt is not None and prompt.count("{sentence}") != 1:
         raise ConfigError(
             f"prompt is {prompt!r}, which holds {{sentence}} {prompt.count('{sentence}')} times, but the "
             "sentence goes in one place; write {sentence} exactly once"
         )
-    head, tail = prompt.split("{sentence}")
-    most = max_length + prompt_length(prompt, tokenizer)
+    head, tail = prompt.split("{sentence}") if prompt else ("", "")
+    most = max_length + (prompt_length(prompt, tokenizer) if prompt else 0)
+    if not tail:
+        encoded = _encode(tokenizer, [head + text for text in sentences], truncation=True, max_length=most)
+        full = (i for i, ids in enumerate(encoded["input_ids"]) if len(ids) == most)
+        truncated = sum(bool(encoded.encodings[i].overflowing) for i in full)
+        return encoded["input_ids"], truncated
     rows = _encode(tokenizer, [head + text + tail for text in sentences])["input_ids"]
     pending = [i for i, ids in enumerate(rows) if len(ids) > most]
     if not pending:

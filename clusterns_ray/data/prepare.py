@@ -165,7 +165,7 @@ def check_teacher(config: Config, tokenizer: Any) -> None:
     name = config.loss.teacher
     if name is None:
         return
-    from clusterns_ray.model_files import read_settings
+    from clusterns_ray.model_settings import read_settings
     from clusterns_ray.tokenization import load_tokenizer
 
     source = resolve_model(name)
@@ -174,7 +174,7 @@ def check_teacher(config: Config, tokenizer: Any) -> None:
             f"loss.teacher is {name!r}, whose tokenizer is not that of {config.encoder.name!r}; it reads the tokens of "
             "the batch as they are. Name an encoder of the same family, such as the model/ of an earlier run."
         )
-    prompt = read_settings(source).get("prompt")
+    prompt = read_settings(source).prompt
     if prompt != config.encoder.prompt:
         raise ConfigError(
             f"loss.teacher is {name!r}, which was trained with the prompt {prompt!r}, but encoder.prompt is "

@@ -9,11 +9,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clusterns_ray.config import Config, DataConfig, EncoderConfig, EvaluationConfig, parse_saved_config
+from clusterns_ray.config import POOLINGS, Config, DataConfig, EvaluationConfig, parse_saved_config
 from clusterns_ray.data.documents import list_documents
 from clusterns_ray.data.prepare import documents_of, structure_dev_set
 from clusterns_ray.errors import ConfigError, DataError, NonFiniteError
@@ -48,7 +48,6 @@ STRUCTURE_SET = "STRUCTURE/dev"
 ALIKE = 1e-5
 """Of unit embeddings, a difference in any value that float32 may leave where there is none."""
 
-POOLINGS = get_args(EncoderConfig.model_fields["pooling"].annotation)
 PACKAGES = ("clusterns-ray", "torch", "transformers", "numpy", "scipy", "scikit-learn", "faiss-cpu", "faiss-gpu")
 Note = Callable[[str], None]
 
@@ -283,6 +282,8 @@ def evaluate_models(
         prefix = f"{model}: " if len(every) > 1 else ""
         paced = paced_note(note, prefix)
         encoder = Encoder.load(model, pooling=pooling, max_length=max_length)
+        if encoder.similarity != "cosine" and not encoder.normalize:
+            note(f"{model} is meant to be compared by {encoder.similarity}; all scores here are of the cosine.")
         try:
             figures, items[model] = _evaluate(encoder, suite, data, paced)
         except NonFiniteError as error:

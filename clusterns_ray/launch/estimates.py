@@ -84,12 +84,14 @@ def model_size(config: Config) -> ModelSize:
     from transformers.initialization import no_init_weights
 
     from clusterns_ray.backbone import check_dropout, empty_model, load_config, masked_language_model_class
+    from clusterns_ray.base_model import complete
     from clusterns_ray.encoder import Encoder
     from clusterns_ray.losses import clusterns_loss, rank_distillation_share
     from clusterns_ray.tokenization import load_tokenizer, prompt_length
     from clusterns_ray.training.objective import TwoViews
     from clusterns_ray.training.shards import Shard
 
+    config = complete(config)
     encoder = config.encoder
     source = resolve_model(encoder.name)
     tokenizer = load_tokenizer(source, revision=encoder.revision)
@@ -97,7 +99,7 @@ def model_size(config: Config) -> ModelSize:
     check_dropout(shape, encoder.name)
     with FakeTensorMode(), no_init_weights():
         backbone = empty_model(shape, source)
-        built = Encoder.around(backbone, tokenizer, encoder, seed=0, reads=encoder.max_length).train()
+        built = Encoder.around(backbone, tokenizer, encoder, seed=0).train()
         built.packs = False  # the rows are all as long as can be, and packing asks for values
         width = built.width
         language_model = None

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from clusterns_ray.base_model import complete
 from clusterns_ray.config import Config
 from clusterns_ray.data.corpus import list_sources
 from clusterns_ray.data.documents import list_documents
@@ -28,17 +29,24 @@ RESERVED = ("cache", "staged")
 STORE_TIMEOUT_S = 20.0
 
 
-def check_request(config: Config) -> None:
+def check_request(config: Config, note: Callable[[str], None] = lambda text: None) -> Config:
     """Refuse what cannot work.
+
+    Args:
+        note: told how the configuration differs from the model that it starts from.
+
+    Returns:
+        ``config`` with what it leaves to that model.
 
     Raises:
         ConfigError, DataError: with the value, the reason and the remedy.
     """
     check_data(config)
-    check_encoder(config)
+    config = check_encoder(config, note)
     check_storage(config)
     check_name(config)
     check_trackers(config)
+    return config
 
 
 def check_data(config: Config) -> None:
@@ -56,8 +64,12 @@ def check_data(config: Config) -> None:
         check_pairs_exist(Path(sts).expanduser(), config.evaluation.dev)
 
 
-def check_encoder(config: Config) -> None:
-    """The encoder's directory, and the limits that its config.json tells without loading it."""
+def check_encoder(config: Config, note: Callable[[str], None] = lambda text: None) -> Config:
+    """The encoder's directory, and the limits that its config.json tells without loading it.
+
+    Returns:
+        ``config`` with the pooling and prompt that it leaves to the model; ``note`` is told where it differs from it.
+    """
     model = local_model_config(resolve_model(config.encoder.name))
     layers = (model or {}).get("num_hidden_layers") or (model or {}).get("n_layers")
     if layers and config.encoder.num_layers and config.encoder.num_layers > layers:
@@ -67,6 +79,7 @@ def check_encoder(config: Config) -> None:
         )
     if config.loss.teacher is not None:
         resolve_model(config.loss.teacher)
+    return complete(config, note)
 
 
 def check_lasting(config: Config) -> None:
@@ -138,7 +151,7 @@ def check_name(config: Config) -> None:
         )
     saved = read_run_file(config, "config.yaml")
     if saved is not None:
-        check_config(saved, config, run_url(config) or str(run))
+        check_config(saved, complete(config), run_url(config) or str(run))
 
 
 def check_trackers(config: Config) -> None:

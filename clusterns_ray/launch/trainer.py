@@ -37,7 +37,7 @@ def train(config: Config, watch: Watch = lambda event: None) -> dict[str, Any]:
     def note(text: str) -> None:
         watch({"event": "note", "text": text})
 
-    check_request(config)
+    config = check_request(config, note)
     run_dir = run_directory(config)
     finished = finished_result(config, note)
     if finished is not None:

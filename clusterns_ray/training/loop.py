@@ -35,6 +35,7 @@ from clusterns_ray.files import (
     write_atomic,
     write_manifest,
 )
+from clusterns_ray.model_settings import read_settings
 from clusterns_ray.models import resolve_model
 from clusterns_ray.training.alarms import Alarms
 from clusterns_ray.training.checkpoint import (
@@ -351,6 +352,7 @@ class Run:
         )
         self.health = ClusterHealth()
         self.alarms = Alarms(c.num_clusters, of_corpus=c.scope == "corpus")
+        self.dev_dir = sts_dir
         self.dev = DevSet(sts_dir, config.evaluation.dev, self.encoder) if sts_dir else None
         self.digests = data_digests(self.tokens.manifest, self.dev and self.dev.pairs)
         self.progress = Progress(precision=precision)
@@ -530,12 +532,30 @@ class Run:
                     "train.precision to fp32."
                 )
             score, health = self.dev_score(z_ND), self.dev_health(z_ND)
+            self.compare_with_own_encoding(score)
         else:
             score, health = known, {}
         self.progress.score_before = self.progress.best_score = score
         self.export()
         self.record({"event": "evaluation", "step": 0, "epoch": 0.0, "sts_dev": score, **health})
         self.last_log = (time.perf_counter(), 0)
+
+    def compare_with_own_encoding(self, chosen_score: float) -> None:
+        """Say how the model scores as it says of itself that it encodes, where the run encodes otherwise."""
+        config = self.config.encoder
+        settings = read_settings(resolve_model(config.name), revision=config.revision)
+        chosen = (self.encoder.pooling, self.encoder.prompt, self.encoder.denoise)
+        if settings.pooling is None or chosen == (settings.pooling, settings.prompt, settings.denoise):
+            return
+        assert self.dev is not None and self.dev_dir is not None
+        own = Encoder.finished(self.encoder.backbone, self.encoder.tokenizer, settings, config.name)
+        own.autocast_dtype = self.encoder.autocast_dtype
+        score = self.dev_score(DevSet(self.dev_dir, self.config.evaluation.dev, own).encode(own))
+        self.encoder.train()
+        self.note(
+            f"{config.name} by its own settings (pooling {own.pooling}) scores {score:.2f} before training; with "
+            f"encoder.pooling {self.encoder.pooling} it scores {chosen_score:.2f}."
+        )
 
     def dev_score(self, z_ND: np.ndarray) -> float:
         """The score of dev embeddings; :data:`COLLAPSED`, with a note, where there is none."""

@@ -21,6 +21,7 @@ from typing import Any
 import optuna
 from sqlalchemy.exc import SQLAlchemyError
 
+from clusterns_ray.base_model import complete
 from clusterns_ray.config import Config, dump_config, make_config, parse_config
 from clusterns_ray.data.digests import check_digests, data_digests
 from clusterns_ray.data.prepare import Prepared, cache_directory, describe, prepare
@@ -317,7 +318,7 @@ class Sweep:
 
     def _job(self, name: str, number: int | None, overrides: Overrides) -> Job:
         runs = runs_of(self.study, number)
-        config = trial_config(self.study, overrides, runs, name)
+        config = complete(trial_config(self.study, overrides, runs, name))
         if not is_run_of(runs / name, config):
             self.note(f"{(runs / name).address} is of another configuration, or damaged; it is replaced.")
             runs.remove(name)

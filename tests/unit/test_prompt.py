@@ -162,7 +162,7 @@ def test_sentence_transformers_does_not_encode_it_wrongly_in_silence(tiny_models
 WRONG = {
     "second without first": ({"second_prompt": "a {sentence}"}, "encoder.prompt is not set"),
     "no place": ({"prompt": "{sentence}", "second_prompt": "a"}, r"second_prompt is 'a': it must hold {sentence}"),
-    "denoise": ({"prompt": "{sentence}", "denoise": True}, "denoise is true, but encoder.pooling is cls"),
+    "denoise": ({"prompt": "{sentence}", "denoise": True}, "denoise is true, but encoder.pooling is unset"),
 }
 
 

@@ -76,7 +76,7 @@ def plan_for(
         if gpu and not torch.cuda.is_available():
             raise ConfigError("--measure: runtime.use_gpu is true, but torch sees no GPU here. Give --tflops instead.")
         check_data(config)
-        check_encoder(config)
+        config = check_encoder(config)
         check_storage(config)
         prepared = prepare(config, note, lambda rows: watch({"event": "tokenised", "rows": rows}))
     work = workload(config, sentences, prepared)

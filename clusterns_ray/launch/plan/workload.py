@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from clusterns_ray.base_model import complete
 from clusterns_ray.config import Config
 from clusterns_ray.data.batches import BatchOrder, cut_shards, steps_per_epoch
 from clusterns_ray.data.prepare import Prepared, cache_directory, corpus_fingerprint, load_tokenizer
@@ -103,6 +104,7 @@ def workload(config: Config, sentences: int | None = None, prepared: Prepared | 
         DataError: there are fewer sentences than shards.
     """
     check_reachable(config)
+    config = complete(config)
     size = model_size(config)
     encoder = encoder_work(config)
     store = TokenStore.open(prepared.tokens_dir) if prepared else find_tokens(config)
@@ -221,9 +223,9 @@ def dev_batches(
     config: Config, encoder: EncoderWork, prepared: Prepared | None
 ) -> tuple[tuple[float, ...] | None, int, str]:
     """FLOPs of each batch of the dev set, how many sentences it has, and what has to be said about them."""
-    from clusterns_ray.encoder import LONGEST_ENCODED, length_batches
+    from clusterns_ray.encoder import LONGEST_ENCODED, length_batches, own_length
     from clusterns_ray.evaluation.sts import read_pairs
-    from clusterns_ray.model_files import read_settings
+    from clusterns_ray.model_settings import read_settings
     from clusterns_ray.pretrained import length_limit
     from clusterns_ray.tokenization import tokenize
 
@@ -234,7 +236,8 @@ def dev_batches(
         return None, 0, "The dev set is not here yet, so its evaluation is left out: `clusterns prepare` makes it."
     sentences = read_pairs(directory, config.evaluation.dev).sentences()
     tokenizer = load_tokenizer(config)
-    most = read_settings(resolve_model(config.encoder.name)).get("max_length", LONGEST_ENCODED)
+    own = read_settings(resolve_model(config.encoder.name), revision=config.encoder.revision)
+    most = own_length(own, tokenizer, config.encoder.name) or LONGEST_ENCODED
     limit = min(most, length_limit(tokenizer.model_max_length) or most)
     lengths = [len(ids) for ids in tokenize(sentences, tokenizer, limit, config.encoder.prompt)[0]]
     flops = [
