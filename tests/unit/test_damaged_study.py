@@ -1,0 +1,169 @@
+"""Files of a study that are damaged, locked or of another study: a clear refusal, and never a wrong winner."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clusterns_ray.config import Config, dump_config, make_config
+from clusterns_ray.errors import ClusterNSError, ConfigError, DataError, DiskError
+from clusterns_ray.files import disk_fault, with_checksum
+from clusterns_ray.report.study_charts import log_ticks
+from clusterns_ray.storage import Place
+from clusterns_ray.tuning import ledger
+from clusterns_ray.tuning.analysis import read_study_file
+from clusterns_ray.tuning.comparison import difference_over_seeds, seed_interval, sentences
+from clusterns_ray.tuning.ledger import file_error, open_storage, read_ledger, study_file
+from clusterns_ray.tuning.outcome import check_result
+from clusterns_ray.tuning.sweep import full_disk, is_run_of, run_score
+from clusterns_ray.tuning.view import show_value
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Path:
+    """A directory with the empty study ``s``."""
+    import optuna
+
+    optuna.create_study(study_name="s", storage=open_storage(tmp_path, "sqlite", writing=True))
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", ["empty", "zeros", "text", "truncated", "no tables"])
+def test_a_damaged_database_is_refused_with_a_remedy_that_works(database: Path, kind: str) -> None:
+    path = database / "study.db"
+    whole = path.read_bytes()
+    damage = {"empty": b"", "zeros": bytes(len(whole)), "text": b"not a database" * 99, "truncated": whole[:20000]}
+    path.write_bytes(damage.get(kind, b""))
+    if kind == "no tables":
+        sqlite3.connect(path).execute("create table x (y)")
+    with pytest.raises(ClusterNSError, match=r"is damaged .* move it away, and `clusterns tune` begins") as error:
+        read_ledger(database)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ClusterNSError, match="is damaged"), study_file(path):
+        open_storage(database, "sqlite", writing=True)
+    path.rename(database / "aside")
+    open_storage(database, "sqlite", writing=True)
+
+
+def test_a_locked_database_is_told(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "LOOK_WAIT_S", 0.1)
+    other = sqlite3.connect(database / "study.db", isolation_level=None)
+    other.execute("begin exclusive")
+    with pytest.raises(ClusterNSError, match="is locked by another process"):
+        read_ledger(database)
+    other.execute("rollback")
+    assert read_ledger(database, "s").study_name == "s"
+
+
+def test_a_database_of_another_study_is_refused(database: Path) -> None:
+    with pytest.raises(ConfigError, match="holds the study 's', not 'other'"):
+        read_ledger(database, "other")
+
+
+@pytest.mark.parametrize("content", [bytes(200), b'{"a": 1}\nnonsense', b"nonsense"])
+def test_a_damaged_journal_is_not_emptied(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "study.journal").write_bytes(content)
+    with pytest.raises(ClusterNSError, match="is damaged"), study_file(tmp_path / "study.journal"):
+        open_storage(tmp_path, "journal", writing=True)
+    assert (tmp_path / "study.journal").read_bytes() == content
+
+
+def config(seed: int = 1) -> Config:
+    return make_config({"seed": seed, "data": {"corpus": "demo"}, "evaluation": {"sts": "structure"}})
+
+
+def test_a_run_counts_only_where_it_is_whole_and_of_that_configuration(tmp_path: Path) -> None:
+    run, mine = Place(tmp_path), config()
+    assert is_run_of(run, mine) and run_score(run, mine) is None
+    (tmp_path / "config.yaml").write_text(dump_config(mine))
+    result = with_checksum({"sts_dev_trained": 71.5, "fingerprint": mine.fingerprint()})
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    assert run_score(run, mine) == 71.5 and run_score(run, config(2)) is None and not is_run_of(run, config(2))
+    for damaged in (json.dumps({**result, "sts_dev_trained": 99.0}).encode(), b"", bytes(40), b"\xff\xfe{", b"[]"):
+        (tmp_path / "result.json").write_bytes(damaged)
+        assert run_score(run, mine) is None
+    (tmp_path / "config.yaml").write_bytes(bytes(30))
+    assert not is_run_of(run, mine)
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", "{}", "null", '{"winner": 3}', "\0\0", '{"dev": 1, "winner": {}}'])
+def test_a_damaged_result_is_refused(text: str | None) -> None:
+    with pytest.raises(DataError, match=r"is damaged .*which writes it anew"):
+        check_result(text, "result.json")
+
+
+@pytest.mark.parametrize("content", [b"", bytes(9), b"\xff\xfe", b"a: [", b"- 1", b"name: x\n"])
+def test_a_damaged_study_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "study.yaml").write_bytes(content)
+    with pytest.raises(DataError, match=r"study\.yaml' is damaged"):
+        read_study_file(tmp_path / "study.yaml")
+
+
+# ---- disks ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_full_disk_looks_like() -> None:
+    for number in (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT):
+        try:
+            try:
+                raise OSError(number, "x", "file")
+            except OSError as error:
+                raise RuntimeError("wrapped") from error
+        except RuntimeError as error:
+            assert disk_fault(error) is not None
+    assert disk_fault(RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")) is not None
+    assert disk_fault(sqlite3.OperationalError("database or disk is full")) is not None
+    assert disk_fault(FileNotFoundError(errno.ENOENT, "x")) is None and disk_fault(ValueError("NaN")) is None
+    assert isinstance(file_error(Path("study.db"), sqlite3.OperationalError("database or disk is full")), DiskError)
+
+
+def test_a_disk_is_tried_with_real_bytes(tmp_path: Path) -> None:
+    assert full_disk(tmp_path) is None and list(tmp_path.iterdir()) == []
+    assert "cannot be written" in str(full_disk(tmp_path / "none"))
+
+
+# ---- what is said ---------------------------------------------------------------------------------------------------
+
+
+def beside(difference: float, **more: Any) -> dict[str, Any]:
+    against = {"score": 70.0, "difference": difference, "over_pairs": None, "over_seeds": None, **more}
+    return {"against": {"untrained": against, "base": None}}
+
+
+def test_a_winner_below_the_untrained_encoder_is_told_in_words() -> None:
+    lines = sentences(beside(-1.25, over_pairs={"low": -2.0, "high": -0.5}))
+    assert lines[0] == (
+        "The winner is 1.25 BELOW the untrained encoder (70.00); 95 % interval over the dev pairs -2.00 to -0.50."
+    )
+    assert lines[1].startswith("The base configuration has no score") and "No configuration of this study" in lines[2]
+    better = sentences(beside(0.2, over_seeds={"low": -0.1, "high": 0.5}))
+    assert better[0].endswith("inside the noise.") and len(better) == 2
+
+
+def test_intervals_over_seeds() -> None:
+    assert seed_interval([70.0]) is None and difference_over_seeds([70.0], [71.0, 72.0]) is None
+    found = seed_interval([70.0, 72.0])
+    assert found is not None and found["low"] == pytest.approx(71 - 12.706, abs=1e-3)
+    against = difference_over_seeds([70.0, 72.0], [70.0])
+    assert against is not None and against["high"] == pytest.approx(1 + 12.706, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.00031249999, "3.12e-4"), (1e-5, "1e-5"), (0.05, "0.05"), (0.30000000000000004, "0.3"), (0.0, "0"),
+     (-2e-7, "-2e-7"), (1234.5, "1230"), (16, "16"), (True, "true"), (None, "null"), ("cls", "cls")],
+)  # fmt: skip
+def test_numbers_are_rounded(value: Any, text: str) -> None:
+    assert show_value(value) == text
+
+
+@pytest.mark.parametrize(("low", "high"), [(1e-5, 1e-3), (2e-4, 9e-4), (0.3, 0.4), (1e-12, 1.0), (1, 1000)])
+def test_logarithmic_axes_have_ticks(low: float, high: float) -> None:
+    ticks = log_ticks(low, high)
+    assert 2 <= len(ticks) <= 9 and ticks == sorted(ticks)
+    assert low * 0.999 <= ticks[0] and ticks[-1] <= high * 1.001
