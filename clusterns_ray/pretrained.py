@@ -21,6 +21,9 @@ from clusterns_ray.models import local_model_config
 UNLIMITED = 1_000_000
 """Tokens that no text has: the length of a model that cuts none."""
 
+MOST_LAYERS = 1000
+"""More than any model has; a damaged config.json could ask for so many that making them would take hours."""
+
 NAMED = 3
 """Weights that a message names; it counts the others."""
 
@@ -297,7 +300,7 @@ def _check_readable(source: str, config: Any) -> None:
             "(merge_and_unload of the peft library), and save the model that comes out with save_pretrained.",
         )
     layers = getattr(config, "num_hidden_layers", None)
-    if isinstance(layers, int) and layers < 1:
+    if isinstance(layers, int) and not 1 <= layers <= MOST_LAYERS:
         raise _refused(source, f"its config.json states {layers} layers. Correct it, or copy or download it again.")
 
 

@@ -72,7 +72,7 @@ def check_encoder(config: Config, note: Callable[[str], None] = lambda text: Non
     """
     model = local_model_config(resolve_model(config.encoder.name))
     layers = (model or {}).get("num_hidden_layers") or (model or {}).get("n_layers")
-    if layers and config.encoder.num_layers and config.encoder.num_layers > layers:
+    if isinstance(layers, int) and 0 < layers < (config.encoder.num_layers or 0):
         raise ConfigError(
             f"encoder.num_layers is {config.encoder.num_layers}, but {config.encoder.name} has {layers} layers. "
             f"Use at most {layers}, or leave it unset."

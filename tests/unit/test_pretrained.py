@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import pickle
+import random
 import shutil
 import socket
 import time
@@ -23,7 +24,7 @@ import clusterns_ray
 from clusterns_ray import pretrained
 from clusterns_ray.backbone import load_language_model, load_transformer
 from clusterns_ray.encoder import Encoder
-from clusterns_ray.errors import ConfigError, NonFiniteError
+from clusterns_ray.errors import ClusterNSError, ConfigError, NonFiniteError
 from clusterns_ray.pretrained import cannot_load, one_line, read_config
 from clusterns_ray.tokenization import load_tokenizer
 from clusterns_ray.training.teacher import Teacher
@@ -135,8 +136,8 @@ def test_layers_that_the_config_does_not_count_are_refused(copy: Callable[..., P
     assert len(load_transformer(str(directory), num_layers=2)[0].encoder.layer) == 2
 
 
-@pytest.mark.parametrize("layers", [0, -1])
-def test_no_layers_are_refused(copy: Callable[..., Path], layers: int) -> None:
+@pytest.mark.parametrize("layers", [0, -1, 10**9])
+def test_a_number_of_layers_that_cannot_be_is_refused(copy: Callable[..., Path], layers: int) -> None:
     directory = copy()
     edit_json(directory / "config.json", num_hidden_layers=layers)
     assert f"states {layers} layers" in refused(directory)
@@ -240,6 +241,26 @@ def test_a_damaged_file_is_one_line_that_names_it(copy: Callable[..., Path], cas
     change, named = DAMAGED[case]
     change(directory)
     assert named in refused(directory)
+
+
+ODD = (None, "x", -1, 10**6, 0, 0.5, [], {}, True, [None], float("nan"))
+
+
+@pytest.mark.parametrize("name", [CONFIG, SETTINGS, TOKENIZER])
+def test_any_value_in_a_file_is_read_or_refused(copy: Callable[..., Path], name: str) -> None:
+    """Whatever a key holds; what was right before is right afterwards."""
+    directory, draw = copy(), random.Random(4)
+    text = (directory / name).read_text()
+    found = json.loads(text)
+    for _ in range(25):
+        key, value = draw.choice(sorted(found)), draw.choice(ODD)
+        (directory / name).write_text(json.dumps({**found, key: value}))
+        try:
+            assert Encoder.load(directory).encode(["a lamp"]).shape == (1, 32)
+        except ClusterNSError as error:
+            assert "\n" not in str(error), (key, value)
+    (directory / name).write_text(text)
+    Encoder.load(directory)
 
 
 def test_a_vocabulary_without_its_merges_is_no_tokenizer(copy: Callable[..., Path]) -> None:
