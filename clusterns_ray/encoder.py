@@ -30,7 +30,7 @@ from clusterns_ray.base_model import choose_pooling, complete_encoder
 from clusterns_ray.bert import PackedBert, can_pack
 from clusterns_ray.dropout import Streams
 from clusterns_ray.errors import ConfigError, NonFiniteError
-from clusterns_ray.files import follow_umask
+from clusterns_ray.files import DIRECTORY_MANIFEST, check_unchanged, follow_umask
 from clusterns_ray.model_files import (
     HIDDEN_STATE_POOLINGS,
     write_prompt_module,
@@ -137,8 +137,10 @@ class Encoder(nn.Module):
 
         Raises:
             ConfigError: it cannot be found or loaded.
+            StorageError: it was exported by a run, and is damaged.
         """
         source = resolve_model(str(name))
+        check_unchanged(Path(source))
         backbone, tokenizer = load_transformer(source)
         return cls.finished(backbone, tokenizer, read_settings(source), str(name), pooling, max_length)
 
@@ -175,6 +177,7 @@ class Encoder(nn.Module):
         :data:`LONGEST_ENCODED` tokens), as published STS scores are taken without cutting.
         """
         source = resolve_model(config.name)
+        check_unchanged(Path(source))
         backbone, tokenizer = load_transformer(
             source,
             revision=config.revision,
@@ -434,6 +437,7 @@ class Encoder(nn.Module):
         """
         path = Path(directory)
         path.mkdir(parents=True, exist_ok=True)
+        (path / DIRECTORY_MANIFEST).unlink(missing_ok=True)  # of what was there before
         self.backbone.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
         follow_umask(path)

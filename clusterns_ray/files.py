@@ -226,6 +226,22 @@ def disk_fault(error: BaseException | None) -> str | None:
     return None
 
 
+def check_unchanged(directory: Path) -> None:
+    """Refuse a directory whose files are not those of its manifest; one without a manifest is not looked at.
+
+    Raises:
+        StorageError: it names the file.
+    """
+    remedy = f"Restore the directory from a copy. If it was changed on purpose, remove {DIRECTORY_MANIFEST} from it."
+    try:
+        manifest = read_manifest(directory)
+        wrong = manifest and changed_file(directory, manifest)
+    except StorageError as error:
+        raise StorageError(f"{error} {remedy}") from None
+    if wrong:
+        raise StorageError(f"{str(directory)!r} was changed or damaged after it was exported: {wrong}. {remedy}")
+
+
 def flush(path: Path) -> None:
     """Bring a file, or the names in a directory, to disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -314,9 +314,9 @@ class Place:
         """A small text from where it belongs; None where there is none."""
         if self.store is not None:
             raw = self.store.read(name)
-            return None if raw is None else raw.decode("utf-8")
+            return None if raw is None else _decoded(raw, f"{self.store.address}/{name}")
         path = self.local / name
-        return path.read_text(encoding="utf-8") if path.is_file() else None
+        return _decoded(path.read_bytes(), str(path)) if path.is_file() else None
 
     def has(self, name: str) -> bool:
         """Whether there is a file of that name, readable or not."""
@@ -404,10 +404,10 @@ def reading_place(url: str) -> Place:
 def read_text(where: str | Path) -> str | None:
     """A small text file, or object; None where there is none."""
     if not is_url(where):
-        return Path(where).read_text(encoding="utf-8") if Path(where).is_file() else None
+        return _decoded(Path(where).read_bytes(), str(where)) if Path(where).is_file() else None
     holder, name = split_url(str(where))
     raw = Store(holder).read(name)
-    return None if raw is None else raw.decode("utf-8")
+    return None if raw is None else _decoded(raw, str(where))
 
 
 def write_text(where: str | Path, text: str) -> None:
@@ -433,6 +433,16 @@ def only_one(lock: Path, timeout_s: float = 1800.0) -> Iterator[None]:
                     raise StorageError(f"{str(lock)!r} was held by another process for {timeout_s:.0f} s.") from None
                 time.sleep(0.1)
         yield
+
+
+def _decoded(raw: bytes, address: str) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise StorageError(
+            f"{address!r} is damaged: it is not text in UTF-8 ({error.reason} at byte {error.start}). Restore it from a "
+            "copy."
+        ) from None
 
 
 def _matches(local: Path, files: dict[str, dict[str, Any]]) -> bool:
