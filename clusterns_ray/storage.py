@@ -440,8 +440,8 @@ def _decoded(raw: bytes, address: str) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise StorageError(
-            f"{address!r} is damaged: it is not text in UTF-8 ({error.reason} at byte {error.start}). Restore it from a "
-            "copy."
+            f"{address!r} is damaged: it is not text in UTF-8 ({error.reason} at byte {error.start}). Restore it from "
+            "a copy."
         ) from None
 
 

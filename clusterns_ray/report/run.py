@@ -82,7 +82,10 @@ def _outcome(run: RunRecord) -> str:
         end = "; at the last evaluation there was none"
     else:
         end = ", the last" if step == run.evaluations[-1]["step"] else f"; the last score is {fixed(run.last)}"
-    return f"Its best score on {run.dev} (Spearman × 100) is {fixed(best)}{gain}, at step {step:,}{end}."
+    text = f"Its best score on {run.dev} (Spearman × 100) is {fixed(best)}{gain}, at step {step:,}{end}."
+    if run.result and run.result.get("best_step") == 0:
+        text += " No step beat the untrained encoder, so model/ holds that one."
+    return text
 
 
 def _source(value: Any) -> str:
