@@ -318,7 +318,7 @@ class Sweep:
 
     def _job(self, name: str, number: int | None, overrides: Overrides) -> Job:
         runs = runs_of(self.study, number)
-        config = complete(trial_config(self.study, overrides, runs, name))
+        config = trial_config(self.study, overrides, runs, name)
         if not is_run_of(runs / name, config):
             self.note(f"{(runs / name).address} is of another configuration, or damaged; it is replaced.")
             runs.remove(name)
@@ -415,7 +415,7 @@ def clean_up(study: Study, ledger: Ledger) -> None:
 
 
 def trial_config(study: Study, overrides: Overrides, runs: Place, name: str) -> Config:
-    """The base with a trial's values, as a run of its own in ``runs``."""
+    """The base with a trial's values and what it leaves to its encoder, as a run of its own in ``runs``."""
     config = study.space.config(overrides, source=f"trial {name}")
     where = {
         "runtime.storage_path": runs.path,
@@ -424,7 +424,7 @@ def trial_config(study: Study, overrides: Overrides, runs: Place, name: str) -> 
         "runtime.trackers": [],
         "data.cache_dir": str(cache_directory(study.base)),
     }
-    return make_config(with_values(config.resolved(), where))
+    return complete(make_config(with_values(config.resolved(), where)))
 
 
 def _told(job: Job) -> dict[str, Any]:
