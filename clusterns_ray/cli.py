@@ -14,6 +14,7 @@ from typing import Annotated, Optional
 import typer
 
 from clusterns_ray.errors import ClusterNSError, ConfigError, DataError
+from clusterns_ray.terminal import printable
 
 app = typer.Typer(
     add_completion=False,
@@ -38,10 +39,10 @@ def readable_errors(resumption: str = "") -> Iterator[None]:
     try:
         yield
     except (ConfigError, DataError) as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(printable(f"error: {error}"), err=True)
         raise typer.Exit(2) from None
     except ClusterNSError as error:
-        typer.echo(f"failed: {error}", err=True)
+        typer.echo(printable(f"failed: {error}"), err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         again = f" The same command goes on {resumption}." if resumption else " Nothing was written."

@@ -6,6 +6,8 @@ import sys
 import time
 from typing import Any, TextIO
 
+from clusterns_ray.terminal import printable
+
 EVERY_S = 5.0
 DOING = {"encoded": "encoding", "indexed": "indexing"}
 
@@ -37,7 +39,7 @@ class Lines:
 
     def __call__(self, event: dict[str, Any]) -> None:
         if event["event"] == "note":
-            print(event["text"], file=self.stream, flush=True)
+            print(printable(event["text"]), file=self.stream, flush=True)
         elif time.monotonic() - self.last >= EVERY_S:
             self.last = time.monotonic()
             of = f" of {event['total']:,}" if event["total"] else ""
@@ -68,7 +70,7 @@ class Bar:
     def __call__(self, event: dict[str, Any]) -> None:
         if event["event"] == "note":
             self.close()
-            self.progress.console.print(event["text"], highlight=False, markup=False, soft_wrap=True)
+            self.progress.console.print(printable(event["text"]), highlight=False, markup=False, soft_wrap=True)
             return
         if self.doing != event["event"]:
             self.close()

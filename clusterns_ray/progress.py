@@ -6,6 +6,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from clusterns_ray.terminal import printable
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -29,7 +31,7 @@ class Lines:
     def __call__(self, event: dict[str, Any]) -> None:
         text = self.describe(event)
         if text:
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
     def close(self) -> None:
         pass
@@ -132,7 +134,7 @@ class Bar:
     def __call__(self, event: dict[str, Any]) -> None:
         kind = event["event"]
         if kind == "note":
-            self.console.print(event["text"], highlight=False, markup=False)
+            self.console.print(printable(event["text"]), highlight=False, markup=False)
         elif kind == "tokenised":
             if self.live is None:
                 self._begin("tokenising", None, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,33 @@ def structure_dev_set(
         check_unchanged(files, document_sources(documents))
         write_structure_dev(found, directory, pairs=pairs, seed=STRUCTURE_SEED)
     return directory
+
+
+def most_rows(config: Config) -> int | None:
+    """How many sentences the corpus has at most, as far as that is known without reading it; else None."""
+    known = [config.data.limit] if config.data.limit is not None else []
+    if not corpus_is_documents(config):
+        paths = [source.path for source in list_sources(config.data.corpus or "")]
+        if all("://" not in path and path.lower().endswith(".parquet") for path in paths):
+            import pyarrow.parquet as pq
+
+            with suppress(Exception):  # what is wrong with the file is told when it is read
+                known.append(sum(pq.read_metadata(path).num_rows for path in paths))
+    return min(known, default=None)
+
+
+def check_batch(config: Config, rows: int | None) -> None:
+    """Refuse a batch larger than the corpus; ``rows`` is None where that is not known.
+
+    Raises:
+        ConfigError: it names both figures.
+    """
+    batch = config.train.global_batch_size
+    if rows is not None and batch > rows:
+        raise ConfigError(
+            f"train.global_batch_size is {batch:,}, but the corpus has {rows:,} sentences, so not one batch can be "
+            f"filled. Set it to at most {rows:,} (a multiple of train.shards), or give more text."
+        )
 
 
 def check_teacher(config: Config, tokenizer: Any) -> None:

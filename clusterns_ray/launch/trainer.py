@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clusterns_ray.config import Config, make_config
-from clusterns_ray.data.prepare import Prepared, describe, prepare
+from clusterns_ray.data.prepare import Prepared, check_batch, describe, most_rows, prepare
 from clusterns_ray.errors import ClusterNSError, ConfigError
 from clusterns_ray.launch.cluster import check_workers, connect, on_this_node
 from clusterns_ray.launch.places import read_run_file, run_directory, run_store, run_url, stage, unstage
@@ -47,9 +47,12 @@ def train(config: Config, watch: Watch = lambda event: None) -> dict[str, Any]:
     if config.runtime.use_gpu and config.runtime.num_workers == 0:
         _wants_gpu(config)
 
+    check_batch(config, most_rows(config))
+
     def prepare_data() -> Prepared:
         prepared = prepare(config, note, lambda rows: watch({"event": "tokenised", "rows": rows}))
         note(("Corpus, as prepared before: " if prepared.reused else "Corpus: ") + describe(prepared.manifest))
+        check_batch(config, prepared.manifest["rows"])
         return prepared
 
     runtime = config.runtime

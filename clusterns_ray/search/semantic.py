@@ -44,6 +44,7 @@ from clusterns_ray.files import (
 from clusterns_ray.models import resolve_model
 from clusterns_ray.paths import check_outlasts_job, job_package
 from clusterns_ray.search.vectors import RECALL_K, build_index, load_faiss, nearest, open_index, stamp_of
+from clusterns_ray.terminal import printable
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -416,6 +417,6 @@ def hits_as_json(query: str, hits: Sequence[Hit]) -> str:
 
 
 def hits_as_text(query: str, hits: Sequence[Hit]) -> str:
-    """The query, and a line each: rank, score, sentence."""
-    lines = [f"{hit.rank:3}  {hit.score:6.3f}  {' '.join(hit.text.split())}" for hit in hits]
-    return "\n".join([f'"{query}"', *lines])
+    """The query, and a line each: rank, score, sentence; for a terminal, so without its escape sequences."""
+    lines = [f"{hit.rank:3}  {hit.score:6.3f}  {' '.join(printable(hit.text).split())}" for hit in hits]
+    return "\n".join([f'"{printable(query)}"', *lines])

@@ -24,7 +24,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from clusterns_ray.base_model import complete
 from clusterns_ray.config import Config, dump_config, make_config, parse_config
 from clusterns_ray.data.digests import check_digests, data_digests
-from clusterns_ray.data.prepare import Prepared, cache_directory, describe, prepare
+from clusterns_ray.data.prepare import Prepared, cache_directory, check_batch, describe, most_rows, prepare
 from clusterns_ray.errors import ClusterNSError, ConfigError, DataError, DiskError, StorageError
 from clusterns_ray.evaluation.sts import StsTests, read_pairs
 from clusterns_ray.files import checksum_holds, disk_fault, json_text, write_probe
@@ -170,10 +170,19 @@ def check_request(study: Study) -> None:
     check_data(study.base)
     check_storage(study.base)
     check_encoder(study.base)
+    check_batches(study, most_rows(study.base))
     for name, parameter in study.space.parameters.items():
         if name.startswith("encoder."):
             for value in parameter.ends():
                 check_encoder(study.space.config({name: value}))
+
+
+def check_batches(study: Study, rows: int | None) -> None:
+    """Refuse a study that would try a batch larger than the corpus; ``rows`` is None if not known."""
+    batches = study.space.parameters.get("train.global_batch_size")
+    for value in batches.ends() if batches else [study.base.train.global_batch_size]:
+        train = study.base.train.model_copy(update={"global_batch_size": value})
+        check_batch(study.base.model_copy(update={"train": train}), rows)
 
 
 @contextmanager
@@ -215,6 +224,7 @@ class Sweep:
     def prepare(self) -> None:
         """Tokenise the corpus, once for all trials."""
         prepared, _ = self._data(self.study.base)
+        check_batches(self.study, prepared.manifest["rows"])
         self.note(("Corpus, as prepared before: " if prepared.reused else "Corpus: ") + describe(prepared.manifest))
 
     # ---- a pool's source ----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from clusterns_ray.terminal import printable
 from clusterns_ray.tuning.comparison import sentences
 from clusterns_ray.tuning.outcome import check_result
 
@@ -183,7 +184,7 @@ class Lines:
     def __call__(self, event: dict[str, Any]) -> None:
         text = self.describe(event)
         if text:
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
     def close(self) -> None:
         pass
@@ -224,7 +225,7 @@ class LiveTable:
 
         kind = event["event"]
         if kind == "note":
-            self.live.console.print(event["text"], highlight=False, markup=False)
+            self.live.console.print(printable(event["text"]), highlight=False, markup=False)
         elif kind == "trial" and "-seed" in event["id"]:
             self.confirming[event["id"]] = describe_trial(event)
         elif kind == "look":

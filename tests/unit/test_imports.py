@@ -14,7 +14,8 @@ ROOT = Path(clusterns_ray.__file__).parent
 
 LAYERS: list[set[str]] = [
     {"errors", "distributed"},
-    {"config", "files", "models", "paths", "pretrained", "storage", "tokenization", "yaml_text"} | {"model_settings"},
+    {"config", "files", "models", "paths", "pretrained", "storage", "tokenization", "yaml_text"}
+    | {"model_settings", "terminal"},
     {"encoder", "base_model", "prompt_module", "backbone", "dropout", "packing", "bert", "attention"}
     | {"model_files", "losses", "clustering"},
     {"data", "evaluation", "embeddings", "embedding_file", "search"},

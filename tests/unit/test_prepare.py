@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers import sentences
 
 from clusterns_ray.config import Config, make_config
 from clusterns_ray.data import prepare as prepare_module
-from clusterns_ray.data.prepare import Prepared, cache_directory, describe, prepare
+from clusterns_ray.data.prepare import Prepared, cache_directory, describe, most_rows, prepare
 from clusterns_ray.data.tokens import TokenStore
 from clusterns_ray.errors import ConfigError, DataError
 from clusterns_ray.evaluation import hub
 from clusterns_ray.evaluation.sts import read_pairs
+from clusterns_ray.launch.trainer import train
 
 
 @pytest.fixture
@@ -278,6 +281,22 @@ def test_text_that_changes_while_it_is_tokenised_is_refused(
     with pytest.raises(DataError, match=r"a\.txt: it changed while it was read"):
         prepare(asked)
     assert not list(cache_directory(asked).glob("tokens-*"))
+
+
+@pytest.mark.parametrize("kind", ["text", "limit", "parquet"])
+def test_a_batch_above_the_corpus_is_refused_as_early_as_it_is_known(
+    config: Callable[..., Config], tmp_path: Path, kind: str
+) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": sentences(30)}), path)
+    data = {"text": {}, "limit": {"limit": 30}, "parquet": {"corpus": str(path)}}[kind]
+    batch = {"global_batch_size": 64, "shards": 4}
+    asked = config(data=data, train=batch, evaluation={"sts": None}, clustering={"num_clusters": 8})
+    assert most_rows(asked) == (None if kind == "text" else 30)
+    with pytest.raises(ConfigError, match=r"global_batch_size is 64, but the corpus has 30 sentences.*at most 30"):
+        train(asked)
+    assert bool(list(cache_directory(asked).glob("tokens-*"))) == (kind == "text")
+    assert not (tmp_path / "runs" / asked.runtime.name / "config.yaml").exists()
 
 
 def test_describe(config: Callable[..., Config], corpus: Path) -> None:

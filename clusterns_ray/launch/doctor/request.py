@@ -184,10 +184,10 @@ def examine_encoder(config: Config, sizes: Sizes) -> list[Finding]:
         )
         if sizes.sample.whole and sizes.rows < train.global_batch_size:
             found[-1] = Finding(
-                "warning",
+                "problem",
                 "steps",
-                f"{sizes.rows:,} sentences, fewer than train.global_batch_size ({train.global_batch_size}): every "
-                "batch is the whole corpus",
+                f"{sizes.rows:,} sentences, fewer than train.global_batch_size ({train.global_batch_size}): not one "
+                "batch can be filled",
                 "Give more text, or a smaller batch.",
             )
     return found
