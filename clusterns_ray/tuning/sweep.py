@@ -22,7 +22,7 @@ import optuna
 from sqlalchemy.exc import SQLAlchemyError
 
 from clusterns_ray.base_model import complete
-from clusterns_ray.config import Config, dump_config, make_config, parse_config
+from clusterns_ray.config import Config, dump_config, make_config, parse_saved_config
 from clusterns_ray.data.digests import check_digests, data_digests
 from clusterns_ray.data.prepare import Prepared, cache_directory, check_batch, describe, most_rows, prepare
 from clusterns_ray.errors import ClusterNSError, ConfigError, DataError, DiskError, StorageError
@@ -493,7 +493,7 @@ def is_run_of(run: Place, config: Config) -> bool:
     """Whether a directory is free, or holds a run of this configuration; not where its configuration is damaged."""
     try:
         text = run.read("config.yaml")
-        return text is None or parse_config(text).fingerprint() == config.fingerprint()
+        return text is None or parse_saved_config(text, str(run.address)).fingerprint() == config.fingerprint()
     except (ClusterNSError, UnicodeDecodeError):
         return False
 

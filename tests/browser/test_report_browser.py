@@ -105,3 +105,16 @@ def test_a_browser_that_cannot_unpack_says_so(run_page: Path, open_page: Callabl
     opened = open_page(run_page, before="delete window.DecompressionStream")
     assert "cannot be drawn in this browser" in opened.page.inner_text("#notice")
     assert opened.complaints == []
+
+
+def test_on_paper_a_dark_page_is_light(page_file: Path, open_page: Callable[..., Any]) -> None:
+    light = tuple(rgb(COLORS[name][0]) for name in ("ink", "blue"))
+    page = open_page(page_file, theme="dark").page
+    page.emulate_media(media="print", color_scheme="dark")
+    page.wait_for_selector("html[data-drawn=light]", state="attached")
+    assert colors(page)[1:] == light
+    assert page.evaluate("getComputedStyle(document.querySelector('h1')).color") == light[0]
+    page.emulate_media(media="screen", color_scheme="dark")
+    page.wait_for_selector("html[data-drawn=dark]", state="attached")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert colors(page)[2] == light[1], "drawn at once, as the browser prints when the event returns"
