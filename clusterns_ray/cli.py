@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the job failed, 2 the request was wrong.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
+from click.exceptions import Abort, ClickException, Exit
 
-from clusterns_ray.errors import ClusterNSError, ConfigError, DataError
+import clusterns_ray
+from clusterns_ray.errors import ClusterNSError, ConfigError, DataError, describe_unexpected
 from clusterns_ray.terminal import printable
 
 app = typer.Typer(
@@ -31,7 +34,7 @@ Overrides = Annotated[
 
 @contextmanager
 def readable_errors(resumption: str = "") -> Iterator[None]:
-    """One clear message and an exit code in place of a traceback.
+    """One clear message and an exit code in place of a traceback, which CLUSTERNS_TRACEBACK=1 shows all the same.
 
     Args:
         resumption: where the same command would go on, had this one been interrupted.
@@ -48,6 +51,23 @@ def readable_errors(resumption: str = "") -> Iterator[None]:
         again = f" The same command goes on {resumption}." if resumption else " Nothing was written."
         typer.echo("Interrupted." + again, err=True)
         raise typer.Exit(1) from None
+    except (ClickException, Exit, Abort, BrokenPipeError):  # typer has its own way with them
+        raise
+    except Exception as error:
+        if os.environ.get("CLUSTERNS_TRACEBACK") == "1":
+            raise
+        again = f" Then the same command goes on {resumption}." if resumption else ""
+        typer.echo(f"failed: {describe_unexpected(error, again)}", err=True)
+        raise typer.Exit(1) from None
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    context: typer.Context, show: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False
+) -> None:
+    if show:
+        typer.echo(f"clusterns {clusterns_ray.__version__}")
+        raise typer.Exit
 
 
 @app.command()
@@ -178,8 +198,8 @@ def evaluate(
         Optional[str], typer.Option(metavar="MODEL", help="Differences to this model, with 95 % intervals.")
     ] = None,
     pooling: Annotated[Optional[str], typer.Option(help="Replaces the models' own.")] = None,
-    max_length: Annotated[Optional[int], typer.Option(help="Replaces the models' own.")] = None,
-    seed: Annotated[int, typer.Option(help="Of folds, K-means and resampling.")] = 1111,
+    max_length: Annotated[Optional[int], typer.Option(max=2**20, help="Replaces the models' own.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Of folds, K-means and resampling.")] = 1111,
     json_file: Annotated[
         Optional[str], typer.Option("--json", metavar="FILE", help="Also write every figure here; also s3:// or gs://.")
     ] = None,
@@ -191,9 +211,14 @@ def evaluate(
         from clusterns_ray.files import check_writable, json_text
         from clusterns_ray.launch.preflight import check_store
         from clusterns_ray.models import resolve_model
+        from clusterns_ray.paths import check_path
         from clusterns_ray.progress import progress_watch
         from clusterns_ray.storage import is_url, split_url, write_text
 
+        json_file = json_file and check_path("--json", json_file)
+        sts = sts and check_path("--sts", sts, ())
+        transfer = transfer and Path(check_path("--transfer", transfer, ())).expanduser()
+        clusters = [Path(check_path("--clusters", path, ())).expanduser() for path in clusters or ()]
         names = [name for part in suite or () for name in part.split(",")]
         further, texts = tuple(dev or ()), tuple(documents or ())
         request = check_suite(Suite(tuple(names), sts, transfer, tuple(clusters or ()), further, seed, texts))
@@ -227,12 +252,12 @@ def encode(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT.parquet", help="The file to write.")],
     text_column: Annotated[str, typer.Option(help="The column or field that holds the sentence.")] = "text",
-    limit: Annotated[Optional[int], typer.Option(help="Only so many sentences.")] = None,
+    limit: Annotated[Optional[int], typer.Option(max=2**53, help="Only so many sentences.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
     workers: Annotated[int, typer.Option(help="Ray workers; 0 works in this process.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Sentences encoded at once.")] = 64,
+    batch_size: Annotated[int, typer.Option(max=2**20, help="Sentences encoded at once.")] = 64,
     pooling: Annotated[Optional[str], typer.Option(help="Replaces the model's own.")] = None,
-    max_length: Annotated[Optional[int], typer.Option(help="Replaces the model's own.")] = None,
+    max_length: Annotated[Optional[int], typer.Option(max=2**20, help="Replaces the model's own.")] = None,
     normalize: Annotated[bool, typer.Option("--normalize", help="Scale embeddings to length 1.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a file, or parts, of another request.")
@@ -243,7 +268,10 @@ def encode(
         from clusterns_ray.encode_progress import encode_watch
         from clusterns_ray.launch.encode import encode as run_encoding
         from clusterns_ray.models import resolve_model
+        from clusterns_ray.paths import CORPORA, check_path
 
+        files = [check_path("FILE", file, CORPORA) for file in files]
+        output = Path(check_path("--output", output, ()))
         watch = encode_watch()
         try:
             resolve_model(model, lambda text: watch({"event": "note", "text": text}))
@@ -273,12 +301,12 @@ def search(
     model: Annotated[str, typer.Argument(help="The model that reads the corpus and the queries, as of `encode`.")],
     corpus: Annotated[str, typer.Argument(help="Text, as of `encode`, or a file that `encode` wrote.")],
     queries: Annotated[list[str], typer.Argument(metavar="QUERY...", help="Sentences to look for.")],
-    k: Annotated[int, typer.Option("-k", help="Answers to each.")] = 10,
+    k: Annotated[int, typer.Option("-k", max=2**31, help="Answers to each.")] = 10,
     index: Annotated[
         Optional[Path], typer.Option(metavar="DIR", help="Where the index is kept; FILE.index beside the corpus.")
     ] = None,
     text_column: Annotated[str, typer.Option(help="The column or field that holds the sentence.")] = "text",
-    limit: Annotated[Optional[int], typer.Option(help="Only so many sentences of the corpus.")] = None,
+    limit: Annotated[Optional[int], typer.Option(max=2**53, help="Only so many sentences of the corpus.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a query.")] = False,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Build the index anew.")] = False,
 ) -> None:
@@ -286,8 +314,11 @@ def search(
     with readable_errors("behind the parts that are done"):
         from clusterns_ray.encode_progress import encode_watch
         from clusterns_ray.models import resolve_model
+        from clusterns_ray.paths import CORPORA, check_path
         from clusterns_ray.search.semantic import SemanticIndex, check_k, check_queries, hits_as_json, hits_as_text
 
+        corpus = check_path("CORPUS", corpus, CORPORA)
+        index = index and Path(check_path("--index", index, ()))
         check_queries(queries)
         check_k(k)
         watch = encode_watch(sys.stderr)
@@ -314,8 +345,11 @@ def report(
 ) -> None:
     """Write one HTML page about a run or a study; several runs are compared, with mean and deviation over seeds."""
     with readable_errors():
+        from clusterns_ray.paths import check_path
         from clusterns_ray.report import write_report
 
+        runs = [check_path("RUN", run) for run in runs]
+        output = output and check_path("--output", output)
         written = write_report(runs, output)
         for text in written.page.headline:
             typer.echo(text)
@@ -335,12 +369,14 @@ def plan(
         Optional[float], typer.Option(help="What one worker gets done: matrix products, in 10^12 FLOPs a second.")
     ] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Find that out by a few real steps here.")] = False,
-    steps: Annotated[int, typer.Option(min=1, help="How many steps --measure times.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, max=10**6, help="How many steps --measure times.")] = 5,
     sentences: Annotated[
-        Optional[int], typer.Option(min=1, help="Of the corpus, in place of how many there are.")
+        Optional[int], typer.Option(min=1, max=2**53, help="Of the corpus, in place of how many there are.")
     ] = None,
     price: Annotated[Optional[float], typer.Option(min=0, help="Of a worker for an hour; any currency.")] = None,
-    cores: Annotated[Optional[int], typer.Option(min=1, help="That all workers share, on one machine.")] = None,
+    cores: Annotated[
+        Optional[int], typer.Option(min=1, max=2**16, help="That all workers share, on one machine.")
+    ] = None,
     json_file: Annotated[Optional[Path], typer.Option("--json", help="Also write every figure here.")] = None,
 ) -> None:
     """Tell what a run needs on so many workers: memory, exchanges, time, efficiency and cost; nothing is started."""
@@ -349,8 +385,10 @@ def plan(
         from clusterns_ray.files import check_writable, write_json
         from clusterns_ray.launch.plan.predict import plan_for
         from clusterns_ray.launch.plan.view import render
+        from clusterns_ray.paths import check_path
         from clusterns_ray.progress import progress_watch
 
+        json_file = json_file and Path(check_path("--json", json_file, ()))
         if json_file is not None:
             check_writable(json_file, "--json")
         watch = progress_watch()
@@ -396,8 +434,10 @@ def doctor(
 
         from clusterns_ray.files import check_writable, write_atomic
         from clusterns_ray.launch.doctor.examine import as_json, examine, verdict
+        from clusterns_ray.paths import check_path
         from clusterns_ray.tuning.study import load_study
 
+        json_file = json_file and Path(check_path("--json", json_file, ()))
         if json_file is not None:
             check_writable(json_file, "--json")
         began, found = time.monotonic(), []

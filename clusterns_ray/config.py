@@ -43,11 +43,6 @@ def check_file_name(value: str) -> str:
     return value
 
 
-def check_model_name(key: str, value: str) -> str:
-    """A model as :func:`clusterns_ray.models.resolve_model` takes it, without a look at the file system."""
-    return value if value.startswith("package:") and value.isprintable() else check_path(key, value)
-
-
 def _checked(key: str, value: str | list[str] | None, schemes: tuple[str, ...]) -> str | list[str] | None:
     if isinstance(value, list):
         return [check_path(key, item, schemes) for item in value]
@@ -86,7 +81,7 @@ class EncoderConfig(Section):
     @field_validator("name")
     @classmethod
     def _name(cls, value: str) -> str:
-        return check_model_name("encoder.name", value)
+        return check_path("encoder.name", value)
 
     @model_validator(mode="after")
     def _prompt_and_pooling(self):
@@ -174,7 +169,7 @@ class LossConfig(Section):
     @field_validator("teacher")
     @classmethod
     def _teacher(cls, value: str | None) -> str | None:
-        return value if value is None else check_model_name("loss.teacher", value)
+        return value if value is None else check_path("loss.teacher", value)
 
     @model_validator(mode="after")
     def _margins(self):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class ClusterNSError(Exception):
     """Base class: the job failed (exit code 1 on the command line)."""
@@ -33,3 +35,38 @@ class DiskError(StorageError):
 
 class Drained(ClusterNSError):
     """A machine of the group is about to be taken away; what was done is in a checkpoint."""
+
+
+REASONS = {
+    errno.ENOSPC: ("the disk is full", "Free some space."),
+    errno.EDQUOT: ("your disk quota is used up", "Free some space."),
+    errno.EROFS: ("the file system is read-only", "Choose a directory that can be written."),
+    errno.EACCES: ("permission denied", "Change its permissions, or choose another path."),
+    errno.EPERM: ("not permitted", "Change its permissions, or choose another path."),
+    errno.EMFILE: ("too many files are open", "Raise the limit with `ulimit -n 65536`."),
+    errno.ENFILE: ("too many files are open on this machine", "End other programs."),
+    errno.ENOMEM: ("there is not enough memory", "Free some memory."),
+    errno.EIO: ("the disk reports an error", "Check the disk, or use another one."),
+}
+OUT_OF_MEMORY = "there is not enough memory. Use smaller batches, or a machine with more memory."
+
+
+def describe_unexpected(error: BaseException, again: str = "") -> str:
+    """One line on an exception that is not one of ours, for a user: the reason and, where it is known, a remedy.
+
+    Args:
+        again: a sentence on how to go on once the remedy has been applied.
+    """
+    text = " ".join(str(error).split())[:500]
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return OUT_OF_MEMORY + again
+    if isinstance(error, ImportError):
+        return f"a Python package cannot be imported ({text}). Install it again with pip."
+    if isinstance(error, OSError):
+        what, remedy = REASONS.get(error.errno or 0, (error.strerror or text or "a file cannot be used", "Check it."))
+        where = f"{error.filename!r}: " if error.filename is not None else ""
+        return f"{where}{what}. {remedy}{again}"
+    return (
+        f"internal error, {type(error).__name__}: {text.rstrip('.')}. Please report it, with what the same command "
+        "shows if the environment variable CLUSTERNS_TRACEBACK is 1."
+    )

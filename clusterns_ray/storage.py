@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 import time
 import uuid
@@ -22,8 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from clusterns_ray.errors import StorageError
+from clusterns_ray.errors import ConfigError, StorageError
 from clusterns_ray.files import json_text, sha256, write_atomic
+from clusterns_ray.paths import check_path
 
 MANIFEST = ".manifest.json"
 ATTEMPTS = 4
@@ -44,8 +46,34 @@ def local_copy(storage_path: str, local_path: str | None = None) -> Path:
     if not is_url(storage_path):
         return Path(storage_path).expanduser().resolve()
     base = os.environ.get("CLUSTERNS_LOCAL_PATH") or local_path
-    directory = Path(base).expanduser() if base else Path(tempfile.gettempdir()) / f"clusterns-{os.getuid()}"
+    directory = Path(check_path("CLUSTERNS_LOCAL_PATH", base, ())).expanduser() if base else own_temporary_directory()
     return directory.resolve() / hashlib.sha256(storage_path.encode()).hexdigest()[:16]
+
+
+def own_temporary_directory() -> Path:
+    """A directory of this user alone, under the one for temporary files, where others may make names too.
+
+    Raises:
+        ConfigError: somebody else made it, or it is a link.
+    """
+    path = Path(tempfile.gettempdir()) / f"clusterns-{os.getuid()}"
+    try:
+        with suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        found = path.lstat()
+    except OSError as error:
+        raise ConfigError(
+            f"The folder for temporary files, {str(path)!r}, cannot be made: {error.strerror}. Set the environment "
+            "variable CLUSTERNS_LOCAL_PATH to a directory of yours."
+        ) from None
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise ConfigError(
+            f"{str(path)!r} is a link, a file, or another user's, so copies in it would not be safe. Remove it, or set "
+            "the environment variable CLUSTERNS_LOCAL_PATH to a directory of yours."
+        )
+    if found.st_mode & 0o077:
+        path.chmod(0o700)
+    return path
 
 
 def split_url(url: str) -> tuple[str, str]:

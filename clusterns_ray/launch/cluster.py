@@ -49,11 +49,37 @@ def connect(cpus: int, note: Callable[[str], None], *, dashboard: bool = False) 
     if ray.is_initialized():
         yield
         return
+    check_ray_directory()
     _start(cpus, note, dashboard)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+SOCKET_BYTES = 107
+"""Linux's limit on the path of a Unix socket."""
+
+
+def check_ray_directory() -> None:
+    """Refuse a temporary directory whose path is too long for the sockets of a Ray that is started in it.
+
+    Raises:
+        ConfigError: Ray would fail there; it names the environment variable.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    variable = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), None)
+    if variable is None:
+        return
+    directory = os.environ[variable]
+    session = f"session_2000-01-01_00-00-00_000000_{os.getpid()}"
+    length = len(os.fsencode(os.path.join(directory, "ray", session, "sockets", "plasma_store")))
+    if length > SOCKET_BYTES:
+        raise ConfigError(
+            f"{variable} is {directory!r}, in which the paths of Ray's sockets would take {length} characters; Linux "
+            f"takes {SOCKET_BYTES}. Set the environment variable RAY_TMPDIR to a short directory: RAY_TMPDIR=/tmp/r"
+        )
 
 
 def check_workers(
@@ -199,20 +225,39 @@ def _reported_version(wait_s: float) -> tuple[int, str | None]:
 
 
 def _start(cpus: int, note: Callable[[str], None], dashboard: bool) -> None:
-    import ray
 
     # The driver's directory is not shipped to the workers: the package is installed where they run.
     options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     address = os.environ.get("RAY_ADDRESS")
     if address:
         _check_answers(address)
-        ray.init(**options)
+        _init(f"The cluster at RAY_ADDRESS ({address}) could not be joined", LOOK_AT_CLUSTER, **options)
         return
     there = os.cpu_count() or 1
     if cpus > there:
         note(f"{cpus} CPUs are asked for on a machine with {there}: they are shared, and all runs slower.")
     # Said, as without an address Ray would look for one that an earlier `ray start` left behind.
-    ray.init("local", num_cpus=max(there, cpus), include_dashboard=dashboard, **options)
+    options |= {"address": "local", "num_cpus": max(there, cpus), "include_dashboard": dashboard}
+    _init("Ray could not be started on this machine", LOOK_AT_MACHINE, **options)
+
+
+LOOK_AT_CLUSTER = "Look at it with `ray status`; Ray and Python must have the versions that this machine has."
+LOOK_AT_MACHINE = (
+    "Is there room on the disk and in memory? Its logs are in ray/session_latest/logs of RAY_TMPDIR, or of /tmp if it "
+    "is not set."
+)
+
+
+def _init(failure: str, remedy: str, **options: Any) -> None:
+    """``ray.init``; what it raises, of many kinds, becomes one line."""
+    import ray
+
+    try:
+        ray.init(**options)
+    except Exception as error:
+        ray.shutdown()
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ClusterNSError(f"{failure}: {reason.rstrip('.')}. {remedy}") from error
 
 
 def on_this_node() -> dict[str, Any]:

@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clusterns_ray.config import MAX_WORKERS
 from clusterns_ray.embeddings import Encoded, Part, Tell, Watch, encode_files
 from clusterns_ray.errors import ClusterNSError, ConfigError
 from clusterns_ray.launch.capacity import check_room
-from clusterns_ray.launch.cluster import cluster_capacity, connect
+from clusterns_ray.launch.cluster import check_ray_directory, cluster_capacity, connect
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,10 +50,11 @@ def encode(
         ConfigError, DataError: the request cannot work.
         ClusterNSError: the work failed; finished parts are kept.
     """
-    if workers < 0:
-        raise ConfigError(f"--workers is {workers}; it must be 0, for this process, or more.")
+    if not 0 <= workers <= MAX_WORKERS:
+        raise ConfigError(f"--workers is {workers}; it must be 0, for this process, or up to {MAX_WORKERS:,}.")
     if workers == 0:
         return encode_files(model, files, out, watch=watch, **settings)
+    check_ray_directory()
 
     def note(text: str) -> None:
         watch({"event": "note", "text": text})

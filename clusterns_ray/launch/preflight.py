@@ -16,6 +16,7 @@ from clusterns_ray.errors import ConfigError, StorageError
 from clusterns_ray.evaluation.hub import HUB
 from clusterns_ray.evaluation.sts import check_pairs_exist
 from clusterns_ray.files import write_probe
+from clusterns_ray.launch.cluster import check_ray_directory
 from clusterns_ray.launch.places import read_run_file, run_directory, run_url
 from clusterns_ray.models import local_model_config, resolve_model
 from clusterns_ray.paths import check_outlasts_job
@@ -41,6 +42,8 @@ def check_request(config: Config, note: Callable[[str], None] = lambda text: Non
     Raises:
         ConfigError, DataError: with the value, the reason and the remedy.
     """
+    if config.runtime.num_workers != 0:
+        check_ray_directory()
     check_data(config)
     config = check_encoder(config, note)
     check_storage(config)

@@ -28,6 +28,7 @@ from clusterns_ray.data.prepare import Prepared, cache_directory, check_batch, d
 from clusterns_ray.errors import ClusterNSError, ConfigError, DataError, DiskError, StorageError
 from clusterns_ray.evaluation.sts import StsTests, read_pairs
 from clusterns_ray.files import checksum_holds, disk_fault, json_text, write_probe
+from clusterns_ray.launch.cluster import check_ray_directory
 from clusterns_ray.launch.places import run_directory, stage
 from clusterns_ray.launch.preflight import check_data, check_encoder, check_storage
 from clusterns_ray.storage import Place
@@ -167,6 +168,7 @@ def _run(sweep: Sweep) -> None:
 
 def check_request(study: Study) -> None:
     """Refuse what cannot work, for the base and for each encoder of the space."""
+    check_ray_directory()
     check_data(study.base)
     check_storage(study.base)
     check_encoder(study.base)

@@ -20,6 +20,7 @@ from clusterns_ray.config import Config, load_config
 from clusterns_ray.data.prepare import cache_directory
 from clusterns_ray.errors import ClusterNSError, ConfigError, DataError
 from clusterns_ray.files import json_text
+from clusterns_ray.launch.cluster import check_ray_directory
 from clusterns_ray.launch.doctor import machines, request
 from clusterns_ray.launch.doctor.findings import Check, Finding, from_error
 from clusterns_ray.launch.doctor.node import PROBE, nearest_directory
@@ -128,6 +129,8 @@ def _findings(
         }
         if not asked.study:
             work = {"name": lambda: request.examine_name(config), **work}
+        if asked.on_ray:
+            work = {"Ray's directory": examine_ray_directory, **work}
         checks = [Check(what, check, deadline) for what, check in work.items()]
     if cluster_file is not None:
         checks.append(Check("cluster file", lambda: _cluster_file(cluster_file), deadline))
@@ -173,6 +176,12 @@ def _machines(
             yield from machines.examine_memory(asked, cluster, sizes)
     if asked is not None:
         yield from machines.examine_disk(asked, cluster, sizes)
+
+
+def examine_ray_directory() -> list[Finding]:
+    """Whether the sockets of a Ray that is started here have room for their paths."""
+    check_ray_directory()
+    return []
 
 
 def _cluster_file(path: Path) -> list[Finding]:

@@ -6,7 +6,6 @@ there is to do (``workload.py``) and the machine.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -18,6 +17,8 @@ from clusterns_ray.launch.plan import step as model
 from clusterns_ray.launch.plan.quantities import bytes_text, read_quantity, read_workers
 from clusterns_ray.launch.plan.step import Exchange, Machine, Network, Speed, StepSeconds
 from clusterns_ray.launch.plan.workload import Workload, workload
+
+MAX_PRICE = 1e12
 
 
 def plan_for(
@@ -51,12 +52,14 @@ def plan_for(
         watch({"event": "note", "text": text})
 
     counts = read_workers(workers)
-    if tflops is not None and (measured_steps or not (math.isfinite(tflops) and tflops > 0)):
+    if tflops is not None and (measured_steps or not (1e-9 <= tflops <= 1e9)):
         raise ConfigError(
             "--tflops and --measure exclude each other, as both tell a worker's speed. Give one."
             if measured_steps
             else f"--tflops is {tflops:g}: give what a worker gets done, above 0, or --measure."
         )
+    if price is not None and not 0 <= price <= MAX_PRICE:
+        raise ConfigError(f"--price is {price:g}: give what a worker costs for an hour, from 0 to {MAX_PRICE:g}.")
     latency_s = read_quantity("--latency", latency)
     bytes_a_s = read_quantity("--bandwidth", bandwidth) if bandwidth is not None else None
     speed = prepared = None

@@ -9,10 +9,15 @@ from clusterns_ray.errors import ConfigError
 
 def read_workers(text: str) -> list[int]:
     """``1,8,64`` as worker counts, each once, in order."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isdigit() and int(part) for part in parts):
-        raise ConfigError(f"--workers is {text!r}: give numbers of workers, 1 or more, with commas: 1,8,64.")
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"[0-9]{1,7}", part) and int(part) for part in parts) or len(parts) > MAX_COUNTS:
+        raise ConfigError(
+            f"--workers is {text[:100]!r}: give up to {MAX_COUNTS} numbers of workers, 1 or more, with commas: 1,8,64."
+        )
     return sorted({int(part) for part in parts})
+
+
+MAX_COUNTS = 100
 
 
 UNITS = {
@@ -35,8 +40,10 @@ def read_quantity(option: str, text: str) -> float:
     # Of bits and bytes, the letter's case tells one from the other; elsewhere it does not matter.
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)\s*([A-Za-z/]+)\s*", text)
     unit = found[2].replace("bps", "bit/s").replace("b/s", "bit/s") if found else ""
-    if not found or unit.lower() not in units or float(found[1]) <= 0:
-        raise ConfigError(f"{option} is {text!r}: give a number above 0 with its unit, such as {EXAMPLES[option]}.")
+    if not found or unit.lower() not in units or not 1e-12 <= float(found[1]) <= 1e12:
+        raise ConfigError(
+            f"{option} is {text[:100]!r}: give a number above 0 with its unit, such as {EXAMPLES[option]}."
+        )
     return float(found[1]) * units[unit.lower()]
 
 
