@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from clusterns_ray.errors import ConfigError
+from clusterns_ray.errors import ClusterNSError, ConfigError, DataError
 from clusterns_ray.report.page import Page, write_page
 from clusterns_ray.report.places import Target, source, target_of
 from clusterns_ray.report.record import read_run
@@ -37,7 +37,16 @@ def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -
     target = target_of(runs, output)
     if target.path.suffix not in (".html", ".htm"):
         raise ConfigError(f"-o is {str(output)!r}; the report is a page, so give a file that ends in .html.")
-    page = _write(runs, target)
+    try:
+        page = _write(runs, target)
+    except ClusterNSError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        named = ", ".join(repr(str(run)) for run in runs[:5])
+        raise DataError(
+            f"{named}: a file holds values that no run writes ({type(error).__name__}: {error}). Restore its files "
+            "from a copy."
+        ) from error
     target.publish()
     return Written(target.path, page, target.url)
 
