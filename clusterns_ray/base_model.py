@@ -7,7 +7,7 @@ from collections.abc import Callable
 from clusterns_ray.config import Config, EncoderConfig
 from clusterns_ray.errors import ConfigError
 from clusterns_ray.model_settings import read_settings
-from clusterns_ray.models import resolve_model
+from clusterns_ray.models import local_model_config, resolve_model
 from clusterns_ray.pretrained import read_config
 
 BIDIRECTIONAL = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "mpnet", "albert", "electra")
@@ -39,8 +39,9 @@ def complete_encoder(config: EncoderConfig) -> tuple[EncoderConfig, list[str]]:
     """
     source = resolve_model(config.name)
     own = read_settings(source, revision=config.revision)
-    shape = read_config(source, revision=config.revision)
-    known = shape.model_type in BIDIRECTIONAL and not getattr(shape, "is_decoder", False)
+    # Read as JSON where it can be: importing transformers takes seconds, and a wrong request is to be refused at once.
+    stated = local_model_config(source) or read_config(source, revision=config.revision).to_dict()
+    known = stated.get("model_type") in BIDIRECTIONAL and not stated.get("is_decoder", False)
 
     def is_causal() -> bool:
         return not known and backbone.is_causal(sample)

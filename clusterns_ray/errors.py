@@ -33,6 +33,10 @@ class DiskError(StorageError):
     """The disk is full, read-only, failing, or over its quota."""
 
 
+class DamagedError(StorageError):
+    """What a file or an object holds is damaged; it was reached."""
+
+
 class Drained(ClusterNSError):
     """A machine of the group is about to be taken away; what was done is in a checkpoint."""
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from clusterns_ray.errors import ConfigError, StorageError
+from clusterns_ray.errors import ConfigError, DamagedError, StorageError
 from clusterns_ray.files import json_text, sha256, write_atomic
 from clusterns_ray.paths import check_path
 
@@ -467,7 +467,7 @@ def _decoded(raw: bytes, address: str) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise StorageError(
+        raise DamagedError(
             f"{address!r} is damaged: it is not text in UTF-8 ({error.reason} at byte {error.start}). Restore it from "
             "a copy."
         ) from None

@@ -176,12 +176,17 @@ def check_batch(config: Config, rows: int | None) -> None:
     Raises:
         ConfigError: it names both figures.
     """
-    batch = config.train.global_batch_size
-    if rows is not None and batch > rows:
-        raise ConfigError(
-            f"train.global_batch_size is {batch:,}, but the corpus has {rows:,} sentences, so not one batch can be "
-            f"filled. Set it to at most {rows:,} (a multiple of train.shards), or give more text."
-        )
+    batch, shards = config.train.global_batch_size, config.train.shards
+    if rows is None or batch <= rows:
+        return
+    largest = rows // shards * shards
+    remedy = f"Set it to {largest:,} or a smaller multiple of train.shards ({shards}), or give more text."
+    if not largest:
+        remedy = f"Give more text, or lower it and train.shards ({shards})."
+    raise ConfigError(
+        f"train.global_batch_size is {batch:,}, but the corpus has {rows:,} sentences, so not one batch can be filled. "
+        f"{remedy}"
+    )
 
 
 def check_teacher(config: Config, tokenizer: Any) -> None:

@@ -25,7 +25,7 @@ from clusterns_ray.base_model import complete
 from clusterns_ray.config import Config, dump_config, make_config, parse_saved_config
 from clusterns_ray.data.digests import check_digests, data_digests
 from clusterns_ray.data.prepare import Prepared, cache_directory, check_batch, describe, most_rows, prepare
-from clusterns_ray.errors import ClusterNSError, ConfigError, DataError, DiskError, StorageError
+from clusterns_ray.errors import ClusterNSError, ConfigError, DamagedError, DataError, DiskError, StorageError
 from clusterns_ray.evaluation.sts import StsTests, read_pairs
 from clusterns_ray.files import checksum_holds, disk_fault, json_text, write_probe
 from clusterns_ray.launch.cluster import check_ray_directory
@@ -496,7 +496,7 @@ def is_run_of(run: Place, config: Config) -> bool:
     try:
         text = run.read("config.yaml")
         return text is None or parse_saved_config(text, str(run.address)).fingerprint() == config.fingerprint()
-    except (ClusterNSError, UnicodeDecodeError):
+    except (ConfigError, DataError, DamagedError):  # not a store that cannot be reached
         return False
 
 
@@ -515,7 +515,7 @@ def read_run_result(run: Place) -> dict[str, Any] | None:
     """A run's ``result.json``; None where there is none, or it is damaged."""
     try:
         result = json.loads(run.read("result.json") or "")
-    except ValueError:  # UnicodeDecodeError is one
+    except (ValueError, DamagedError):
         return None
     if not isinstance(result, dict) or ("checksum" in result and not checksum_holds(result)):
         return None
@@ -631,7 +631,7 @@ def decide(study: Study, ledger: Ledger) -> Outcome:
     found = candidates(study, ledger)
     winner, alike = choose(found, len(study.config.confirmation.seeds))
     scores = ledger.recall("scores_before", {})
-    key = _encoder_key({"config": study.space.config(winner.overrides).resolved()})
+    key = _encoder_key({"config": complete(study.space.config(winner.overrides)).resolved()})
     return Outcome(found, winner, alike, baseline(study, ledger, found), scores.get(key))
 
 

@@ -14,6 +14,7 @@ import yaml
 from helpers import sentences, write_pairs
 from typer.testing import CliRunner, Result
 
+from clusterns_ray.base_model import complete
 from clusterns_ray.cli import app
 from clusterns_ray.config import load_config
 from clusterns_ray.evaluation.sts import TASKS
@@ -146,11 +147,11 @@ def test_a_name_in_use_is_refused_quickly_and_without_ray(config_file: Path, tmp
 
 def taken(config_file: Path, tmp_path: Path) -> Path:
     """The directory of a run that has begun."""
-    from clusterns_ray.config import dump_config, load_config
+    from clusterns_ray.config import dump_config
 
     run = tmp_path / "runs" / "first"
     run.mkdir(parents=True)
-    (run / "config.yaml").write_text(dump_config(load_config(config_file)))
+    (run / "config.yaml").write_text(dump_config(complete(load_config(config_file))))
     return run
 
 
@@ -178,7 +179,10 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "directory without a model": (["encoder.name=."], ["config.json", "save_pretrained"]),
     "path without a model": (["encoder.name=runs/old/model"], ["'runs/old/model'", "no such directory"]),
     "too many layers": (["encoder.num_layers=9"], ["encoder.num_layers is 9", "has 3 layers", "Use at most 3"]),
-    "object store": (["runtime.storage_path=nosuch://b/x"], ["storage_path", "'nosuch://b/x'", "Check the URL"]),
+    "object store": (
+        ["runtime.storage_path=nosuch://b/x"],
+        ["storage_path", "'nosuch://b/x'", "Give a path"],
+    ),
     "file as storage": (["runtime.storage_path=run.yaml/x"], ["'run.yaml/x'", "Not a directory", "Choose a directory"]),
     "malformed override": (["train.max_steps"], ["'train.max_steps'", "section.key=value"]),
     "override below a value": (["encoder.name.x=1"], ["'encoder.name.x=1'", "'name' is a value"]),
@@ -216,7 +220,7 @@ def test_configuration_that_is_not_yaml(clusterns: Callable[..., Result], tmp_pa
     (tmp_path / "bad.yaml").write_text("train: {shards: [}\n")
     check_refusal(clusterns("train", "bad.yaml"), "bad.yaml is not YAML", "line 1", "Correct that place")
     (tmp_path / "bad.yaml").write_text("just words\n")
-    check_refusal(clusterns("train", "bad.yaml"), "bad.yaml holds str", "section: {key: value}")
+    check_refusal(clusterns("train", "bad.yaml"), "bad.yaml holds the value 'just words'", "section: {key: value}")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -269,7 +273,7 @@ def test_bad_text_is_refused_with_its_line(clusterns: Callable[..., Result], con
 def test_a_corpus_smaller_than_a_batch_has_shards(clusterns: Callable[..., Result], config_file: Path) -> None:
     result = clusterns("train", config_file, "--set", "data.limit=3")
     assert result.exit_code == 2
-    assert "3 rows" in result.stderr and "4 shards" in result.stderr
+    assert "3 sentences" in result.stderr and "train.shards (4)" in result.stderr
 
 
 @pytest.mark.parametrize("arguments", [["train"], ["frobnicate"], ["train", "a.yaml", "--nothing"]])
@@ -309,7 +313,7 @@ def test_another_machine_is_not_another_configuration(
     clusterns: Callable[..., Result], config_file: Path, tmp_path: Path
 ) -> None:
     run = taken(config_file, tmp_path)
-    fingerprint = load_config(config_file).fingerprint()
+    fingerprint = complete(load_config(config_file)).fingerprint()
     (run / "model").mkdir()
     (run / "model" / "config.json").write_text("{}")
     write_manifest(run / "model", step=2, fingerprint=fingerprint)
@@ -422,9 +426,7 @@ def test_evaluate_refuses(clusterns: Callable[..., Result], tiny_model: Path, st
     )
     (tmp_path / "bad" / "STS12").mkdir(parents=True)
     (tmp_path / "bad" / "STS12" / "a.jsonl").write_text('{"sentence1": "a", "sentence2": "b", "score": 1}\nnonsense\n')
-    check_refusal(
-        clusterns("evaluate", tiny_model, "--sts", tmp_path / "bad"), "a.jsonl:2", "'nonsense'", "graded pair"
-    )
+    check_refusal(clusterns("evaluate", tiny_model, "--sts", tmp_path / "bad"), "a.jsonl:2", "invalid JSON")
 
 
 def test_evaluate_that_cannot_write_is_refused_before_it_starts(

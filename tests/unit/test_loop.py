@@ -829,14 +829,14 @@ def assert_all_is_finite(run_dir: Path) -> None:
         assert all(value.isfinite().all() for value in state.values())
 
 
-@pytest.mark.parametrize("rate", [1e300, 1e38])
+@pytest.mark.parametrize("rate", [1e30, 1e25])
 @pytest.mark.parametrize("with_dev", [True, False])
 def test_weights_that_leave_the_finite_end_the_run(lab: Lab, tmp_path: Path, rate: float, with_dev: bool) -> None:
     """In fewer steps than ten, and before any is logged."""
     every = {"log_every_steps": 50, "checkpoint_every_steps": 50}
     evaluation = {"every_steps": 50} | ({} if with_dev else {"sts": None})
     config = lab.config(train={"max_steps": 3, "learning_rate": rate}, evaluation=evaluation, runtime=every)
-    with pytest.raises(NonFiniteError, match=r"Lower train\.learning_rate \(1e\+3"):
+    with pytest.raises(NonFiniteError, match=r"Lower train\.learning_rate \(1e\+"):
         lab.run(tmp_path, config)
     assert not (tmp_path / "result.json").exists()
     assert (tmp_path / "model").exists() == with_dev, "the untrained encoder"

@@ -79,7 +79,7 @@ def test_it_trains_what_is_named_first_and_nothing_twice(
             result = json.loads(
                 (tmp_path / "runs" / f"{name.replace(' ', '-')}-seed{seed}" / "result.json").read_text()
             )
-            assert found["dev"][place] == result["sts_dev"] and found["last"][place] == result["sts_dev_last"]
+            assert found["dev"][place] == result["sts_dev_trained"] and found["last"][place] == result["sts_dev_last"]
     config = load_config(tmp_path / "runs" / "from-SimCSE-seed2" / "config.yaml")
     assert config.encoder.name == str(tmp_path / "runs" / "clusters-seed2" / "model")
     assert config.train.weight_decay == 0.01 and config.seed == 2

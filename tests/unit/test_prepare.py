@@ -293,7 +293,7 @@ def test_a_batch_above_the_corpus_is_refused_as_early_as_it_is_known(
     batch = {"global_batch_size": 64, "shards": 4}
     asked = config(data=data, train=batch, evaluation={"sts": None}, clustering={"num_clusters": 8})
     assert most_rows(asked) == (None if kind == "text" else 30)
-    with pytest.raises(ConfigError, match=r"global_batch_size is 64, but the corpus has 30 sentences.*at most 30"):
+    with pytest.raises(ConfigError, match=r"global_batch_size is 64, but the corpus has 30 sentences.*Set it to 28"):
         train(asked)
     assert bool(list(cache_directory(asked).glob("tokens-*"))) == (kind == "text")
     assert not (tmp_path / "runs" / asked.runtime.name / "config.yaml").exists()

@@ -388,7 +388,7 @@ def test_where_an_index_is_kept(corpus: Path, tmp_path: Path, monkeypatch: pytes
     several = default_directory("*.txt")
     assert several.parent == tmp_path / "cache" / "clusterns_ray" / "search"
     assert several == default_directory(str(corpus.parent / "*.txt")) != default_directory("**/*.txt")
-    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "access", lambda _, mode: mode == os.R_OK)
     assert default_directory("corpus.txt").parent == several.parent
     with pytest.raises(DataError, match="no such file"):
         default_directory("none.txt")
