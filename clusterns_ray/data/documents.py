@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from unicodedata import category
 
 from clusterns_ray.data.corpus import Source, find_local, walk
+from clusterns_ray.data.demo import demo_documents
+from clusterns_ray.data.document import Document, parse_document
 from clusterns_ray.data.readers import decode, json_rows, text_lines, text_of
 from clusterns_ray.errors import DataError
 from clusterns_ray.paths import check_regular_file
@@ -33,66 +33,6 @@ _UNSPACED_LETTERS = re.compile("[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff]")
 # Thai and Lao have no full stop: a space ends a phrase. Of the others the splitter does not know.
 _MORE_ENDS = re.compile("(?<=[\u0e00-\u0eff]) +(?=[\u0e00-\u0eff])|(?<=[។៕།༎።]) *(?=[^ ។៕།༎።])")
 _LONG_PARAGRAPH, _WINDOW = 10_000, 800
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading (empty before the first one) and the paragraphs under it, one line of text each."""
-
-    heading: str
-    paragraphs: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Document:
-    """A title and the sections in reading order; headings of every level start a section."""
-
-    title: str
-    sections: tuple[Section, ...]
-
-
-def parse_document(text: str, title: str) -> Document:
-    """Split plain text into sections and paragraphs.
-
-    Headings are Markdown ``# x`` to ``###### x`` or wiki ``== x ==`` lines. Blank lines separate paragraphs;
-    the lines of a paragraph are joined by single spaces. Sections without paragraphs are dropped.
-    """
-    sections: list[Section] = []
-    heading, block = "", []
-
-    def close() -> None:
-        if paragraphs := _paragraphs(block):
-            sections.append(Section(heading, paragraphs))
-
-    # Not splitlines(), which also splits at characters that may stand within a sentence, such as U+2028.
-    for line in map(str.strip, text.replace("\r\n", "\n").replace("\r", "\n").split("\n")):
-        found = _heading(line)
-        if found is not None:
-            close()
-            heading, block = found, []
-        else:
-            block.append(line)
-    close()
-    return Document(title, tuple(sections))
-
-
-def _heading(line: str) -> str | None:
-    """The text of a heading; None for another line. Takes a time linear in the line, as regular expressions may not."""
-    if line.startswith("#"):
-        rest = line.lstrip("#")
-        if len(line) - len(rest) > 6 or not rest[:1].isspace():
-            return None
-        return rest.strip().rstrip("#").rstrip()
-    if line.startswith("="):
-        level = len(line) - len(line.lstrip("="))
-        if level > 6 or len(line) <= 2 * level or not line.endswith("=" * level):
-            return None
-        return line[level:-level].strip()
-    return None
-
-
-def _paragraphs(lines: list[str]) -> tuple[str, ...]:
-    return tuple(" ".join(" ".join(group).split()) for filled, group in groupby(lines, key=bool) if filled)
 
 
 def read_documents(spec: str | list[str], text_column: str = "text") -> Iterator[Document]:
@@ -170,8 +110,6 @@ def _find(spec: str) -> list[str]:
 
 def _read_source(source: str, text_column: str) -> Iterator[Document]:
     if source == "demo":
-        from clusterns_ray.data.demo import demo_documents
-
         yield from demo_documents()
         return
     path = Path(source)

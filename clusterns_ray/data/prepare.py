@@ -12,7 +12,8 @@ from typing import Any
 
 from clusterns_ray.config import Config
 from clusterns_ray.data.corpus import ReadCounts, Source, check_unchanged, list_sources, read_sentences
-from clusterns_ray.data.documents import Document, all_sentences, document_sources, is_usable, read_documents
+from clusterns_ray.data.document import Document
+from clusterns_ray.data.documents import all_sentences, document_sources, is_usable, read_documents
 from clusterns_ray.data.structure import write_structure_dev
 from clusterns_ray.data.tokens import TokenStore, prepare_tokens, reuse_tokens
 from clusterns_ray.errors import ConfigError

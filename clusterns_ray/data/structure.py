@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from clusterns_ray.data.documents import Document, is_usable, split_sentences
+from clusterns_ray.data.document import Document
+from clusterns_ray.data.documents import is_usable, split_sentences
 from clusterns_ray.errors import ConfigError, DataError
 from clusterns_ray.files import write_atomic, write_json
 

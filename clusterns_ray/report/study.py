@@ -12,9 +12,8 @@ from clusterns_ray.report.page import Cell, Fact, Figure, Fold, Link, Page, Sect
 from clusterns_ray.report.run import footer
 from clusterns_ray.report.words import NONE, count, duration, fixed, listing
 from clusterns_ray.tuning.analysis import StudyRecord, Trial, at_the_edge, read_study, rungs
-from clusterns_ray.tuning.comparison import sentences
+from clusterns_ray.tuning.comparison import sentences, show_value
 from clusterns_ray.tuning.outcome import check_result
-from clusterns_ray.tuning.view import show_value
 from clusterns_ray.yaml_text import dump_yaml
 
 FEW = 20

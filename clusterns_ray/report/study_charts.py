@@ -10,7 +10,7 @@ from typing import Any
 from clusterns_ray.report.charts import plain
 from clusterns_ray.report.page import color
 from clusterns_ray.tuning.analysis import Importance, Trial
-from clusterns_ray.tuning.view import show_value
+from clusterns_ray.tuning.comparison import show_value
 
 LOOKS = {
     "COMPLETE": ("finished", "blue", "circle"),

@@ -5,6 +5,7 @@ Shape suffixes: N pairs of a dev set.
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -124,3 +125,14 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
     if result.get("model_is_trained") is False:
         found.append("model/ is the untrained encoder itself, as no step of that run was better on the dev set.")
     return found
+
+
+def show_value(value: Any) -> str:
+    """A value of the configuration as people read it: numbers to three digits, ``3.12e-4``, the rest as YAML has it."""
+    if isinstance(value, float) and math.isfinite(value):
+        rounded = float(f"{value:.3g}")
+        if rounded and not 1e-3 <= abs(rounded) < 1e6:
+            digits, _, exponent = f"{rounded:.2e}".partition("e")
+            return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
+        return f"{rounded:g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

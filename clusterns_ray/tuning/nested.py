@@ -15,7 +15,7 @@ from clusterns_ray.launch.cluster import on_this_node
 from clusterns_ray.launch.places import run_place
 from clusterns_ray.launch.workers import DrainNotice, answer, run_workers, worker_device
 from clusterns_ray.training.loop import train_worker
-from clusterns_ray.tuning.trial import Job, Listener, Result, Stopped, run_files
+from clusterns_ray.tuning.job import Job, Listener, Result, Stopped, run_files
 
 DESK_TIMEOUT_S = 60.0
 

@@ -20,7 +20,8 @@ from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
 from clusterns_ray.errors import ClusterNSError
-from clusterns_ray.tuning.trial import Job, Result, TrialProcess
+from clusterns_ray.tuning.job import Job, Result
+from clusterns_ray.tuning.trial import TrialProcess
 
 
 class Source(Protocol):

@@ -10,40 +10,26 @@ import ctypes
 import gc
 import json
 import queue
-import shutil
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from ray import tune
 
-from clusterns_ray import distributed
 from clusterns_ray.config import Config, make_config
 from clusterns_ray.errors import ClusterNSError, DiskError, StorageError
 from clusterns_ray.files import disk_fault
-from clusterns_ray.launch.places import read_run_file, run_directory, run_place, run_url, unstage
+from clusterns_ray.launch.places import read_run_file, run_place
 from clusterns_ray.storage import Place
-from clusterns_ray.training.metrics import read_metrics
-from clusterns_ray.training.mirror import mirror_of
-
-Job = dict[str, Any]
-"""Plain values: `id, config, staged, score_before, heard, use_gpu`."""
-
-Result = dict[str, Any]
-"""Of an evaluation: `step, score, last, seconds`, the untrained encoder's at step 0. At the end: `outcome`, either
-``finished`` (with `score, steps, curve`), ``failed`` (with `reason`) or ``storage`` (with `reason`: what it did could
-not be kept, which is no fault of its values), and `seconds`."""
+from clusterns_ray.tuning.job import Job, Listener, Result, Stopped, run_files
+from clusterns_ray.tuning.nested import fit
 
 STOP_S = 90.0
 """How long a stopped trial is waited for before its process is given up; a store gets its last files meanwhile."""
-
-
-class Stopped(Exception):
-    """The trial was told to stop."""
 
 
 class TrialProcess(tune.Trainable):
@@ -170,50 +156,6 @@ def failure(error: BaseException, run: Place) -> str:
     return text if isinstance(error, ClusterNSError) else f"{type(error).__name__}: {text}"
 
 
-@contextmanager
-def run_files(job: Job, config: Config) -> Iterator[dict[str, Any]]:
-    """What ``train_worker`` is to be told of a trial's files on this machine. In the end a copy of what is in an
-    object store is removed: a sweep has many runs."""
-    tokens_dir, sts_dir = unstage(config, job["staged"])
-    run_dir, url = run_directory(config), run_url(config)
-    try:
-        yield {"tokens_dir": tokens_dir, "sts_dir": sts_dir, "run_dir": run_dir, "mirror": mirror_of(url, run_dir)}
-    finally:
-        if url and distributed.rank() == 0:
-            shutil.rmtree(run_dir, ignore_errors=True)
-
-
-class Listener:
-    """The hooks of a training loop on its first worker, turned into results.
-
-    Args:
-        heard: the newest step whose score the study knows. Those that a resumed run has behind it are told again, in
-            order: the study may be a snapshot from before them. None if they do not matter.
-    """
-
-    def __init__(self, tell: Callable[[Result], Any], config: Config | None = None, heard: int | None = None):
-        self.tell, self.total_steps = tell, 0
-        self.config, self.heard = config, heard
-
-    def watch(self, event: dict[str, Any]) -> None:
-        if event["event"] == "start":
-            self.total_steps = event["total_steps"]
-            for metrics in self._missed(event["step"]):
-                self.report(metrics)
-        if event["event"] == "evaluation" and event["step"] == 0:
-            self.report(event)
-
-    def report(self, metrics: dict[str, Any]) -> None:
-        last = metrics["step"] >= self.total_steps
-        self.tell({"step": metrics["step"], "score": metrics["sts_dev"], "last": last})
-
-    def _missed(self, step: int) -> list[dict[str, Any]]:
-        if self.config is None or self.heard is None or self.heard >= step:
-            return []
-        records = read_metrics(run_directory(self.config) / "metrics.jsonl")
-        return [r for r in records if r.get("sts_dev") is not None and self.heard < r["step"] <= step]
-
-
 def _train_here(job: Job, config: Config, tell: Callable[[Result], None]) -> dict[str, Any]:
     import torch
 
@@ -242,6 +184,4 @@ def _train_here(job: Job, config: Config, tell: Callable[[Result], None]) -> dic
 
 
 def _train_on_workers(job: Job, config: Config, tell: Callable[[Result], None]) -> dict[str, Any]:
-    from clusterns_ray.tuning.nested import fit
-
     return fit(job, config, tell)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 import time
 from collections.abc import Mapping
@@ -13,7 +11,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from clusterns_ray.terminal import printable
-from clusterns_ray.tuning.comparison import sentences
+from clusterns_ray.tuning.comparison import sentences, show_value
 from clusterns_ray.tuning.outcome import check_result
 
 if TYPE_CHECKING:
@@ -157,17 +155,6 @@ def clock(seconds: float) -> str:
 def show_values(values: Mapping[str, Any]) -> str:
     """Keys without their section, so that a narrow terminal holds them."""
     return "  ".join(f"{key.rpartition('.')[2]} {show_value(value)}" for key, value in values.items())
-
-
-def show_value(value: Any) -> str:
-    """A value of the configuration as people read it: numbers to three digits, ``3.12e-4``, the rest as YAML has it."""
-    if isinstance(value, float) and math.isfinite(value):
-        rounded = float(f"{value:.3g}")
-        if rounded and not 1e-3 <= abs(rounded) < 1e6:
-            digits, _, exponent = f"{rounded:.2e}".partition("e")
-            return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
-        return f"{rounded:g}"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def study_watch(study: Study):

@@ -6,7 +6,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from clusterns_ray.data.documents import Document, Section, document_sentences
+from clusterns_ray.data.document import Document, Section
+from clusterns_ray.data.documents import document_sentences
 from clusterns_ray.data.structure import (
     _across_documents,
     _layouts,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from clusterns_ray.data.documents import Document, parse_document
+from clusterns_ray.data.document import Document, parse_document
 from clusterns_ray.errors import DataError
 
 if TYPE_CHECKING:
