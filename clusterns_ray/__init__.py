@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from clusterns_ray.config import Config, load_config
-    from clusterns_ray.encoder import Encoder
     from clusterns_ray.evaluation.suite import evaluate_model as evaluate
+    from clusterns_ray.inference.search import SemanticIndex
     from clusterns_ray.launch.trainer import train
-    from clusterns_ray.search.semantic import SemanticIndex
+    from clusterns_ray.models.encoder import Encoder
     from clusterns_ray.tuning.study import load_study
     from clusterns_ray.tuning.sweep import tune
 
@@ -23,8 +23,8 @@ __all__ = ["Config", "Encoder", "SemanticIndex", "evaluate", "load_config", "loa
 _HOMES = {
     "Config": ("clusterns_ray.config", "Config"),
     "load_config": ("clusterns_ray.config", "load_config"),
-    "Encoder": ("clusterns_ray.encoder", "Encoder"),
-    "SemanticIndex": ("clusterns_ray.search.semantic", "SemanticIndex"),
+    "Encoder": ("clusterns_ray.models.encoder", "Encoder"),
+    "SemanticIndex": ("clusterns_ray.inference.search", "SemanticIndex"),
     "evaluate": ("clusterns_ray.evaluation.suite", "evaluate_model"),
     "load_study": ("clusterns_ray.tuning.study", "load_study"),
     "train": ("clusterns_ray.launch.trainer", "train"),

@@ -17,7 +17,7 @@ from click.exceptions import Abort, ClickException, Exit
 
 import clusterns_ray
 from clusterns_ray.errors import ClusterNSError, ConfigError, DataError, describe_unexpected
-from clusterns_ray.terminal import printable
+from clusterns_ray.io.terminal import printable
 
 app = typer.Typer(
     add_completion=False,
@@ -75,8 +75,8 @@ def train(config: ConfigFile, set: Overrides = None) -> None:
     """Train an encoder on plain sentences, or resume a run of that name."""
     with readable_errors("from the newest checkpoint"):
         from clusterns_ray.config import load_config
+        from clusterns_ray.console.training import outcome_lines, progress_watch
         from clusterns_ray.launch.trainer import train as run_training
-        from clusterns_ray.progress import outcome_lines, progress_watch
 
         watch = progress_watch()
         try:
@@ -93,9 +93,9 @@ def prepare(config: ConfigFile, set: Overrides = None) -> None:
     """Tokenise the corpus, and make the structure-graded dev set where the configuration asks for one."""
     with readable_errors():
         from clusterns_ray.config import load_config
+        from clusterns_ray.console.training import progress_watch
         from clusterns_ray.data import prepare as data
         from clusterns_ray.launch.preflight import check_data, check_encoder, check_storage
-        from clusterns_ray.progress import progress_watch
 
         watch = progress_watch()
         settings = load_config(config, set or ())
@@ -135,7 +135,7 @@ def tune(
         if status and finalize:
             raise ConfigError("--status and --finalize exclude each other. Give one.")
         if status:
-            from clusterns_ray.tuning.view import show_status
+            from clusterns_ray.console.study import show_status
 
             show_status(request)
             return
@@ -148,8 +148,8 @@ def tune(
             typer.echo(f"Wrote {path}")
             return
 
+        from clusterns_ray.console.study import render_result, study_watch
         from clusterns_ray.tuning.sweep import tune as run_study
-        from clusterns_ray.tuning.view import render_result, study_watch
 
         watch = study_watch(request)
         try:
@@ -206,14 +206,14 @@ def evaluate(
 ) -> None:
     """Score encoders: the seven STS tests, transfer tasks, clustering, geometry; several models give one table."""
     with readable_errors():
+        from clusterns_ray.console.evaluation import render
+        from clusterns_ray.console.training import progress_watch
         from clusterns_ray.evaluation.suite import Suite, check_suite, evaluate_models
-        from clusterns_ray.evaluation.tables import render
-        from clusterns_ray.files import check_writable, json_text
+        from clusterns_ray.io.files import check_writable, json_text
+        from clusterns_ray.io.object_store import is_url, split_url, write_text
+        from clusterns_ray.io.paths import check_path
         from clusterns_ray.launch.preflight import check_store
-        from clusterns_ray.models import resolve_model
-        from clusterns_ray.paths import check_path
-        from clusterns_ray.progress import progress_watch
-        from clusterns_ray.storage import is_url, split_url, write_text
+        from clusterns_ray.models.resolve import resolve_model
 
         json_file = json_file and check_path("--json", json_file)
         sts = sts and check_path("--sts", sts, ())
@@ -265,10 +265,10 @@ def encode(
 ) -> None:
     """Write sentences and their embeddings to a parquet file, or go on with it where a killed command was."""
     with readable_errors("behind the parts that are done"):
-        from clusterns_ray.encode_progress import encode_watch
-        from clusterns_ray.launch.encode import encode as run_encoding
-        from clusterns_ray.models import resolve_model
-        from clusterns_ray.paths import CORPORA, check_path
+        from clusterns_ray.console.encoding import encode_watch
+        from clusterns_ray.inference.distributed_encode import encode as run_encoding
+        from clusterns_ray.io.paths import CORPORA, check_path
+        from clusterns_ray.models.resolve import resolve_model
 
         files = [check_path("FILE", file, CORPORA) for file in files]
         output = Path(check_path("--output", output, ()))
@@ -312,10 +312,10 @@ def search(
 ) -> None:
     """Find the sentences of a corpus most similar to a query; the first time, index it."""
     with readable_errors("behind the parts that are done"):
-        from clusterns_ray.encode_progress import encode_watch
-        from clusterns_ray.models import resolve_model
-        from clusterns_ray.paths import CORPORA, check_path
-        from clusterns_ray.search.semantic import SemanticIndex, check_k, check_queries, hits_as_json, hits_as_text
+        from clusterns_ray.console.encoding import encode_watch
+        from clusterns_ray.inference.search import SemanticIndex, check_k, check_queries, hits_as_json, hits_as_text
+        from clusterns_ray.io.paths import CORPORA, check_path
+        from clusterns_ray.models.resolve import resolve_model
 
         corpus = check_path("CORPUS", corpus, CORPORA)
         index = index and Path(check_path("--index", index, ()))
@@ -345,7 +345,7 @@ def report(
 ) -> None:
     """Write one HTML page about a run or a study; several runs are compared, with mean and deviation over seeds."""
     with readable_errors():
-        from clusterns_ray.paths import check_path
+        from clusterns_ray.io.paths import check_path
         from clusterns_ray.report import write_report
 
         runs = [check_path("RUN", run) for run in runs]
@@ -382,11 +382,11 @@ def plan(
     """Tell what a run needs on so many workers: memory, exchanges, time, efficiency and cost; nothing is started."""
     with readable_errors():
         from clusterns_ray.config import load_config
-        from clusterns_ray.files import check_writable, write_json
-        from clusterns_ray.launch.plan.predict import plan_for
-        from clusterns_ray.launch.plan.view import render
-        from clusterns_ray.paths import check_path
-        from clusterns_ray.progress import progress_watch
+        from clusterns_ray.console.plan import render
+        from clusterns_ray.console.training import progress_watch
+        from clusterns_ray.io.files import check_writable, write_json
+        from clusterns_ray.io.paths import check_path
+        from clusterns_ray.ops.plan.predict import plan_for
 
         json_file = json_file and Path(check_path("--json", json_file, ()))
         if json_file is not None:
@@ -432,9 +432,9 @@ def doctor(
         import shutil
         import time
 
-        from clusterns_ray.files import check_writable, write_atomic
-        from clusterns_ray.launch.doctor.examine import as_json, examine, verdict
-        from clusterns_ray.paths import check_path
+        from clusterns_ray.io.files import check_writable, write_atomic
+        from clusterns_ray.io.paths import check_path
+        from clusterns_ray.ops.doctor.examine import as_json, examine, verdict
         from clusterns_ray.tuning.study import load_study
 
         json_file = json_file and Path(check_path("--json", json_file, ()))

@@ -17,9 +17,9 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from clusterns_ray.errors import ConfigError
-from clusterns_ray.paths import CORPORA, STORES, check_path, redact
-from clusterns_ray.storage import is_url, read_text
-from clusterns_ray.yaml_text import dump_yaml, load_setting, load_yaml, read_yaml_text
+from clusterns_ray.io.object_store import is_url, read_text
+from clusterns_ray.io.paths import CORPORA, STORES, check_path, redact
+from clusterns_ray.io.yaml_text import dump_yaml, load_setting, load_yaml, read_yaml_text
 
 MAX_WORKERS = 2**16
 LARGEST, SMALLEST = 1e30, 1e-30

@@ -29,7 +29,7 @@ import yaml
 
 from clusterns_ray import load_config
 from clusterns_ray.errors import ClusterNSError, ConfigError
-from clusterns_ray.files import write_atomic
+from clusterns_ray.io.files import write_atomic
 
 COLUMNS = {"dev": "dev, best step", "last": "dev, last step", "tests": "seven tests"}
 

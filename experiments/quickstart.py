@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from clusterns_ray import Encoder, load_config, train
+from clusterns_ray.console.training import progress_watch
 from clusterns_ray.data.prepare import prepare
-from clusterns_ray.data.tokens import TokenStore
+from clusterns_ray.data.token_store import TokenStore
 from clusterns_ray.errors import ClusterNSError
-from clusterns_ray.progress import progress_watch
 
 CLUSTERS_SHOWN = 6
 QUERIES = 3

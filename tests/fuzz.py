@@ -308,7 +308,8 @@ class Fuzzer:
 
     def run(self, case: Case) -> str | None:
         """What is wrong with how the command ended; None where it ended well."""
-        from clusterns_ray import cli, models
+        from clusterns_ray import cli
+        from clusterns_ray.models import resolve as models
 
         models.staged.clear()
         try:
@@ -332,7 +333,7 @@ class Fuzzer:
 
     def _check_cluster(self) -> str | None:
         from clusterns_ray.errors import ConfigError
-        from clusterns_ray.launch.cluster_file import check_cluster_file
+        from clusterns_ray.ops.cluster_lint import check_cluster_file
 
         with contextlib.suppress(ConfigError):
             check_cluster_file("case.yaml")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from clusterns_ray.storage import Store
+from clusterns_ray.io.object_store import Store
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import optuna
 from optuna.trial import FrozenTrial
 from ray_runs import Command, Outcome, start_command
 
-from clusterns_ray.tuning.ledger import read_ledger
+from clusterns_ray.tuning.optuna_study import read_ledger
 
 
 @dataclass

@@ -23,7 +23,7 @@ from clusterns_ray.data.readers import (
     tsv_rows,
 )
 from clusterns_ray.errors import DataError
-from clusterns_ray.paths import check_regular_file
+from clusterns_ray.io.paths import check_regular_file
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileInfo, FileSystem

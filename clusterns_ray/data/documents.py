@@ -13,7 +13,7 @@ from clusterns_ray.data.demo import demo_documents
 from clusterns_ray.data.document import Document, parse_document
 from clusterns_ray.data.readers import decode, json_rows, text_lines, text_of
 from clusterns_ray.errors import DataError
-from clusterns_ray.paths import check_regular_file
+from clusterns_ray.io.paths import check_regular_file
 
 SUFFIXES = (".jsonl", ".md", ".txt")
 MIN_WORDS, MAX_WORDS = 4, 60

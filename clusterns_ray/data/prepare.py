@@ -15,11 +15,11 @@ from clusterns_ray.data.corpus import ReadCounts, Source, check_unchanged, list_
 from clusterns_ray.data.document import Document
 from clusterns_ray.data.documents import all_sentences, document_sources, is_usable, read_documents
 from clusterns_ray.data.structure import write_structure_dev
-from clusterns_ray.data.tokens import TokenStore, prepare_tokens, reuse_tokens
+from clusterns_ray.data.token_store import TokenStore, prepare_tokens, reuse_tokens
 from clusterns_ray.errors import ConfigError
 from clusterns_ray.evaluation.hub import fetch_sts
-from clusterns_ray.models import resolve_model
-from clusterns_ray.storage import local_copy
+from clusterns_ray.io.object_store import local_copy
+from clusterns_ray.models.resolve import resolve_model
 
 STRUCTURE_SEED = 0
 """Not the run's seed: runs of different seeds have to be judged by the same pairs."""
@@ -199,8 +199,8 @@ def check_teacher(config: Config, tokenizer: Any) -> None:
     name = config.loss.teacher
     if name is None:
         return
-    from clusterns_ray.model_settings import read_settings
-    from clusterns_ray.tokenization import load_tokenizer
+    from clusterns_ray.models.settings import read_settings
+    from clusterns_ray.models.tokenization import load_tokenizer
 
     source = resolve_model(name)
     if load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
@@ -218,7 +218,7 @@ def check_teacher(config: Config, tokenizer: Any) -> None:
 
 def load_tokenizer(config: Config) -> Any:
     """The encoder's tokenizer, without its weights."""
-    from clusterns_ray.tokenization import load_tokenizer
+    from clusterns_ray.models.tokenization import load_tokenizer
 
     return load_tokenizer(resolve_model(config.encoder.name), revision=config.encoder.revision)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from clusterns_ray.errors import DataError
-from clusterns_ray.paths import check_regular_file
+from clusterns_ray.io.paths import check_regular_file
 
 LONGEST_RECORD = 1 << 26
 """Characters of a line of csv, tsv or JSON; a longer one is refused."""

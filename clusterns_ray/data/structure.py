@@ -16,7 +16,7 @@ import numpy as np
 from clusterns_ray.data.document import Document
 from clusterns_ray.data.documents import is_usable, split_sentences
 from clusterns_ray.errors import ConfigError, DataError
-from clusterns_ray.files import write_atomic, write_json
+from clusterns_ray.io.files import write_atomic, write_json
 
 GRADES = {
     3: "neighbouring sentences of a paragraph",

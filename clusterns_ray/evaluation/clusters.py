@@ -20,7 +20,7 @@ from clusterns_ray.errors import ConfigError, DataError
 from clusterns_ray.evaluation.geometry import unit_rows
 from clusterns_ray.evaluation.labelled import Labelled, check_labels, labelled, read_labelled
 from clusterns_ray.evaluation.sts import Embed
-from clusterns_ray.paths import check_regular_file
+from clusterns_ray.io.paths import check_regular_file
 
 SEEDS = 10
 COLUMNS = "name the columns label and text in the first line (others are passed over), or give label<TAB>sentence"

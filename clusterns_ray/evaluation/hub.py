@@ -10,7 +10,7 @@ from typing import Any
 
 from clusterns_ray.errors import ConfigError, DataError
 from clusterns_ray.evaluation.sts import FIELDS, graded_pair
-from clusterns_ray.files import write_atomic, write_json
+from clusterns_ray.io.files import write_atomic, write_json
 
 HUB: dict[str, tuple[str, str]] = {
     **{f"STS{year}/test": (f"mteb/sts{year}-sts", "test") for year in range(12, 17)},

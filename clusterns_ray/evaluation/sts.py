@@ -19,7 +19,7 @@ import numpy as np
 
 from clusterns_ray.data.readers import check_characters, json_rows, read_lines
 from clusterns_ray.errors import ConfigError, DataError, NonFiniteError
-from clusterns_ray.paths import check_regular_file
+from clusterns_ray.io.paths import check_regular_file
 
 FIELDS = ("sentence1", "sentence2", "score")
 TASKS = {

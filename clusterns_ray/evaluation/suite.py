@@ -34,11 +34,11 @@ from clusterns_ray.evaluation.sts import (
 )
 from clusterns_ray.evaluation.transfer import SEED, Task, evaluate_transfer, read_transfer
 from clusterns_ray.evaluation.transfer import TASKS as TRANSFER_TASKS
-from clusterns_ray.models import resolve_model
-from clusterns_ray.storage import is_url, read_text, split_url
+from clusterns_ray.io.object_store import is_url, read_text, split_url
+from clusterns_ray.models.resolve import resolve_model
 
 if TYPE_CHECKING:
-    from clusterns_ray.encoder import Encoder
+    from clusterns_ray.models.encoder import Encoder
 
 SUITES = {"sts": "--sts", "transfer": "--transfer", "clustering": "--clusters", "geometry": "--sts"}
 """Every suite, in the order they are run, and the option that names its data."""
@@ -270,7 +270,7 @@ def evaluate_models(
         suite = _with_structure_set(suite, every, note)
     data = read_data(suite, note)
 
-    from clusterns_ray.encoder import Encoder
+    from clusterns_ray.models.encoder import Encoder
 
     sources = {"sts": suite.sts, "transfer": suite.transfer, "clusters": list(suite.clusters) or None, **sources}
     sources = {name: _text(source) for name, source in sources.items() if source is not None}

@@ -1,7 +1,7 @@
 """What a cluster can give: the nodes that are up, and those that its autoscaler may start.
 
 Training, sweeps, `encode` and the doctor all judge by it. Nothing here asks Ray:
-:func:`clusterns_ray.launch.cluster.cluster_capacity` does.
+:func:`clusterns_ray.launch.ray_cluster.cluster_capacity` does.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from clusterns_ray.base_model import complete
 from clusterns_ray.config import Config
 from clusterns_ray.data.corpus import list_sources
 from clusterns_ray.data.documents import list_documents
@@ -15,12 +14,13 @@ from clusterns_ray.data.prepare import cache_directory, corpus_is_documents, doc
 from clusterns_ray.errors import ConfigError, StorageError
 from clusterns_ray.evaluation.hub import HUB
 from clusterns_ray.evaluation.sts import check_pairs_exist
-from clusterns_ray.files import write_probe
-from clusterns_ray.launch.cluster import check_ray_directory
-from clusterns_ray.launch.places import read_run_file, run_directory, run_url
-from clusterns_ray.models import local_model_config, resolve_model
-from clusterns_ray.paths import check_outlasts_job
-from clusterns_ray.storage import Store, is_url, local_copy
+from clusterns_ray.io.files import write_probe
+from clusterns_ray.io.object_store import Store, is_url, local_copy
+from clusterns_ray.io.paths import check_outlasts_job
+from clusterns_ray.launch.ray_cluster import check_ray_directory
+from clusterns_ray.launch.staging import read_run_file, run_directory, run_url
+from clusterns_ray.models.base_model import complete
+from clusterns_ray.models.resolve import local_model_config, resolve_model
 from clusterns_ray.training.run_files import check_config
 from clusterns_ray.training.trackers import missing_packages
 

@@ -10,9 +10,9 @@ from typing import Any
 from clusterns_ray.config import Config, make_config
 from clusterns_ray.data.prepare import Prepared, check_batch, describe, most_rows, prepare
 from clusterns_ray.errors import ClusterNSError, ConfigError
-from clusterns_ray.launch.cluster import check_workers, connect, on_this_node
-from clusterns_ray.launch.places import read_run_file, run_directory, run_store, run_url, stage, unstage
 from clusterns_ray.launch.preflight import check_request, warn_of_faiss
+from clusterns_ray.launch.ray_cluster import check_workers, connect, on_this_node
+from clusterns_ray.launch.staging import read_run_file, run_directory, run_store, run_url, stage, unstage
 from clusterns_ray.training.run_files import model_damage, read_result
 
 Watch = Callable[[dict[str, Any]], None]
@@ -96,8 +96,8 @@ def command_line() -> list[str]:
 def _train_here(config: Config, prepared: Prepared, run_dir: Path, watch: Watch) -> dict[str, Any]:
     import torch
 
+    from clusterns_ray.io.uploader import mirror_of
     from clusterns_ray.training.loop import train_worker
-    from clusterns_ray.training.mirror import mirror_of
 
     device = torch.device("cuda" if _wants_gpu(config) else "cpu")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -197,9 +197,9 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
     import ray.train
 
     from clusterns_ray import distributed
+    from clusterns_ray.io.uploader import mirror_of
     from clusterns_ray.launch.workers import DrainNotice, answer, worker_device
     from clusterns_ray.training.loop import train_worker
-    from clusterns_ray.training.mirror import mirror_of
 
     config = make_config(settings["config"])
     tell = settings["mailbox"].put.remote

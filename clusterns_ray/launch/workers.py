@@ -16,7 +16,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from clusterns_ray.config import Config, RuntimeConfig
 from clusterns_ray.errors import ClusterNSError, ConfigError, DataError, Drained
-from clusterns_ray.launch.cluster import head_answers
+from clusterns_ray.launch.ray_cluster import head_answers
 
 DRAIN_POLL_S = 1.0
 """Seconds between looks at whether a machine is about to be taken away; clouds say so 30 s (GCP) or 120 s ahead."""

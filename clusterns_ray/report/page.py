@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from markupsafe import Markup
 
-from clusterns_ray.files import check_writable, write_atomic
+from clusterns_ray.io.files import check_writable, write_atomic
 
 COLORS: dict[str, tuple[str, str]] = {
     "ink": ("#1c2126", "#e6e9ec"),

@@ -9,7 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from clusterns_ray.errors import ConfigError, StorageError
-from clusterns_ray.storage import Store, is_url, local_copy, reading_place, split_url
+from clusterns_ray.io.object_store import Store, is_url, local_copy, reading_place, split_url
 
 LARGE = (".html", ".parquet", ".npy")
 """Endings of a run's files that a report does not read."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from clusterns_ray.config import Config, parse_saved_config
 from clusterns_ray.errors import ConfigError, DataError
-from clusterns_ray.yaml_text import read_yaml_text
+from clusterns_ray.io.yaml_text import read_yaml_text
 
 COLLAPSED = -100.0
 """The dev score that training notes for embeddings whose correlation is not defined."""

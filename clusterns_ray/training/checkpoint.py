@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from clusterns_ray.errors import CheckpointError
-from clusterns_ray.files import flush, json_text
-from clusterns_ray.files import sha256 as file_sha256
+from clusterns_ray.io.files import flush, json_text
+from clusterns_ray.io.files import sha256 as file_sha256
 
 FORMAT = 2
 

@@ -19,14 +19,14 @@ from clusterns_ray.clustering.bank import Bank, draw_negatives
 from clusterns_ray.clustering.kmeans import cosine_matrix
 from clusterns_ray.clustering.state import Clustering
 from clusterns_ray.config import Config
-from clusterns_ray.data.batches import permute, stream_key
-from clusterns_ray.data.tokens import TokenStore
-from clusterns_ray.encoder import Encoder
+from clusterns_ray.data.sampler import permute, stream_key
+from clusterns_ray.data.token_store import TokenStore
 from clusterns_ray.errors import ConfigError
 from clusterns_ray.losses import BankNegatives
-from clusterns_ray.training.dev import encode_together
-from clusterns_ray.training.layout import Layout, to_device
-from clusterns_ray.training.sample import sample_rows, token_ids
+from clusterns_ray.models.encoder import Encoder
+from clusterns_ray.training.batch_layout import Layout, to_device
+from clusterns_ray.training.kmeans_init import sample_rows, token_ids
+from clusterns_ray.training.validation import encode_together
 
 FILLED_AT_ONCE = 4096
 """Rows that are encoded between two looks at the clock."""

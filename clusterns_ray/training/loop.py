@@ -17,17 +17,15 @@ import numpy as np
 import torch
 
 from clusterns_ray import distributed
-from clusterns_ray.backbone import load_language_model
 from clusterns_ray.clustering.describe import describe_clusters
 from clusterns_ray.clustering.health import ClusterHealth
 from clusterns_ray.clustering.state import Clustering
 from clusterns_ray.config import Config, dump_config
-from clusterns_ray.data.batches import BatchOrder, stream_key
 from clusterns_ray.data.digests import check_digests, data_digests
-from clusterns_ray.data.tokens import TokenStore
-from clusterns_ray.encoder import Encoder
+from clusterns_ray.data.sampler import BatchOrder, stream_key
+from clusterns_ray.data.token_store import TokenStore
 from clusterns_ray.errors import CheckpointError, ClusterNSError, Drained, NonFiniteError, StorageError
-from clusterns_ray.files import (
+from clusterns_ray.io.files import (
     json_text,
     remove_partial_files,
     storage_error,
@@ -35,9 +33,13 @@ from clusterns_ray.files import (
     write_atomic,
     write_manifest,
 )
-from clusterns_ray.model_settings import read_settings
-from clusterns_ray.models import resolve_model
-from clusterns_ray.training.alarms import Alarms
+from clusterns_ray.io.lease import exclusive
+from clusterns_ray.io.uploader import NoMirror
+from clusterns_ray.models.backbone import load_language_model
+from clusterns_ray.models.encoder import Encoder
+from clusterns_ray.models.resolve import resolve_model
+from clusterns_ray.models.settings import read_settings
+from clusterns_ray.training.batch_layout import Layout, lay_out
 from clusterns_ray.training.checkpoint import (
     list_checkpoints,
     load_newest,
@@ -45,25 +47,23 @@ from clusterns_ray.training.checkpoint import (
     replace_directory,
     save_checkpoint,
 )
+from clusterns_ray.training.collapse_monitor import Alarms
+from clusterns_ray.training.collate import Shard, ShardReader
 from clusterns_ray.training.corpus_clusters import CorpusClusters
-from clusterns_ray.training.dev import DevSet, encode_together
 from clusterns_ray.training.environment import describe_environment
-from clusterns_ray.training.exclusive import exclusive
 from clusterns_ray.training.finite import first_not_finite
-from clusterns_ray.training.layout import Layout, lay_out
+from clusterns_ray.training.kmeans_init import sample_centroids, sample_rows, token_ids
 from clusterns_ray.training.metrics import MetricsLog, step_metrics
-from clusterns_ray.training.mirror import NoMirror
 from clusterns_ray.training.mlm import head_state
 from clusterns_ray.training.model_card import model_card
 from clusterns_ray.training.objective import DTYPES, Objective, TwoViews
 from clusterns_ray.training.optim import Optimizer, learning_rate
 from clusterns_ray.training.precision import agreed_precision, multiplies_bf16
-from clusterns_ray.training.rows import NoRowLog, RowLog
+from clusterns_ray.training.row_log import NoRowLog, RowLog
 from clusterns_ray.training.run_files import WRITTEN, check_config, model_damage, read_result
-from clusterns_ray.training.sample import sample_centroids, sample_rows, token_ids
-from clusterns_ray.training.shards import Shard, ShardReader
 from clusterns_ray.training.teacher import Teacher
 from clusterns_ray.training.trackers import Trackers
+from clusterns_ray.training.validation import DevSet, encode_together
 from clusterns_ray.training.views import CachedViews, Views, chunked
 
 Watch = Callable[[dict[str, Any]], None]

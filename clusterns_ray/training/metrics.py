@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clusterns_ray import distributed
-from clusterns_ray.files import json_text, write_atomic
+from clusterns_ray.io.files import json_text, write_atomic
 from clusterns_ray.training.objective import SHARE_NAMES, StepLoss
 
 NO_STEP = 2**62

@@ -15,7 +15,6 @@ from clusterns_ray import distributed
 from clusterns_ray.clustering.kmeans import cluster_sizes, cosine_matrix, nearest_two
 from clusterns_ray.clustering.state import Clustering
 from clusterns_ray.config import LossConfig
-from clusterns_ray.encoder import Encoder, TokenBatch, autocast
 from clusterns_ray.losses import (
     ClusterNSLoss,
     Clusters,
@@ -26,10 +25,11 @@ from clusterns_ray.losses import (
     similar_mask,
     weighed_share,
 )
+from clusterns_ray.models.encoder import Encoder, TokenBatch, autocast
+from clusterns_ray.training.batch_layout import Layout
+from clusterns_ray.training.collate import Shard
 from clusterns_ray.training.corpus_clusters import CorpusClusters
-from clusterns_ray.training.layout import Layout
 from clusterns_ray.training.mlm import prediction_loss
-from clusterns_ray.training.shards import Shard
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from clusterns_ray.config import Config, parse_saved_config
 from clusterns_ray.errors import ConfigError, StorageError
-from clusterns_ray.files import changed_file, checksum_holds, read_manifest
+from clusterns_ray.io.files import changed_file, checksum_holds, read_manifest
 
 WRITTEN = (
     "config.yaml",

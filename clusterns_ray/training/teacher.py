@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clusterns_ray.encoder import Encoder, TokenBatch, autocast
-from clusterns_ray.training.shards import Shard
+from clusterns_ray.models.encoder import Encoder, TokenBatch, autocast
+from clusterns_ray.training.collate import Shard
 
 
 class Teacher:

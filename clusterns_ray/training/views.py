@@ -16,7 +16,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from clusterns_ray.training.shards import Shard
+from clusterns_ray.training.collate import Shard
 
 
 class Views:

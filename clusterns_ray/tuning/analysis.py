@@ -15,8 +15,8 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from clusterns_ray.errors import ConfigError, DataError
-from clusterns_ray.tuning.ledger import begun, read_ledger
-from clusterns_ray.yaml_text import load_yaml, read_yaml_text
+from clusterns_ray.io.yaml_text import load_yaml, read_yaml_text
+from clusterns_ray.tuning.optuna_study import begun, read_ledger
 
 RESAMPLES = 20
 MIN_TRIALS = 5

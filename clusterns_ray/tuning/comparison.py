@@ -71,14 +71,14 @@ def model_cosines(models: Sequence[Any], tests: StsTests) -> list[dict[str, np.n
     Raises:
         ConfigError: one of them cannot be loaded.
     """
-    from clusterns_ray.encoder import Encoder
+    from clusterns_ray.models.encoder import Encoder
 
     return [encode_tests(Encoder.load(str(model)), tests) for model in models]
 
 
 def untrained_cosines(config: Config, tests: StsTests) -> dict[str, np.ndarray]:
     """:func:`encode_tests` of the encoder that a configuration starts from."""
-    from clusterns_ray.encoder import Encoder
+    from clusterns_ray.models.encoder import Encoder
 
     return encode_tests(Encoder.for_training(config.encoder, config.seed), tests)
 

@@ -14,10 +14,10 @@ import numpy as np
 from clusterns_ray.errors import ConfigError, DataError
 from clusterns_ray.evaluation import hub
 from clusterns_ray.evaluation.sts import StsTests, read_tests, score_tests
-from clusterns_ray.files import json_text
+from clusterns_ray.io.files import json_text
 from clusterns_ray.tuning.comparison import NAMES, model_cosines, over_pairs, untrained_cosines
-from clusterns_ray.tuning.ledger import Ledger
-from clusterns_ray.tuning.outcome import summary
+from clusterns_ray.tuning.optuna_study import Ledger
+from clusterns_ray.tuning.selection import summary
 from clusterns_ray.tuning.snapshot import FILES
 from clusterns_ray.tuning.study import Study
 from clusterns_ray.tuning.sweep import (

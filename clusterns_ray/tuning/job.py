@@ -9,9 +9,9 @@ from typing import Any
 
 from clusterns_ray import distributed
 from clusterns_ray.config import Config
-from clusterns_ray.launch.places import run_directory, run_url, unstage
+from clusterns_ray.io.uploader import mirror_of
+from clusterns_ray.launch.staging import run_directory, run_url, unstage
 from clusterns_ray.training.metrics import read_metrics
-from clusterns_ray.training.mirror import mirror_of
 
 Job = dict[str, Any]
 """Plain values: `id, config, staged, score_before, heard, use_gpu`."""

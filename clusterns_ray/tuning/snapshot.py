@@ -7,7 +7,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-from clusterns_ray.storage import Place
+from clusterns_ray.io.object_store import Place
 
 FILES = {"sqlite": "study.db", "journal": "study.journal"}
 LOCK_WAIT_S = 60

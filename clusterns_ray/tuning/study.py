@@ -32,8 +32,9 @@ from clusterns_ray.config import (
     shown,
 )
 from clusterns_ray.errors import ConfigError
-from clusterns_ray.paths import check_path
-from clusterns_ray.storage import Place, is_url, place
+from clusterns_ray.io.object_store import Place, is_url, place
+from clusterns_ray.io.paths import check_path
+from clusterns_ray.io.yaml_text import dump_yaml, load_yaml, read_yaml_text
 from clusterns_ray.tuning.space import (
     FixedParameter,
     IntParameter,
@@ -45,7 +46,6 @@ from clusterns_ray.tuning.space import (
     point_key,
     same,
 )
-from clusterns_ray.yaml_text import dump_yaml, load_yaml, read_yaml_text
 
 NOT_SEARCHED = {
     "seed": "seeds are no setting to choose by; name them under confirmation.seeds",

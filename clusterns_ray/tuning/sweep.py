@@ -21,18 +21,18 @@ from typing import Any
 import optuna
 from sqlalchemy.exc import SQLAlchemyError
 
-from clusterns_ray.base_model import complete
 from clusterns_ray.config import Config, dump_config, make_config, parse_saved_config
 from clusterns_ray.data.digests import check_digests, data_digests
 from clusterns_ray.data.prepare import Prepared, cache_directory, check_batch, describe, most_rows, prepare
 from clusterns_ray.errors import ClusterNSError, ConfigError, DamagedError, DataError, DiskError, StorageError
 from clusterns_ray.evaluation.sts import StsTests, read_pairs
-from clusterns_ray.files import checksum_holds, disk_fault, json_text, write_probe
-from clusterns_ray.launch.cluster import check_ray_directory
-from clusterns_ray.launch.places import run_directory, stage
+from clusterns_ray.io.files import checksum_holds, disk_fault, json_text, write_probe
+from clusterns_ray.io.lease import Held, exclusive, leased
+from clusterns_ray.io.object_store import Place
 from clusterns_ray.launch.preflight import check_data, check_encoder, check_storage
-from clusterns_ray.storage import Place
-from clusterns_ray.training.exclusive import Held, exclusive, leased
+from clusterns_ray.launch.ray_cluster import check_ray_directory
+from clusterns_ray.launch.staging import run_directory, stage
+from clusterns_ray.models.base_model import complete
 from clusterns_ray.tuning.comparison import (
     difference_over_seeds,
     model_cosines,
@@ -41,8 +41,8 @@ from clusterns_ray.tuning.comparison import (
     sentences,
     untrained_cosines,
 )
-from clusterns_ray.tuning.ledger import Ledger, Proposal, file_error
-from clusterns_ray.tuning.outcome import Candidate, choose, copy_model, summary, top_trials, write_trials
+from clusterns_ray.tuning.optuna_study import Ledger, Proposal, file_error
+from clusterns_ray.tuning.selection import Candidate, choose, copy_model, summary, top_trials, write_trials
 from clusterns_ray.tuning.snapshot import FILES
 from clusterns_ray.tuning.space import Overrides, with_values
 from clusterns_ray.tuning.study import Study, dump_study
@@ -134,8 +134,8 @@ def _run(sweep: Sweep) -> None:
     # Ray reads some of them when it is imported.
     for key, value in {**RAY_SETTINGS, **({} if os.environ.get("RAY_ADDRESS") else RAY_START_SETTINGS)}.items():
         os.environ.setdefault(key, value)
-    from clusterns_ray.tuning.cluster import cluster, trial_resources
-    from clusterns_ray.tuning.pool import Pool
+    from clusterns_ray.tuning.resources import cluster, trial_resources
+    from clusterns_ray.tuning.tune_runner import Pool
 
     study, runtime = sweep.study, sweep.study.base.runtime
     with cluster(study, sweep.note, begun=bool(sweep.ledger.trials())) as use_gpu:

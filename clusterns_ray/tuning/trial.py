@@ -22,11 +22,11 @@ from ray import tune
 
 from clusterns_ray.config import Config, make_config
 from clusterns_ray.errors import ClusterNSError, DiskError, StorageError
-from clusterns_ray.files import disk_fault
-from clusterns_ray.launch.places import read_run_file, run_place
-from clusterns_ray.storage import Place
+from clusterns_ray.io.files import disk_fault
+from clusterns_ray.io.object_store import Place
+from clusterns_ray.launch.staging import read_run_file, run_place
+from clusterns_ray.tuning.distributed_trial import fit
 from clusterns_ray.tuning.job import Job, Listener, Result, Stopped, run_files
-from clusterns_ray.tuning.nested import fit
 
 STOP_S = 90.0
 """How long a stopped trial is waited for before its process is given up; a store gets its last files meanwhile."""

@@ -26,7 +26,7 @@ from racing import environment, ratio
 from clusterns_ray import Encoder
 from clusterns_ray.errors import ClusterNSError, ConfigError
 from clusterns_ray.evaluation.sts import read_tests
-from clusterns_ray.models import resolve_model
+from clusterns_ray.models.resolve import resolve_model
 
 TOLERANCE = 1e-6
 THEIRS = "sentence-transformers"

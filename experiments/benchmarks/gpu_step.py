@@ -52,7 +52,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the package may not be ins
 
 from clusterns_ray.clustering.kmeans import cluster_sizes, cosine_matrix, nearest_two
 from clusterns_ray.clustering.state import Clustering
-from clusterns_ray.data.batches import BatchOrder, cut_shards
+from clusterns_ray.data.sampler import BatchOrder, cut_shards
 from clusterns_ray.losses import Clusters, clusterns_loss_share, info_nce_share
 
 LONGEST = 32
@@ -732,7 +732,7 @@ def print_lengths() -> None:
     """The table LENGTHS, of the demo corpus as ``clusterns prepare`` tokenises it for the quickstart."""
     from clusterns_ray.config import load_config
     from clusterns_ray.data.prepare import prepare
-    from clusterns_ray.data.tokens import TokenStore
+    from clusterns_ray.data.token_store import TokenStore
 
     with tempfile.TemporaryDirectory() as scratch:
         keys = [f"data.cache_dir={scratch}", f"encoder.max_length={LONGEST}", "evaluation.sts=null"]

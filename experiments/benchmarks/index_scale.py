@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from clusterns_ray.embedding_file import EmbeddingFile, embedding_schema, embedding_table, write_tables
-from clusterns_ray.embeddings import unit_rows
-from clusterns_ray.search import vectors
-from clusterns_ray.search.vectors import build_index, load_faiss, nearest, open_index
+from clusterns_ray.inference import faiss_index as vectors
+from clusterns_ray.inference.embedding_file import EmbeddingFile, embedding_schema, embedding_table, write_tables
+from clusterns_ray.inference.encode import unit_rows
+from clusterns_ray.inference.faiss_index import build_index, load_faiss, nearest, open_index
 
 QUERIES = 200
 BLOCK = 8192

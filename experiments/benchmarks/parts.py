@@ -49,18 +49,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from clusterns_ray.bert import multiply, onednn_multiplies
 from clusterns_ray.clustering.backend import spherical_kmeans
 from clusterns_ray.clustering.kmeans import cluster_sizes, cosine_matrix, nearest_two
 from clusterns_ray.config import ClusteringConfig
 from clusterns_ray.data.prepare import prepare
-from clusterns_ray.dropout import LEVELS, Streams, drop, dropped_levels
-from clusterns_ray.encoder import Encoder
 from clusterns_ray.errors import ClusterNSError
 from clusterns_ray.evaluation.sts import TASKS, cosines_of, read_tests, score_tests
+from clusterns_ray.kernels.dropout import LEVELS, Streams, drop, dropped_levels
+from clusterns_ray.kernels.packed_attention import VECTOR_BYTES, Apart, Packing, packed_attention
 from clusterns_ray.losses import Clusters, clusterns_loss_share, info_nce_share
-from clusterns_ray.models import resolve_model
-from clusterns_ray.packing import VECTOR_BYTES, Apart, Packing, packed_attention
+from clusterns_ray.models.encoder import Encoder
+from clusterns_ray.models.packed_bert import multiply, onednn_multiplies
+from clusterns_ray.models.resolve import resolve_model
 
 WORKERS = 8
 PARTS = ("loss", "step", "kmeans", "reading", "evaluation", "dropout", "products", "attention", "corpus")
@@ -425,7 +425,7 @@ def dropout(rounds: int, rows: int = 1800, width: int = 384, p: float = 0.1, rep
         },
         {
             "torch.nn.functional.dropout": lambda: nn.functional.dropout(x, p),
-            "clusterns_ray.dropout.drop": lambda: drop(x, p),
+            "clusterns_ray.kernels.dropout.drop": lambda: drop(x, p),
         },
     ]
     print(f"Dropout of {rows:,} x {width} states in bfloat16, forward: each of ours beside what it stands for")

@@ -28,13 +28,13 @@ from racing import ClusterNS, environment, processor, race, step_config, timed
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from clusterns_ray.bert import Linear, PackedBert, multiply
 from clusterns_ray.data.prepare import prepare
-from clusterns_ray.dropout import Streams
 from clusterns_ray.errors import ClusterNSError
-from clusterns_ray.launch.plan.step import BACKWARD, EncoderWork, objective_flops
-from clusterns_ray.launch.plan.workload import encoder_work
-from clusterns_ray.packing import filled_columns
+from clusterns_ray.kernels.dropout import Streams
+from clusterns_ray.kernels.packed_attention import filled_columns
+from clusterns_ray.models.packed_bert import Linear, PackedBert, multiply
+from clusterns_ray.ops.plan.step import BACKWARD, EncoderWork, objective_flops
+from clusterns_ray.ops.plan.workload import encoder_work
 from clusterns_ray.training.loop import Run
 from clusterns_ray.training.objective import DTYPES
 

@@ -30,12 +30,12 @@ from torch.multiprocessing.spawn import ProcessException, start_processes
 from clusterns_ray.config import Config, load_config, make_config
 from clusterns_ray.data.prepare import prepare
 from clusterns_ray.errors import ClusterNSError
-from clusterns_ray.files import check_writable, write_atomic
-from clusterns_ray.launch.plan.measure import timed_steps
-from clusterns_ray.launch.plan.predict import step_seconds
-from clusterns_ray.launch.plan.quantities import read_workers
-from clusterns_ray.launch.plan.step import Machine, Network, Speed, gradient_exchange
-from clusterns_ray.launch.plan.workload import Workload, workload
+from clusterns_ray.io.files import check_writable, write_atomic
+from clusterns_ray.ops.plan.measure import timed_steps
+from clusterns_ray.ops.plan.predict import step_seconds
+from clusterns_ray.ops.plan.quantities import read_workers
+from clusterns_ray.ops.plan.step import Machine, Network, Speed, gradient_exchange
+from clusterns_ray.ops.plan.workload import Workload, workload
 from clusterns_ray.training.loop import Run
 
 TRIES = 7

@@ -32,7 +32,7 @@ from torch import nn
 from clusterns_ray.config import Config
 from clusterns_ray.data.prepare import prepare
 from clusterns_ray.errors import ClusterNSError
-from clusterns_ray.models import resolve_model
+from clusterns_ray.models.resolve import resolve_model
 
 
 def main() -> None:

@@ -88,7 +88,7 @@ def test_the_notice_reaches_ray(
     fake = cloud("aws", (404, ""))
     watched, drove = tmp_path / "watcher.log", tmp_path / "driver.log"
     # --node-id, as all of these nodes share a machine.
-    watch = ["-m", "clusterns_ray.launch.spot", "--endpoint", fake.endpoint, "--poll=0.1", f"--node-id={node}"]
+    watch = ["-m", "clusterns_ray.launch.preemption", "--endpoint", fake.endpoint, "--poll=0.1", f"--node-id={node}"]
     watcher = start(nodes, watched, *watch)
     driver = start(nodes, drove, "-c", DRIVER, node)
     try:
@@ -122,7 +122,7 @@ def test_drain_now_waits_for_the_work(nodes: Nodes, tmp_path: Path) -> None:
     drove, said = tmp_path / "driver.log", tmp_path / "drain.log"
     driver = start(nodes, drove, "-c", DRIVER, node)
     until(drove, lambda text: "works_on" in text, driver)
-    drain = start(nodes, said, "-m", "clusterns_ray.launch.spot", "--drain-now=100", f"--node-id={node}")
+    drain = start(nodes, said, "-m", "clusterns_ray.launch.preemption", "--drain-now=100", f"--node-id={node}")
     try:
         assert drain.wait(WAIT_S) == 0, said.read_text()
         assert "The work has left" in said.read_text()

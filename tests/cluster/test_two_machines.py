@@ -11,7 +11,7 @@ from ray_runs import Run
 from row_proof import proves_each_row_once, read_steps
 from s3_server import s3_server
 
-from clusterns_ray.storage import Store
+from clusterns_ray.io.object_store import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -16,7 +16,7 @@ from spawn import RanksFailed, run_ranks
 from clusterns_ray import distributed
 from clusterns_ray.clustering import bank
 from clusterns_ray.errors import ClusterNSError
-from clusterns_ray.training.layout import Layout, lay_out
+from clusterns_ray.training.batch_layout import Layout, lay_out
 
 ROWS, WIDTH = 3, 2
 every_size = pytest.mark.parametrize("ranks", [2, 4])

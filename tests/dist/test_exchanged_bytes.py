@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from clusterns_ray.config import Config
 from clusterns_ray.data.prepare import prepare
-from clusterns_ray.launch.plan.workload import workload
+from clusterns_ray.ops.plan.workload import workload
 from clusterns_ray.training.loop import Run
 
 KINDS = {"allreduce_": "all_reduce", "_allgather_base_": "all_gather", "broadcast_": "broadcast"}

@@ -114,7 +114,7 @@ FAKE = """
 import os, signal, sys
 import numpy as np
 from clusterns_ray.errors import ClusterNSError, ConfigError
-from clusterns_ray.launch import encode
+from clusterns_ray.inference import distributed_encode as encode
 
 class Device:
     type = "cuda"  # so that torch is not asked for threads

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clusterns_ray.encoder import Encoder
+from clusterns_ray.models.encoder import Encoder
 
 pytestmark = pytest.mark.slow
 

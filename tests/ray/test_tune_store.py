@@ -15,8 +15,8 @@ from s3_server import s3_server
 from studies import StudyRun
 from test_tune import make_study, whole  # noqa: F401  fixtures
 
-from clusterns_ray.storage import Store, reading_place
-from clusterns_ray.tuning.ledger import read_ledger
+from clusterns_ray.io.object_store import Store, reading_place
+from clusterns_ray.tuning.optuna_study import read_ledger
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

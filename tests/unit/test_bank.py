@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 from clusterns_ray.clustering.bank import Bank, draw_negatives, list_members, mapped_zeros
 from clusterns_ray.clustering.kmeans import cosine_matrix
 from clusterns_ray.config import Config, make_config
-from clusterns_ray.data.batches import permute, stream_key
 from clusterns_ray.data.prepare import prepare
+from clusterns_ray.data.sampler import permute, stream_key
 from clusterns_ray.errors import ClusterNSError, ConfigError
 from clusterns_ray.losses import BankNegatives, bank_negative_logits, similar_mask, weighed_share
 from clusterns_ray.training.loop import Run

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clusterns_ray.data.batches import (
+from clusterns_ray.data.sampler import (
     BatchOrder,
     batch_bounds,
     cut_shards,
@@ -108,7 +108,7 @@ def test_stream_key_tells_streams_apart() -> None:
 
 
 def test_stream_key_is_the_same_in_another_process() -> None:
-    code = "from clusterns_ray.data.batches import stream_key; print(stream_key('chunk', 3, 1))"
+    code = "from clusterns_ray.data.sampler import stream_key; print(stream_key('chunk', 3, 1))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert int(out) == stream_key("chunk", 3, 1)
 

@@ -21,7 +21,7 @@ import train_speed
 
 from clusterns_ray.config import Config
 from clusterns_ray.data.prepare import prepare
-from clusterns_ray.launch.plan.workload import encoder_work
+from clusterns_ray.ops.plan.workload import encoder_work
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +137,7 @@ def test_flops_of_a_packed_step_are_those_that_torch_counts(
     steps = tiny_steps(config, tmp_path)
     run = steps.run
     # Torch does not count what oneDNN multiplies.
-    monkeypatch.setattr("clusterns_ray.bert.onednn_multiplies", lambda dtype: False)
+    monkeypatch.setattr("clusterns_ray.models.packed_bert.onednn_multiplies", lambda dtype: False)
     with FlopCounterMode(display=False) as counter:
         steps([1])
     work = encoder_work(config)
@@ -208,7 +208,7 @@ def test_parts_run(monkeypatch: pytest.MonkeyPatch):
     found = run_script(parts, monkeypatch, *options, "--rounds", "1")
     assert [(row["batch"], row["clusters"]) for row in found["loss"]] == [(16, 0), (16, 4), (32, 0), (32, 4), (32, 32)]
     assert found["evaluation"] is None and "reading" not in found
-    assert found["dropout"]["clusterns_ray.dropout.drop"]["median"] > 0
+    assert found["dropout"]["clusterns_ray.kernels.dropout.drop"]["median"] > 0
 
 
 def test_parts_with_steps_run(corpus_file: Path):

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-import clusterns_ray.bert
-import clusterns_ray.packing
-from clusterns_ray.bert import PACKABLE, PackedBert, can_pack, multiply, onednn_multiplies
+import clusterns_ray.kernels.packed_attention
+import clusterns_ray.models.packed_bert
 from clusterns_ray.config import EncoderConfig
-from clusterns_ray.encoder import Encoder, TokenBatch
+from clusterns_ray.models.encoder import Encoder, TokenBatch
+from clusterns_ray.models.packed_bert import PACKABLE, PackedBert, can_pack, multiply, onednn_multiplies
 
 BATCHES = [[5, 1, 7, 7, 3], [12, 4]]
 PROMPT = 'this sentence : "{sentence}" means [MASK] .'
@@ -101,7 +101,7 @@ def test_finished_embeddings_are_transformers(
     pooling: str, bf16: bool, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Without gradients, where weights are laid out anew; also of rows so long that attention keeps no scores."""
-    monkeypatch.setattr(clusterns_ray.packing, "FUSED_FROM", 12)
+    monkeypatch.setattr(clusterns_ray.kernels.packed_attention, "FUSED_FROM", 12)
     encoder = encoder_of(tiny_model, pooling).eval()
     encoder.max_length = 30
     texts = ["a word", "another sentence of a few words", "one " * 80, "is it so ?"]
@@ -179,7 +179,7 @@ def test_the_last_layer_computes_no_more_than_is_read(pooling: str, tiny_model: 
         rows.append(len(x_NI))
         return nn.functional.linear(x_NI, weight_OI, bias_O)
 
-    monkeypatch.setattr(clusterns_ray.bert, "multiply", spy)
+    monkeypatch.setattr(clusterns_ray.models.packed_bert, "multiply", spy)
     encoder.embed(batches_of(encoder))
     tokens, sentences = sum(map(sum, BATCHES)), sum(map(len, BATCHES))
     assert rows == [tokens] * (4 * len(encoder.backbone.encoder.layer) - 3) + [sentences] * 3
@@ -222,7 +222,7 @@ def test_a_model_that_was_changed_is_left_to_transformers(change: str, tiny_mode
 @pytest.mark.parametrize("onednn", [True, False])
 def test_products_are_torchs(dtype: torch.dtype, onednn: bool, monkeypatch: pytest.MonkeyPatch):
     if not onednn:
-        monkeypatch.setattr(clusterns_ray.bert, "onednn_multiplies", lambda dtype: False)
+        monkeypatch.setattr(clusterns_ray.models.packed_bert, "onednn_multiplies", lambda dtype: False)
     half = dtype == torch.bfloat16
     x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((70, 40), (50, 40), (50,)))
     y = nn.functional.linear(x, weight, bias)
@@ -235,7 +235,7 @@ def test_where_onednn_cannot_multiply_it_is_not_asked_to(monkeypatch: pytest.Mon
     assert not onednn_multiplies(torch.float64)
     encoder = encoder_of(tiny_model).eval()
     expected = encoder.encode(["a word", "some more words"])
-    monkeypatch.setattr(clusterns_ray.bert, "onednn_multiplies", lambda dtype: False)
+    monkeypatch.setattr(clusterns_ray.models.packed_bert, "onednn_multiplies", lambda dtype: False)
     np.testing.assert_allclose(encoder.encode(["a word", "some more words"]), expected, atol=1e-6)
 
 
@@ -245,7 +245,7 @@ def test_states_of_all_layers(tiny_model: Path):
     output = encoder.backbone(
         input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, output_hidden_states=True
     )
-    packing = clusterns_ray.bert.Packing.of(batch.attention_mask_BT)
+    packing = clusterns_ray.models.packed_bert.Packing.of(batch.attention_mask_BT)
     words_ND = packing.pack(encoder.backbone.get_input_embeddings()(batch.input_ids_BT))
     states = PackedBert(encoder.backbone, torch.float32)(words_ND, [packing], all_layers=True)
     assert len(states) == len(output.hidden_states)

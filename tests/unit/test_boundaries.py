@@ -13,9 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 import clusterns_ray
-from clusterns_ray import cli, storage
+from clusterns_ray import cli
 from clusterns_ray.errors import ClusterNSError, ConfigError
-from clusterns_ray.launch import cluster
+from clusterns_ray.io import object_store as storage
+from clusterns_ray.launch import ray_cluster as cluster
 
 CONFIG = "data: {corpus: demo}\n"
 FAULTS = [
@@ -36,11 +37,14 @@ BOUNDARIES = {
     "a run is trained": ("clusterns_ray.launch.trainer.train", ["train", "c.yaml"]),
     "a study is opened": ("clusterns_ray.tuning.study.load_study", ["tune", "c.yaml"]),
     "a model is loaded": ("clusterns_ray.evaluation.suite.evaluate_models", ["evaluate", "c", "--suite", "geometry"]),
-    "text is encoded": ("clusterns_ray.launch.encode.encode", ["encode", "bert", "c.yaml", "-o", "o.parquet"]),
-    "an index is built": ("clusterns_ray.search.semantic.SemanticIndex.build", ["search", "bert", "c.yaml", "x"]),
+    "text is encoded": (
+        "clusterns_ray.inference.distributed_encode.encode",
+        ["encode", "bert", "c.yaml", "-o", "o.parquet"],
+    ),
+    "an index is built": ("clusterns_ray.inference.search.SemanticIndex.build", ["search", "bert", "c.yaml", "x"]),
     "a report is rendered": ("clusterns_ray.report.write_report", ["report", "run"]),
-    "a plan is made": ("clusterns_ray.launch.plan.predict.plan_for", ["plan", "c.yaml"]),
-    "machines are examined": ("clusterns_ray.launch.doctor.examine.examine", ["doctor", "c.yaml"]),
+    "a plan is made": ("clusterns_ray.ops.plan.predict.plan_for", ["plan", "c.yaml"]),
+    "machines are examined": ("clusterns_ray.ops.doctor.examine.examine", ["doctor", "c.yaml"]),
 }
 
 
@@ -48,7 +52,7 @@ BOUNDARIES = {
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.yaml").write_text(CONFIG)
-    monkeypatch.setattr("clusterns_ray.models.resolve_model", lambda *given: "bert")
+    monkeypatch.setattr("clusterns_ray.models.resolve.resolve_model", lambda *given: "bert")
     monkeypatch.setattr("clusterns_ray.evaluation.suite.check_suite", lambda suite: suite)
     return tmp_path
 

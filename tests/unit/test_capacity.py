@@ -16,7 +16,7 @@ import yaml
 
 from clusterns_ray.config import RuntimeConfig
 from clusterns_ray.errors import ConfigError
-from clusterns_ray.launch import cluster
+from clusterns_ray.launch import ray_cluster as cluster
 from clusterns_ray.launch.capacity import (
     HEAD,
     ClusterCapacity,

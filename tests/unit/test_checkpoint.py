@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from clusterns_ray.errors import CheckpointError
-from clusterns_ray.files import write_atomic
+from clusterns_ray.io.files import write_atomic
 from clusterns_ray.training import checkpoint
 from clusterns_ray.training.checkpoint import (
     list_checkpoints,

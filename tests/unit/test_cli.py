@@ -14,11 +14,11 @@ import yaml
 from helpers import sentences, write_pairs
 from typer.testing import CliRunner, Result
 
-from clusterns_ray.base_model import complete
 from clusterns_ray.cli import app
 from clusterns_ray.config import load_config
 from clusterns_ray.evaluation.sts import TASKS
-from clusterns_ray.files import with_checksum, write_json, write_manifest
+from clusterns_ray.io.files import with_checksum, write_json, write_manifest
+from clusterns_ray.models.base_model import complete
 
 HEAVY = ("torch", "ray", "transformers", "faiss", "scipy", "pyarrow", "datasets")
 
@@ -113,7 +113,7 @@ def test_help_is_fast_and_light(tmp_path: Path) -> None:
 
 def test_public_names_are_found_where_they_are() -> None:
     import clusterns_ray
-    from clusterns_ray.encoder import Encoder
+    from clusterns_ray.models.encoder import Encoder
 
     assert clusterns_ray.Encoder is Encoder
     for name in clusterns_ray.__all__:
@@ -432,7 +432,7 @@ def test_evaluate_refuses(clusterns: Callable[..., Result], tiny_model: Path, st
 def test_evaluate_that_cannot_write_is_refused_before_it_starts(
     clusterns: Callable[..., Result], tiny_model: Path, sts_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from clusterns_ray.encoder import Encoder
+    from clusterns_ray.models.encoder import Encoder
 
     monkeypatch.setattr(Encoder, "load", lambda *_, **__: pytest.fail("it was begun"))
     options = ["--sts", sts_dir, "--dev", "STSB/dev", "--json"]

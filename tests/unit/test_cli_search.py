@@ -19,9 +19,9 @@ import pytest
 from helpers import sentences, write_corpus
 from typer.testing import CliRunner, Result
 
-from clusterns_ray import encode_progress
 from clusterns_ray.cli import app
-from clusterns_ray.encoder import Encoder
+from clusterns_ray.console import encoding as encode_progress
+from clusterns_ray.models.encoder import Encoder
 
 
 @pytest.fixture

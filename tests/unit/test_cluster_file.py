@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from clusterns_ray.errors import ConfigError
-from clusterns_ray.launch import spot
-from clusterns_ray.launch.cluster_file import check_cluster_file
-from clusterns_ray.launch.cluster_file.common import pinned_versions
+from clusterns_ray.launch import preemption as spot
+from clusterns_ray.ops.cluster_lint import check_cluster_file
+from clusterns_ray.ops.cluster_lint.common import pinned_versions
 
 ROOT = Path(__file__).parents[2]
 FILES = {
@@ -200,11 +200,11 @@ def test_what_every_shell_knows_is_written_once(name: str, tmp_path: Path) -> No
 def test_the_watcher_understands_its_options() -> None:
     for name in ("aws", "gcp"):
         words = SHIPPED[name][0]["worker_start_ray_commands"][2].split()
-        options = words[words.index("clusterns_ray.launch.spot") + 1 : words.index(">>")]
+        options = words[words.index("clusterns_ray.launch.preemption") + 1 : words.index(">>")]
         assert spot.parse(options).provider == name
     for group in SHIPPED["kubernetes"][0]["spec"]["workerGroupSpecs"]:
         hook = group["template"]["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
-        assert hook[:3] == ["python", "-m", "clusterns_ray.launch.spot"]
+        assert hook[:3] == ["python", "-m", "clusterns_ray.launch.preemption"]
         assert spot.parse(hook[3:]).drain_now == 100
 
 
@@ -369,7 +369,7 @@ LAUNCHER: dict[str, tuple[Change, str, str]] = {
     "a hub token": (put("setup_commands 0", "export HF_TOKEN=hf_" + "a1B2" * 8), "problem secrets", "(hf_a...)"),
     "no watcher": (drop("worker_start_ray_commands 2"), "problem worker_start_ray_commands", "nothing watches"),
     "a watcher that blocks": (
-        put("worker_start_ray_commands 2", "python -m clusterns_ray.launch.spot"),
+        put("worker_start_ray_commands 2", "python -m clusterns_ray.launch.preemption"),
         "problem worker_start_ray_commands",
         "never end",
     ),

@@ -19,7 +19,7 @@ from helpers import make_tiny_model, sentences, write_corpus, write_pairs
 from typer.testing import CliRunner, Result
 
 from clusterns_ray.cli import app
-from clusterns_ray.files import DIRECTORY_MANIFEST
+from clusterns_ray.io.files import DIRECTORY_MANIFEST
 
 
 def truncated(path: Path) -> None:

@@ -12,16 +12,15 @@ import pytest
 
 from clusterns_ray.config import Config, dump_config, make_config
 from clusterns_ray.errors import ClusterNSError, ConfigError, DataError, DiskError
-from clusterns_ray.files import disk_fault, with_checksum
+from clusterns_ray.io.files import disk_fault, with_checksum
+from clusterns_ray.io.object_store import Place
 from clusterns_ray.report.study_charts import log_ticks
-from clusterns_ray.storage import Place
-from clusterns_ray.tuning import ledger
+from clusterns_ray.tuning import optuna_study as ledger
 from clusterns_ray.tuning.analysis import read_study_file
-from clusterns_ray.tuning.comparison import difference_over_seeds, seed_interval, sentences
-from clusterns_ray.tuning.ledger import file_error, open_storage, read_ledger, study_file
-from clusterns_ray.tuning.outcome import check_result
+from clusterns_ray.tuning.comparison import difference_over_seeds, seed_interval, sentences, show_value
+from clusterns_ray.tuning.optuna_study import file_error, open_storage, read_ledger, study_file
+from clusterns_ray.tuning.selection import check_result
 from clusterns_ray.tuning.sweep import full_disk, is_run_of, run_score
-from clusterns_ray.tuning.view import show_value
 
 
 @pytest.fixture

@@ -18,17 +18,17 @@ import yaml
 from helpers import write_corpus
 from typer.testing import CliRunner, Result
 
-from clusterns_ray.base_model import complete
 from clusterns_ray.cli import app
 from clusterns_ray.config import Config, make_config
 from clusterns_ray.errors import ConfigError
-from clusterns_ray.files import write_atomic
+from clusterns_ray.io.files import write_atomic
 from clusterns_ray.launch.capacity import ClusterCapacity, NodeType
-from clusterns_ray.launch.doctor import machines, node, request
-from clusterns_ray.launch.doctor.examine import as_json, examine, verdict
-from clusterns_ray.launch.doctor.findings import Check, Finding, from_error, size_text
-from clusterns_ray.launch.doctor.machines import Cluster, Machine
-from clusterns_ray.launch.doctor.request import Request, Sizes
+from clusterns_ray.models.base_model import complete
+from clusterns_ray.ops.doctor import machines, node, request
+from clusterns_ray.ops.doctor.examine import as_json, examine, verdict
+from clusterns_ray.ops.doctor.findings import Check, Finding, from_error, size_text
+from clusterns_ray.ops.doctor.machines import Cluster, Machine
+from clusterns_ray.ops.doctor.request import Request, Sizes
 from clusterns_ray.tuning.study import load_study
 
 Values = dict[str, Any]
@@ -376,7 +376,7 @@ def told(self, address):
     return connect(self, address)
 socket.socket.connect = told
 from clusterns_ray.errors import ClusterNSError
-from clusterns_ray.launch.doctor import hub
+from clusterns_ray.ops.doctor import hub
 answers = []
 for kind, name in json.loads(sys.argv[1]):
     try:
@@ -753,7 +753,7 @@ def test_disk_of_nodes(two: Cluster, values: Values, sized: Sizes) -> None:
 
 
 def test_a_study(tmp_path: Path, values: Values) -> None:
-    from clusterns_ray.launch.doctor.examine import read_request
+    from clusterns_ray.ops.doctor.examine import read_request
 
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(values))
     study = {

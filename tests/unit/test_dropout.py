@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-import clusterns_ray.dropout
-from clusterns_ray.attention import ATTENTION, attention, use_fast_training
-from clusterns_ray.backbone import load_transformer
+import clusterns_ray.kernels.dropout
 from clusterns_ray.config import EncoderConfig
-from clusterns_ray.dropout import Dropout, Streams, drop, kept
-from clusterns_ray.encoder import Encoder
+from clusterns_ray.kernels.dropout import Dropout, Streams, drop, kept
+from clusterns_ray.models.backbone import load_transformer
+from clusterns_ray.models.encoder import Encoder
+from clusterns_ray.models.sdpa import ATTENTION, attention, use_fast_training
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def test_streams_are_independent_and_their_own(monkeypatch: pytest.MonkeyPatch) 
     """Drawn side by side, of other sizes, in other company: the same numbers."""
     rows, keys = [5000, 7001, 3], [11, 12, 13]
     together = by_streams(rows, 40, 0.5, keys)
-    monkeypatch.setattr(clusterns_ray.dropout, "SIDE_BY_SIDE", 10**9)
+    monkeypatch.setattr(clusterns_ray.kernels.dropout, "SIDE_BY_SIDE", 10**9)
     for mask, n, key in zip(together, rows, keys, strict=True):
         assert torch.equal(by_streams([n], 40, 0.5, [key])[0], mask)
     a, b = (mask[:5000].flatten() - 0.5 for mask in together[:2])
@@ -139,7 +139,7 @@ def test_attention_without_its_dropout_is_torchs(kind: str, monkeypatch: pytest.
     query, key, value = (torch.randn(2, 3, 6, 8) for _ in range(3))
     module = nn.Module()
     module.is_causal = False  # type: ignore[assignment]
-    monkeypatch.setattr("clusterns_ray.attention.drop", lambda x, p: x)
+    monkeypatch.setattr("clusterns_ray.models.sdpa.drop", lambda x, p: x)
     ours, _ = attention(module, query, key, value, masks(kind), dropout=0.5, scaling=0.3)
     theirs = nn.functional.scaled_dot_product_attention(query, key, value, masks(kind), scale=0.3)
     torch.testing.assert_close(ours, theirs.transpose(1, 2), atol=1e-6, rtol=1e-5)

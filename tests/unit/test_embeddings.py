@@ -17,13 +17,19 @@ import pyarrow.parquet as pq
 import pytest
 from helpers import make_tiny_model, sentences
 
-from clusterns_ray import embeddings
 from clusterns_ray.data.corpus import Source
-from clusterns_ray.embedding_file import EmbeddingFile, embedding_schema, embedding_table, read_info, write_tables
-from clusterns_ray.embeddings import Encoded, describe_changes, encode_files, encode_here, locked, unit_rows
-from clusterns_ray.encoder import Encoder
 from clusterns_ray.errors import ClusterNSError, ConfigError, DataError
-from clusterns_ray.model_files import model_digest
+from clusterns_ray.inference import encode as embeddings
+from clusterns_ray.inference.embedding_file import (
+    EmbeddingFile,
+    embedding_schema,
+    embedding_table,
+    read_info,
+    write_tables,
+)
+from clusterns_ray.inference.encode import Encoded, describe_changes, encode_files, encode_here, locked, unit_rows
+from clusterns_ray.models.encoder import Encoder
+from clusterns_ray.models.serialization import model_digest
 
 ROWS = 300
 PART = 16

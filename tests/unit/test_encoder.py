@@ -11,11 +11,11 @@ import pytest
 import torch
 from helpers import ARCHITECTURES, WIDTH, make_tiny_model, sentences
 
-from clusterns_ray import backbone as backbone_module
-from clusterns_ray.backbone import has_dropout, load_config, longest_input
 from clusterns_ray.config import EncoderConfig
-from clusterns_ray.encoder import Encoder, length_batches, pad, pool
 from clusterns_ray.errors import ConfigError
+from clusterns_ray.models import backbone as backbone_module
+from clusterns_ray.models.backbone import has_dropout, load_config, longest_input
+from clusterns_ray.models.encoder import Encoder, length_batches, pad, pool
 
 POOLINGS = ("cls", "mean", "first_last", "top2")
 TEXTS = sentences(9, seed=3)

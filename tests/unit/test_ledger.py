@@ -14,7 +14,7 @@ import yaml
 from optuna.trial import TrialState
 
 from clusterns_ray.errors import ClusterNSError, ConfigError
-from clusterns_ray.tuning.ledger import Ledger, Proposal, read_ledger
+from clusterns_ray.tuning.optuna_study import Ledger, Proposal, read_ledger
 from clusterns_ray.tuning.study import Study, check_study
 
 STEPS = (2, 4, 6, 8)

@@ -21,18 +21,18 @@ import torch
 from helpers import WIDTH, make_tiny_model, write_corpus, write_pairs
 
 from clusterns_ray.config import Config, make_config
+from clusterns_ray.console.training import outcome_lines
 from clusterns_ray.data.prepare import Prepared, prepare
-from clusterns_ray.encoder import Encoder
 from clusterns_ray.errors import CheckpointError, ClusterNSError, ConfigError, DataError, NonFiniteError, StorageError
-from clusterns_ray.progress import outcome_lines
-from clusterns_ray.tokenization import tokenize
+from clusterns_ray.models.encoder import Encoder
+from clusterns_ray.models.tokenization import tokenize
 from clusterns_ray.training import loop
 from clusterns_ray.training.checkpoint import list_checkpoints
-from clusterns_ray.training.dev import DevSet
 from clusterns_ray.training.loop import COLLAPSED, Run, train_worker
 from clusterns_ray.training.metrics import read_metrics
 from clusterns_ray.training.optim import Optimizer
 from clusterns_ray.training.precision import agreed_precision
+from clusterns_ray.training.validation import DevSet
 from clusterns_ray.training.views import CachedViews, Views, chunked
 
 CPU = torch.device("cpu")
@@ -644,7 +644,7 @@ def test_a_killed_export_leaves_a_whole_model(lab: Lab, tmp_path: Path, monkeypa
 
 
 def test_one_writer_a_run(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from clusterns_ray.training import exclusive as exclusive_module
+    from clusterns_ray.io import lease as exclusive_module
 
     original = exclusive_module.exclusive
     monkeypatch.setattr(loop, "exclusive", lambda run_dir, wanted: original(run_dir, wanted, wait_s=0.1))

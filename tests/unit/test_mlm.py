@@ -9,8 +9,8 @@ import pytest
 import torch
 from helpers import ARCHITECTURES
 
-from clusterns_ray.backbone import load_language_model, load_transformer
 from clusterns_ray.errors import ConfigError
+from clusterns_ray.models.backbone import load_language_model, load_transformer
 from clusterns_ray.training.mlm import IGNORED, head_state, mask_tokens, prediction_loss
 
 MASK, VOCABULARY, SPECIAL = 4, 1000, (0, 1, 2, 3, 4)

@@ -13,11 +13,11 @@ import pytest
 import torch
 from helpers import WIDTH, sentences
 
-from clusterns_ray.base_model import complete_encoder
 from clusterns_ray.config import EncoderConfig
-from clusterns_ray.encoder import Encoder
 from clusterns_ray.errors import ConfigError
-from clusterns_ray.model_settings import read_settings
+from clusterns_ray.models.base_model import complete_encoder
+from clusterns_ray.models.encoder import Encoder
+from clusterns_ray.models.settings import read_settings
 
 TEXTS = [*sentences(6, seed=5), " ".join(sentences(8, seed=6)), "A BAKER Sells bread."]
 NEW = "sentence_transformers.base.modules.transformer.Transformer"
@@ -314,7 +314,7 @@ def test_a_causal_model_is_pooled_by_its_last_token(other_models: Callable[[str]
 def test_last_and_first_tokens_do_not_depend_on_where_padding_stands(tiny_model: Path) -> None:
     encoder = Encoder.load(tiny_model, pooling="last")
     states = [torch.randn(2, 5, 3)]
-    from clusterns_ray.encoder import TokenBatch, pool
+    from clusterns_ray.models.encoder import TokenBatch, pool
 
     right, left = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     for pooling, mask, expected in (("last", right, 2), ("last", left, 4), ("cls", right, 0), ("cls", left, 2)):
@@ -362,7 +362,7 @@ def test_an_encoder_decoder_whose_decoder_wants_text_is_refused(other_models: Ca
 
 
 def test_dropout_that_is_no_module_counts(other_models: Callable[[str], Path], tmp_path: Path) -> None:
-    from clusterns_ray.backbone import check_dropout, has_dropout, load_config
+    from clusterns_ray.models.backbone import check_dropout, has_dropout, load_config
 
     config = load_config(str(other_models("bart")))
     assert has_dropout(config)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from clusterns_ray.errors import ConfigError
-from clusterns_ray.models import local_model_config, resolve_model
+from clusterns_ray.models.resolve import local_model_config, resolve_model
 
 
 @pytest.fixture

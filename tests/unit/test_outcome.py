@@ -14,7 +14,7 @@ import pytest
 from optuna.trial import TrialState, create_trial
 from scipy.stats import t as student
 
-from clusterns_ray.tuning.outcome import Candidate, choose, copy_model, differ, summary, top_trials, write_trials
+from clusterns_ray.tuning.selection import Candidate, choose, copy_model, differ, summary, top_trials, write_trials
 
 RATE = optuna.distributions.FloatDistribution(1e-5, 1e-2, log=True)
 KIND = optuna.distributions.CategoricalDistribution([0, 16, "auto"])

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from clusterns_ray.dropout import Streams
-from clusterns_ray.packing import FUSED_FROM, Apart, Packing, packed_attention
+from clusterns_ray.kernels.dropout import Streams
+from clusterns_ray.kernels.packed_attention import FUSED_FROM, Apart, Packing, packed_attention
 
 LENGTHS = [5, 1, 7, 7, 3]
 SECOND = [2, 9]

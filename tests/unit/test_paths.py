@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from clusterns_ray.cli import app
 from clusterns_ray.errors import ConfigError
-from clusterns_ray.paths import CORPORA, check_outlasts_job, check_path, check_regular_file, job_package, redact
+from clusterns_ray.io.paths import CORPORA, check_outlasts_job, check_path, check_regular_file, job_package, redact
 
 
 def refusal(value: str, *schemes: str) -> str:
@@ -215,7 +215,7 @@ def test_commands_in_a_job(package: Path, tmp_path: Path, tiny_model: Path, name
 
 
 def test_an_index_beside_a_corpus_in_a_job_is_kept_elsewhere(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from clusterns_ray.search.semantic import default_directory
+    from clusterns_ray.inference.search import default_directory
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(package.parents[3] / "cache"))
     (package / "a.txt").write_text("A boat.\n")

@@ -21,18 +21,18 @@ from typer.testing import CliRunner, Result
 
 from clusterns_ray.cli import app
 from clusterns_ray.config import Config, dump_config, make_config
-from clusterns_ray.data.batches import BatchOrder
 from clusterns_ray.data.prepare import Prepared, prepare
-from clusterns_ray.data.tokens import TokenStore
+from clusterns_ray.data.sampler import BatchOrder
+from clusterns_ray.data.token_store import TokenStore
 from clusterns_ray.errors import ConfigError, DataError
-from clusterns_ray.launch.plan import step as step_model
-from clusterns_ray.launch.plan.predict import memory, plan, plan_for, step_seconds
-from clusterns_ray.launch.plan.quantities import bytes_text, duration_text, read_quantity, read_workers
-from clusterns_ray.launch.plan.step import EncoderWork, Exchange, Machine, Network, Speed
-from clusterns_ray.launch.plan.workload import encoder_work, sampled_batches, workload
-from clusterns_ray.training.dev import DevSet
-from clusterns_ray.training.layout import lay_out
+from clusterns_ray.ops.plan import step as step_model
+from clusterns_ray.ops.plan.predict import memory, plan, plan_for, step_seconds
+from clusterns_ray.ops.plan.quantities import bytes_text, duration_text, read_quantity, read_workers
+from clusterns_ray.ops.plan.step import EncoderWork, Exchange, Machine, Network, Speed
+from clusterns_ray.ops.plan.workload import encoder_work, sampled_batches, workload
+from clusterns_ray.training.batch_layout import lay_out
 from clusterns_ray.training.loop import Run
+from clusterns_ray.training.validation import DevSet
 
 CPU = torch.device("cpu")
 NETWORK = Network(1e9, 1e-4)
@@ -454,7 +454,7 @@ def test_a_measured_plan_takes_its_speed_from_real_steps(make: Callable[..., Con
 
 
 def test_steps_are_timed_with_clustering_and_the_rest_is_left_as_it_was(make: Callable[..., Config], tmp_path: Path):
-    from clusterns_ray.launch.plan.measure import WARM_UP_STEPS, timed_steps
+    from clusterns_ray.ops.plan.measure import WARM_UP_STEPS, timed_steps
 
     config = make()
     run = run_of(config, prepare(config), tmp_path / "run")

@@ -9,11 +9,11 @@ import pytest
 import torch
 import transformers
 
-from clusterns_ray.backbone import first_position, load_transformer, longest_input
 from clusterns_ray.config import EncoderConfig
-from clusterns_ray.encoder import LONGEST_ENCODED, Encoder
 from clusterns_ray.errors import ConfigError
-from clusterns_ray.pretrained import length_limit
+from clusterns_ray.models.backbone import first_position, load_transformer, longest_input
+from clusterns_ray.models.encoder import LONGEST_ENCODED, Encoder
+from clusterns_ray.models.pretrained import length_limit
 
 POSITIONS = 16
 LAYERS = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}

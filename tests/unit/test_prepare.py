@@ -15,7 +15,7 @@ from helpers import sentences
 from clusterns_ray.config import Config, make_config
 from clusterns_ray.data import prepare as prepare_module
 from clusterns_ray.data.prepare import Prepared, cache_directory, describe, most_rows, prepare
-from clusterns_ray.data.tokens import TokenStore
+from clusterns_ray.data.token_store import TokenStore
 from clusterns_ray.errors import ConfigError, DataError
 from clusterns_ray.evaluation import hub
 from clusterns_ray.evaluation.sts import read_pairs

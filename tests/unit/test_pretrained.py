@@ -21,12 +21,12 @@ from helpers import ARCHITECTURES, sentences
 from safetensors.torch import load_file, save_file
 
 import clusterns_ray
-from clusterns_ray import pretrained
-from clusterns_ray.backbone import load_language_model, load_transformer
-from clusterns_ray.encoder import Encoder
 from clusterns_ray.errors import ClusterNSError, ConfigError, NonFiniteError
-from clusterns_ray.pretrained import cannot_load, one_line, read_config
-from clusterns_ray.tokenization import load_tokenizer
+from clusterns_ray.models import pretrained
+from clusterns_ray.models.backbone import load_language_model, load_transformer
+from clusterns_ray.models.encoder import Encoder
+from clusterns_ray.models.pretrained import cannot_load, one_line, read_config
+from clusterns_ray.models.tokenization import load_tokenizer
 from clusterns_ray.training.teacher import Teacher
 
 Models = Callable[[str], Path]

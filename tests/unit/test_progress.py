@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from clusterns_ray.progress import Bar, Lines, progress_watch
+from clusterns_ray.console.training import Bar, Lines, progress_watch
 
 START = {"event": "start", "step": 0, "total_steps": 40, "rows": 1234, "num_clusters": 32}
 BEFORE = {"event": "evaluation", "step": 0, "sts_dev": 56.85}

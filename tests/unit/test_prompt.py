@@ -11,11 +11,11 @@ import pytest
 import torch
 from helpers import sentences
 
-from clusterns_ray.backbone import first_position, load_transformer
 from clusterns_ray.config import EncoderConfig, make_config
-from clusterns_ray.encoder import Encoder
 from clusterns_ray.errors import ConfigError
-from clusterns_ray.tokenization import prompt_frame, reframe, tokenize
+from clusterns_ray.models.backbone import first_position, load_transformer
+from clusterns_ray.models.encoder import Encoder
+from clusterns_ray.models.tokenization import prompt_frame, reframe, tokenize
 
 Models = Callable[[str], Path]
 

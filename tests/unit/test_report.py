@@ -258,7 +258,8 @@ def test_a_healthy_run_has_no_warnings(run_dir: Path) -> None:
 def test_the_bounds_are_those_of_the_alarms() -> None:
     from clusterns_ray.clustering.health import EMPTY_AFTER
     from clusterns_ray.report import record
-    from clusterns_ray.training import alarms, loop
+    from clusterns_ray.training import collapse_monitor as alarms
+    from clusterns_ray.training import loop
 
     assert (advice.COLLAPSED_COSINE, advice.EMPTY_SHARE) == (alarms.COLLAPSED_COSINE, alarms.EMPTY_SHARE)
     assert (advice.EMPTY_AFTER, record.COLLAPSED) == (EMPTY_AFTER, loop.COLLAPSED)

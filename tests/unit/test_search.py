@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 from helpers import make_tiny_model, sentences, write_corpus
 
-from clusterns_ray.embedding_file import EmbeddingFile, embedding_schema, embedding_table, write_tables
-from clusterns_ray.embeddings import encode_files, locked, unit_rows
-from clusterns_ray.encoder import Encoder
 from clusterns_ray.errors import ClusterNSError, ConfigError, DataError
-from clusterns_ray.search import semantic, vectors
-from clusterns_ray.search.semantic import Hit, SemanticIndex, default_directory
-from clusterns_ray.search.vectors import build_index, fewest, good_neighbours, nearest, open_index
+from clusterns_ray.inference import faiss_index as vectors
+from clusterns_ray.inference import search as semantic
+from clusterns_ray.inference.embedding_file import EmbeddingFile, embedding_schema, embedding_table, write_tables
+from clusterns_ray.inference.encode import encode_files, locked, unit_rows
+from clusterns_ray.inference.faiss_index import build_index, fewest, good_neighbours, nearest, open_index
+from clusterns_ray.inference.search import Hit, SemanticIndex, default_directory
+from clusterns_ray.models.encoder import Encoder
 
 QUERIES = ["The baker sells bread.", "an iron key behind a wall", "Two horses"]
 

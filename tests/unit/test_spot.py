@@ -11,8 +11,8 @@ from http.server import BaseHTTPRequestHandler
 import pytest
 from fake_cloud import Answer, FakeCloud, aws_notice, send, serving
 
-from clusterns_ray.launch import spot
-from clusterns_ray.launch.spot import Aws, Gcp, MetadataError, Notice
+from clusterns_ray.launch import preemption as spot
+from clusterns_ray.launch.preemption import Aws, Gcp, MetadataError, Notice
 
 
 @pytest.fixture

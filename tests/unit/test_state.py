@@ -9,7 +9,7 @@ from clusterns_ray.clustering.kmeans import assign, cosine_matrix, farthest_chai
 from clusterns_ray.clustering.state import Clustering
 from clusterns_ray.config import LossConfig
 from clusterns_ray.losses import clusterns_loss, info_nce
-from clusterns_ray.training.layout import Layout, lay_out
+from clusterns_ray.training.batch_layout import Layout, lay_out
 from clusterns_ray.training.objective import SHARE_NAMES, Objective, StepLoss
 
 K, B, D = 4, 16, 6

@@ -12,13 +12,10 @@ from typing import Any
 import pytest
 from helpers import write_corpus, write_pairs
 
-from clusterns_ray import storage
 from clusterns_ray.config import Config, make_config
 from clusterns_ray.errors import ClusterNSError, ConfigError, StorageError
-from clusterns_ray.launch.places import read_run_file, run_directory, stage, unstage
-from clusterns_ray.launch.preflight import check_storage
-from clusterns_ray.launch.trainer import train
-from clusterns_ray.storage import (
+from clusterns_ray.io import object_store as storage
+from clusterns_ray.io.object_store import (
     Place,
     Store,
     is_url,
@@ -29,7 +26,10 @@ from clusterns_ray.storage import (
     split_url,
     write_text,
 )
-from clusterns_ray.training.mirror import Mirror
+from clusterns_ray.io.uploader import Mirror
+from clusterns_ray.launch.preflight import check_storage
+from clusterns_ray.launch.staging import read_run_file, run_directory, stage, unstage
+from clusterns_ray.launch.trainer import train
 
 
 def directory(path: Path, **files: str) -> Path:
@@ -397,9 +397,9 @@ def test_a_damaged_checkpoint_in_the_store_is_passed_over(config: Config, tmp_pa
 
 
 def test_what_workers_read_is_staged(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from clusterns_ray import models
     from clusterns_ray.data.prepare import prepare
-    from clusterns_ray.data.tokens import TokenStore
+    from clusterns_ray.data.token_store import TokenStore
+    from clusterns_ray.models import resolve as models
 
     prepared = prepare(config)
     staged = stage(config, prepared)

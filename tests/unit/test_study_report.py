@@ -11,13 +11,13 @@ import pytest
 import yaml
 
 from clusterns_ray.errors import ConfigError
-from clusterns_ray.files import write_atomic
+from clusterns_ray.io.files import write_atomic
 from clusterns_ray.report import study_charts as charts
 from clusterns_ray.report.page import Table
 from clusterns_ray.report.study import advise, read_result, study_page, write_study_report
 from clusterns_ray.tuning.analysis import StudyRecord, at_the_edge, read_study, rungs
-from clusterns_ray.tuning.ledger import Ledger
-from clusterns_ray.tuning.outcome import Candidate, choose, summary
+from clusterns_ray.tuning.optuna_study import Ledger
+from clusterns_ray.tuning.selection import Candidate, choose, summary
 from clusterns_ray.tuning.study import Study, check_study, dump_study
 
 RATE, START, SCHEDULE = "train.learning_rate", "clustering.start_cosine", "train.schedule"

@@ -12,17 +12,17 @@ import pytest
 from test_tune_cli import drive, refused, write_study  # noqa: F401  a fixture
 from typer.testing import CliRunner, Result
 
-from clusterns_ray import models
 from clusterns_ray.cli import app
+from clusterns_ray.console.study import Lines
 from clusterns_ray.errors import StorageError
 from clusterns_ray.evaluation.sts import TASKS
-from clusterns_ray.storage import Store
+from clusterns_ray.io.object_store import Store
+from clusterns_ray.models import resolve as models
 from clusterns_ray.tuning import snapshot
-from clusterns_ray.tuning.ledger import Ledger, read_ledger
+from clusterns_ray.tuning.optuna_study import Ledger, read_ledger
 from clusterns_ray.tuning.study import Study, dump_study, load_study
 from clusterns_ray.tuning.sweep import Sweep, owner, write_outcome
 from clusterns_ray.tuning.trial import TrialRun
-from clusterns_ray.tuning.view import Lines
 
 ASHA = {"name": "asha", "min_steps": 1, "reduction_factor": 2}
 OFTEN = "evaluation.every_steps=1"
@@ -195,7 +195,7 @@ def test_snapshots_come_with_a_trials_beginning_and_end_and_meanwhile_in_time(
     ledger.evaluated(first, 2, 50.0, 1.0, False)
     ledger.save_if_due()
     assert elsewhere() == [("RUNNING", 1)], "the last one is not long ago"
-    monkeypatch.setattr("clusterns_ray.tuning.ledger.SNAPSHOT_S", 0.0)
+    monkeypatch.setattr("clusterns_ray.tuning.optuna_study.SNAPSHOT_S", 0.0)
     ledger.save_if_due()
     assert elsewhere() == [("RUNNING", 2)]
     pushes: list[str] = []

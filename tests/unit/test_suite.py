@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from clusterns_ray import evaluate
 from clusterns_ray.cli import app
 from clusterns_ray.config import EvaluationConfig, dump_config, make_config
+from clusterns_ray.console.evaluation import render
 from clusterns_ray.data.prepare import structure_dev_set
-from clusterns_ray.encoder import Encoder
 from clusterns_ray.errors import ConfigError, DataError, NonFiniteError
 from clusterns_ray.evaluation import suite as module
 from clusterns_ray.evaluation import transfer
@@ -27,8 +27,8 @@ from clusterns_ray.evaluation.clusters import evaluate_clusters, read_clusters
 from clusterns_ray.evaluation.geometry import geometry
 from clusterns_ray.evaluation.sts import TASKS, evaluate_sts, read_pairs
 from clusterns_ray.evaluation.suite import Suite, check_suite, evaluate_model, evaluate_models, paced_note
-from clusterns_ray.evaluation.tables import render
 from clusterns_ray.evaluation.transfer import evaluate_transfer, read_transfer
+from clusterns_ray.models.encoder import Encoder
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,11 @@ from clusterns_ray import Encoder, train
 from clusterns_ray.config import Config, make_config
 from clusterns_ray.data.prepare import prepare
 from clusterns_ray.errors import ConfigError
-from clusterns_ray.launch.estimates import model_size, worker_memory
-from clusterns_ray.launch.places import stage, unstage
+from clusterns_ray.launch.staging import stage, unstage
 from clusterns_ray.losses import rank_distillation_share
+from clusterns_ray.ops.estimates import model_size, worker_memory
+from clusterns_ray.training.collate import Shard
 from clusterns_ray.training.metrics import read_metrics
-from clusterns_ray.training.shards import Shard
 from clusterns_ray.training.teacher import Teacher
 
 CPU = torch.device("cpu")
@@ -209,7 +209,7 @@ def test_a_directory_named_from_here_is_found_by_workers_elsewhere(
     make: Callable[..., Config], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker of Ray has another working directory."""
-    from clusterns_ray import models
+    from clusterns_ray.models import resolve as models
 
     Encoder.load(tiny_model).save(tmp_path / "here" / "first" / "model")
     monkeypatch.chdir(tmp_path / "here")

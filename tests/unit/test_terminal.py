@@ -5,9 +5,10 @@ import time
 
 import pytest
 
-from clusterns_ray import encode_progress, progress
-from clusterns_ray.search.semantic import Hit, hits_as_json, hits_as_text
-from clusterns_ray.terminal import printable
+from clusterns_ray.console import encoding as encode_progress
+from clusterns_ray.console import training as progress
+from clusterns_ray.inference.search import Hit, hits_as_json, hits_as_text
+from clusterns_ray.io.terminal import printable
 
 HOSTILE = [
     "\x1b[31mred\x1b[0m",

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clusterns_ray.data import tokens
+from clusterns_ray.data import token_store as tokens
 from clusterns_ray.data.corpus import ReadCounts, read_sentences
-from clusterns_ray.data.tokens import TokenStore, prepare_tokens, reuse_tokens
+from clusterns_ray.data.token_store import TokenStore, prepare_tokens, reuse_tokens
 from clusterns_ray.errors import ConfigError, DataError
-from clusterns_ray.tokenization import tokenize
+from clusterns_ray.models.tokenization import tokenize
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = [f"w{i}" for i in range(50)]

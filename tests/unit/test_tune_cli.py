@@ -19,14 +19,14 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from clusterns_ray.cli import app
+from clusterns_ray.console.study import Lines, clock, read_progress, render, render_result, summary_line
 from clusterns_ray.errors import ClusterNSError, ConfigError, DataError
 from clusterns_ray.evaluation.sts import TASKS
-from clusterns_ray.storage import Place
-from clusterns_ray.tuning.ledger import Ledger, read_ledger
+from clusterns_ray.io.object_store import Place
+from clusterns_ray.tuning.optuna_study import Ledger, read_ledger
 from clusterns_ray.tuning.study import Study, check_study, load_study
 from clusterns_ray.tuning.sweep import Sweep, owner, tune, write_outcome
 from clusterns_ray.tuning.trial import TrialRun, failure
-from clusterns_ray.tuning.view import Lines, clock, read_progress, render, render_result, summary_line
 
 SPACE = {
     "clustering.num_clusters": {"type": "choice", "choices": [0, 4], "role": "scientific"},

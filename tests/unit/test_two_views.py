@@ -11,9 +11,9 @@ from helpers import ARCHITECTURES
 from torch import Tensor, nn
 
 from clusterns_ray.config import EncoderConfig
-from clusterns_ray.encoder import Encoder, TokenBatch
+from clusterns_ray.models.encoder import Encoder, TokenBatch
+from clusterns_ray.training.collate import Shard
 from clusterns_ray.training.objective import TwoViews
-from clusterns_ray.training.shards import Shard
 
 
 def shards_of(seed: int = 0, second: bool = False) -> list[Shard]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from clusterns_ray.errors import ConfigError
-from clusterns_ray.yaml_text import (
+from clusterns_ray.io.yaml_text import (
     MAX_BYTES,
     dump_yaml,
     load_foreign_yaml,

@@ -1,0 +1,309 @@
+"""What a person sees of a study: a table on a terminal, plain lines elsewhere, and the same from another terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from clusterns_ray.io.terminal import printable
+from clusterns_ray.tuning.comparison import sentences, show_value
+from clusterns_ray.tuning.selection import check_result
+
+if TYPE_CHECKING:
+    import optuna
+    from rich.console import RenderableType
+
+    from clusterns_ray.tuning.study import Study
+
+ROWS = 12
+"""Ended trials that the table shows: the best; those that run are all shown."""
+
+WORDS = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "runs"}
+
+
+@dataclass(frozen=True)
+class Row:
+    number: int
+    state: str
+    """COMPLETE, PRUNED, FAIL or RUNNING"""
+    score: float | None
+    """final, or the newest evaluation of one that runs or was pruned"""
+    steps: int | None
+    seconds: float
+    values: Mapping[str, Any]
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A study at one moment, read from its storage alone."""
+
+    name: str
+    rows: list[Row]
+    planned: int | None
+    """trials the budget allows; None where it is in hours"""
+    seconds: float
+    """of the study, over all its sessions"""
+    seconds_left: float | None
+    """by the mean trial so far; None before the first has ended, and for budgets without end"""
+    before: float | None
+    """dev score of the untrained encoder; the best, where the space has several"""
+
+    @property
+    def best(self) -> Row | None:
+        return max((row for row in self.rows if row.state == "COMPLETE"), key=lambda row: row.score or 0, default=None)
+
+    def count(self, state: str) -> int:
+        return sum(row.state == state for row in self.rows)
+
+
+def read_progress(study: Study, optuna_study: optuna.Study) -> Progress:
+    from clusterns_ray.tuning.optuna_study import begun
+
+    rows = []
+    for trial in begun(optuna_study):
+        curve, attrs = trial.intermediate_values, trial.user_attrs
+        score = trial.value if trial.value is not None else (curve[max(curve)] if curve else None)
+        rows.append(
+            Row(trial.number, trial.state.name, score, attrs.get("steps"), attrs.get("seconds", 0.0), trial.params,
+                attrs.get("reason"))
+        )  # fmt: skip
+    attrs, budget, concurrent = optuna_study.user_attrs, study.config.budget, study.config.concurrent_trials
+    seconds = attrs.get("seconds", 0.0)
+    ended = [row.seconds for row in rows if row.state != "RUNNING"]
+    left = []
+    if budget.trials is not None and ended:
+        mean = sum(ended) / len(ended)
+        running = sum(row.seconds for row in rows if row.state == "RUNNING")
+        left.append(max((budget.trials - len(ended)) * mean - running, 0.0) / concurrent)
+    if budget.hours is not None:
+        left.append(max(budget.hours * 3600 - seconds, 0.0))
+    if budget.worker_hours is not None:
+        workers = max(study.config.workers_per_trial, 1)
+        spent = sum(row.seconds for row in rows) * workers
+        left.append(max(budget.worker_hours * 3600 - spent, 0.0) / workers / concurrent)
+    before = max(attrs.get("scores_before", {}).values(), default=None)
+    return Progress(study.config.name, rows, budget.trials, seconds, min(left, default=None), before)
+
+
+def render(progress: Progress) -> RenderableType:
+    """A table of the trials that run and of the best that ended, with one line on the whole beneath it."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"study {progress.name}")
+    for column in ("trial", "state", "dev", "step", "time"):
+        table.add_column(column, justify="left" if column == "state" else "right", no_wrap=True)
+    table.add_column("settings")
+    running = [row for row in progress.rows if row.state == "RUNNING"]
+    ended = sorted(
+        (row for row in progress.rows if row.state != "RUNNING"),
+        key=lambda row: (row.state != "COMPLETE", row.score is None, -(row.score or 0.0)),
+    )
+    best = progress.best
+    for row in [*running, *ended[:ROWS]]:
+        table.add_row(
+            str(row.number),
+            "best" if row is best else WORDS[row.state],
+            "" if row.score is None else f"{row.score:.2f}",
+            "" if row.steps is None else str(row.steps),
+            clock(row.seconds),
+            show_values(row.values),
+            style="bold" if row is best else ("" if row.state in ("RUNNING", "COMPLETE") else "dim"),
+        )
+    lines: list[RenderableType] = [table, Text(summary_line(progress))]
+    if len(ended) > ROWS:
+        lines.insert(1, Text(f"... and {len(ended) - ROWS} more that ended"))
+    lines += [Text(f"trial {row.number} failed: {row.reason}") for row in progress.rows if row.state == "FAIL"][-3:]
+    return Group(*lines)
+
+
+def summary_line(progress: Progress) -> str:
+    best = progress.best
+    parts = [
+        f"{len(progress.rows)}{f' of {progress.planned}' if progress.planned else ''} trials",
+        *(f"{progress.count(state)} {word}" for state, word in WORDS.items() if progress.count(state)),
+    ]
+    if best is not None and best.score is not None:
+        parts.append(f"best {best.score:.2f} of trial {best.number}{_beside_untrained(best.score, progress.before)}")
+    parts.append(f"{clock(progress.seconds)} spent")
+    if progress.seconds_left:
+        parts.append(f"about {clock(progress.seconds_left)} left, before confirmation")
+    return ", ".join(parts)
+
+
+def _beside_untrained(score: float, before: float | None) -> str:
+    if before is None:
+        return ""
+    if score > before:
+        return f" ({score - before:+.2f} over the untrained encoder, {before:.2f})"
+    return f" (NO BETTER than the untrained encoder, {before:.2f}: {score - before:+.2f})"
+
+
+def clock(seconds: float) -> str:
+    whole = int(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+def show_values(values: Mapping[str, Any]) -> str:
+    """Keys without their section, so that a narrow terminal holds them."""
+    return "  ".join(f"{key.rpartition('.')[2]} {show_value(value)}" for key, value in values.items())
+
+
+def study_watch(study: Study):
+    """A ``watch`` for this process: :class:`LiveTable` if stdout is a terminal, else :class:`Lines`."""
+    return LiveTable(study) if sys.stdout.isatty() else Lines()
+
+
+class Lines:
+    """One line an event, for logs."""
+
+    def __init__(self) -> None:
+        self.last_tokenised = 0.0
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        text = self.describe(event)
+        if text:
+            print(printable(text), flush=True)
+
+    def close(self) -> None:
+        pass
+
+    def describe(self, event: dict[str, Any]) -> str | None:
+        if event["event"] == "note":
+            return event["text"]
+        if event["event"] == "tokenised" and time.monotonic() - self.last_tokenised > 5:
+            self.last_tokenised = time.monotonic()
+            return f"  {event['rows']:,} sentences tokenised"
+        return describe_trial(event) if event["event"] == "trial" else None
+
+
+def describe_trial(event: dict[str, Any]) -> str:
+    name, what = f"{datetime.now():%H:%M:%S}  {event['id']}", event["what"]
+    if what == "begins":
+        return f"{name} begins  {show_values(event['values'])}"
+    if what == "evaluated":
+        return f"{name}   step {event['step']}  dev {event['score']:.2f}"
+    if what == "failed":
+        return f"{name} failed: {event['reason']}"
+    return f"{name} {what} at step {event['step']} with dev {event['score']:.2f}"
+
+
+class LiveTable:
+    """The table, in place; notes scroll above it."""
+
+    def __init__(self, study: Study) -> None:
+        from rich.live import Live
+
+        self.study = study
+        self.live = Live(auto_refresh=False)
+        self.confirming: dict[str, str] = {}
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        from rich.console import Group
+        from rich.text import Text
+
+        kind = event["event"]
+        if kind == "note":
+            self.live.console.print(printable(event["text"]), highlight=False, markup=False)
+        elif kind == "trial" and "-seed" in event["id"]:
+            self.confirming[event["id"]] = describe_trial(event)
+        elif kind == "look":
+            if not self.live.is_started:
+                self.live.start()
+            table = render(read_progress(self.study, event["study"]))
+            self.live.update(Group(table, *map(Text, self.confirming.values())), refresh=True)
+
+    def close(self) -> None:
+        self.live.stop()
+
+
+def render_result(result: Mapping[str, Any]) -> list[str]:
+    """What came out, in lines."""
+    winner, seeds = result["winner"], result["seeds"]
+    values = ", ".join(f"{key} {show_value(value)}" for key, value in winner["values"].items() if key != "seed")
+    lines = []
+    if seeds:
+        for candidate in result["candidates"]:
+            spread = "" if candidate["deviation"] is None else f" +- {candidate['deviation']:.2f}"
+            of = f"{len(candidate['scores'])} of {len(seeds)} seeds"
+            mark = "  <- best mean" if candidate["trial"] == winner["trial"] else ""
+            lines.append(
+                f"trial {candidate['trial']}: {candidate['mean']:.2f}{spread} over {of} (one run chose it with "
+                f"{candidate['trial_score']:.2f}){mark}"
+            )
+    span = (result.get("intervals") or {}).get("winner")
+    over = (
+        f" (95 % interval over {len(winner['scores'])} seeds {span['low']:.2f} to {span['high']:.2f})" if span else ""
+    )
+    lines.append(f"Winner by {result['dev']}: trial {winner['trial']}, {values}. It has {winner['mean']:.2f}{over}.")
+    lines += sentences(result)
+    if not seeds:
+        lines.append("One run each, without confirmation.seeds: the difference to the next may be chance.")
+    elif len(winner["scores"]) < 2:
+        lines.append("The winner has the score of one seed alone: the difference to the next may be chance.")
+    elif result["not_told_apart"]:
+        alike = ", ".join(str(number) for number in result["not_told_apart"])
+        lines.append(f"Not to be told apart from it with these seeds (Welch's t-test, 5%): trial {alike}.")
+    return lines
+
+
+def read_result(study: Study) -> dict[str, Any]:
+    """What ``result.json`` of a finished study holds.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    text = None
+    with suppress(UnicodeDecodeError):
+        text = study.home.read("result.json")
+    return check_result(text, (study.home / "result.json").address)
+
+
+def show_status(study: Study) -> None:
+    """Print how a study stands, from its storage alone.
+
+    Raises:
+        ConfigError: nothing has been written yet.
+        DataError: ``result.json`` is damaged.
+    """
+    from rich.console import Console
+
+    from clusterns_ray.io.object_store import reading_place
+    from clusterns_ray.tuning.optuna_study import read_ledger
+    from clusterns_ray.tuning.snapshot import FILES
+
+    console, store = Console(highlight=False), study.home.store
+    here, names = study.home, []
+    if store is None:
+        found = [*here.local.glob("*.json"), *here.local.glob("confirmation/*/result.json")]
+        names = [path.relative_to(here.local).as_posix() for path in found]
+    else:
+        times = store.times()
+        names, here = list(times), reading_place(store.url)
+        newest = max((time for name, time in times.items() if name in FILES.values()), default=None)
+        if newest is not None:
+            here.fetch_files(leave_out=(".html", ".parquet"))
+            console.print(f"As of the snapshot of {datetime.fromtimestamp(newest):%H:%M:%S} in {store.address}.")
+    # The seconds that a sweep holds the study's file for are few.
+    progress = read_progress(study, read_ledger(here.local, study.config.name))
+    console.print(render(progress))
+    confirming = [name for name in names if name.startswith("confirmation/") and name.endswith("/result.json")]
+    base = sum(name.startswith("confirmation/base-") for name in confirming)
+    if len(confirming) > base:
+        console.print(f"{len(confirming) - base} confirming runs finished.")
+    if base:
+        console.print(f"The base configuration was run {'once' if base == 1 else f'with {base} seeds'}.")
+    if "result.json" in names:
+        for line in render_result(read_result(study)):
+            console.print(line, soft_wrap=True, markup=False)
+    for name, text in (("result.json", "Finished"), ("final.json", "Finalized")):
+        if name in names:
+            console.print(f"{text}: {(study.home / name).address}", soft_wrap=True)

@@ -1,0 +1,229 @@
+"""``encode`` in this process, or spread over Ray workers."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clusterns_ray.config import MAX_WORKERS
+from clusterns_ray.errors import ClusterNSError, ConfigError
+from clusterns_ray.inference.encode import Encoded, Part, Tell, Watch, encode_files
+from clusterns_ray.launch.capacity import check_room
+from clusterns_ray.launch.ray_cluster import check_ray_directory, cluster_capacity, connect
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from clusterns_ray.models.encoder import Encoder
+
+START_TIMEOUT_S = 300.0
+"""How long to wait for a first worker, or for another one when the last has died."""
+
+PART_TIMEOUT_S = 3600.0
+"""How long to wait for any one of the parts at work."""
+
+ATTEMPTS = 4
+"""How many workers may die over the same part."""
+
+
+def encode(
+    model: str,
+    files: str | Sequence[str],
+    out: str | Path,
+    *,
+    workers: int = 0,
+    watch: Watch = lambda event: None,
+    **settings: Any,
+) -> Encoded:
+    """Write sentences and their embeddings to a parquet file; see ``embeddings.encode_files``.
+
+    Args:
+        workers: 0 works in this process; N on N Ray workers of one CPU each, and a GPU where the cluster has some.
+            This process reads and writes, so that nodes need to share no disk. The result is the same.
+
+    Raises:
+        ConfigError, DataError: the request cannot work.
+        ClusterNSError: the work failed; finished parts are kept.
+    """
+    if not 0 <= workers <= MAX_WORKERS:
+        raise ConfigError(f"--workers is {workers}; it must be 0, for this process, or up to {MAX_WORKERS:,}.")
+    if workers == 0:
+        return encode_files(model, files, out, watch=watch, **settings)
+    check_ray_directory()
+
+    def note(text: str) -> None:
+        watch({"event": "note", "text": text})
+
+    return encode_files(
+        model, files, out, watch=watch, encode_parts=partial(encode_on_ray, workers=workers, note=note), **settings
+    )
+
+
+def encode_on_ray(
+    encoder: Encoder,
+    parts: Iterable[Part],
+    batch_size: int,
+    tell: Tell = lambda rows: None,
+    *,
+    workers: int,
+    note: Callable[[str], None] = lambda text: None,
+) -> Iterator[tuple[int, list[str], np.ndarray]]:
+    """Encode parts on Ray workers, one part at a time each; the part of a worker that dies goes to another.
+
+    Yields:
+        ``(number, sentences, float32 (n, D))`` of each part, as they are done.
+
+    Raises:
+        ClusterNSError: no worker starts, or none finishes, in time; or one part ends worker after worker.
+    """
+    waiting = iter(parts)
+    first = next(waiting, None)
+    if first is None:  # All is done already: no need of Ray.
+        return
+    with connect(workers, note):
+        yield from _Workers(encoder, batch_size, workers, note).encode(first, waiting)
+
+
+class _Worker:
+    """An actor that holds an encoder."""
+
+    def __init__(self, encoder: Encoder):
+        self.encoder = encoder
+
+    def ready(self) -> None:
+        """Bring the encoder to this worker's device."""
+        import ray
+        import torch
+
+        from clusterns_ray.launch.workers import check_gpu
+
+        check_gpu()
+        self.encoder = self.encoder.to("cuda" if ray.get_gpu_ids() else "cpu")
+        if self.encoder.device.type == "cpu":
+            torch.set_num_threads(1)
+
+    def encode(self, texts: list[str], batch_size: int) -> np.ndarray:
+        return self.encoder.encode(texts, batch_size=batch_size)
+
+
+class _Workers:
+    """The workers, and which part is with which."""
+
+    def __init__(self, encoder: Encoder, batch_size: int, count: int, note: Callable[[str], None]):
+        import ray
+
+        self.batch_size, self.count, self.note = batch_size, count, note
+        capacity = cluster_capacity()
+        gpus = capacity.most("GPU")
+        share = 1 / max(math.ceil(count / gpus), 1) if gpus else 0
+        check_room(capacity, {"CPU": 1.0, **({"GPU": share} if share else {})}, 1, "encode")
+        # The workers are sent the encoder itself: they may not see the directory it came from.
+        encoder_ref = ray.put(encoder)
+        worker = ray.remote(num_cpus=1, num_gpus=share, max_restarts=0)(_Worker)
+        self.start = lambda: worker.remote(encoder_ref)
+        self.starting: dict[Any, Any] = {}
+        self.running: dict[Any, tuple[Any, Part]] = {}
+        self.idle: deque[Any] = deque()
+        self.again: deque[Part] = deque()
+        self.deaths: dict[int, int] = {}
+        self.failed_starts = 0
+
+    def encode(self, first: Part, rest: Iterator[Part]) -> Iterator[tuple[int, list[str], np.ndarray]]:
+        import ray
+
+        self.again.append(first)
+        for _ in range(self.count):
+            self._start_worker()
+        last_news = time.monotonic()
+        while True:
+            while self.idle:
+                part = self.again.popleft() if self.again else next(rest, None)
+                if part is None:
+                    break
+                worker = self.idle.popleft()
+                self.running[worker.encode.remote(part[1], self.batch_size)] = (worker, part)
+            if not self.running and not self.again and self.idle:
+                return
+            limit = PART_TIMEOUT_S if self.running else START_TIMEOUT_S
+            patience = last_news + limit - time.monotonic()
+            done, _ = ray.wait([*self.running, *self.starting], timeout=max(patience, 0))
+            if not done:
+                raise ClusterNSError(self._too_late(limit))
+            last_news = time.monotonic()
+            for ref in done:
+                result = self._take(ref)
+                if result is not None:
+                    yield result
+
+    def _start_worker(self) -> None:
+        worker = self.start()
+        self.starting[worker.ready.remote()] = worker
+
+    def _take(self, ref: Any) -> tuple[int, list[str], np.ndarray] | None:
+        """What a worker has done; where it has died, its part is put back and another worker started."""
+        import ray
+        from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+
+        starts = ref in self.starting
+        worker, part = (self.starting.pop(ref), None) if starts else self.running.pop(ref)
+        try:
+            value: Any = ray.get(ref, timeout=PART_TIMEOUT_S)
+        except GetTimeoutError:
+            raise ClusterNSError(f"Embeddings did not arrive from a worker within {PART_TIMEOUT_S:.0f} s.") from None
+        except RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, Exception) else error
+            if isinstance(cause, ClusterNSError):
+                raise cause from None
+            raise ClusterNSError(f"A worker failed: {type(cause).__name__}: {_first_line(cause)}") from error
+        except RayError as error:
+            if not isinstance(error, RayActorError) and starts:
+                raise ClusterNSError(f"A worker cannot start: {_first_line(error)}") from error
+            self._died(part, error)
+            return None
+        self.idle.append(worker)
+        if part is None:
+            self.failed_starts = 0
+            return None
+        return part[0], part[1], value
+
+    def _died(self, part: Part | None, error: Exception) -> None:
+        if part is None:
+            self.failed_starts += 1
+            if self.failed_starts >= ATTEMPTS:
+                raise ClusterNSError(
+                    f"{self.failed_starts} workers one after the other ended while they started. Is clusterns_ray "
+                    f"installed on every node, with memory enough for the model? {_first_line(error)}"
+                ) from error
+        else:
+            number = part[0]
+            self.deaths[number] = self.deaths.get(number, 0) + 1
+            if self.deaths[number] >= ATTEMPTS:
+                raise ClusterNSError(
+                    f"{ATTEMPTS} workers ended over part {number + 1}, of {len(part[1])} sentences. Is there memory "
+                    f"enough for a batch of {self.batch_size}? Use a smaller --batch-size. {_first_line(error)}"
+                ) from error
+            self.note(f"A worker ended; part {number + 1} goes to another.")
+            self.again.append(part)
+        self._start_worker()
+
+    def _too_late(self, limit: float) -> str:
+        import ray
+
+        if self.running:
+            return f"None of the {len(self.running)} parts at work was done within {limit:.0f} s."
+        cpus = ray.cluster_resources().get("CPU", 0)
+        return (
+            f"No worker started within {limit:.0f} s. Asked for {self.count} workers with 1 CPU each; the cluster has "
+            f"{cpus:.0f} CPUs, {ray.available_resources().get('CPU', 0):.0f} of them free. Ask for fewer --workers, or "
+            "add nodes."
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

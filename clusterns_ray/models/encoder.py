@@ -1,0 +1,542 @@
+"""A Hugging Face encoder with pooling, an optional prompt and a training head; sentences in, vectors out.
+
+Shape suffixes: B sentences, T tokens, D embedding width, L layers + 1 (the embedding layer is the first).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clusterns_ray.errors import ConfigError, NonFiniteError
+from clusterns_ray.io.files import DIRECTORY_MANIFEST, check_unchanged, follow_umask
+from clusterns_ray.kernels.dropout import Streams
+from clusterns_ray.kernels.packed_attention import Packing
+from clusterns_ray.models.backbone import (
+    check_dropout,
+    first_position,
+    has_decoder,
+    is_causal,
+    load_transformer,
+    longest_input,
+    passes_differ,
+)
+from clusterns_ray.models.base_model import choose_pooling, complete_encoder
+from clusterns_ray.models.packed_bert import PackedBert, can_pack
+from clusterns_ray.models.resolve import resolve_model
+from clusterns_ray.models.sdpa import use_fast_training
+from clusterns_ray.models.serialization import (
+    HIDDEN_STATE_POOLINGS,
+    write_prompt_module,
+    write_sentence_transformers,
+    write_settings,
+)
+from clusterns_ray.models.settings import ModelSettings, read_settings
+from clusterns_ray.models.tokenization import prompt_frame, prompt_length, tokenize
+
+if TYPE_CHECKING:
+    from clusterns_ray.config import EncoderConfig
+
+LONGEST_ENCODED = 512
+"""Tokens that a newly trained encoder reads at most, unless the encoder it came from says otherwise."""
+
+
+class TokenBatch(NamedTuple):
+    """What :meth:`Encoder.embed` reads."""
+
+    input_ids_BT: Tensor
+    attention_mask_BT: Tensor
+    view: int = 0
+    """1 where the rows have the second prompt"""
+    words_BTD: Tensor | None = None
+    """the embeddings of the tokens, where they were looked up before"""
+    dropout_key: int | None = None
+    """seeds its dropout; without it that goes on from torch's generator"""
+    draws: int = 1
+    """how many times the batch goes in, which dropout makes differ: embeddings are (draws x B, D)"""
+
+
+class Encoder(nn.Module):
+    """Sentences to embeddings.
+
+    >>> encoder = Encoder.load("runs/quickstart/model")
+    >>> encoder.encode(["A first sentence.", "And a second."]).shape
+    (2, 384)
+    """
+
+    def __init__(
+        self,
+        backbone: Any,
+        tokenizer: Any,
+        *,
+        pooling: str = "mean",
+        max_length: int = 128,
+        prompt: str | None = None,
+        normalize: bool = False,
+        denoise: bool = False,
+        lower_case: bool = False,
+        similarity: str = "cosine",
+        second_prompt: str | None = None,
+        head: nn.Module | None = None,
+    ):
+        """
+        Args:
+            lower_case: whether the tokenizer was made to put text into lower case, which a saved one may forget.
+            similarity: by which the embeddings are meant to be compared.
+            second_prompt, head: for training alone; neither is saved.
+        """
+        super().__init__()
+        self.backbone: Any = backbone
+        self.tokenizer = tokenizer
+        self.pooling = pooling
+        self.max_length = max_length
+        self.prompt = prompt
+        self.normalize = normalize
+        self.denoise = denoise
+        self.lower_case = lower_case
+        self.similarity = similarity
+        self.head = head
+        self.packs = True
+        """whether to pack where it can be done"""
+        self._weights: PackedBert | None = None
+        self.autocast_dtype = torch.float32
+        """in which :meth:`encode_ids` multiplies; a run sets its own, a finished encoder keeps float32"""
+        if has_decoder(backbone) and (pooling in HIDDEN_STATE_POOLINGS or denoise):
+            raise ConfigError(
+                f"encoder.pooling is {pooling} and encoder.denoise {str(denoise).lower()}, but the model is an "
+                "encoder-decoder, of which the last layer alone is read. Use mean or last, without denoise."
+            )
+        if pooling == "mask":
+            _check_mask_prompt("prompt", prompt, tokenizer)
+            if second_prompt is not None:
+                _check_mask_prompt("second_prompt", second_prompt, tokenizer)
+        prompts = (prompt, second_prompt or prompt)
+        self.frames = [prompt_frame(each, tokenizer) for each in prompts if each] if denoise else []
+        # The pooler is not read, so it gets no gradient; it stays, so that the exported model is complete.
+        if getattr(backbone, "pooler", None) is not None:
+            backbone.pooler.requires_grad_(False)
+
+    # ---- making one -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, name: str | os.PathLike, *, pooling: str | None = None, max_length: int | None = None) -> Encoder:
+        """Load a finished encoder: a run's ``model/``, a transformers or sentence-transformers directory, a hub id,
+        or ``package:PYTHON_PACKAGE/SUBDIR``.
+
+        Pooling, length and normalisation come from the directory where it says so; a plain transformer is pooled
+        by the mean of its token states, or by the last one where it is causal, at 128 tokens. Similarities of all kinds
+        are cosines here, also where a model of sentence-transformers names another one: see :attr:`similarity`.
+
+        Raises:
+            ConfigError: it cannot be found or loaded.
+            StorageError: it was exported by a run, and is damaged.
+        """
+        source = resolve_model(str(name))
+        check_unchanged(Path(source))
+        backbone, tokenizer = load_transformer(source)
+        return cls.finished(backbone, tokenizer, read_settings(source), str(name), pooling, max_length)
+
+    @classmethod
+    def finished(
+        cls,
+        backbone: Any,
+        tokenizer: Any,
+        settings: ModelSettings,
+        name: str,
+        pooling: str | None = None,
+        max_length: int | None = None,
+    ) -> Encoder:
+        """:meth:`load` of a backbone that is loaded already."""
+        limit = longest_text(backbone, tokenizer, settings.prompt)
+        length = max_length or own_length(settings, tokenizer, name) or 128
+        return cls(
+            backbone,
+            tokenizer,
+            pooling=choose_pooling(pooling, settings.pooling, "mean", lambda: is_causal(backbone), name),
+            max_length=length if limit is None else min(length, limit),
+            prompt=settings.prompt,
+            normalize=settings.normalize,
+            denoise=settings.denoise,
+            lower_case=settings.lower_case,
+            similarity=settings.similarity,
+        ).eval()
+
+    @classmethod
+    def for_training(cls, config: EncoderConfig, seed: int) -> Encoder:
+        """The encoder a run starts from, with the training head; the head is drawn from ``seed``.
+
+        ``config.max_length`` is for training; finished embeddings read as much as the model can (at most
+        :data:`LONGEST_ENCODED` tokens), as published STS scores are taken without cutting.
+        """
+        source = resolve_model(config.name)
+        check_unchanged(Path(source))
+        backbone, tokenizer = load_transformer(
+            source,
+            revision=config.revision,
+            num_layers=config.num_layers,
+            dropout=config.dropout,
+        )
+        if not passes_differ(backbone):
+            check_dropout(backbone.config, config.name)
+        config = complete_encoder(config)[0]
+        return cls.around(backbone, tokenizer, config, seed, read_settings(source, revision=config.revision))
+
+    @classmethod
+    def around(
+        cls, backbone: Any, tokenizer: Any, config: EncoderConfig, seed: int, own: ModelSettings | None = None
+    ) -> Encoder:
+        """:meth:`for_training` of a backbone that is loaded already, by a configuration that is complete.
+
+        Args:
+            own: what the model says of its finished embeddings, such as how many tokens they read.
+        """
+        own = own or ModelSettings()
+        reads = own_length(own, tokenizer, config.name) or LONGEST_ENCODED
+        limit = longest_text(backbone, tokenizer, config.prompt, config.second_prompt)
+        if limit is not None and config.max_length > limit:
+            besides = " besides the prompt" if config.prompt else ""
+            raise ConfigError(
+                f"encoder.max_length is {config.max_length}, but {config.name} reads at most {limit} tokens{besides}. "
+                f"Set encoder.max_length to {limit} or less."
+            )
+        use_fast_training(backbone)
+        width = backbone.config.hidden_size
+        head = None
+        if config.head == "mlp":
+            linear = nn.Linear(width, width)
+            nn.init.normal_(linear.weight, std=0.02, generator=torch.Generator().manual_seed(seed))
+            nn.init.zeros_(linear.bias)
+            head = nn.Sequential(linear, nn.Tanh())
+        return cls(
+            backbone,
+            tokenizer,
+            pooling=config.pooling or "cls",
+            max_length=min(reads, LONGEST_ENCODED if limit is None else limit),
+            prompt=config.prompt,
+            denoise=config.denoise,
+            normalize=own.normalize,
+            lower_case=own.lower_case,
+            second_prompt=config.second_prompt,
+            head=head,
+        )
+
+    @property
+    def width(self) -> int:
+        """D, the number of values in an embedding."""
+        return self.backbone.config.hidden_size
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    # ---- tensors ----------------------------------------------------------------------------------------------
+
+    def forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, view: int = 0) -> Tensor:
+        """Embeddings (B x D) of one batch, without the training head; see :class:`TokenBatch`."""
+        return self.embed([TokenBatch(input_ids_BT, attention_mask_BT, view)])[0]
+
+    def embed(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
+        """Embeddings (B x D) of each batch, without the training head; dropout where the encoder is in training.
+
+        On a CPU all of them go through the layers packed, in one pass.
+        """
+        packs = self.packs and self.device.type == "cpu" and can_pack(self.backbone)
+        pooled = self._pooled_packed(batches) if packs else map(self._pooled, batches)
+        found = []
+        for batch, z_BD in zip(batches, pooled, strict=True):
+            if self.denoise:
+                if packs and batch.dropout_key is not None:  # else it was seeded for the batch itself
+                    torch.manual_seed(batch.dropout_key)
+                lengths_B = batch.attention_mask_BT.sum(dim=1).repeat(batch.draws)
+                z_BD = z_BD - self.template_states(lengths_B, batch.view)
+            found.append(nn.functional.normalize(z_BD, dim=-1) if self.normalize else z_BD)
+        return found
+
+    def _pooled(self, batch: TokenBatch) -> Tensor:
+        """Padded, by transformers."""
+        if batch.dropout_key is not None:
+            torch.manual_seed(batch.dropout_key)
+        n = batch.draws
+        words = {"input_ids": batch.input_ids_BT.repeat(n, 1)}
+        # The decoder of an encoder-decoder is given the ids of the sentence.
+        if batch.words_BTD is not None and not has_decoder(self.backbone):
+            words = {"inputs_embeds": batch.words_BTD.repeat(n, 1, 1)}
+        all_layers = self.pooling in HIDDEN_STATE_POOLINGS
+        mask_BT = batch.attention_mask_BT.repeat(n, 1)
+        output = self.backbone(**words, attention_mask=mask_BT, output_hidden_states=all_layers)
+        states = output.hidden_states if all_layers else (output.last_hidden_state,)
+        return pool(states, mask_BT, self.pooling, self._read_B(batch))
+
+    def _pooled_packed(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
+        """Packed, in one pass; of the last layer no more is computed than is read."""
+        embedding = self.backbone.get_input_embeddings()
+        packings = [Packing.of(batch.attention_mask_BT) for batch in batches]
+        words = [embedding(b.input_ids_BT) if b.words_BTD is None else b.words_BTD for b in batches]
+        words_ND = torch.cat([packing.pack(words_BTD) for packing, words_BTD in zip(packings, words, strict=True)])
+        drawn = [packing.times(batch.draws) for packing, batch in zip(packings, batches, strict=True)]
+        read_R, first = [], 0
+        for packing, batch in zip(drawn, batches, strict=True):
+            column_B = self._read_B(batch)
+            if column_B is not None:
+                read_R.append(first + packing.find(column_B))
+            first += len(packing)
+        all_layers = self.pooling in HIDDEN_STATE_POOLINGS
+        weights, dtype = self._weights, autocast_dtype()
+        if weights is None or weights.dtype != dtype:
+            weights = PackedBert(self.backbone, dtype)
+        with torch.autocast("cpu", enabled=False):
+            states = weights(
+                words_ND,
+                packings,
+                self._streams(batches) if self.backbone.training else None,
+                draws=[batch.draws for batch in batches],
+                read_R=torch.cat(read_R) if read_R else None,
+                all_layers=all_layers,
+            )
+        if read_R:
+            return list(states[-1].split([packing.rows for packing in drawn]))
+        parts = zip(*(state.split([len(packing) for packing in drawn]) for state in states), strict=True)
+        return [
+            pool([packing.unpack(x_ND) for x_ND in part], batch.attention_mask_BT.repeat(batch.draws, 1), self.pooling)
+            for packing, batch, part in zip(drawn, batches, parts, strict=True)
+        ]
+
+    def _read_B(self, batch: TokenBatch) -> Tensor | None:
+        """The column of the one token whose state in the last layer is a row's embedding, for every draw; None where it
+        is not one."""
+        if self.pooling == "cls":
+            return batch.attention_mask_BT.to(torch.int64).argmax(dim=1).repeat(batch.draws)
+        if self.pooling == "last":
+            mask_BT = batch.attention_mask_BT.to(torch.int64)
+            return (mask_BT * torch.arange(mask_BT.shape[1], device=mask_BT.device)).argmax(dim=1).repeat(batch.draws)
+        if self.pooling == "mask":
+            is_mask_BT = batch.input_ids_BT == self.tokenizer.mask_token_id
+            return is_mask_BT.to(torch.int64).argmax(dim=1).repeat(batch.draws)
+        return None
+
+    @staticmethod
+    def _streams(batches: Sequence[TokenBatch]) -> Streams:
+        """Of each batch's random numbers, by its key or by one of torch's generator."""
+        keys = [batch.dropout_key for batch in batches]
+        return Streams([int(torch.randint(2**63 - 1, ())) if key is None else key for key in keys])
+
+    @contextmanager
+    def unchanged(self, dtype: torch.dtype) -> Iterator[None]:
+        """Inside, weights stay as they are and nothing is trained: for products in ``dtype`` they are cast and laid out
+        once, not once a batch."""
+        before = self._weights
+        if self.packs and self.device.type == "cpu" and can_pack(self.backbone):
+            with torch.no_grad():
+                self._weights = PackedBert(self.backbone, dtype)
+        try:
+            yield
+        finally:
+            self._weights = before
+
+    def template_states(self, lengths_B: Tensor, view: int = 0) -> Tensor:
+        """States of the mask token of the template alone (B x D), at the positions that it has in rows of so many
+        tokens: what comes after the sentence stays behind it.
+
+        Template denoising, after Jiang et al., "PromptBERT: Improving BERT Sentence Embeddings with Prompts", EMNLP
+        2022. Each different length is encoded once.
+        """
+        before, after = self.frames[view]
+        lengths_L, row_B = lengths_B.unique(return_inverse=True)
+        ids_T = torch.tensor([*before, *after], device=lengths_B.device)
+        behind_LS = lengths_L[:, None] - torch.arange(len(after), 0, -1, device=lengths_B.device)
+        before_LP = torch.arange(len(before), device=lengths_B.device).expand(len(lengths_L), -1)
+        positions_LT = torch.cat([before_LP, behind_LS], dim=1) + first_position(self.backbone)
+        ids_LT = ids_T.expand(len(lengths_L), -1)
+        states_LTD = self.backbone(
+            input_ids=ids_LT, attention_mask=torch.ones_like(ids_LT), position_ids=positions_LT
+        ).last_hidden_state
+        mask_at = (ids_T == self.tokenizer.mask_token_id).to(torch.int64).argmax()
+        return states_LTD[:, mask_at][row_B]
+
+    def project(self, z_BD: Tensor) -> Tensor:
+        """Through the training head, where there is one."""
+        return z_BD if self.head is None else self.head(z_BD)
+
+    # ---- sentences --------------------------------------------------------------------------------------------
+
+    def tokenize(self, sentences: Sequence[str]) -> list[list[int]]:
+        """Token ids with the prompt and the special tokens, cut to ``max_length``."""
+        return tokenize(sentences, self.tokenizer, self.max_length, self.prompt)[0]
+
+    def encode(
+        self,
+        sentences: Sequence[str],
+        *,
+        batch_size: int = 64,
+        bf16: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
+        """Embeddings of sentences, in the order given.
+
+        Inside they are sorted by length, so that little is computed for padding; dropout is off.
+
+        Args:
+            bf16: multiply in bfloat16: nearly twice as fast where the processor has it, and equal to 2 or 3 digits.
+            progress: called with the number of sentences done.
+
+        Returns:
+            float32 array (n, D).
+
+        Raises:
+            NonFiniteError: an embedding is NaN or infinite.
+        """
+        if isinstance(sentences, str):
+            raise TypeError("Encoder.encode takes a list of sentences, and got one str; wrap it: encode([text]).")
+        ids = self.tokenize(sentences)
+        embeddings = np.empty((len(ids), self.width), dtype=np.float32)
+        done = 0
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        # Around the loop, as casts are kept until the context ends.
+        with autocast(self.device, dtype), self.unchanged(dtype):
+            for rows in length_batches([len(row) for row in ids], batch_size):
+                embeddings[rows] = self.encode_ids([ids[row] for row in rows]).cpu().numpy()
+                done += len(rows)
+                if progress is not None:
+                    progress(done)
+        broken = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
+        if len(broken):
+            raise NonFiniteError(
+                f"{len(broken):,} of {len(embeddings):,} embeddings are NaN or infinite, such as that of "
+                f"{sentences[int(broken[0])][:60]!r}: the model's weights are damaged, or too large to compute with. "
+                "Copy or download the model again, or take an earlier checkpoint."
+            )
+        return embeddings
+
+    @torch.inference_mode()
+    def encode_ids(self, ids: Sequence[Sequence[int]]) -> Tensor:
+        """One padded batch of token ids to float32 embeddings (n x D), dropout off."""
+        was_training = self.training
+        self.eval()
+        try:
+            input_ids_BT, mask_BT = pad(ids, self.tokenizer.pad_token_id)
+            with autocast(self.device, self.autocast_dtype):
+                return self(input_ids_BT.to(self.device), mask_BT.to(self.device)).float()
+        finally:
+            self.train(was_training)
+
+    # ---- writing one ------------------------------------------------------------------------------------------
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Write a directory that transformers and sentence-transformers load as it is; the head is left out.
+
+        With a prompt whose end stands after the sentence, sentence-transformers has no module of its own that
+        applies it; it then takes ours, where this package is installed and ``trust_remote_code=True`` is given.
+        """
+        path = Path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / DIRECTORY_MANIFEST).unlink(missing_ok=True)  # of what was there before
+        self.backbone.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
+        follow_umask(path)
+        settings = ModelSettings(
+            pooling=self.pooling,
+            max_length=self.max_length,
+            prompt=self.prompt,
+            normalize=self.normalize,
+            denoise=self.denoise,
+            lower_case=self.lower_case,
+        )
+        write_settings(path, settings)
+        # What stands before a sentence alone is a prompt to sentence-transformers too.
+        if self.prompt is None or (self.prompt.endswith("{sentence}") and self.pooling != "mask"):
+            length = self.max_length + (prompt_length(self.prompt, self.tokenizer) if self.prompt else 0)
+            write_sentence_transformers(path, replace(settings, max_length=length), self.backbone.config)
+        else:
+            write_prompt_module(path)
+
+
+def own_length(settings: ModelSettings, tokenizer: Any, name: str) -> int | None:
+    """Tokens of a sentence, besides its prompt, that a model reads by its own settings; None if they do not say."""
+    if settings.max_length is None or not (settings.counts_prompt and settings.prompt):
+        return settings.max_length
+    length = settings.max_length - prompt_length(settings.prompt, tokenizer)
+    if length <= tokenizer.num_special_tokens_to_add(False):
+        raise ConfigError(
+            f"encoder {name!r}: it reads {settings.max_length} tokens (max_seq_length), of which its default prompt "
+            f"{settings.prompt.removesuffix('{sentence}')!r} leaves none for the text. Raise max_seq_length in its "
+            "sentence_bert_config.json."
+        )
+    return length
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Matrix products in ``dtype``; float32 changes nothing."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def longest_text(backbone: Any, tokenizer: Any, *prompts: str | None) -> int | None:
+    """What ``max_length`` can be at most: the model's own limit, less the longest prompt, which comes on top."""
+    limit = longest_input(backbone, tokenizer)
+    if limit is None:
+        return None
+    return limit - max((prompt_length(prompt, tokenizer) for prompt in prompts if prompt), default=0)
+
+
+def autocast_dtype() -> torch.dtype:
+    """In which a CPU multiplies just now."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+
+
+def pool(states_L: Sequence[Tensor], attention_mask_BT: Tensor, pooling: str, column_B: Tensor | None = None) -> Tensor:
+    """Token states (B x T x D) to one vector a sentence (B x D).
+
+    ``cls``: the first token. ``last``: the last one that does not pad. ``mean``: over real tokens. ``mask``: at the
+    mask token. ``first_last``: mean over tokens of the average of the embedding layer and the last layer (as SimCSE's
+    ``avg_first_last``). ``top2``: the same of the last two layers.
+
+    Args:
+        states_L: of the last layer at the end, before it those of the others where pooling asks for them.
+        column_B: which token of each row is read, where it is one.
+    """
+    last_BTD = states_L[-1]
+    if column_B is not None:
+        return last_BTD[torch.arange(len(last_BTD), device=last_BTD.device), column_B]
+    if pooling == "mean":
+        states_BTD = last_BTD
+    elif pooling in HIDDEN_STATE_POOLINGS:
+        other = states_L[0] if pooling == "first_last" else states_L[-2]
+        states_BTD = (other + last_BTD) / 2
+    else:
+        raise ConfigError(f"encoder.pooling is {pooling!r}; it must be cls, mean, mask, first_last, top2 or last.")
+    weight_BT1 = attention_mask_BT.unsqueeze(-1).to(states_BTD.dtype)
+    return (states_BTD * weight_BT1).sum(dim=1) / weight_BT1.sum(dim=1).clamp(min=1e-9)
+
+
+def pad(ids: Sequence[Sequence[int]], pad_token_id: int | None) -> tuple[Tensor, Tensor]:
+    """Rows of token ids to ``(input_ids, attention_mask)``, int64, padded to the longest row."""
+    longest = max(map(len, ids))
+    input_ids = np.full((len(ids), longest), pad_token_id or 0, dtype=np.int64)
+    mask = np.zeros((len(ids), longest), dtype=np.int64)
+    for row, values in enumerate(ids):
+        input_ids[row, : len(values)] = values
+        mask[row, : len(values)] = 1
+    return torch.from_numpy(input_ids), torch.from_numpy(mask)
+
+
+def length_batches(lengths: Sequence[int], batch_size: int) -> Iterator[np.ndarray]:
+    """Row numbers in batches of sentences alike in length, the longest first (so that memory fails early)."""
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def _check_mask_prompt(key: str, prompt: str | None, tokenizer: Any) -> None:
+    ids = tokenizer(prompt or "", add_special_tokens=False)["input_ids"]
+    if tokenizer.mask_token_id is None or ids.count(tokenizer.mask_token_id) != 1:
+        raise ConfigError(
+            f"encoder.pooling is mask, so encoder.{key} must hold the mask token {tokenizer.mask_token!r} exactly "
+            f"once; it is {prompt!r}."
+        )

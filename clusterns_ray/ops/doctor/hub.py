@@ -1,0 +1,133 @@
+"""Whether what a run needs is on this machine, or on the Hugging Face hub and the hub answers; nothing is downloaded.
+
+With HF_HUB_OFFLINE=1 only this machine is asked.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from clusterns_ray.errors import ConfigError
+from clusterns_ray.models.resolve import resolve_model
+
+TIMEOUT_S = 8.0
+"""In which the hub has to answer."""
+
+AWAY = "on the hub, to be downloaded"
+"""What :func:`find_model` says of a model that is not here."""
+
+
+def find_model(name: str, revision: str | None = None) -> str:
+    """Where an encoder is, in words.
+
+    Raises:
+        ConfigError: it is nowhere, or only a part of it is here and the hub cannot be asked for the rest.
+    """
+    source = resolve_model(name)
+    if os.path.isdir(source):
+        lacking = _lacking(Path(source))
+        if lacking:
+            raise ConfigError(f"encoder {name!r}: {source!r} holds {lacking}. Copy or download it again.")
+        return f"the directory {source}"
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        lacking = _lacking(Path(snapshot_download(source, revision=revision, local_files_only=True)))
+        reason = f"the hub's cache here holds {lacking} of it"
+    except LocalEntryNotFoundError:
+        lacking = reason = "it is not in the hub's cache here"
+    if not lacking:
+        return "in the hub's cache here"
+    if constants.HF_HUB_OFFLINE:
+        raise _elsewhere(name, f"{reason}, and HF_HUB_OFFLINE is set")
+    try:
+        HfApi().model_info(source, revision=revision, timeout=TIMEOUT_S)
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise ConfigError(
+            f"encoder {name!r}: the hub has no such model, or none of revision {revision!r}. Mend encoder.name."
+        ) from None
+    except Exception as error:  # whatever the HTTP library of this version raises
+        raise _elsewhere(name, f"{reason}, and {constants.ENDPOINT} does not answer ({_first_line(error)})") from None
+    return AWAY
+
+
+@contextmanager
+def settings_of(name: str, revision: str | None = None) -> Iterator[str]:
+    """A directory with a hub model's configuration and tokenizer, and no weights; gone afterwards.
+
+    Raises:
+        ConfigError: they cannot be had.
+    """
+    from huggingface_hub import snapshot_download
+
+    with tempfile.TemporaryDirectory(prefix="clusterns-") as scratch:
+        files = ["*.json", "*.txt", "*.model"]
+        try:
+            directory = snapshot_download(name, revision=revision, allow_patterns=files, cache_dir=scratch)
+        except OSError as error:  # as the hub's own errors are
+            raise _elsewhere(name, f"its settings cannot be downloaded ({_first_line(error)})") from None
+        yield directory
+
+
+def find_dataset(url: str) -> str | None:
+    """For ``hf://NAME[:split]`` or ``hf://OWNER/NAME/FILE``: None where only reading tells whether it is here, else
+    that the hub has it.
+
+    Raises:
+        ConfigError: the hub has no such data set, or does not answer.
+    """
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    name = url.removeprefix("hf://")
+    if os.path.isdir(os.path.expanduser(name.rpartition(":")[0] or name)):
+        return None
+    parts = name.split("/")
+    dataset, file = "/".join(parts[:2]).partition(":")[0], "/".join(parts[2:])
+    if file and isinstance(try_to_load_from_cache(dataset, file, repo_type="dataset"), str):
+        return None
+    if constants.HF_HUB_OFFLINE:
+        if not file:
+            return None  # the `datasets` library keeps a cache of its own
+        raise ConfigError(
+            f"{url}: it is not in the hub's cache here, and HF_HUB_OFFLINE is set. Give data.corpus files of this "
+            f"machine, or fetch it where there is a network (hf download --repo-type dataset {dataset} {file}) and "
+            "copy the hub's cache here (HF_HOME)."
+        )
+    try:
+        HfApi().dataset_info(dataset, timeout=TIMEOUT_S)
+    except RepositoryNotFoundError:
+        raise ConfigError(f"{url}: the hub has no data set {dataset!r}. Mend data.corpus.") from None
+    except Exception as error:  # whatever the HTTP library of this version raises
+        raise ConfigError(
+            f"{url}: {constants.ENDPOINT} does not answer ({_first_line(error)}). Open the network, or give "
+            "data.corpus files of this machine."
+        ) from None
+    return f"{dataset} is on the hub, to be downloaded"
+
+
+def _lacking(directory: Path) -> str:
+    """What a model's directory lacks, in words; empty where it is whole."""
+    there = {path.name for path in directory.iterdir()}
+    parts = {
+        "config.json": "config.json" in there,
+        "weights": any(file.endswith((".safetensors", ".bin")) for file in there),
+        "tokenizer": bool(there & {"tokenizer.json", "vocab.txt", "vocab.json", "spiece.model"}),
+    }
+    return " and ".join(f"no {part}" for part, found in parts.items() if not found)
+
+
+def _elsewhere(name: str, reason: str) -> ConfigError:
+    return ConfigError(
+        f"encoder {name!r}: {reason}. Give encoder.name a directory, or fetch it where there is a network "
+        f"(hf download {name}) and copy the hub's cache here (HF_HOME)."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,295 @@
+"""What a run will need of memory and disk, from its configuration alone: no weights are read, nothing is allocated.
+
+The encoder is built of tensors that have shapes and no values (PyTorch's ``FakeTensorMode``), so that parameters are
+counted, not guessed, and what autograd would save of one shard is added up tensor by tensor.
+Shape suffixes: b rows of a worker, D width, K clusters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from clusterns_ray.config import Config, TrainConfig
+from clusterns_ray.models.resolve import resolve_model
+
+FLOAT = 4
+"""Bytes of a float32: weights, gradients, moments and centroids, whatever the precision of the products."""
+
+PROCESS_BYTES = 700 << 20
+"""Host memory of a worker besides its tensors: Python, torch, transformers, Ray."""
+
+CUDA_BYTES = 1 << 30
+"""GPU memory of a worker besides its tensors: the CUDA context, NCCL's buffers, cuBLAS's work space."""
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Of the encoder in training, its head included; in parameters unless said otherwise."""
+
+    all: int
+    trained: int
+    """those with a gradient: the pooler, which is not read, has none"""
+    width: int
+    """D"""
+    layers: int
+    exported_bytes: int
+    """of ``model.safetensors``"""
+    rows_a_shard: int
+    tokens_a_row: int
+    """at most: ``encoder.max_length``, and the prompt"""
+    fixed_bytes: int
+    """saved for the backward pass once a step: the weights in the precision of the products"""
+    shard_bytes: int
+    """saved for the backward pass of one shard, both views"""
+    loss_bytes: int
+    """saved for the backward pass of the loss of the whole batch"""
+    filled_bytes: int = 0
+    """saved for the backward pass of one shard besides ``shard_bytes`` where its rows are packed, on a CPU"""
+    teacher: int = 0
+    """those of the teacher, which are held and nothing else; 0 without one"""
+
+
+@dataclass(frozen=True)
+class WorkerMemory:
+    """Bytes of one worker where it computes, at the end of a forward pass."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    """AdamW's two moments"""
+    buckets: int
+    """DDP's copies of the gradients, which it exchanges"""
+    activations: int
+    """what autograd keeps for the backward pass"""
+    besides: int
+    """what the process has without the model"""
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def model_size(config: Config) -> ModelSize:
+    """Build the encoder without values, and pass one shard through it.
+
+    Raises:
+        ConfigError: the model's configuration or tokenizer cannot be loaded, or does not fit what is asked of it: the
+            limits that training would find out once the weights are there.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers.initialization import no_init_weights
+
+    from clusterns_ray.losses import clusterns_loss, rank_distillation_share
+    from clusterns_ray.models.backbone import check_dropout, empty_model, load_config, masked_language_model_class
+    from clusterns_ray.models.base_model import complete
+    from clusterns_ray.models.encoder import Encoder
+    from clusterns_ray.models.tokenization import load_tokenizer, prompt_length
+    from clusterns_ray.training.collate import Shard
+    from clusterns_ray.training.objective import TwoViews
+
+    config = complete(config)
+    encoder = config.encoder
+    source = resolve_model(encoder.name)
+    tokenizer = load_tokenizer(source, revision=encoder.revision)
+    shape = load_config(source, revision=encoder.revision, num_layers=encoder.num_layers, dropout=encoder.dropout)
+    check_dropout(shape, encoder.name)
+    with FakeTensorMode(), no_init_weights():
+        backbone = empty_model(shape, source)
+        built = Encoder.around(backbone, tokenizer, encoder, seed=0).train()
+        built.packs = False  # the rows are all as long as can be, and packing asks for values
+        width = built.width
+        language_model = None
+        if config.loss.mlm_weight:
+            auto = masked_language_model_class(shape, source)
+            language_model = empty_model(shape, source, auto)
+            setattr(language_model, language_model.base_model_prefix, backbone)
+            language_model.tie_weights()
+            language_model.train()
+        precision = _precision(config)
+        views = TwoViews(built, precision, language_model)
+        rows = config.train.global_batch_size // config.train.shards
+        prompts = [prompt_length(each, tokenizer) for each in (encoder.prompt, encoder.second_prompt) if each]
+        tokens = encoder.max_length + max(prompts, default=0)
+        ids = torch.ones(rows, tokens, dtype=torch.int64)
+        shard = Shard(
+            ids,
+            ids,
+            (0, 0, 0),
+            (ids, ids) if encoder.second_prompt else None,
+            (ids, ids) if language_model is not None else None,
+        )
+        weights = list(views.parameters())
+        one, two = (_saved_bytes(lambda n=n: views([shard] * n), weights) for n in (1, 2))
+        parameters = {id(p): p for p in weights}.values()
+        batch, k = config.train.global_batch_size, config.clustering.num_clusters
+        z1_BD, z2_BD = (torch.zeros(batch, width, requires_grad=True) for _ in range(2))
+        if config.clustering.scope == "corpus" and k and config.loss.hard_negatives:
+            k = batch * config.loss.bank_negatives  # sentences of the bank stand where centroids do
+        teacher = 0
+        if config.loss.teacher is not None:
+            taught_by = resolve_model(config.loss.teacher)
+            teacher = sum(p.numel() for p in empty_model(load_config(taught_by), taught_by).parameters())
+        # Also without clusters, as the scores are as many; then with the two that there must be.
+        loss = _saved_bytes(
+            lambda: clusterns_loss(
+                z1_BD,
+                z2_BD,
+                torch.zeros(max(k, 2), width),
+                temperature=config.loss.temperature,
+                bml_weight=config.loss.bml_weight,
+                bml_alpha=config.loss.bml_alpha,
+                bml_beta=config.loss.bml_beta,
+            ),
+            [z1_BD, z2_BD],
+        )
+        if teacher:
+            cos_BB = torch.zeros(batch, batch, requires_grad=True)
+            rows_B = torch.arange(batch)
+            loss += _saved_bytes(lambda: rank_distillation_share(cos_BB, cos_BB.detach(), rows_B, 1.0, 1.0), [cos_BB])
+    return ModelSize(
+        all=sum(p.numel() for p in parameters),
+        trained=sum(p.numel() for p in parameters if p.requires_grad),
+        width=width,
+        layers=backbone.config.num_hidden_layers,
+        exported_bytes=FLOAT * sum(p.numel() for p in backbone.parameters()),
+        rows_a_shard=rows,
+        tokens_a_row=tokens,
+        fixed_bytes=max(2 * one - two, 0),
+        shard_bytes=two - one,
+        filled_bytes=_filled_bytes(backbone, rows, tokens, precision),
+        loss_bytes=loss,
+        teacher=teacher,
+    )
+
+
+def _filled_bytes(backbone: Any, rows: int, tokens: int, precision: str) -> int:
+    """What attention of packed rows keeps of one shard, both views, besides what padded attention does: keys, values,
+    weights and mask are ``filled`` columns wide, see ``packing.py``."""
+    from clusterns_ray.kernels.packed_attention import filled_columns
+    from clusterns_ray.models.packed_bert import can_pack
+    from clusterns_ray.training.objective import DTYPES
+
+    if not can_pack(backbone):
+        return 0
+    shape = backbone.config
+    more = filled_columns(tokens) - tokens
+    values = 2 * more * (shape.hidden_size + shape.num_attention_heads * tokens)
+    return 2 * rows * shape.num_hidden_layers * values * DTYPES[precision].itemsize
+
+
+def held_shards(train: TrainConfig, workers: int) -> int:
+    """Shards whose activations a worker holds at a time: all of its own, or those of one ``train.cache_chunk``."""
+    own = math.ceil(train.shards / workers)
+    if train.cache_chunk is None:
+        return own
+    return min(own, max(train.cache_chunk * train.shards // train.global_batch_size, 1))
+
+
+def worker_memory(size: ModelSize, shards: int, workers: int, *, gpu: bool) -> WorkerMemory:
+    """Of each of ``workers`` workers, on the GPU or, without one, in host memory.
+
+    An upper estimate: every row is as long as it may be. Per trained parameter: 4 bytes of weight, 4 of gradient, 8 of
+    AdamW's moments (Kingma & Ba, "Adam", 2015: one for each of two), 4 more of DDP's buckets with two workers or more.
+
+    Args:
+        shards: of all workers together, that they hold the activations of at a time; see :func:`held_shards`.
+    """
+    mine = math.ceil(shards / workers)
+    shard_bytes = size.shard_bytes + (0 if gpu else size.filled_bytes)
+    return WorkerMemory(
+        weights=FLOAT * (size.all + size.teacher),
+        gradients=FLOAT * size.trained,
+        optimizer=2 * FLOAT * size.trained,
+        buckets=FLOAT * size.trained if workers > 1 else 0,
+        activations=size.fixed_bytes + mine * shard_bytes + math.ceil(size.loss_bytes / workers),
+        besides=CUDA_BYTES if gpu else PROCESS_BYTES,
+    )
+
+
+def bank_bytes(size: ModelSize, config: Config) -> int:
+    """Of the bank of the corpus, on each worker and in each checkpoint: an embedding and an int64 a row, at most."""
+    clustering = config.clustering
+    if clustering.scope == "batch" or not clustering.num_clusters:
+        return 0
+    return min(clustering.bank_rows, config.data.limit or clustering.bank_rows) * (FLOAT * size.width + 8)
+
+
+def checkpoint_bytes(size: ModelSize, config: Config) -> int:
+    """Of one checkpoint's tensors: all weights, two moments of the trained ones, centroids, and the bank."""
+    weights = size.all + 2 * size.trained + config.clustering.num_clusters * size.width
+    return FLOAT * weights + bank_bytes(size, config)
+
+
+def run_bytes(size: ModelSize, config: Config) -> int:
+    """On disk, of a run's directory: ``runtime.keep`` checkpoints and the one being written; the model, and the one
+    that replaces it; each worker's bank."""
+    checkpoints = (config.runtime.keep + 1) * checkpoint_bytes(size, config)
+    banks = config.runtime.worker_counts()[-1] * bank_bytes(size, config)
+    return checkpoints + 2 * size.exported_bytes + banks
+
+
+@dataclass(frozen=True)
+class TextSample:
+    """The first rows of a corpus."""
+
+    rows: int
+    whole: bool
+    """whether these are all there are"""
+    mean_tokens: float
+    mean_bytes: float
+    """of UTF-8"""
+
+    @property
+    def row_bytes(self) -> float:
+        """Of a row in the token store: int32 ids and the text, each with a 4-byte offset."""
+        return FLOAT * self.mean_tokens + self.mean_bytes + 8
+
+
+def sample_text(
+    sentences: Sequence[str], whole: bool, tokenize: Callable[[Sequence[str]], list[list[int]]]
+) -> TextSample | None:
+    """What the first sentences of a corpus tell of the others; None without any.
+
+    Args:
+        whole: whether there are no others.
+    """
+    if not sentences:
+        return None
+    lengths = [len(ids) for ids in tokenize(sentences)]
+    sizes = [len(text.encode()) for text in sentences]
+    return TextSample(len(sentences), whole, sum(lengths) / len(lengths), sum(sizes) / len(sizes))
+
+
+def corpus_rows(sample: TextSample, corpus_bytes: int | None, limit: int | None) -> int | None:
+    """About how many rows a corpus has: its size over the bytes of a row and its line's end; None where unknown."""
+    if sample.whole:
+        return sample.rows
+    rows = None if corpus_bytes is None else max(sample.rows, round(corpus_bytes / (sample.mean_bytes + 1)))
+    return min(filter(None, (rows, limit)), default=None)
+
+
+def _saved_bytes(work: Callable[[], Any], weights: Sequence[Any]) -> int:
+    """Bytes of the storages that autograd keeps for the backward pass of ``work()``, the weights' own left out."""
+    from torch.autograd.graph import saved_tensors_hooks
+
+    own = {weight.untyped_storage()._cdata for weight in weights}
+    kept: dict[int, Any] = {}
+
+    def pack(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage  # held, as its address must not be used again meanwhile
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        work()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def _precision(config: Config) -> str:
+    """``auto`` counts as fp32, which needs more."""
+    return "fp32" if config.train.precision == "auto" else config.train.precision

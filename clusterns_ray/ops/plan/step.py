@@ -1,0 +1,306 @@
+"""A model of one training step: what it computes, what it exchanges, and how long both take on n workers.
+
+Arithmetic alone: no torch, no files. Letters: B rows of the global batch, b rows of a worker, T tokens of a row, D
+width, K clusters, L layers, n workers. FLOPs count a multiplication and an addition as two, and matrix products alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import numpy as np
+
+from clusterns_ray.data.sampler import deal_shards
+
+FLOAT, INDEX = 4, 8
+"""Bytes of a float32 and of an int64: gradients, keys and centroids are exchanged as the one, clusters as the other."""
+
+FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20
+"""Bytes of gradients that DistributedDataParallel exchanges at once: of its first bucket, and of the others."""
+
+BACKWARD = 2
+"""FLOPs of a backward pass over those of its forward pass: a gradient of the weights, and one of the inputs."""
+
+
+# ---- computing ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EncoderWork:
+    """The matrices that a token, or a row, is multiplied by; in weights."""
+
+    width: int
+    """D"""
+    layers: int
+    """L"""
+    linear: int
+    """of the linear layers that every token passes"""
+    embeddings: int = 0
+    """of the table of tokens: looked up, not multiplied"""
+    pooler: int = 0
+    """of those that a row passes once, forward only: what they give is not read"""
+    head: int = 0
+    """of those that a row passes once, with a gradient: the training head"""
+    prediction: int = 0
+    """of those that a token of the masked copy passes besides; 0 without masked language modelling"""
+    cached: bool = False
+    """whether embeddings are computed once more, without activations, before their gradient is known"""
+
+    def forward(self, rows, length):
+        """FLOPs of one forward pass of ``rows`` rows padded to ``length`` tokens; numbers, or arrays of them.
+
+        At most: packed batches (see ``packing.py``) spare the linear layers the padding.
+
+        ``rows T 2 linear + rows L 4 T^2 D``: two a weight and token, and two for each of the T x T x D products of
+        attention, queries with keys and probabilities with values (Hoffmann et al., "Training Compute-Optimal Large
+        Language Models", 2022, appendix F).
+        """
+        return rows * length * (2 * self.linear + 4 * self.layers * length * self.width)
+
+    def encode(self, rows, length):
+        """FLOPs of embedding so many rows, without a gradient."""
+        return self.forward(rows, length) + 2 * rows * self.pooler
+
+    def shard(self, rows, length):
+        """FLOPs of both views of a shard and their backward pass, and of its masked copy where there is one."""
+        forwards = 2 if self.cached else 1
+        passes = forwards + BACKWARD
+        once = 2 * rows * (forwards * self.pooler + passes * self.head)
+        flops = 2 * (passes * self.forward(rows, length) + once)
+        if self.prediction:
+            flops = flops + passes * (self.forward(rows, length) + 2 * rows * length * self.prediction)
+            flops = flops + 2 * rows * forwards * self.pooler
+        return flops
+
+
+def objective_flops(rows: float, batch: int, width: int, clusters: int, negatives: int | None = None) -> float:
+    """FLOPs of the loss of a worker's b rows: ``6 b B D + 6 b K D``.
+
+    The scores of b rows with B keys, and from them the gradients of both: 3 products of 2 b B D. With K centroids: once
+    to move them, once for the hard negatives, and the rows' gradients of these, as centroids have none.
+
+    Args:
+        negatives: M sentences drawn for each row from clusters of the corpus: then ``6 b B D + 2 b K D + 4 b B M D``,
+            as centroids only say which, and stored embeddings have no gradient.
+    """
+    if negatives is None:
+        return 6 * rows * width * (batch + clusters)
+    return rows * width * (6 * batch + 2 * clusters + 4 * batch * negatives)
+
+
+def busiest_worker(flops_NS: np.ndarray, padded_NS: np.ndarray, workers: int) -> float:
+    """FLOPs of the worker that has most to do, as the others wait for it: the mean over N sampled batches.
+
+    Args:
+        flops_NS: of each of a batch's S shards.
+        padded_NS: tokens of each shard with its padding, by which shards are dealt.
+    """
+    most = [
+        max(flops_S[hand].sum() for hand in deal_shards(padded_S, workers))
+        for flops_S, padded_S in zip(flops_NS, padded_NS)
+    ]
+    return float(np.mean(most))
+
+
+def busiest_evaluator(flops: Sequence[float], workers: int) -> float:
+    """FLOPs of the worker that has most to do when batches are dealt in turn."""
+    return max((sum(flops[rank::workers]) for rank in range(workers)), default=0.0)
+
+
+# ---- exchanging -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Network:
+    """Between any two workers."""
+
+    bandwidth: float
+    """bytes a second, each way"""
+    latency: float
+    """seconds of a message, whatever its size"""
+    trees: bool = True
+    """whether sums may take the path with fewer messages, as NCCL chooses; gloo goes around a ring always"""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Some collectives of one step."""
+
+    what: str
+    kind: Literal["all_reduce", "all_gather"]
+    size: float
+    """bytes of what is summed, or of what has been gathered, over all calls"""
+    calls: float = 1
+
+    def sent(self, workers: int) -> float:
+        """Bytes that each worker sends: ``2 (n - 1) / n`` of a sum's, ``(n - 1) / n`` of what is gathered.
+
+        Around a ring, which is as few as there can be (Patarasuk & Yuan, "Bandwidth optimal all-reduce algorithms for
+        clusters of workstations", J. Parallel Distrib. Comput. 69, 2009).
+        """
+        turns = 2 if self.kind == "all_reduce" else 1
+        return turns * (workers - 1) / workers * self.size
+
+    def seconds(self, workers: int, network: Network) -> float:
+        """``calls (n - 1) (latency + size / calls / n / bandwidth)`` around a ring, twice that for a sum.
+
+        A sum over two trees takes ``2 log2 n`` messages, and every byte is sent twice (Sanders, Speck & Traff,
+        "Two-tree algorithms for full bandwidth broadcast, reduction and scan", Parallel Computing 35, 2009): where that
+        is less, and the library chooses, that.
+        """
+        if workers == 1:
+            return 0.0
+        turns = (2 if self.kind == "all_reduce" else 1) * (workers - 1) * self.calls
+        ring = turns * network.latency + self.sent(workers) / network.bandwidth
+        if self.kind == "all_gather" or not network.trees:
+            return ring
+        depth = math.ceil(math.log2(workers))
+        return min(ring, 2 * depth * self.calls * network.latency + 2 * self.size / network.bandwidth)
+
+
+def gradient_exchange(trained: int) -> Exchange:
+    """DistributedDataParallel's sum of ``trained`` float32 gradients, in at most so many buckets: the parameter that
+    fills one is still in it."""
+    size = FLOAT * trained
+    return Exchange("gradients", "all_reduce", size, 1 + math.ceil(max(size - FIRST_BUCKET, 0) / BUCKET))
+
+
+def step_exchanges(
+    *,
+    trained: int,
+    batch: int,
+    width: int,
+    clusters: int,
+    mlm: bool,
+    teacher: int = 0,
+    negatives: int | None = None,
+    encoded_anew: int = 0,
+    counted: bool = False,
+) -> list[Exchange]:
+    """What workers exchange in a step once clustering has started.
+
+    That a gradient is finite is not exchanged: the sum of gradients is not, where one of them is not.
+
+    Args:
+        teacher: width of its embeddings; 0 without one.
+        negatives: as of :func:`objective_flops`.
+        encoded_anew: rows of the bank, besides those of the batch.
+        counted: whether the bank's false negatives have to be, as the loss divides by their number.
+    """
+    found = [
+        gradient_exchange(trained),
+        Exchange("keys", "all_gather", FLOAT * batch * width),
+        # Summed whole, as gloo has no reduce-scatter in every version: each worker takes its rows of it.
+        Exchange("gradients of keys", "all_reduce", FLOAT * batch * width),
+    ]
+    if clusters and negatives is not None:
+        found += [
+            Exchange("clusters of rows", "all_gather", INDEX * batch * (1 + negatives)),
+            Exchange("rows of the bank", "all_gather", FLOAT * batch * width),
+        ]
+        found += [Exchange("rows encoded anew", "all_reduce", FLOAT * encoded_anew * width)] if encoded_anew else []
+        found += [Exchange("false negatives", "all_reduce", INDEX)] if counted else []
+    elif clusters:
+        found += [
+            Exchange("cluster sums", "all_reduce", FLOAT * clusters * (width + 1)),
+            Exchange("clusters of rows", "all_gather", INDEX * batch * 2),
+        ]
+    found += [Exchange("the teacher's embeddings", "all_gather", FLOAT * batch * teacher)] if teacher else []
+    return [*found, Exchange("masked tokens", "all_reduce", FLOAT)] if mlm else found
+
+
+def exposed_seconds(
+    exchanges: Sequence[Exchange], workers: int, network: Network, backward_s: float, last: float, *, overlaps: bool
+) -> float:
+    """Seconds in which a worker waits for exchanges.
+
+    Gradients are exchanged while the backward pass goes on, each bucket as soon as it is complete. That is only in the
+    pass of the worker's last shard, as all of its shards add to them, and the last bucket is complete at its end.
+
+    Args:
+        exchanges: as of :func:`step_exchanges`; the gradients are the first.
+        backward_s: of the last shard.
+        last: share of the gradients that is complete at its end alone: the table of tokens is.
+        overlaps: whether that goes on in parallel: on a CPU both want the same cores.
+    """
+    total = sum(exchange.seconds(workers, network) for exchange in exchanges)
+    if not overlaps:
+        return total
+    gradients = exchanges[0]
+    whole = gradients.seconds(workers, network)
+    return total - min(whole * (1 - max(1 / gradients.calls, last)), backward_s)
+
+
+# ---- a step's time ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one worker."""
+
+    flops: float
+    """matrix products that it gets done, in FLOPs a second"""
+    source: str
+    """how that is known, in words"""
+    each_worker_s: float = 0.0
+    """of a step: what does not shrink with more workers (see ``StepSeconds.each_worker``)"""
+    checkpoint_s: float = 0.0
+    """of one checkpoint, in which worker 0 is waited for"""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the plan is for; what is None is left out of it."""
+
+    gpu: bool = False
+    speed: Speed | None = None
+    network: Network | None = None
+    price: float | None = None
+    """of a worker for an hour"""
+    cores: int | None = None
+    """that all workers share; None where each has its own"""
+
+
+@dataclass(frozen=True)
+class StepSeconds:
+    """Seconds of a step, by what they go to; what comes every so many steps has its share."""
+
+    compute: float
+    """the encoder and the loss, forward and backward, of the busiest worker"""
+    each_worker: float
+    """what every worker does as if it were alone: choosing rows, clipping, AdamW"""
+    exchange: float
+    evaluation: float
+    checkpoint: float
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def shared_cores(workers: int, threads: int, cores: int | None) -> float:
+    """How many times longer computing takes where workers share ``cores``: ``n threads / cores``, at least 1.
+
+    Memory bandwidth and caches that they share as well are not in it.
+    """
+    return 1.0 if cores is None else max(1.0, workers * threads / cores)
+
+
+def efficiency(alone_s: float, step_s: float, workers: int) -> float:
+    """Strong scaling, at the same global batch: ``t(1) / (n t(n))``; 1 is n times as fast."""
+    return alone_s / (workers * step_s)
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def nearest_possible(workers: int, shards: int) -> list[int]:
+    """The worker counts next to ``workers``, below and above, that divide ``shards``; itself if it does."""
+    possible = divisors(shards)
+    if workers in possible:
+        return [workers]
+    return [*[d for d in possible if d < workers][-1:], *[d for d in possible if d > workers][:1]]

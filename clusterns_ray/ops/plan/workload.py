@@ -1,0 +1,259 @@
+"""What a step of a configuration has to do, whatever the number of workers: read from the encoder's config.json, and
+from the corpus and the dev set where they are at hand. No weights are loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clusterns_ray.config import Config
+from clusterns_ray.data.prepare import Prepared, cache_directory, corpus_fingerprint, load_tokenizer
+from clusterns_ray.data.sampler import BatchOrder, cut_shards, steps_per_epoch
+from clusterns_ray.data.token_store import TokenStore, reuse_tokens
+from clusterns_ray.errors import DataError
+from clusterns_ray.models.base_model import complete
+from clusterns_ray.models.resolve import local_model_config, resolve_model
+from clusterns_ray.ops.estimates import ModelSize, model_size
+from clusterns_ray.ops.plan.quantities import bytes_text
+from clusterns_ray.ops.plan.step import EncoderWork, Exchange, busiest_worker, objective_flops, step_exchanges
+
+SAMPLED_STEPS = 64
+"""Batches of the prepared corpus, spread over an epoch, whose padding stands for all."""
+
+EVALUATION_BATCH = 64
+"""Sentences of the dev set that are encoded at once, as ``training/dev.py`` does."""
+
+
+@dataclass(frozen=True, eq=False)
+class Workload:
+    """What does not depend on the number of workers. Shapes: N sampled batches, S shards."""
+
+    config: Config
+    size: ModelSize
+    encoder: EncoderWork
+    teacher: EncoderWork | None
+    """that each row is embedded by, once; None without one"""
+    rows_NS: np.ndarray
+    """of each shard"""
+    tokens_NS: np.ndarray
+    """to which its rows are padded"""
+    sentences: int | None
+    """of the corpus; None where unknown"""
+    evaluation: tuple[float, ...] | None
+    """FLOPs of each batch of the dev set; None where there is none, or it is not known yet"""
+    evaluated: int
+    """sentences of the dev set"""
+    assumptions: tuple[str, ...]
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        train = self.config.train
+        return self.sentences and steps_per_epoch(self.sentences, train.global_batch_size, train.shards)
+
+    @property
+    def shard_flops_NS(self) -> np.ndarray:
+        taught = 0 if self.teacher is None else self.teacher.encode(self.rows_NS, self.tokens_NS)
+        return self.encoder.shard(self.rows_NS, self.tokens_NS) + taught
+
+    def flops(self, workers: int) -> float:
+        """Of the busiest worker in a step."""
+        return _worker_flops(self, workers)
+
+    def exchanges(self) -> list[Exchange]:
+        config = self.config
+        return step_exchanges(
+            trained=self.size.trained,
+            batch=config.train.global_batch_size,
+            width=self.size.width,
+            clusters=config.clustering.num_clusters,
+            mlm=config.loss.mlm_weight > 0,
+            teacher=self.teacher.width if self.teacher else 0,
+            negatives=_bank_negatives(config),
+            encoded_anew=config.clustering.refresh_rows,
+            counted=config.loss.bml_reduction == "false_negatives",
+        )
+
+
+@lru_cache(maxsize=64)  # with many shards, dealing those of every sampled batch takes seconds
+def _worker_flops(work: Workload, workers: int) -> float:
+    train, clusters, negatives = work.config.train, work.config.clustering.num_clusters, _bank_negatives(work.config)
+    encoder = busiest_worker(work.shard_flops_NS, work.rows_NS * work.tokens_NS, workers)
+    rows = train.global_batch_size / workers
+    taught = 2 * rows * train.global_batch_size * (work.teacher.width if work.teacher else 0)  # its scores
+    return encoder + objective_flops(rows, train.global_batch_size, work.size.width, clusters, negatives) + taught
+
+
+def _bank_negatives(config: Config) -> int | None:
+    clustering = config.clustering
+    return config.loss.bank_negatives if clustering.scope == "corpus" and clustering.num_clusters else None
+
+
+def workload(config: Config, sentences: int | None = None, prepared: Prepared | None = None) -> Workload:
+    """Size the encoder by its config.json, and read lengths from what is prepared; no weights are loaded.
+
+    Args:
+        sentences: of the corpus, in place of how many there are.
+        prepared: where the tokens are; looked for in the cache if not given.
+
+    Raises:
+        ConfigError: the encoder cannot be loaded, or does not fit the configuration.
+        DataError: there are fewer sentences than shards.
+    """
+    check_reachable(config)
+    config = complete(config)
+    size = model_size(config)
+    encoder = encoder_work(config)
+    store = TokenStore.open(prepared.tokens_dir) if prepared else find_tokens(config)
+    train = config.train
+    assumptions = []
+    if store is None:
+        rows_NS = np.full((1, train.shards), train.global_batch_size // train.shards)
+        tokens_NS = np.full_like(rows_NS, size.tokens_a_row)
+        assumptions.append(
+            f"Every row has {size.tokens_a_row} tokens, the most it may have, as the corpus is not prepared here: "
+            "`clusterns prepare` it to count with its own lengths."
+        )
+    else:
+        rows_NS, tokens_NS = sampled_batches(config, store)
+        mean = (rows_NS * tokens_NS).sum() / rows_NS.sum()
+        assumptions.append(
+            f"Rows are padded to {mean:.1f} tokens on average, as in {len(rows_NS)} batches of the prepared corpus."
+        )
+    count = sentences or (len(store) if store else None)
+    if count is None:
+        assumptions.append("The number of sentences is not known: prepare the corpus or give --sentences for epochs.")
+    else:
+        steps_per_epoch(count, train.global_batch_size, train.shards)
+        source = "--sentences" if sentences else "prepared"
+        on_disk = ""
+        if store is not None:
+            stored = sum(entry["size"] for entry in store.manifest["files"]) / len(store)
+            on_disk = f"; tokens and text take {stored:.0f} bytes each, {bytes_text(stored * count)}"
+        assumptions.append(f"{count:,} sentences ({source}){on_disk}.")
+    batches, evaluated, told = dev_batches(config, encoder, prepared)
+    assumptions += [told] if told else []
+    if config.encoder.denoise or config.encoder.second_prompt:
+        assumptions.append("Left out: template denoising, and what a second prompt is longer than the first.")
+    teacher = finished_work(config.loss.teacher) if config.loss.teacher else None
+    return Workload(config, size, encoder, teacher, rows_NS, tokens_NS, count, batches, evaluated, tuple(assumptions))
+
+
+def check_reachable(config: Config) -> None:
+    """Refuse an encoder of the hub that is not here while the hub does not answer: its client tries for a minute."""
+    from clusterns_ray.ops.doctor.hub import find_model
+
+    if local_model_config(resolve_model(config.encoder.name)) is None:
+        find_model(config.encoder.name, config.encoder.revision)
+
+
+def encoder_work(config: Config) -> EncoderWork:
+    """The matrices of the encoder, counted in one that has shapes and no values."""
+    encoder = config.encoder
+    work = finished_work(encoder.name, encoder.revision, encoder.num_layers, language_model=config.loss.mlm_weight > 0)
+    return replace(
+        work,
+        head=work.width**2 if encoder.head == "mlp" else 0,
+        cached=config.train.cache_chunk is not None,
+    )
+
+
+def finished_work(
+    name: str, revision: str | None = None, num_layers: int | None = None, *, language_model: bool = False
+) -> EncoderWork:
+    """The matrices of an encoder without a training head."""
+    import torch
+
+    from clusterns_ray.models.backbone import empty_model, load_config, masked_language_model_class
+
+    source = resolve_model(name)
+    shape = load_config(source, revision=revision, num_layers=num_layers)
+
+    def matrices(model: Any, pooler: bool = False) -> int:
+        return sum(
+            layer.weight.numel()
+            for name, layer in model.named_modules()
+            if isinstance(layer, torch.nn.Linear) and ("pooler" in name.split(".")) == pooler
+        )
+
+    with torch.device("meta"):
+        backbone = empty_model(shape, source)
+        linear, prediction = matrices(backbone), 0
+        if language_model:
+            auto = masked_language_model_class(shape, source)
+            prediction = matrices(empty_model(shape, source, auto)) - linear
+    return EncoderWork(
+        width=shape.hidden_size,
+        layers=shape.num_hidden_layers,
+        linear=linear,
+        embeddings=backbone.get_input_embeddings().weight.numel(),
+        pooler=matrices(backbone, pooler=True),
+        prediction=prediction,
+    )
+
+
+def find_tokens(config: Config) -> TokenStore | None:
+    """The prepared corpus of this configuration; None where it is not on this machine."""
+    try:
+        fingerprint = corpus_fingerprint(config, load_tokenizer(config))
+    except DataError:  # the corpus itself is elsewhere
+        return None
+    stores = (reuse_tokens(path, fingerprint) for path in sorted(cache_directory(config).glob("tokens-*")))
+    return next(filter(None, stores), None)
+
+
+def sampled_batches(config: Config, store: TokenStore) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and padded length of the shards of batches spread over the first epoch: int64 (N, S) each."""
+    train = config.train
+    order = BatchOrder(config.seed, len(store), train.global_batch_size, train.shards, config.data.order, store.lengths)
+    steps = np.unique(np.linspace(0, order.steps_per_epoch - 1, SAMPLED_STEPS).astype(int))
+    rows, tokens = [], []
+    for step in steps.tolist():
+        lengths_B = store.lengths(order.sample_ids(0, step))
+        pieces = cut_shards(lengths_B, train.shards)
+        rows.append([len(piece) for piece in pieces])
+        tokens.append([int(lengths_B[piece].max()) for piece in pieces])
+    return np.array(rows), np.array(tokens)
+
+
+def dev_batches(
+    config: Config, encoder: EncoderWork, prepared: Prepared | None
+) -> tuple[tuple[float, ...] | None, int, str]:
+    """FLOPs of each batch of the dev set, how many sentences it has, and what has to be said about them."""
+    from clusterns_ray.evaluation.sts import read_pairs
+    from clusterns_ray.models.encoder import LONGEST_ENCODED, length_batches, own_length
+    from clusterns_ray.models.pretrained import length_limit
+    from clusterns_ray.models.settings import read_settings
+    from clusterns_ray.models.tokenization import tokenize
+
+    if config.evaluation.sts is None:
+        return None, 0, ""
+    directory = dev_directory(config, prepared)
+    if directory is None:
+        return None, 0, "The dev set is not here yet, so its evaluation is left out: `clusterns prepare` makes it."
+    sentences = read_pairs(directory, config.evaluation.dev).sentences()
+    tokenizer = load_tokenizer(config)
+    own = read_settings(resolve_model(config.encoder.name), revision=config.encoder.revision)
+    most = own_length(own, tokenizer, config.encoder.name) or LONGEST_ENCODED
+    limit = min(most, length_limit(tokenizer.model_max_length) or most)
+    lengths = [len(ids) for ids in tokenize(sentences, tokenizer, limit, config.encoder.prompt)[0]]
+    flops = [
+        float(encoder.encode(len(rows), max(lengths[row] for row in rows)))
+        for rows in length_batches(lengths, EVALUATION_BATCH)
+    ]
+    every = config.evaluation.every_steps
+    return tuple(flops), len(sentences), f"{config.evaluation.dev} ({len(sentences):,} sentences) every {every} steps."
+
+
+def dev_directory(config: Config, prepared: Prepared | None) -> str | Path | None:
+    """Where the dev set's file is, if it is on this machine."""
+    sts = config.evaluation.sts
+    if prepared is not None:
+        return prepared.sts_dir
+    if sts in (None, "structure"):
+        return None
+    directory = cache_directory(config) / "sts-hub" if sts == "hf" else Path(sts).expanduser()
+    return directory if (directory / f"{config.evaluation.dev}.jsonl").is_file() else None

@@ -1,0 +1,90 @@
+"""Where the rows of a global batch are computed, and how they come back into one order.
+
+A batch is sorted by length and cut into shards; shards are dealt to workers. Rows are numbered by shard, which
+does not depend on the number of workers: that numbering is the *canonical* order of a batch, in which its keys
+are scored, its first centroid is drawn, and its sums are taken.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clusterns_ray import distributed
+from clusterns_ray.data.sampler import cut_shards, deal_shards
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A tensor on ``device``; the host does not wait for the copy."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One global batch on one worker."""
+
+    rows_B: np.ndarray
+    """int64 row numbers of the corpus, in canonical order"""
+    starts: np.ndarray
+    """canonical number of each shard's first row, and B at the end"""
+    hands: list[list[int]]
+    """the shards of each worker"""
+    rank: int
+
+    @property
+    def size(self) -> int:
+        """B, rows of the global batch."""
+        return len(self.rows_B)
+
+    def shard_rows(self, shard: int) -> np.ndarray:
+        return self.rows_B[self.starts[shard] : self.starts[shard + 1]]
+
+    def canonical(self, rank: int) -> np.ndarray:
+        """Canonical numbers of the rows of one worker, in the order in which it computes them."""
+        parts = [np.arange(self.starts[shard], self.starts[shard + 1]) for shard in self.hands[rank]]
+        return np.concatenate(parts)
+
+    def positive_b(self, device: torch.device) -> Tensor:
+        """int64: the column of each local row's positive, which is its own canonical number."""
+        return to_device(self.canonical(self.rank), device)
+
+    def gather(self, local: Tensor) -> Tensor:
+        """The rows of all workers in canonical order: ``(b, ...) -> (B, ...)``; gradients flow back."""
+        if len(self.hands) == 1:
+            return local  # One worker computes its shards in canonical order.
+        counts = [len(self.canonical(rank)) for rank in range(len(self.hands))]
+        longest = max(counts)
+        if len(local) < longest:  # Workers' shares of an epoch's last, odd batch may differ by a few rows.
+            local = torch.cat([local, local.new_zeros(longest - len(local), *local.shape[1:])])
+        source = np.empty(self.size, dtype=np.int64)
+        for rank, count in enumerate(counts):
+            source[self.canonical(rank)] = rank * longest + np.arange(count)
+        gathered = distributed.all_gather_rows(local)
+        return gathered.index_select(0, to_device(source, local.device))
+
+
+def lay_out(
+    rows: np.ndarray, lengths: np.ndarray, shards: int, *, rank: int | None = None, workers: int | None = None
+) -> Layout:
+    """Cut a global batch into shards and deal them to the workers, balancing tokens.
+
+    Args:
+        rows: int64 row numbers of the corpus (B).
+        lengths: tokens of each of these rows (B).
+        rank, workers: this process's, unless given.
+    """
+    pieces = cut_shards(lengths, shards)
+    sizes = [len(piece) for piece in pieces]
+    # What a shard costs is what it is padded to, or hardly less where it is packed.
+    padded = [len(piece) * int(lengths[piece].max()) for piece in pieces]
+    workers = distributed.world_size() if workers is None else workers
+    return Layout(
+        rows_B=np.asarray(rows)[np.concatenate(pieces)],
+        starts=np.concatenate([[0], np.cumsum(sizes)]),
+        hands=deal_shards(padded, workers),
+        rank=distributed.rank() if rank is None else rank,
+    )

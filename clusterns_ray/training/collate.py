@@ -1,0 +1,90 @@
+"""Rows of the global batch as tensors: a shard is what one forward pass reads.
+
+Shape suffixes: B rows of the shard, T tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clusterns_ray.config import Config
+from clusterns_ray.data.sampler import stream_key
+from clusterns_ray.data.token_store import TokenStore
+from clusterns_ray.models.encoder import pad
+from clusterns_ray.models.tokenization import prompt_frame, reframe
+from clusterns_ray.training.batch_layout import Layout, to_device
+from clusterns_ray.training.mlm import mask_tokens
+
+
+class Shard(NamedTuple):
+    """The unit of padding, of randomness and of distribution."""
+
+    input_ids_BT: Tensor
+    attention_mask_BT: Tensor
+    dropout_keys: tuple[int, int, int]
+    """seed the dropout of both views (the first, where they are one batch) and of the masked copy, so that it does not
+    depend on which worker computes the shard, nor after what"""
+    second: tuple[Tensor, Tensor] | None = None
+    """ids and mask of the second view, where it has a prompt of its own"""
+    masked: tuple[Tensor, Tensor] | None = None
+    """ids with masked tokens and their labels, for masked language modelling"""
+
+
+class ShardReader:
+    """Reads a shard of a step: tokens of both views, and the streams of random numbers that are its own."""
+
+    def __init__(self, config: Config, tokens: TokenStore, tokenizer: Any, device: torch.device):
+        self.config, self.tokens, self.tokenizer, self.device = config, tokens, tokenizer, device
+        prompts = (config.encoder.prompt, config.encoder.second_prompt)
+        self.frames = [prompt_frame(prompt, tokenizer) for prompt in prompts if prompt]
+
+    def __call__(self, layout: Layout, shard: int, step: int) -> Shard:
+        seed = self.config.seed
+        input_ids, mask = self.tokens.tokens(layout.shard_rows(shard), self.tokenizer.pad_token_id or 0)
+        second = self.second_view(input_ids, mask) if self.config.encoder.second_prompt else None
+        masked = None
+        if self.config.loss.mlm_weight:
+            masked = self.masked_copy(input_ids, stream_key("mlm", seed, step, shard))
+        dropout = ("dropout", seed, step, shard)
+        return Shard(
+            to_device(input_ids, self.device),
+            to_device(mask, self.device),
+            (stream_key(*dropout), stream_key(*dropout, "second"), stream_key(*dropout, "mlm")),
+            second,
+            masked,
+        )
+
+    def second_view(self, input_ids: np.ndarray, mask: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Ids and mask of the same sentences in the second prompt."""
+        rows = zip(input_ids.tolist(), mask.sum(axis=1).tolist())
+        framed = [reframe(row[:length], self.frames[0], self.frames[1]) for row, length in rows]
+        ids_BT, mask_BT = pad(framed, self.tokenizer.pad_token_id)
+        return to_device(ids_BT.numpy(), self.device), to_device(mask_BT.numpy(), self.device)
+
+    def masked_copy(self, input_ids: np.ndarray, key: int) -> tuple[Tensor, Tensor]:
+        """Ids with masked tokens, and their labels."""
+        ids_BT, labels_BT = mask_tokens(
+            torch.from_numpy(input_ids),
+            self.config.loss.mlm_probability,
+            mask_id=self.tokenizer.mask_token_id,
+            vocabulary=len(self.tokenizer),
+            kept_ids=self.tokenizer.all_special_ids,
+            generator=torch.Generator().manual_seed(key),
+        )
+        return to_device(ids_BT.numpy(), self.device), to_device(labels_BT.numpy(), self.device)
+
+    def dummy(self) -> Shard:
+        """A shard of one row that exercises every part of the model, and whose values mean nothing."""
+        prompts = [[*before, *after] for before, after in self.frames] or [[self.tokenizer.cls_token_id or 0] * 4]
+        ids = [torch.tensor([prompt], device=self.device) for prompt in prompts]
+        views = [(ids_BT, torch.ones_like(ids_BT)) for ids_BT in ids]
+        return Shard(
+            *views[0],
+            (0, 0, 0),
+            views[1] if self.config.encoder.second_prompt else None,
+            (ids[0], ids[0]) if self.config.loss.mlm_weight else None,
+        )

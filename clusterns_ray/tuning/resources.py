@@ -1,0 +1,59 @@
+"""The Ray cluster under a sweep: started here or joined, and refused when it can never run a trial."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import ray
+
+from clusterns_ray.errors import ConfigError
+from clusterns_ray.launch.capacity import worker_resources
+from clusterns_ray.launch.ray_cluster import check_workers, connect
+from clusterns_ray.tuning.study import Study
+
+HEAD = {"node:__internal_head__": 0.001}
+"""Where the process of a trial that only waits for its workers belongs: on the node that is there to stay."""
+
+
+@contextmanager
+def cluster(study: Study, note: Callable[[str], None], *, begun: bool) -> Iterator[bool]:
+    """Join the cluster that RAY_ADDRESS names, else start Ray on this machine; leave it as it was found.
+
+    Args:
+        begun: whether the study has trials already.
+
+    Yields:
+        Whether each worker takes a GPU.
+
+    Raises:
+        ConfigError: a trial can never run there, or whether it takes a GPU is not known.
+        ClusterNSError: nothing answers at RAY_ADDRESS.
+    """
+    config = study.config
+    needed = config.concurrent_trials * max(config.workers_per_trial, 1) * study.base.runtime.cpus_per_worker
+    # Trials with workers of their own are watched through the State API, which the dashboard serves.
+    with connect(needed, note, dashboard=bool(config.workers_per_trial)):
+        use_gpu = check_workers(study.base.runtime, max(config.workers_per_trial, 1), "trial", begun=begun, note=note)
+        if config.workers_per_trial:
+            check_state_api()
+        yield use_gpu
+
+
+def trial_resources(study: Study, use_gpu: bool) -> dict[str, float]:
+    """What the process of a trial needs: all, or nothing but a place on the head where it has workers."""
+    return HEAD if study.config.workers_per_trial else worker_resources(study.base.runtime.cpus_per_worker, use_gpu)
+
+
+def check_state_api() -> None:
+    """Whether Ray's State API answers: without it the workers of a trial that is stopped may stay for ever."""
+    from ray.util.state import list_nodes
+
+    try:
+        # By address, as another Ray may run on this machine.
+        list_nodes(address=ray.get_runtime_context().gcs_address, limit=1, timeout=20)
+    except Exception as error:
+        raise ConfigError(
+            f"Ray's State API does not answer ({' '.join(str(error).split())[:200]}), and trials with workers of their "
+            'own need it. Install "ray[default]" and start the head with its dashboard, or set workers_per_trial to 0.'
+        ) from None
