@@ -75,14 +75,14 @@ def train(config: ConfigFile, set: Overrides = None) -> None:
     """Train an encoder on plain sentences, or resume a run of that name."""
     with readable_errors("from the newest checkpoint"):
         from clusterns_ray.config import load_config
-        from clusterns_ray.console.training import outcome_lines, progress_watch
+        from clusterns_ray.console.training import outcome_lines, training_view
         from clusterns_ray.launch.trainer import train as run_training
 
-        watch = progress_watch()
+        on_event = training_view()
         try:
-            result = run_training(load_config(config, set or ()), watch)
+            result = run_training(load_config(config, set or ()), on_event)
         finally:
-            watch.close()
+            on_event.close()
         for line in outcome_lines(result):
             typer.echo(line)
         typer.echo(f"Wrote {result['model']}")
@@ -93,11 +93,11 @@ def prepare(config: ConfigFile, set: Overrides = None) -> None:
     """Tokenise the corpus, and make the structure-graded dev set where the configuration asks for one."""
     with readable_errors():
         from clusterns_ray.config import load_config
-        from clusterns_ray.console.training import progress_watch
+        from clusterns_ray.console.training import training_view
         from clusterns_ray.data import prepare as data
         from clusterns_ray.launch.preflight import check_data, check_encoder, check_storage
 
-        watch = progress_watch()
+        on_event = training_view()
         settings = load_config(config, set or ())
         check_data(settings)
         settings = check_encoder(settings)
@@ -105,11 +105,11 @@ def prepare(config: ConfigFile, set: Overrides = None) -> None:
         try:
             prepared = data.prepare(
                 settings,
-                lambda text: watch({"event": "note", "text": text}),
-                lambda rows: watch({"event": "tokenised", "rows": rows}),
+                lambda text: on_event({"event": "note", "text": text}),
+                lambda rows: on_event({"event": "tokenised", "rows": rows}),
             )
         finally:
-            watch.close()
+            on_event.close()
         typer.echo(data.describe(prepared.manifest))
         if settings.evaluation.sts == "structure":
             typer.echo(f"Wrote {prepared.sts_dir}/STRUCTURE/dev.jsonl (graded by document structure, not by people)")
@@ -148,14 +148,14 @@ def tune(
             typer.echo(f"Wrote {path}")
             return
 
-        from clusterns_ray.console.study import render_result, study_watch
+        from clusterns_ray.console.study import render_result, study_view
         from clusterns_ray.tuning.sweep import tune as run_study
 
-        watch = study_watch(request)
+        on_event = study_view(request)
         try:
-            result = run_study(request, watch)
+            result = run_study(request, on_event)
         finally:
-            watch.close()
+            on_event.close()
         for text in render_result(result):
             typer.echo(text)
         from clusterns_ray.report.study import write_study_report
@@ -207,7 +207,7 @@ def evaluate(
     """Score encoders: the seven STS tests, transfer tasks, clustering, geometry; several models give one table."""
     with readable_errors():
         from clusterns_ray.console.evaluation import render
-        from clusterns_ray.console.training import progress_watch
+        from clusterns_ray.console.training import training_view
         from clusterns_ray.evaluation.suite import Suite, check_suite, evaluate_models
         from clusterns_ray.io.files import check_writable, json_text
         from clusterns_ray.io.object_store import is_url, split_url, write_text
@@ -226,16 +226,16 @@ def evaluate(
             check_store("--json", split_url(json_file)[0])
         elif json_file is not None:
             check_writable(Path(json_file), "--json")
-        watch = progress_watch()
+        on_event = training_view()
         for model in (*models, *((against,) if against else ())):
-            resolve_model(model, lambda text: watch({"event": "note", "text": text}))
+            resolve_model(model, lambda text: on_event({"event": "note", "text": text}))
         result = evaluate_models(
             models,
             request,
             pooling=pooling,
             max_length=max_length,
             against=against,
-            note=lambda text: watch({"event": "note", "text": text}),
+            note=lambda text: on_event({"event": "note", "text": text}),
         )
         render(result)
         if json_file is not None:
@@ -265,16 +265,16 @@ def encode(
 ) -> None:
     """Write sentences and their embeddings to a parquet file, or go on with it where a killed command was."""
     with readable_errors("behind the parts that are done"):
-        from clusterns_ray.console.encoding import encode_watch
+        from clusterns_ray.console.encoding import encoding_view
         from clusterns_ray.inference.distributed_encode import encode as run_encoding
         from clusterns_ray.io.paths import CORPORA, check_path
         from clusterns_ray.models.resolve import resolve_model
 
         files = [check_path("FILE", file, CORPORA) for file in files]
         output = Path(check_path("--output", output, ()))
-        watch = encode_watch()
+        on_event = encoding_view()
         try:
-            resolve_model(model, lambda text: watch({"event": "note", "text": text}))
+            resolve_model(model, lambda text: on_event({"event": "note", "text": text}))
             result = run_encoding(
                 model,
                 files,
@@ -288,10 +288,10 @@ def encode(
                 max_length=max_length,
                 normalize=normalize,
                 overwrite=overwrite,
-                watch=watch,
+                on_event=on_event,
             )
         finally:
-            watch.close()
+            on_event.close()
         done = "Found, and left as it is:" if result.reused else "Wrote"
         typer.echo(f"{done} {result.path} ({result.rows:,} sentences, {result.width} values each)")
 
@@ -312,7 +312,7 @@ def search(
 ) -> None:
     """Find the sentences of a corpus most similar to a query; the first time, index it."""
     with readable_errors("behind the parts that are done"):
-        from clusterns_ray.console.encoding import encode_watch
+        from clusterns_ray.console.encoding import encoding_view
         from clusterns_ray.inference.search import SemanticIndex, check_k, check_queries, hits_as_json, hits_as_text
         from clusterns_ray.io.paths import CORPORA, check_path
         from clusterns_ray.models.resolve import resolve_model
@@ -321,14 +321,14 @@ def search(
         index = index and Path(check_path("--index", index, ()))
         check_queries(queries)
         check_k(k)
-        watch = encode_watch(sys.stderr)
+        on_event = encoding_view(sys.stderr)
         try:
-            resolve_model(model, lambda text: watch({"event": "note", "text": text}))
+            resolve_model(model, lambda text: on_event({"event": "note", "text": text}))
             found = SemanticIndex.build(
-                model, corpus, index, text_column=text_column, limit=limit, rebuild=rebuild, watch=watch
+                model, corpus, index, text_column=text_column, limit=limit, rebuild=rebuild, on_event=on_event
             ).search(queries, k)
         finally:
-            watch.close()
+            on_event.close()
         for query, hits in zip(queries, found):
             typer.echo((hits_as_json if as_json else hits_as_text)(query, hits))
 
@@ -383,7 +383,7 @@ def plan(
     with readable_errors():
         from clusterns_ray.config import load_config
         from clusterns_ray.console.plan import render
-        from clusterns_ray.console.training import progress_watch
+        from clusterns_ray.console.training import training_view
         from clusterns_ray.io.files import check_writable, write_json
         from clusterns_ray.io.paths import check_path
         from clusterns_ray.ops.plan.predict import plan_for
@@ -391,7 +391,7 @@ def plan(
         json_file = json_file and Path(check_path("--json", json_file, ()))
         if json_file is not None:
             check_writable(json_file, "--json")
-        watch = progress_watch()
+        on_event = training_view()
         try:
             found = plan_for(
                 load_config(config, set or ()),
@@ -403,10 +403,10 @@ def plan(
                 sentences=sentences,
                 price=price,
                 cores=cores,
-                watch=watch,
+                on_event=on_event,
             )
         finally:
-            watch.close()
+            on_event.close()
         render(found)
         if json_file is not None:
             write_json(json_file, found)

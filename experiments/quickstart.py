@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from clusterns_ray import Encoder, load_config, train
-from clusterns_ray.console.training import progress_watch
+from clusterns_ray.console.training import training_view
 from clusterns_ray.data.prepare import prepare
 from clusterns_ray.data.token_store import TokenStore
 from clusterns_ray.errors import ClusterNSError
@@ -25,11 +25,11 @@ SENTENCES = 6000
 
 def main(overrides: list[str]) -> None:
     config = load_config(Path(__file__).with_suffix(".yaml"), overrides)
-    watch = progress_watch()
+    on_event = training_view()
     try:
-        result = train(config, watch)
+        result = train(config, on_event)
     finally:
-        watch.close()
+        on_event.close()
     store = TokenStore.open(prepare(config).tokens_dir)
     rows = np.random.default_rng(config.seed).permutation(len(store))[:SENTENCES]
     sentences = list(dict.fromkeys(store.texts(rows)))

@@ -13,7 +13,7 @@ import optuna
 from optuna.trial import FrozenTrial
 from ray_runs import Command, Outcome, start_command
 
-from clusterns_ray.tuning.optuna_study import read_ledger
+from clusterns_ray.tuning.optuna_study import read_optuna_study
 
 
 @dataclass
@@ -42,7 +42,7 @@ class StudyRun:
         return json.loads((self.directory / "result.json").read_text())
 
     def study(self) -> optuna.Study:
-        return read_ledger(self.directory)
+        return read_optuna_study(self.directory)
 
     def trials(self) -> list[FrozenTrial]:
         return self.study().get_trials(deepcopy=False)

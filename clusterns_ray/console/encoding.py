@@ -12,8 +12,8 @@ EVERY_S = 5.0
 DOING = {"encoded": "encoding", "indexed": "indexing"}
 
 
-def encode_watch(stream: TextIO | None = None) -> Lines | Bar:
-    """A ``watch`` that writes to ``stream`` (stdout if not given)."""
+def encoding_view(stream: TextIO | None = None) -> Lines | Bar:
+    """An ``on_event`` callback that writes to ``stream`` (stdout if not given)."""
     where: TextIO = sys.stdout if stream is None else stream
     return Bar(where) if where.isatty() else Lines(where)
 

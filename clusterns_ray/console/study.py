@@ -157,8 +157,8 @@ def show_values(values: Mapping[str, Any]) -> str:
     return "  ".join(f"{key.rpartition('.')[2]} {show_value(value)}" for key, value in values.items())
 
 
-def study_watch(study: Study):
-    """A ``watch`` for this process: :class:`LiveTable` if stdout is a terminal, else :class:`Lines`."""
+def study_view(study: Study):
+    """An ``on_event`` callback for this process: :class:`LiveTable` if stdout is a terminal, else :class:`Lines`."""
     return LiveTable(study) if sys.stdout.isatty() else Lines()
 
 
@@ -277,7 +277,7 @@ def show_status(study: Study) -> None:
     from rich.console import Console
 
     from clusterns_ray.io.object_store import reading_place
-    from clusterns_ray.tuning.optuna_study import read_ledger
+    from clusterns_ray.tuning.optuna_study import read_optuna_study
     from clusterns_ray.tuning.snapshot import FILES
 
     console, store = Console(highlight=False), study.home.store
@@ -293,7 +293,7 @@ def show_status(study: Study) -> None:
             here.fetch_files(leave_out=(".html", ".parquet"))
             console.print(f"As of the snapshot of {datetime.fromtimestamp(newest):%H:%M:%S} in {store.address}.")
     # The seconds that a sweep holds the study's file for are few.
-    progress = read_progress(study, read_ledger(here.local, study.config.name))
+    progress = read_progress(study, read_optuna_study(here.local, study.config.name))
     console.print(render(progress))
     confirming = [name for name in names if name.startswith("confirmation/") and name.endswith("/result.json")]
     base = sum(name.startswith("confirmation/base-") for name in confirming)

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 
-def progress_watch():
-    """A ``watch`` for this process: :class:`Bar` if stdout is a terminal, else :class:`Lines`."""
+def training_view():
+    """An ``on_event`` callback for this process: :class:`Bar` if stdout is a terminal, else :class:`Lines`."""
     return Bar() if sys.stdout.isatty() else Lines()
 
 

@@ -250,7 +250,7 @@ def cut_shards(lengths_B: np.ndarray, shards: int) -> list[np.ndarray]:
     return np.array_split(np.argsort(lengths_B, kind="stable"), shards)
 
 
-def deal_shards(lengths_per_shard: Sequence[int] | np.ndarray, workers: int) -> list[list[int]]:
+def assign_shards(lengths_per_shard: Sequence[int] | np.ndarray, workers: int) -> list[list[int]]:
     """Deal shards to workers, the same number to each, so that their tokens are about even.
 
     The heaviest shard left goes to the lightest worker that still has room; ties go to the lower number.
@@ -270,11 +270,11 @@ def deal_shards(lengths_per_shard: Sequence[int] | np.ndarray, workers: int) -> 
             f"{shards} shards cannot be dealt to {workers} workers, as each must get the same number; make "
             "the number of shards a multiple of the number of workers"
         )
-    hands: list[list[int]] = [[] for _ in range(workers)]
+    shards_by_rank: list[list[int]] = [[] for _ in range(workers)]
     lightest = [(0, worker) for worker in range(workers)]
     for shard in sorted(range(shards), key=lambda shard: -int(lengths_per_shard[shard])):
         load, worker = heapq.heappop(lightest)
-        hands[worker].append(shard)
-        if len(hands[worker]) < shards // workers:
+        shards_by_rank[worker].append(shard)
+        if len(shards_by_rank[worker]) < shards // workers:
             heapq.heappush(lightest, (load + int(lengths_per_shard[shard]), worker))
-    return [sorted(hand) for hand in hands]
+    return [sorted(its_shards) for its_shards in shards_by_rank]

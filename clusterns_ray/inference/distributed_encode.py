@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from clusterns_ray.config import MAX_WORKERS
 from clusterns_ray.errors import ClusterNSError, ConfigError
-from clusterns_ray.inference.encode import Encoded, Part, Tell, Watch, encode_files
+from clusterns_ray.inference.encode import Encoded, OnEvent, Part, Tell, encode_files
 from clusterns_ray.launch.capacity import check_room
 from clusterns_ray.launch.ray_cluster import check_ray_directory, cluster_capacity, connect
 
@@ -37,7 +37,7 @@ def encode(
     out: str | Path,
     *,
     workers: int = 0,
-    watch: Watch = lambda event: None,
+    on_event: OnEvent = lambda event: None,
     **settings: Any,
 ) -> Encoded:
     """Write sentences and their embeddings to a parquet file; see ``embeddings.encode_files``.
@@ -53,14 +53,19 @@ def encode(
     if not 0 <= workers <= MAX_WORKERS:
         raise ConfigError(f"--workers is {workers}; it must be 0, for this process, or up to {MAX_WORKERS:,}.")
     if workers == 0:
-        return encode_files(model, files, out, watch=watch, **settings)
+        return encode_files(model, files, out, on_event=on_event, **settings)
     check_ray_directory()
 
     def note(text: str) -> None:
-        watch({"event": "note", "text": text})
+        on_event({"event": "note", "text": text})
 
     return encode_files(
-        model, files, out, watch=watch, encode_parts=partial(encode_on_ray, workers=workers, note=note), **settings
+        model,
+        files,
+        out,
+        on_event=on_event,
+        encode_parts=partial(encode_on_ray, workers=workers, note=note),
+        **settings,
     )
 
 

@@ -56,7 +56,7 @@ EncodeParts = Callable[["Encoder", Iterable[Part], int, Tell], Iterator[tuple[in
 """From an encoder, parts and the batch size to ``(number, sentences, float32 (N, D))`` of each part, in any order; may
 tell how many sentences of a part are done."""
 
-Watch = Callable[[dict[str, Any]], None]
+OnEvent = Callable[[dict[str, Any]], None]
 """Told ``{"event": "note", "text"}`` and ``{"event": "encoded", "rows", "total", "sentences_per_second",
 "seconds_left"}``, where ``total`` and ``seconds_left`` are None if it is not known how many sentences there are."""
 
@@ -86,7 +86,7 @@ def encode_files(
     overwrite: bool = False,
     rows_per_part: int = ROWS_PER_PART,
     encode_parts: EncodeParts | None = None,
-    watch: Watch = lambda event: None,
+    on_event: OnEvent = lambda event: None,
 ) -> Encoded:
     """Write the sentences of ``files`` and their embeddings to the parquet file ``out``, in the order read.
 
@@ -149,7 +149,7 @@ def encode_files(
         return finished
     plan = {"request": request, "rows_per_part": rows_per_part, "versions": _versions()}
     _check_parts(parts_dir, plan, overwrite)
-    total = _count(files, sources, text_column, limit, watch)
+    total = _count(files, sources, text_column, limit, on_event)
 
     from clusterns_ray.models.encoder import Encoder
 
@@ -160,9 +160,11 @@ def encode_files(
             finished = found()  # another process may have been quicker
             if finished:
                 return finished
-            _claim(parts_dir, plan, overwrite, watch)
+            _claim(parts_dir, plan, overwrite, on_event)
             try:
-                return _encode(encoder, model, files, out, parts_dir, plan, total, encode_parts or encode_here, watch)
+                return _encode(
+                    encoder, model, files, out, parts_dir, plan, total, encode_parts or encode_here, on_event
+                )
             except BaseException:
                 if not _has_parts(parts_dir):  # so that nothing of a request that came to nothing stays
                     _remove(parts_dir)
@@ -294,12 +296,12 @@ def _check_parts(parts_dir: Path, plan: dict[str, Any], overwrite: bool) -> None
         )
 
 
-def _claim(parts_dir: Path, plan: dict[str, Any], overwrite: bool, watch: Watch) -> None:
+def _claim(parts_dir: Path, plan: dict[str, Any], overwrite: bool, on_event: OnEvent) -> None:
     """Make the directory of parts ours: of this plan, without what a killed process left half written."""
     _check_parts(parts_dir, plan, overwrite)
     saved = _read_plan(parts_dir)
     if saved is not None and saved != plan and _has_parts(parts_dir):
-        watch({"event": "note", "text": f"Discarding the parts in {parts_dir}, which another request made."})
+        on_event({"event": "note", "text": f"Discarding the parts in {parts_dir}, which another request made."})
     for path in parts_dir.iterdir():
         if path.name != ".lock" and (saved != plan or path.name.startswith(".")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -320,7 +322,7 @@ def _remove(parts_dir: Path) -> None:
 
 
 def _count(
-    files: str | Sequence[str], sources: Sequence[Source], text_column: str, limit: int | None, watch: Watch
+    files: str | Sequence[str], sources: Sequence[Source], text_column: str, limit: int | None, on_event: OnEvent
 ) -> int | None:
     """How many sentences there are, so that the time left is known, and a malformed file before the work begins.
 
@@ -328,14 +330,14 @@ def _count(
     """
     if any("://" in source.path for source in sources):
         return limit
-    watch({"event": "note", "text": f"Counting the sentences of {_names(files)}"})
+    on_event({"event": "note", "text": f"Counting the sentences of {_names(files)}"})
     counts = ReadCounts()
     total = sum(1 for _ in read_sentences(files, text_column=text_column, limit=limit, counts=counts))
     if not total:
         raise DataError(f"{_names(files)}: no sentence in {counts.rows:,} rows, so there is nothing to encode.")
     empty = f"; {counts.empty:,} empty rows skipped" if counts.empty else ""
     cut = f"; {counts.cut:,} over-long rows cut" if counts.cut else ""
-    watch({"event": "note", "text": f"{total:,} sentences{empty}{cut}"})
+    on_event({"event": "note", "text": f"{total:,} sentences{empty}{cut}"})
     return total
 
 
@@ -352,7 +354,7 @@ def _encode(
     plan: dict[str, Any],
     total: int | None,
     encode_parts: EncodeParts,
-    watch: Watch,
+    on_event: OnEvent,
 ) -> Encoded:
     request = plan["request"]
     width, unit = encoder.width, bool(encoder.normalize or request["normalize"])
@@ -369,7 +371,7 @@ def _encode(
     }
     schema = embedding_schema(width, request["dtype"], info)
     sentences = read_sentences(files, text_column=request["text_column"], limit=request["limit"], counts=ReadCounts())
-    progress = _Progress(total, watch)
+    progress = _Progress(total, on_event)
     parts = 0
 
     def missing() -> Iterator[Part]:
@@ -389,7 +391,7 @@ def _encode(
             progress.encoded(len(texts))
     if not parts:
         raise DataError(f"{_names(files)}: there is no sentence to encode.")
-    watch({"event": "note", "text": f"Joining {parts:,} parts"})
+    on_event({"event": "note", "text": f"Joining {parts:,} parts"})
     with replacing(out, parts_dir) as path:  # where a kill's leftovers are cleared away
         write_tables(path, (_read_part(_part_path(parts_dir, number)) for number in range(parts)), schema)
     _remove(parts_dir)
@@ -451,8 +453,8 @@ def _holds(path: Path, texts: list[str], schema: pa.Schema) -> bool:
 class _Progress:
     """Counts, and tells of them."""
 
-    def __init__(self, total: int | None, watch: Watch):
-        self.total, self.watch = total, watch
+    def __init__(self, total: int | None, on_event: OnEvent):
+        self.total, self.on_event = total, on_event
         self.rows = self.new = 0
         self.started = time.monotonic()
 
@@ -472,7 +474,7 @@ class _Progress:
         rows, speed = self.rows + working, (self.new + working) / max(time.monotonic() - self.started, 1e-9)
         left = (self.total - rows) / speed if self.total and speed else None
         event = {"rows": rows, "total": self.total, "sentences_per_second": speed, "seconds_left": left}
-        self.watch({"event": "encoded", **event})
+        self.on_event({"event": "encoded", **event})
 
 
 @contextmanager

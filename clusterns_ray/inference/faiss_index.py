@@ -19,7 +19,7 @@ import numpy as np
 
 from clusterns_ray.errors import ConfigError
 from clusterns_ray.inference.embedding_file import EmbeddingFile
-from clusterns_ray.inference.encode import Watch, replacing, unit_rows
+from clusterns_ray.inference.encode import OnEvent, replacing, unit_rows
 from clusterns_ray.io.files import sha256
 
 FLAT_ROWS = 100_000
@@ -38,7 +38,7 @@ RECALL_K = 10
 SEED = 0
 
 
-def build_index(file: EmbeddingFile, folder: Path, watch: Watch = lambda event: None) -> dict[str, Any]:
+def build_index(file: EmbeddingFile, folder: Path, on_event: OnEvent = lambda event: None) -> dict[str, Any]:
     """Write the index files of all embeddings to ``folder``; no more than a shard of them is held in memory.
 
     Returns:
@@ -52,14 +52,14 @@ def build_index(file: EmbeddingFile, folder: Path, watch: Watch = lambda event: 
     common = {"rows": rows, "width": width}
     if rows <= FLAT_ROWS:
         index = faiss.IndexFlatIP(width)
-        for n_BD in _unit_blocks(file, watch):
+        for n_BD in _unit_blocks(file, on_event):
             index.add(n_BD)
         files = [_save(index, folder, 0)]
         info = {"kind": "flat", **common, "bytes_per_embedding": 4 * width, "files": files}
         return {**info, "sha256": _digests(files, folder)}
 
     def note(text: str) -> None:
-        watch({"event": "note", "text": text})
+        on_event({"event": "note", "text": text})
 
     lists = round(4 * math.sqrt(rows))
     draw = np.random.default_rng(SEED)
@@ -72,7 +72,7 @@ def build_index(file: EmbeddingFile, folder: Path, watch: Watch = lambda event: 
     index.train(sample_SD)
     del sample_SD
     files, start = [_save(index, folder, 0)], 0
-    for n_BD in _unit_blocks(file, watch):
+    for n_BD in _unit_blocks(file, on_event):
         index.add_with_ids(n_BD, np.arange(start, start + len(n_BD)))
         start += len(n_BD)
         if index.ntotal >= SHARD_ROWS or start == rows:
@@ -95,12 +95,12 @@ def _empty_ivf(width: int, lists: int) -> Any:
     )
 
 
-def _unit_blocks(file: EmbeddingFile, watch: Watch = lambda event: None) -> Iterator[np.ndarray]:
+def _unit_blocks(file: EmbeddingFile, on_event: OnEvent = lambda event: None) -> Iterator[np.ndarray]:
     done = 0
     for z_BD in file.blocks():
         yield unit_rows(z_BD)
         done += len(z_BD)
-        watch({"event": "indexed", "rows": done, "total": len(file)})
+        on_event({"event": "indexed", "rows": done, "total": len(file)})
 
 
 def _save(index: Any, folder: Path, number: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from clusterns_ray.data.corpus import ReadCounts, list_sources, read_sentences
 from clusterns_ray.errors import ConfigError, DataError
 from clusterns_ray.inference.embedding_file import EmbeddingFile, read_info
 from clusterns_ray.inference.encode import (
-    Watch,
+    OnEvent,
     check_settings,
     describe_changes,
     encode_files,
@@ -106,7 +106,7 @@ class SemanticIndex:
         pooling: str | None = None,
         max_length: int | None = None,
         rebuild: bool = False,
-        watch: Watch = lambda event: None,
+        on_event: OnEvent = lambda event: None,
     ) -> SemanticIndex:
         """Index a corpus, or find the index that was built before, if corpus, model and settings are the same.
 
@@ -115,7 +115,8 @@ class SemanticIndex:
             directory: of the index; :func:`default_directory` if not given. There an outdated index is replaced; in a
                 directory that was named, one of another model is not, unless ``rebuild``.
             rebuild: build the index anew; embeddings that are up to date are kept.
-            watch: told what is done, as of ``embeddings.encode_files``, and ``{"event": "indexed", "rows", "total"}``.
+            on_event: called with what ``encode_files`` reports, and with
+                ``{"event": "indexed", "rows", "total"}``.
 
         Raises:
             ConfigError, DataError: the request cannot work, faiss is missing, or ``directory`` is not ours.
@@ -138,7 +139,7 @@ class SemanticIndex:
         _check_directory(folder)
 
         def note(text: str) -> None:
-            watch({"event": "note", "text": text})
+            on_event({"event": "note", "text": text})
 
         def up_to_date() -> bool:
             saved = _read_manifest(folder)
@@ -154,7 +155,7 @@ class SemanticIndex:
                 if not up_to_date():  # another process may have been quicker
                     note(_why(folder, request))
                     try:
-                        _build(model, corpus, embeddings, request, settings, folder, watch)
+                        _build(model, corpus, embeddings, request, settings, folder, on_event)
                     except OSError as error:
                         remedy = "Then give the same command again: it goes on."
                         raise storage_error(error, folder, remedy) or error from error
@@ -327,19 +328,19 @@ def _build(
     request: dict[str, Any],
     settings: dict[str, Any],
     folder: Path,
-    watch: Watch,
+    on_event: OnEvent,
 ) -> None:
     """Encode the corpus, unless ``embeddings`` are given, and index it; after a kill the next call goes on."""
     remove_partial_files(folder, [MANIFEST])
     if embeddings is None:  # first, as it refuses what cannot be encoded
         embeddings = folder / EMBEDDINGS
-        encode_files(model, corpus, embeddings, overwrite=True, watch=watch, **settings)
+        encode_files(model, corpus, embeddings, overwrite=True, on_event=on_event, **settings)
     manifest = {"format": FORMAT, "model": _absolute(model), "request": request, "embeddings": None, "index": None}
     write_json(folder / MANIFEST, with_checksum(manifest))
     for old in folder.glob("*index-*.faiss*"):
         shutil.rmtree(old) if old.is_dir() else old.unlink()
     manifest["embeddings"] = stamp_of(embeddings, folder)
-    manifest["index"] = build_index(EmbeddingFile(embeddings), folder, watch)
+    manifest["index"] = build_index(EmbeddingFile(embeddings), folder, on_event)
     write_json(folder / MANIFEST, with_checksum(manifest))
 
 

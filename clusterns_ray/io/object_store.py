@@ -244,7 +244,7 @@ class Store:
         if files is None:
             return False
         local.parent.mkdir(parents=True, exist_ok=True)
-        with only_one(local.parent / f".{local.name}.lock"):
+        with file_lock(local.parent / f".{local.name}.lock"):
             if local.is_dir() and _matches(local, files):
                 return True
             for _ in range(REPLACED):
@@ -448,7 +448,7 @@ def write_text(where: str | Path, text: str) -> None:
 
 
 @contextmanager
-def only_one(lock: Path, timeout_s: float = 1800.0) -> Iterator[None]:
+def file_lock(lock: Path, timeout_s: float = 1800.0) -> Iterator[None]:
     """Hold a lock among the processes of this machine; it is let go of when the process ends, however it ends."""
     deadline = time.monotonic() + timeout_s
     with lock.open("w") as file:

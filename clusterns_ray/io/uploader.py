@@ -17,7 +17,7 @@ from pathlib import Path
 
 from clusterns_ray.errors import StorageError
 from clusterns_ray.io.lease import Lease, leased
-from clusterns_ray.io.object_store import Place, Store, is_url, only_one
+from clusterns_ray.io.object_store import Place, Store, file_lock, is_url
 
 Warn = Callable[[str], None]
 
@@ -25,7 +25,7 @@ LAST_COPY_S = 60.0
 """How long the end waits for a copy that has begun, before others may write."""
 
 
-class NoMirror:
+class LocalFiles:
     """For a run on a file system that every machine sees: there is nothing to copy."""
 
     def __init__(self, run_dir: Path):
@@ -36,7 +36,7 @@ class NoMirror:
         return str((self.run_dir / name).resolve())
 
     @contextmanager
-    def alone(self, wanted: bool, note: Warn = lambda text: None, wait_s: float = 30.0) -> Iterator[None]:
+    def writer_lease(self, wanted: bool, note: Warn = lambda text: None, wait_s: float = 30.0) -> Iterator[None]:
         """Be the one writer among all machines, if ``wanted``; around everything else.
 
         Args:
@@ -78,7 +78,7 @@ class NoMirror:
         """End the thread, leaving what still waits."""
 
 
-class Mirror(NoMirror):
+class Uploader(LocalFiles):
     """See the module; ``run_dir`` is the local copy, ``store`` the run's prefix."""
 
     def __init__(self, store: Store, run_dir: Path):
@@ -97,7 +97,7 @@ class Mirror(NoMirror):
         return f"{self.store.address}/{name}"
 
     @contextmanager
-    def alone(self, wanted: bool, note: Warn = lambda text: None, wait_s: float = 30.0) -> Iterator[None]:
+    def writer_lease(self, wanted: bool, note: Warn = lambda text: None, wait_s: float = 30.0) -> Iterator[None]:
         with leased(self.store, wanted, wait_s, note) as self._lease:
             try:
                 yield
@@ -108,7 +108,7 @@ class Mirror(NoMirror):
 
     def pull(self, *, files: bool) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        with only_one(self.run_dir.parent / f".{self.run_dir.name}.pull"):
+        with file_lock(self.run_dir.parent / f".{self.run_dir.name}.pull"):
             if files:
                 Place(self.run_dir, self.store).fetch_files()
                 self._pull_model()
@@ -145,7 +145,7 @@ class Mirror(NoMirror):
         self.warn = warn
         shutil.rmtree(self.aside, ignore_errors=True)
         self.aside.mkdir(parents=True)
-        self._thread = threading.Thread(target=self._copy, name="mirror", daemon=True)
+        self._thread = threading.Thread(target=self._copy, name="uploader", daemon=True)
         self._thread.start()
 
     def push(self, name: str) -> None:
@@ -230,6 +230,6 @@ def _remove(aside: Path | None) -> None:
         shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
 
 
-def mirror_of(url: str | None, run_dir: Path) -> NoMirror:
+def uploader_for(url: str | None, run_dir: Path) -> LocalFiles:
     """For a run whose files belong to ``url``; none where that is not in an object store."""
-    return Mirror(Store(url), run_dir) if url and is_url(url) else NoMirror(run_dir)
+    return Uploader(Store(url), run_dir) if url and is_url(url) else LocalFiles(run_dir)

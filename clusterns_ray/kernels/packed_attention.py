@@ -97,7 +97,7 @@ class _Take(torch.autograd.Function):
         return gradients[0].new_zeros(ctx.shape).index_copy_(0, rows_N, gradients[0]), None
 
 
-class Apart(NamedTuple):
+class UnpackIndex(NamedTuple):
     """How to read queries, keys and values of a packed batch by row and head, and back; the same for all layers.
 
     Queries are T a row, keys and values T' >= T. Padding reads token 0, as no one looks at what comes of it.
@@ -115,7 +115,7 @@ class Apart(NamedTuple):
     """int64, where each of these is among what was taken"""
 
     @classmethod
-    def of(cls, packing: Packing, heads: int, dtype: torch.dtype, fill: int = 1) -> Apart:
+    def of(cls, packing: Packing, heads: int, dtype: torch.dtype, fill: int = 1) -> UnpackIndex:
         """Keys and values are filled up to a multiple of ``fill``; scores are of ``dtype``."""
         rows, longest = packing.rows, packing.longest
         filled = filled_columns(longest, fill)
@@ -148,7 +148,7 @@ class Apart(NamedTuple):
 
 
 def packed_attention(
-    qkv_N3D: Tensor, parts: Sequence[Apart], p: float, scaling: float, streams: Streams | None = None
+    qkv_N3D: Tensor, parts: Sequence[UnpackIndex], p: float, scaling: float, streams: Streams | None = None
 ) -> Tensor:
     """Attention of each row with itself, with dropout ``p`` of its weights: (N, D), in the dtype of ``qkv_N3D``.
 
@@ -168,7 +168,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, qkv_N3D: Tensor, parts: Sequence[Apart], p: float, scaling: float, streams: Streams | None
+        ctx: Any, qkv_N3D: Tensor, parts: Sequence[UnpackIndex], p: float, scaling: float, streams: Streams | None
     ) -> Tensor:
         heads = parts[0].back_N3H.shape[2]
         width = qkv_N3D.shape[1] // 3 // heads

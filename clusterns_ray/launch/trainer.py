@@ -15,16 +15,16 @@ from clusterns_ray.launch.ray_cluster import check_workers, connect, on_this_nod
 from clusterns_ray.launch.staging import read_run_file, run_directory, run_store, run_url, stage, unstage
 from clusterns_ray.training.run_files import model_damage, read_result
 
-Watch = Callable[[dict[str, Any]], None]
+OnEvent = Callable[[dict[str, Any]], None]
 
 
-def train(config: Config, watch: Watch = lambda event: None) -> dict[str, Any]:
+def train(config: Config, on_event: OnEvent = lambda event: None) -> dict[str, Any]:
     """Train, or resume, the run that ``config`` names.
 
     A finished run is left as it is. An unfinished one goes on from its newest checkpoint.
 
     Args:
-        watch: told of what happens, in this process (see ``clusterns_ray.training.loop.Watch``).
+        on_event: called in this process with what happens (see ``clusterns_ray.training.loop.OnEvent``).
 
     Returns:
         What ``result.json`` holds.
@@ -35,7 +35,7 @@ def train(config: Config, watch: Watch = lambda event: None) -> dict[str, Any]:
     """
 
     def note(text: str) -> None:
-        watch({"event": "note", "text": text})
+        on_event({"event": "note", "text": text})
 
     config = check_request(config, note)
     run_dir = run_directory(config)
@@ -50,20 +50,20 @@ def train(config: Config, watch: Watch = lambda event: None) -> dict[str, Any]:
     check_batch(config, most_rows(config))
 
     def prepare_data() -> Prepared:
-        prepared = prepare(config, note, lambda rows: watch({"event": "tokenised", "rows": rows}))
+        prepared = prepare(config, note, lambda rows: on_event({"event": "tokenised", "rows": rows}))
         note(("Corpus, as prepared before: " if prepared.reused else "Corpus: ") + describe(prepared.manifest))
         check_batch(config, prepared.manifest["rows"])
         return prepared
 
     runtime = config.runtime
     if runtime.num_workers == 0:
-        return _train_here(config, prepare_data(), run_dir, watch)
+        return _train_here(config, prepare_data(), run_dir, on_event)
     fewest, most = runtime.worker_counts()[0], runtime.worker_counts()[-1]
     with connect(most * runtime.cpus_per_worker, note):
         # Before the corpus is read, which may take long.
         begun = read_run_file(config, "config.yaml") is not None
         use_gpu = check_workers(runtime, fewest, "run", begun=begun, note=note)
-        return _fit(config, prepare_data(), run_dir, watch, use_gpu)
+        return _fit(config, prepare_data(), run_dir, on_event, use_gpu)
 
 
 def finished_result(config: Config, note: Callable[[str], None]) -> dict[str, Any] | None:
@@ -93,10 +93,10 @@ def command_line() -> list[str]:
     return [Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
-def _train_here(config: Config, prepared: Prepared, run_dir: Path, watch: Watch) -> dict[str, Any]:
+def _train_here(config: Config, prepared: Prepared, run_dir: Path, on_event: OnEvent) -> dict[str, Any]:
     import torch
 
-    from clusterns_ray.io.uploader import mirror_of
+    from clusterns_ray.io.uploader import uploader_for
     from clusterns_ray.training.loop import train_worker
 
     device = torch.device("cuda" if _wants_gpu(config) else "cpu")
@@ -107,9 +107,9 @@ def _train_here(config: Config, prepared: Prepared, run_dir: Path, watch: Watch)
             sts_dir=prepared.sts_dir,
             run_dir=run_dir,
             device=device,
-            watch=watch,
+            on_event=on_event,
             command=command_line(),
-            mirror=mirror_of(run_url(config), run_dir),
+            uploader=uploader_for(run_url(config), run_dir),
         )
 
 
@@ -125,7 +125,7 @@ def _wants_gpu(config: Config) -> bool:
     return torch.cuda.is_available() if config.runtime.use_gpu is None else config.runtime.use_gpu
 
 
-def _fit(config: Config, prepared: Prepared, run_dir: Path, watch: Watch, use_gpu: bool) -> dict[str, Any]:
+def _fit(config: Config, prepared: Prepared, run_dir: Path, on_event: OnEvent, use_gpu: bool) -> dict[str, Any]:
     """Train on Ray workers, and show here what worker 0 tells."""
     import ray
 
@@ -138,7 +138,7 @@ def _fit(config: Config, prepared: Prepared, run_dir: Path, watch: Watch, use_gp
         events = _take(mailbox)
         for event in events:
             if event["event"] != "alive":
-                watch(event)
+                on_event(event)
         return bool(events)
 
     settings = {
@@ -197,8 +197,8 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
     import ray.train
 
     from clusterns_ray import distributed
-    from clusterns_ray.io.uploader import mirror_of
-    from clusterns_ray.launch.workers import DrainNotice, answer, worker_device
+    from clusterns_ray.io.uploader import uploader_for
+    from clusterns_ray.launch.workers import PreemptionWatcher, answer, worker_device
     from clusterns_ray.training.loop import train_worker
 
     config = make_config(settings["config"])
@@ -213,11 +213,11 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
             sts_dir=sts_dir,
             run_dir=run_dir,
             device=worker_device(config),
-            watch=tell,
+            on_event=tell,
             report=ray.train.report,
-            leave=DrainNotice(lambda: tell({"event": "alive"}) if distributed.rank() == 0 else None),
+            leave=PreemptionWatcher(lambda: tell({"event": "alive"}) if distributed.rank() == 0 else None),
             command=settings["command"],
-            mirror=mirror_of(run_url(config), run_dir),
+            uploader=uploader_for(run_url(config), run_dir),
         )
 
     return answer(train)

@@ -235,7 +235,7 @@ def worker_device(config: Config) -> Any:
     return device
 
 
-class DrainNotice:
+class PreemptionWatcher:
     """Asked after every step, on every worker: whether a machine of the group is about to be taken away.
 
     Ray tells of nodes that are being drained (by ``launch/spot.py``, by an operator, by Kubernetes' preStop hook). Its

@@ -40,7 +40,7 @@ from clusterns_ray.models.serialization import (
     write_settings,
 )
 from clusterns_ray.models.settings import ModelSettings, read_settings
-from clusterns_ray.models.tokenization import prompt_frame, prompt_length, tokenize
+from clusterns_ray.models.tokenization import prompt_affixes, prompt_length, tokenize
 
 if TYPE_CHECKING:
     from clusterns_ray.config import EncoderConfig
@@ -56,7 +56,7 @@ class TokenBatch(NamedTuple):
     attention_mask_BT: Tensor
     view: int = 0
     """1 where the rows have the second prompt"""
-    words_BTD: Tensor | None = None
+    token_embeds_BTD: Tensor | None = None
     """the embeddings of the tokens, where they were looked up before"""
     dropout_key: int | None = None
     """seeds its dropout; without it that goes on from torch's generator"""
@@ -119,7 +119,7 @@ class Encoder(nn.Module):
             if second_prompt is not None:
                 _check_mask_prompt("second_prompt", second_prompt, tokenizer)
         prompts = (prompt, second_prompt or prompt)
-        self.frames = [prompt_frame(each, tokenizer) for each in prompts if each] if denoise else []
+        self.prompt_affixes = [prompt_affixes(each, tokenizer) for each in prompts if each] if denoise else []
         # The pooler is not read, so it gets no gradient; it stays, so that the exported model is complete.
         if getattr(backbone, "pooler", None) is not None:
             backbone.pooler.requires_grad_(False)
@@ -187,10 +187,10 @@ class Encoder(nn.Module):
         if not passes_differ(backbone):
             check_dropout(backbone.config, config.name)
         config = complete_encoder(config)[0]
-        return cls.around(backbone, tokenizer, config, seed, read_settings(source, revision=config.revision))
+        return cls.from_backbone(backbone, tokenizer, config, seed, read_settings(source, revision=config.revision))
 
     @classmethod
-    def around(
+    def from_backbone(
         cls, backbone: Any, tokenizer: Any, config: EncoderConfig, seed: int, own: ModelSettings | None = None
     ) -> Encoder:
         """:meth:`for_training` of a backbone that is loaded already, by a configuration that is complete.
@@ -267,8 +267,8 @@ class Encoder(nn.Module):
         n = batch.draws
         words = {"input_ids": batch.input_ids_BT.repeat(n, 1)}
         # The decoder of an encoder-decoder is given the ids of the sentence.
-        if batch.words_BTD is not None and not has_decoder(self.backbone):
-            words = {"inputs_embeds": batch.words_BTD.repeat(n, 1, 1)}
+        if batch.token_embeds_BTD is not None and not has_decoder(self.backbone):
+            words = {"inputs_embeds": batch.token_embeds_BTD.repeat(n, 1, 1)}
         all_layers = self.pooling in HIDDEN_STATE_POOLINGS
         mask_BT = batch.attention_mask_BT.repeat(n, 1)
         output = self.backbone(**words, attention_mask=mask_BT, output_hidden_states=all_layers)
@@ -279,8 +279,10 @@ class Encoder(nn.Module):
         """Packed, in one pass; of the last layer no more is computed than is read."""
         embedding = self.backbone.get_input_embeddings()
         packings = [Packing.of(batch.attention_mask_BT) for batch in batches]
-        words = [embedding(b.input_ids_BT) if b.words_BTD is None else b.words_BTD for b in batches]
-        words_ND = torch.cat([packing.pack(words_BTD) for packing, words_BTD in zip(packings, words, strict=True)])
+        words = [embedding(b.input_ids_BT) if b.token_embeds_BTD is None else b.token_embeds_BTD for b in batches]
+        token_embeds_ND = torch.cat(
+            [packing.pack(token_embeds_BTD) for packing, token_embeds_BTD in zip(packings, words, strict=True)]
+        )
         drawn = [packing.times(batch.draws) for packing, batch in zip(packings, batches, strict=True)]
         read_R, first = [], 0
         for packing, batch in zip(drawn, batches, strict=True):
@@ -294,7 +296,7 @@ class Encoder(nn.Module):
             weights = PackedBert(self.backbone, dtype)
         with torch.autocast("cpu", enabled=False):
             states = weights(
-                words_ND,
+                token_embeds_ND,
                 packings,
                 self._streams(batches) if self.backbone.training else None,
                 draws=[batch.draws for batch in batches],
@@ -329,7 +331,7 @@ class Encoder(nn.Module):
         return Streams([int(torch.randint(2**63 - 1, ())) if key is None else key for key in keys])
 
     @contextmanager
-    def unchanged(self, dtype: torch.dtype) -> Iterator[None]:
+    def frozen_weights(self, dtype: torch.dtype) -> Iterator[None]:
         """Inside, weights stay as they are and nothing is trained: for products in ``dtype`` they are cast and laid out
         once, not once a batch."""
         before = self._weights
@@ -348,7 +350,7 @@ class Encoder(nn.Module):
         Template denoising, after Jiang et al., "PromptBERT: Improving BERT Sentence Embeddings with Prompts", EMNLP
         2022. Each different length is encoded once.
         """
-        before, after = self.frames[view]
+        before, after = self.prompt_affixes[view]
         lengths_L, row_B = lengths_B.unique(return_inverse=True)
         ids_T = torch.tensor([*before, *after], device=lengths_B.device)
         behind_LS = lengths_L[:, None] - torch.arange(len(after), 0, -1, device=lengths_B.device)
@@ -400,7 +402,7 @@ class Encoder(nn.Module):
         done = 0
         dtype = torch.bfloat16 if bf16 else torch.float32
         # Around the loop, as casts are kept until the context ends.
-        with autocast(self.device, dtype), self.unchanged(dtype):
+        with autocast(self.device, dtype), self.frozen_weights(dtype):
             for rows in length_batches([len(row) for row in ids], batch_size):
                 embeddings[rows] = self.encode_ids([ids[row] for row in rows]).cpu().numpy()
                 done += len(rows)

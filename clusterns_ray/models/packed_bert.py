@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from clusterns_ray.kernels.dropout import Streams, drop
-from clusterns_ray.kernels.packed_attention import TRAINING_FILL, VECTOR_BYTES, Apart, Packing, packed_attention
+from clusterns_ray.kernels.packed_attention import TRAINING_FILL, VECTOR_BYTES, Packing, UnpackIndex, packed_attention
 from clusterns_ray.models.backbone import first_position
 
 PACKABLE = ("bert", "roberta", "xlm-roberta", "camembert")
@@ -130,7 +130,7 @@ class PackedBert:
 
     def __call__(
         self,
-        words_ND: Tensor,
+        token_embeds_ND: Tensor,
         packings: Sequence[Packing],
         streams: Streams | None = None,
         *,
@@ -141,7 +141,7 @@ class PackedBert:
         """float32 states of the last layer, or of all of them, that of the embeddings first; each (N, D).
 
         Args:
-            words_ND: word embeddings of the packed batches, one batch after the other.
+            token_embeds_ND: word embeddings of the packed batches, one batch after the other.
             streams: of the random numbers of dropout, one for each batch; no dropout without.
             draws: how many times each batch goes in, once unless said. It is dropout that makes them differ, and
                 what comes before the first is computed once.
@@ -150,7 +150,9 @@ class PackedBert:
         """
         embeddings = self.backbone.embeddings
         positions_N = torch.cat([packing.positions_N for packing in packings]) + self.first
-        x_ND = words_ND + embeddings.token_type_embeddings.weight[0] + embeddings.position_embeddings(positions_N)
+        x_ND = (
+            token_embeds_ND + embeddings.token_type_embeddings.weight[0] + embeddings.position_embeddings(positions_N)
+        )
         x_ND = embeddings.LayerNorm(x_ND)
         if draws is not None and max(draws) > 1:
             parts = zip(x_ND.split([len(packing) for packing in packings]), draws, strict=True)
@@ -159,7 +161,7 @@ class PackedBert:
 
         sizes = [len(packing) for packing in packings]
         fill = VECTOR_BYTES // self.dtype.itemsize if streams is None else TRAINING_FILL
-        apart = [Apart.of(packing, self.heads, self.dtype, fill) for packing in packings]
+        apart = [UnpackIndex.of(packing, self.heads, self.dtype, fill) for packing in packings]
 
         def dropped(x: Tensor, p: float, rows: Sequence[int]) -> Tensor:
             return x if streams is None else drop(x, p, streams, rows)

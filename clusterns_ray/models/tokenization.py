@@ -153,7 +153,7 @@ def prompt_length(prompt: str, tokenizer: Any) -> int:
     return len(_encode(tokenizer, [prompt.replace("{sentence}", "")], add_special_tokens=False)["input_ids"][0])
 
 
-def prompt_frame(prompt: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+def prompt_affixes(prompt: str, tokenizer: Any) -> tuple[list[int], list[int]]:
     """Token ids of a prompt before and after the sentence, special tokens included.
 
     They are what is around a sentence in :func:`tokenize`: a prompt's seams may hold blanks that are tokens of their
@@ -167,8 +167,8 @@ def prompt_frame(prompt: str, tokenizer: Any) -> tuple[list[int], list[int]]:
     return ids[: inside[0]], ids[inside[-1] + 1 :]
 
 
-def reframe(ids: Sequence[int], old: tuple[list[int], list[int]], new: tuple[list[int], list[int]]) -> list[int]:
-    """The row of another prompt around the same sentence, from frames of :func:`prompt_frame`."""
+def swap_prompt(ids: Sequence[int], old: tuple[list[int], list[int]], new: tuple[list[int], list[int]]) -> list[int]:
+    """The row of another prompt around the same sentence, from frames of :func:`prompt_affixes`."""
     return [*new[0], *ids[len(old[0]) : len(ids) - len(old[1])], *new[1]]
 
 

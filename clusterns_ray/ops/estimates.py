@@ -99,7 +99,7 @@ def model_size(config: Config) -> ModelSize:
     check_dropout(shape, encoder.name)
     with FakeTensorMode(), no_init_weights():
         backbone = empty_model(shape, source)
-        built = Encoder.around(backbone, tokenizer, encoder, seed=0).train()
+        built = Encoder.from_backbone(backbone, tokenizer, encoder, seed=0).train()
         built.packs = False  # the rows are all as long as can be, and packing asks for values
         width = built.width
         language_model = None

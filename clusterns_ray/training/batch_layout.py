@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clusterns_ray import distributed
-from clusterns_ray.data.sampler import cut_shards, deal_shards
+from clusterns_ray.data.sampler import assign_shards, cut_shards
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -24,14 +24,14 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Layout:
+class BatchLayout:
     """One global batch on one worker."""
 
     rows_B: np.ndarray
     """int64 row numbers of the corpus, in canonical order"""
     starts: np.ndarray
     """canonical number of each shard's first row, and B at the end"""
-    hands: list[list[int]]
+    shards_by_rank: list[list[int]]
     """the shards of each worker"""
     rank: int
 
@@ -45,7 +45,7 @@ class Layout:
 
     def canonical(self, rank: int) -> np.ndarray:
         """Canonical numbers of the rows of one worker, in the order in which it computes them."""
-        parts = [np.arange(self.starts[shard], self.starts[shard + 1]) for shard in self.hands[rank]]
+        parts = [np.arange(self.starts[shard], self.starts[shard + 1]) for shard in self.shards_by_rank[rank]]
         return np.concatenate(parts)
 
     def positive_b(self, device: torch.device) -> Tensor:
@@ -54,9 +54,9 @@ class Layout:
 
     def gather(self, local: Tensor) -> Tensor:
         """The rows of all workers in canonical order: ``(b, ...) -> (B, ...)``; gradients flow back."""
-        if len(self.hands) == 1:
+        if len(self.shards_by_rank) == 1:
             return local  # One worker computes its shards in canonical order.
-        counts = [len(self.canonical(rank)) for rank in range(len(self.hands))]
+        counts = [len(self.canonical(rank)) for rank in range(len(self.shards_by_rank))]
         longest = max(counts)
         if len(local) < longest:  # Workers' shares of an epoch's last, odd batch may differ by a few rows.
             local = torch.cat([local, local.new_zeros(longest - len(local), *local.shape[1:])])
@@ -67,9 +67,9 @@ class Layout:
         return gathered.index_select(0, to_device(source, local.device))
 
 
-def lay_out(
+def build_batch_layout(
     rows: np.ndarray, lengths: np.ndarray, shards: int, *, rank: int | None = None, workers: int | None = None
-) -> Layout:
+) -> BatchLayout:
     """Cut a global batch into shards and deal them to the workers, balancing tokens.
 
     Args:
@@ -82,9 +82,9 @@ def lay_out(
     # What a shard costs is what it is padded to, or hardly less where it is packed.
     padded = [len(piece) * int(lengths[piece].max()) for piece in pieces]
     workers = distributed.world_size() if workers is None else workers
-    return Layout(
+    return BatchLayout(
         rows_B=np.asarray(rows)[np.concatenate(pieces)],
         starts=np.concatenate([[0], np.cumsum(sizes)]),
-        hands=deal_shards(padded, workers),
+        shards_by_rank=assign_shards(padded, workers),
         rank=distributed.rank() if rank is None else rank,
     )

@@ -15,8 +15,8 @@ from clusterns_ray.config import Config
 from clusterns_ray.data.sampler import stream_key
 from clusterns_ray.data.token_store import TokenStore
 from clusterns_ray.models.encoder import pad
-from clusterns_ray.models.tokenization import prompt_frame, reframe
-from clusterns_ray.training.batch_layout import Layout, to_device
+from clusterns_ray.models.tokenization import prompt_affixes, swap_prompt
+from clusterns_ray.training.batch_layout import BatchLayout, to_device
 from clusterns_ray.training.mlm import mask_tokens
 
 
@@ -40,9 +40,9 @@ class ShardReader:
     def __init__(self, config: Config, tokens: TokenStore, tokenizer: Any, device: torch.device):
         self.config, self.tokens, self.tokenizer, self.device = config, tokens, tokenizer, device
         prompts = (config.encoder.prompt, config.encoder.second_prompt)
-        self.frames = [prompt_frame(prompt, tokenizer) for prompt in prompts if prompt]
+        self.prompt_affixes = [prompt_affixes(prompt, tokenizer) for prompt in prompts if prompt]
 
-    def __call__(self, layout: Layout, shard: int, step: int) -> Shard:
+    def __call__(self, layout: BatchLayout, shard: int, step: int) -> Shard:
         seed = self.config.seed
         input_ids, mask = self.tokens.tokens(layout.shard_rows(shard), self.tokenizer.pad_token_id or 0)
         second = self.second_view(input_ids, mask) if self.config.encoder.second_prompt else None
@@ -61,7 +61,7 @@ class ShardReader:
     def second_view(self, input_ids: np.ndarray, mask: np.ndarray) -> tuple[Tensor, Tensor]:
         """Ids and mask of the same sentences in the second prompt."""
         rows = zip(input_ids.tolist(), mask.sum(axis=1).tolist())
-        framed = [reframe(row[:length], self.frames[0], self.frames[1]) for row, length in rows]
+        framed = [swap_prompt(row[:length], self.prompt_affixes[0], self.prompt_affixes[1]) for row, length in rows]
         ids_BT, mask_BT = pad(framed, self.tokenizer.pad_token_id)
         return to_device(ids_BT.numpy(), self.device), to_device(mask_BT.numpy(), self.device)
 
@@ -77,9 +77,11 @@ class ShardReader:
         )
         return to_device(ids_BT.numpy(), self.device), to_device(labels_BT.numpy(), self.device)
 
-    def dummy(self) -> Shard:
+    def warm_up_shard(self) -> Shard:
         """A shard of one row that exercises every part of the model, and whose values mean nothing."""
-        prompts = [[*before, *after] for before, after in self.frames] or [[self.tokenizer.cls_token_id or 0] * 4]
+        prompts = [[*before, *after] for before, after in self.prompt_affixes] or [
+            [self.tokenizer.cls_token_id or 0] * 4
+        ]
         ids = [torch.tensor([prompt], device=self.device) for prompt in prompts]
         views = [(ids_BT, torch.ones_like(ids_BT)) for ids_BT in ids]
         return Shard(

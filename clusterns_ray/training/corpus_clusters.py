@@ -24,7 +24,7 @@ from clusterns_ray.data.token_store import TokenStore
 from clusterns_ray.errors import ConfigError
 from clusterns_ray.losses import BankNegatives
 from clusterns_ray.models.encoder import Encoder
-from clusterns_ray.training.batch_layout import Layout, to_device
+from clusterns_ray.training.batch_layout import BatchLayout, to_device
 from clusterns_ray.training.kmeans_init import sample_rows, token_ids
 from clusterns_ray.training.validation import encode_together
 
@@ -81,7 +81,7 @@ class CorpusClusters:
                 self.note(f"  {min(first + FILLED_AT_ONCE, len(self.bank)):,} sentences")
         self._cluster()
 
-    def draw(self, z1_bD: Tensor, layout: Layout) -> BankNegatives:
+    def draw(self, z1_bD: Tensor, layout: BatchLayout) -> BankNegatives:
         """Cluster this worker's rows and draw the hard negatives of the whole batch; every ``recluster_every_steps``
         the bank is clustered first.
 
@@ -104,7 +104,7 @@ class CorpusClusters:
             nearest_b, found_BX[:, 0], own_b, bank.z_ND[there_n], slot_n, row_n, bank.members.cluster_N[there_n]
         )
 
-    def refresh(self, z1_bD: Tensor, layout: Layout) -> None:
+    def refresh(self, z1_bD: Tensor, layout: BatchLayout) -> None:
         """Write the batch's embeddings over those of its rows; then encode the next ``refresh_rows`` anew.
 
         One exchange of B x D float32 numbers, and one of the rows that are encoded.

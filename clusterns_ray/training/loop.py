@@ -34,12 +34,12 @@ from clusterns_ray.io.files import (
     write_manifest,
 )
 from clusterns_ray.io.lease import exclusive
-from clusterns_ray.io.uploader import NoMirror
+from clusterns_ray.io.uploader import LocalFiles
 from clusterns_ray.models.backbone import load_language_model
 from clusterns_ray.models.encoder import Encoder
 from clusterns_ray.models.resolve import resolve_model
 from clusterns_ray.models.settings import read_settings
-from clusterns_ray.training.batch_layout import Layout, lay_out
+from clusterns_ray.training.batch_layout import BatchLayout, build_batch_layout
 from clusterns_ray.training.checkpoint import (
     list_checkpoints,
     load_newest,
@@ -66,7 +66,7 @@ from clusterns_ray.training.trackers import Trackers
 from clusterns_ray.training.validation import DevSet, encode_together
 from clusterns_ray.training.views import CachedViews, Views, chunked
 
-Watch = Callable[[dict[str, Any]], None]
+OnEvent = Callable[[dict[str, Any]], None]
 """Told of what happens: ``{"event": "start" | "step" | "evaluation" | "note" | "done", ...}``."""
 
 Report = Callable[[dict[str, Any]], None]
@@ -91,7 +91,7 @@ TRIED = 64
 
 
 @dataclass
-class Progress:
+class TrainState:
     """What changes besides weights, optimiser and centroids."""
 
     step: int = 0
@@ -123,19 +123,19 @@ def train_worker(
     sts_dir: str | Path | None,
     run_dir: str | Path,
     device: torch.device,
-    watch: Watch,
+    on_event: OnEvent,
     report: Report = lambda metrics: None,
     leave: Leave = lambda step: False,
     command: Sequence[str] = (),
     score_before: float | None = None,
-    mirror: NoMirror | None = None,
+    uploader: LocalFiles | None = None,
 ) -> dict[str, Any]:
     """Train on this worker, alone or as one of a process group, resuming from the newest checkpoint of ``run_dir``.
 
     Args:
         command: what started the run, for ``environment.json``.
         score_before: the dev score of the untrained encoder, where it is known already.
-        mirror: copies the run to where it belongs, where ``run_dir`` is this machine's alone.
+        uploader: copies the run to where it belongs, where ``run_dir`` is this machine's alone.
 
     Returns:
         What ``result.json`` holds; the same on every worker but for the seconds.
@@ -148,18 +148,18 @@ def train_worker(
         Drained: ``leave`` said so; the last step is in a checkpoint.
     """
     run_dir = Path(run_dir)
-    mirror = mirror or NoMirror(run_dir)
+    uploader = uploader or LocalFiles(run_dir)
 
     def note(text: str) -> None:
-        watch({"event": "note", "text": text})
+        on_event({"event": "note", "text": text})
 
-    with one_writer(run_dir, mirror, note), storage_errors(run_dir):
-        mirror.pull(files=distributed.rank() == 0)
-        by_worker_0(lambda: take_over(run_dir, config, mirror.address("").rstrip("/"), note), run_dir)
+    with one_writer(run_dir, uploader, note), storage_errors(run_dir):
+        uploader.pull(files=distributed.rank() == 0)
+        by_worker_0(lambda: take_over(run_dir, config, uploader.address("").rstrip("/"), note), run_dir)
         begun = bool(list_checkpoints(run_dir / "checkpoints"))
         # Of a run that begins, every checksum is compared.
         by_worker_0(lambda: TokenStore.open(Path(tokens_dir), verify=not begun), Path(tokens_dir))
-        run = Run(config, Path(tokens_dir), sts_dir, run_dir, device, watch, report, mirror)
+        run = Run(config, Path(tokens_dir), sts_dir, run_dir, device, on_event, report, uploader)
         run.restore()
         # Only now is the name taken: nothing of a request that is refused stays.
         run.write_text("config.yaml", dump_config(config))
@@ -168,11 +168,11 @@ def train_worker(
             return _train(run, leave, score_before)
         except (Exception, KeyboardInterrupt):
             with suppress(StorageError):  # what failed first is what has to be told
-                mirror.finish(ONE_LAST_COPY_S)
+                uploader.finish(ONE_LAST_COPY_S)
             raise
         finally:
             run.trackers.close()
-            mirror.stop()
+            uploader.stop()
 
 
 def take_over(run_dir: Path, config: Config, where: str, note: Callable[[str], None]) -> None:
@@ -232,14 +232,14 @@ def _written_error(error: Exception, place: Path) -> StorageError:
 
 
 @contextmanager
-def one_writer(run_dir: Path, mirror: NoMirror, note: Callable[[str], None]) -> Iterator[None]:
+def one_writer(run_dir: Path, uploader: LocalFiles, note: Callable[[str], None]) -> Iterator[None]:
     """Worker 0 takes the run for itself alone; where it may not, all workers raise, and none waits for the others."""
     is_main = distributed.rank() == 0
     refused: ClusterNSError | None = None
     with ExitStack() as held:
         try:
             held.enter_context(exclusive(run_dir, is_main))
-            held.enter_context(mirror.alone(is_main, note))
+            held.enter_context(uploader.writer_lease(is_main, note))
         except ClusterNSError as error:
             refused = error
         reason = distributed.broadcast_object(str(refused) if refused else None)
@@ -252,48 +252,48 @@ def _train(run: Run, leave: Leave, score_before: float | None) -> dict[str, Any]
     config = run.config
     run.warm_up_reducer()
     run.note_end()
-    run.watch(
+    run.on_event(
         {
             "event": "start",
-            "step": run.progress.step,
+            "step": run.state.step,
             "total_steps": run.total_steps,
             "rows": len(run.tokens),
             "num_clusters": config.clustering.num_clusters,
-            "sts_dev_before": run.progress.score_before,
+            "sts_dev_before": run.state.score_before,
         }
     )
-    if run.progress.score_before is None:
+    if run.state.score_before is None:
         run.evaluate_before(score_before)
 
-    while run.progress.step < run.total_steps and not run.out_of_patience():
+    while run.state.step < run.total_steps and not run.out_of_patience():
         began = time.perf_counter()
-        step = run.progress.step
+        step = run.state.step
         layout, shards = run.batch(step)
         run.row_log.append(step, layout)
 
         views = run.encode(shards)
-        step_loss = run.objective(views.z1_bD, views.z2_bD, layout, views.mlm, run.teach(shards))
+        step_loss = run.objective(views.z1_bD, views.z2_bD, layout, views.mlm, run.teacher_embeddings(shards))
         run.health.observe(run.clustering.centroids_KD, step_loss.counts_K)
         rate = learning_rate(step, run.total_steps, config.train)
-        grad_norm = run.optimizer.step(step_loss.to_backward, rate, views.backward)
+        grad_norm = run.optimizer.step(step_loss.scaled_loss, rate, views.backward)
 
-        run.progress.step = step + 1
+        run.state.step = step + 1
         run.note_start_of_clustering()
         if run.due(config.runtime.log_every_steps):
             run.log_step(step_loss, layout, rate, grad_norm)
         if run.due(config.evaluation.every_steps):
             run.evaluate()
-        run.progress.seconds += time.perf_counter() - began
-        leaving = run.progress.step < run.total_steps and leave(run.progress.step)
+        run.state.seconds += time.perf_counter() - began
+        leaving = run.state.step < run.total_steps and leave(run.state.step)
         if leaving or run.due(run.checkpoint_every):
             run.save()
         if leaving:
-            run.note(f"A machine is about to go: stopped after step {run.progress.step}, which is in a checkpoint.")
-            raise Drained(f"stopped after step {run.progress.step}, as a machine was about to go")
+            run.note(f"A machine is about to go: stopped after step {run.state.step}, which is in a checkpoint.")
+            raise Drained(f"stopped after step {run.state.step}, as a machine was about to go")
 
-    if run.progress.step < run.total_steps:
+    if run.state.step < run.total_steps:
         run.note(
-            f"Stopped early after step {run.progress.step} of {run.total_steps}: the last {config.evaluation.patience} "
+            f"Stopped early after step {run.state.step} of {run.total_steps}: the last {config.evaluation.patience} "
             "evaluations brought no better dev score (evaluation.patience)."
         )
     return run.finish()
@@ -309,14 +309,14 @@ class Run:
         sts_dir: str | Path | None,
         run_dir: Path,
         device: torch.device,
-        watch: Watch,
+        on_event: OnEvent,
         report: Report,
-        mirror: NoMirror | None = None,
+        uploader: LocalFiles | None = None,
     ):
         self.config, self.run_dir, self.device, self.report = config, run_dir, device, report
         self.is_main = distributed.rank() == 0
-        self.mirror = mirror or NoMirror(run_dir)
-        self.watch: Watch = watch if self.is_main else lambda event: None
+        self.uploader = uploader or LocalFiles(run_dir)
+        self.on_event: OnEvent = on_event if self.is_main else lambda event: None
         self.tokens = TokenStore.open(tokens_dir)
         self.order = BatchOrder(
             config.seed,
@@ -355,7 +355,7 @@ class Run:
         self.dev_dir = sts_dir
         self.dev = DevSet(sts_dir, config.evaluation.dev, self.encoder) if sts_dir else None
         self.digests = data_digests(self.tokens.manifest, self.dev and self.dev.pairs)
-        self.progress = Progress(precision=precision)
+        self.state = TrainState(precision=precision)
         self.compute_in(precision)
         self.metrics: MetricsLog | None = None
         self.trackers = Trackers()
@@ -364,19 +364,19 @@ class Run:
 
     # ---- one step -----------------------------------------------------------------------------------------------
 
-    def batch(self, step: int) -> tuple[Layout, list[Shard]]:
+    def batch(self, step: int) -> tuple[BatchLayout, list[Shard]]:
         """The global batch of a step, and this worker's shards of it on the device."""
         epoch, step_in_epoch = divmod(step, self.order.steps_per_epoch)
         rows = self.order.sample_ids(epoch, step_in_epoch)
-        layout = lay_out(rows, self.tokens.lengths(rows), self.config.train.shards)
-        return layout, [self.shards(layout, shard, step) for shard in layout.hands[layout.rank]]
+        layout = build_batch_layout(rows, self.tokens.lengths(rows), self.config.train.shards)
+        return layout, [self.shards(layout, shard, step) for shard in layout.shards_by_rank[layout.rank]]
 
     def encode(self, shards: list[Shard]) -> Views:
         """Both views of this worker's shards."""
         rows = self.config.train.cache_chunk
         return Views(self.model, shards) if rows is None else CachedViews(self.model, chunked(shards, rows))
 
-    def teach(self, shards: list[Shard]) -> torch.Tensor | None:
+    def teacher_embeddings(self, shards: list[Shard]) -> torch.Tensor | None:
         """The teacher's embeddings of this worker's shards, where there is one."""
         return None if self.teacher is None else self.teacher(shards, self.views.dtype)
 
@@ -395,11 +395,11 @@ class Run:
         return model.to(self.device).train()
 
     def due(self, every: int) -> bool:
-        return self.progress.step % every == 0 or self.progress.step == self.total_steps
+        return self.state.step % every == 0 or self.state.step == self.total_steps
 
     def out_of_patience(self) -> bool:
         patience = self.config.evaluation.patience
-        return patience is not None and self.progress.evaluations_without_gain >= patience
+        return patience is not None and self.state.evaluations_without_gain >= patience
 
     def warm_up_reducer(self) -> None:
         """Let DDP settle its buckets before the first step, on a gradient that is thrown away.
@@ -409,7 +409,7 @@ class Run:
         """
         if self.model is self.views:
             return
-        z1_bD, z2_bD, mlm = self.model([self.shards.dummy()])
+        z1_bD, z2_bD, mlm = self.model([self.shards.warm_up_shard()])
         (z1_bD.sum() + z2_bD.sum() + mlm[0]).backward()
         self.optimizer.adamw.zero_grad(set_to_none=True)
 
@@ -421,17 +421,17 @@ class Run:
             record = {key: value for key, value in event.items() if key != "event"}
             self.metrics.append(record)
             self.trackers.log(record)
-        self.watch(event)
+        self.on_event(event)
 
     def note(self, text: str) -> None:
-        self.watch({"event": "note", "text": text})
+        self.on_event({"event": "note", "text": text})
 
     def write_text(self, name: str, text: str) -> None:
         """A file of the run, which worker 0 writes."""
 
         def write() -> None:
             write_atomic(self.run_dir / name, text)
-            self.mirror.push(name)
+            self.uploader.push(name)
 
         by_worker_0(write, self.run_dir)
 
@@ -449,7 +449,7 @@ class Run:
                 f"{train.max_steps} steps)."
             )
 
-    def log_step(self, step_loss: Any, layout: Layout, rate: float, grad_norm: torch.Tensor) -> None:
+    def log_step(self, step_loss: Any, layout: BatchLayout, rate: float, grad_norm: torch.Tensor) -> None:
         loss = self.config.loss
         used = {"distillation": loss.teacher is not None, "mlm": loss.mlm_weight > 0}
         values: dict[str, Any] = step_metrics(step_loss, layout.size, [name for name in used if not used[name]])
@@ -457,21 +457,21 @@ class Run:
             values["empty_clusters"] = self.corpus.bank.empty() if self.corpus else self.health.empty()
         skipped = self.check_gradients(MAX_SKIPPED_IN_A_ROW)
         now = time.perf_counter()
-        (then, step), self.last_log = self.last_log, (now, self.progress.step)
+        (then, step), self.last_log = self.last_log, (now, self.state.step)
         batch = self.config.train.global_batch_size
         self.record(
             {
                 "event": "step",
-                "step": self.progress.step,
+                "step": self.state.step,
                 "epoch": self.epoch(),
                 **values,
                 "learning_rate": rate,
                 "grad_norm": float(grad_norm),
                 "skipped_steps": skipped,
-                "sentences_per_second": round((self.progress.step - step) * batch / (now - then), 2),
+                "sentences_per_second": round((self.state.step - step) * batch / (now - then), 2),
             }
         )
-        for text in self.alarms(self.progress.step, values, self.health.steps):
+        for text in self.alarms(self.state.step, values, self.health.steps):
             self.note(text)
 
     def check_gradients(self, most: int) -> int:
@@ -483,7 +483,7 @@ class Run:
         skipped, in_a_row = map(int, self.optimizer.skipped.tolist())
         if in_a_row >= most:
             raise NonFiniteError(
-                f"The last {in_a_row} gradients before step {self.progress.step} were NaN or infinite, so the weights "
+                f"The last {in_a_row} gradients before step {self.state.step} were NaN or infinite, so the weights "
                 f"stand still. {self.remedies()} The checkpoints before it are whole."
             )
         return skipped
@@ -496,7 +496,7 @@ class Run:
         damaged = first_not_finite(parts)
         if damaged:
             raise NonFiniteError(
-                f"After step {self.progress.step} weights are NaN or infinite ({damaged}), so they are not kept. "
+                f"After step {self.state.step} weights are NaN or infinite ({damaged}), so they are not kept. "
                 f"{self.remedies()} Exported models and checkpoints from before are whole."
             )
 
@@ -508,14 +508,12 @@ class Run:
         )
 
     def note_start_of_clustering(self) -> None:
-        if self.clustering.started and self.progress.clustering_started_at is None:
-            self.progress.clustering_started_at = self.progress.step
-            self.note(
-                f"Clustering starts after step {self.progress.step} with {self.clustering.num_clusters} centroids."
-            )
+        if self.clustering.started and self.state.clustering_started_at is None:
+            self.state.clustering_started_at = self.state.step
+            self.note(f"Clustering starts after step {self.state.step} with {self.clustering.num_clusters} centroids.")
 
     def epoch(self) -> float:
-        return round(self.progress.step / self.order.steps_per_epoch, 4)
+        return round(self.state.step / self.order.steps_per_epoch, 4)
 
     # ---- evaluation, export, checkpoint -------------------------------------------------------------------------
 
@@ -528,14 +526,14 @@ class Run:
             if not np.isfinite(z_ND).all():
                 raise NonFiniteError(
                     f"encoder.name is {self.config.encoder.name!r}, whose embeddings of the dev set are NaN or "
-                    f"infinite before training (in {self.progress.precision}). Check that model, or set "
+                    f"infinite before training (in {self.state.precision}). Check that model, or set "
                     "train.precision to fp32."
                 )
             score, health = self.dev_score(z_ND), self.dev_health(z_ND)
             self.compare_with_own_encoding(score)
         else:
             score, health = known, {}
-        self.progress.score_before = self.progress.best_score = score
+        self.state.score_before = self.state.best_score = score
         self.export()
         self.record({"event": "evaluation", "step": 0, "epoch": 0.0, "sts_dev": score, **health})
         self.last_log = (time.perf_counter(), 0)
@@ -565,7 +563,7 @@ class Run:
             return score
         finite = np.isfinite(z_ND).all()
         reason = "all embeddings are alike" if finite else "embeddings are NaN or infinite"
-        self.note(f"There is no dev score at step {self.progress.step}, as {reason}; it counts as {COLLAPSED:.0f}.")
+        self.note(f"There is no dev score at step {self.state.step}, as {reason}; it counts as {COLLAPSED:.0f}.")
         return COLLAPSED
 
     def dev_health(self, z_ND: np.ndarray) -> dict[str, Any]:
@@ -582,7 +580,7 @@ class Run:
             return
         paused = time.perf_counter()
         z_ND = self.dev.encode(self.encoder)
-        progress = self.progress
+        progress = self.state
         score = progress.last_score = self.dev_score(z_ND)
         if progress.best_trained_score is None or score > progress.best_trained_score:
             progress.best_trained_score, progress.evaluations_without_gain = score, 0
@@ -610,17 +608,17 @@ class Run:
     def _export(self) -> None:
         def write(path: Path) -> None:
             self.encoder.save(path)
-            (path / "README.md").write_text(model_card(self.config, asdict(self.progress)), encoding="utf-8")
-            write_manifest(path, step=self.progress.best_step, fingerprint=self.config.fingerprint())
+            (path / "README.md").write_text(model_card(self.config, asdict(self.state)), encoding="utf-8")
+            write_manifest(path, step=self.state.best_step, fingerprint=self.config.fingerprint())
 
         replace_directory(self.run_dir / "model", write)
-        self.mirror.push("model")
+        self.uploader.push("model")
         if self.clustering.centroids_KD is not None:
             temporary = self.run_dir / f".centroids.npy.{uuid.uuid4().hex[:8]}"
             with temporary.open("wb") as file:
                 np.save(file, self.clustering.centroids_KD.cpu().numpy())
             temporary.replace(self.run_dir / "centroids.npy")
-            self.mirror.push("centroids.npy")
+            self.uploader.push("centroids.npy")
 
     def save(self) -> None:
         """Write a checkpoint of everything that changes; worker 0 does, as all workers hold the same.
@@ -631,7 +629,7 @@ class Run:
         began = time.perf_counter()
         self.check_weights()
         by_worker_0(self._save, self.run_dir / "checkpoints")
-        self.progress.checkpoint_seconds += time.perf_counter() - began
+        self.state.checkpoint_seconds += time.perf_counter() - began
 
     def _save(self) -> None:
         state = {
@@ -640,21 +638,21 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "clustering": self.clustering.state_dict(),
             "health": self.health.state_dict(),
-            "progress": asdict(self.progress),
+            "progress": asdict(self.state),
             "data": self.digests,
         }
         if self.corpus:
             state["corpus"] = self.corpus.state_dict()
         keep = self.config.runtime.keep
-        path = save_checkpoint(self.run_dir / "checkpoints", self.progress.step, state, self.config.fingerprint(), keep)
-        self.mirror.push("metrics.jsonl")
-        self.mirror.push(f"checkpoints/{path.name}")
-        self.mirror.keep_newest("checkpoints", keep)
+        path = save_checkpoint(self.run_dir / "checkpoints", self.state.step, state, self.config.fingerprint(), keep)
+        self.uploader.push("metrics.jsonl")
+        self.uploader.push(f"checkpoints/{path.name}")
+        self.uploader.keep_newest("checkpoints", keep)
 
     def restore(self) -> None:
         """Take up the newest whole checkpoint, which worker 0 chooses for all."""
         if self.is_main:
-            self.mirror.begin(self.note)
+            self.uploader.begin(self.note)
         directory, fingerprint = self.run_dir / "checkpoints", self.config.fingerprint()
         found = load_newest(directory, fingerprint, self.note)
         step = distributed.broadcast_object(found[0] if found else 0)
@@ -664,20 +662,20 @@ class Run:
             check_digests(f"The run {self.config.runtime.name!r}", found[1].get("data"), self.digests)
             by_worker_0(lambda: self.restore_model(found[1]), self.run_dir / "model")
             self.load_state(found[1])
-            chosen = self.config.train.precision == "auto" and self.progress.precision == "bf16"
+            chosen = self.config.train.precision == "auto" and self.state.precision == "bf16"
             if chosen and not multiplies_bf16(self.device):
                 self.note(
                     "This run was begun in bf16, which this machine only emulates, slowly: it goes on so, to stay the "
                     "same run. For fp32 begin another one, with train.precision=fp32."
                 )
         if self.is_main:
-            self.metrics = MetricsLog(self.run_dir / "metrics.jsonl", self.progress.step if found else -1)
+            self.metrics = MetricsLog(self.run_dir / "metrics.jsonl", self.state.step if found else -1)
             if self.metrics.damaged:
                 self.note(
                     f"metrics.jsonl was damaged: {self.metrics.damaged} of its lines are lost. Weights are whole."
                 )
-            self.trackers.begin(self.config, self.run_dir, self.progress.step, self.note)
-        self.last_log = (time.perf_counter(), self.progress.step)
+            self.trackers.begin(self.config, self.run_dir, self.state.step, self.note)
+        self.last_log = (time.perf_counter(), self.state.step)
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Become what a checkpoint holds."""
@@ -689,8 +687,8 @@ class Run:
         self.health.load_state_dict(state["health"], self.device)
         if self.corpus:
             self.corpus.load_state_dict(state["corpus"])
-        self.progress = Progress(**{"precision": self.progress.precision, **state["progress"]})
-        self.compute_in(self.progress.precision)
+        self.state = TrainState(**{"precision": self.state.precision, **state["progress"]})
+        self.compute_in(self.state.precision)
 
     def restore_model(self, state: dict[str, Any]) -> None:
         """Before a resumed run goes on, export its best model again where that is missing or damaged.
@@ -698,7 +696,7 @@ class Run:
         Raises:
             CheckpointError: no checkpoint holds the weights of that step any more.
         """
-        progress = Progress(**state["progress"])
+        progress = TrainState(**state["progress"])
         if progress.best_score is None:
             return  # nothing was exported yet
         model, best, fingerprint = self.run_dir / "model", progress.best_step, self.config.fingerprint()
@@ -706,7 +704,7 @@ class Run:
         if damage is None:
             return
         if best == 0:  # the weights are still those of the untrained encoder
-            self.progress.score_before = self.progress.best_score = progress.score_before
+            self.state.score_before = self.state.best_score = progress.score_before
         else:
             kept = load_step(self.run_dir / "checkpoints", best, fingerprint)
             if kept is None:
@@ -731,20 +729,20 @@ class Run:
         rows = sample_rows(self.tokens, DESCRIBED, "describe", self.config.seed)
         z_ND = encode_together(self.encoder, token_ids(self.tokens, rows), project=True)
         clusters = describe_clusters(z_ND, centroids_KD.cpu().numpy(), lambda found: self.tokens.texts(rows[found]))
-        self.write_json("clusters.json", {"step": self.progress.step, "sample": len(rows), "clusters": clusters})
+        self.write_json("clusters.json", {"step": self.state.step, "sample": len(rows), "clusters": clusters})
 
     def check_embeddings(self) -> None:
         """Raise NonFiniteError where the encoder embeds a sample of the corpus as NaN or infinity."""
         rows = sample_rows(self.tokens, TRIED, "try", self.config.seed)
         if not np.isfinite(encode_together(self.encoder, token_ids(self.tokens, rows))).all():
             raise NonFiniteError(
-                f"After step {self.progress.step} embeddings are NaN or infinite, so no model is exported. "
+                f"After step {self.state.step} embeddings are NaN or infinite, so no model is exported. "
                 f"{self.remedies()} The checkpoints before it are whole."
             )
 
     def finish(self) -> dict[str, Any]:
         """Export if nothing was selected, describe the clusters, write ``result.json``, and say how it went."""
-        progress = self.progress
+        progress = self.state
         # A short run may end before ten gradients in a row can be bad.
         self.check_gradients(min(MAX_SKIPPED_IN_A_ROW, max(1, math.ceil(progress.step / 2))))
         self.check_weights()
@@ -757,10 +755,10 @@ class Run:
         self.trackers.close()
         if self.is_main:
             began = time.perf_counter()
-            self.mirror.push("metrics.jsonl")
+            self.uploader.push("metrics.jsonl")
             if (self.run_dir / "tensorboard").is_dir():
-                self.mirror.push("tensorboard")
-            self.mirror.finish(self.config.runtime.step_timeout_s)
+                self.uploader.push("tensorboard")
+            self.uploader.finish(self.config.runtime.step_timeout_s)
             progress.checkpoint_seconds += time.perf_counter() - began
         result = {
             "best_step": progress.best_step,
@@ -777,13 +775,13 @@ class Run:
             "seconds": round(progress.seconds, 1),
             "checkpoint_seconds": round(progress.checkpoint_seconds, 2),
             "num_workers": distributed.world_size(),
-            "model": self.mirror.address("model"),
+            "model": self.uploader.address("model"),
             "fingerprint": self.config.fingerprint(),
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
         result = with_checksum(result)
         self.write_json("result.json", result)  # last, as it says that everything is there
-        self.mirror.finish(self.config.runtime.step_timeout_s)
-        self.watch({"event": "done", **result})
+        self.uploader.finish(self.config.runtime.step_timeout_s)
+        self.on_event({"event": "done", **result})
         return result

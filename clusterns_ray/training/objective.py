@@ -26,7 +26,7 @@ from clusterns_ray.losses import (
     weighed_share,
 )
 from clusterns_ray.models.encoder import Encoder, TokenBatch, autocast
-from clusterns_ray.training.batch_layout import Layout
+from clusterns_ray.training.batch_layout import BatchLayout
 from clusterns_ray.training.collate import Shard
 from clusterns_ray.training.corpus_clusters import CorpusClusters
 from clusterns_ray.training.mlm import prediction_loss
@@ -66,10 +66,10 @@ class TwoViews(nn.Module):
         """The word embeddings of each shard's views, read at once: the gradient of a lookup is as large as the whole
         vocabulary, and would be made anew, mostly of zeros, for each of them."""
         ids = [[shard.input_ids_BT] + ([shard.second[0]] if shard.second else []) for shard in shards]
-        words_ND = self.encoder.backbone.get_input_embeddings()(
+        token_embeds_ND = self.encoder.backbone.get_input_embeddings()(
             torch.cat([part.flatten() for row in ids for part in row])
         )
-        parts = iter(words_ND.split([part.numel() for row in ids for part in row]))
+        parts = iter(token_embeds_ND.split([part.numel() for row in ids for part in row]))
         return [[next(parts).view(*part.shape, -1) for part in row] for row in ids]
 
     def _batches(self, shard: Shard, words: list[Tensor]) -> list[TokenBatch]:
@@ -86,7 +86,7 @@ class TwoViews(nn.Module):
 class StepLoss(NamedTuple):
     """Everything is a tensor on the device, so that an ordinary step does not wait for it."""
 
-    to_backward: Tensor
+    scaled_loss: Tensor
     """scalar whose gradient, averaged over the workers, is that of the global loss"""
     shares: Tensor
     """this worker's shares of the values named in ``SHARE_NAMES``; over all workers they add up to them"""
@@ -126,7 +126,7 @@ class Objective:
         self,
         z1_bD: Tensor,
         z2_bD: Tensor,
-        layout: Layout,
+        layout: BatchLayout,
         mlm: Tensor | None = None,
         teacher_bD: Tensor | None = None,
     ) -> StepLoss:
@@ -174,7 +174,7 @@ class Objective:
         shares = torch.stack([share.detach() for share in shares])
         return StepLoss(loss * distributed.world_size(), shares, counts_K, false_negatives)
 
-    def _assign(self, cos_bK: Tensor, layout: Layout) -> Clusters:
+    def _assign(self, cos_bK: Tensor, layout: BatchLayout) -> Clusters:
         nearest_b, second_b = nearest_two(cos_bK)
         nearest_B, second_B = layout.gather(torch.stack([nearest_b, second_b], dim=1)).unbind(dim=1)
         return Clusters(nearest_b, second_b, nearest_B, cluster_sizes(second_B, cos_bK.shape[1]))
@@ -196,7 +196,7 @@ class Objective:
         )
 
     def _with_corpus(
-        self, corpus: CorpusClusters, z1_bD: Tensor, cos_bB: Tensor, positive_b: Tensor, layout: Layout
+        self, corpus: CorpusClusters, z1_bD: Tensor, cos_bB: Tensor, positive_b: Tensor, layout: BatchLayout
     ) -> tuple[ClusterNSLoss, Tensor, Tensor, Tensor]:
         """The loss, rows in each cluster, and shares of the hard negatives' mean cosine and of the false negatives."""
         loss = self.loss
@@ -227,7 +227,7 @@ class Objective:
         counts_K = cluster_sizes(negatives.nearest_B, self.clustering.num_clusters)
         return terms, counts_K, hard_negative_cosine, pairs
 
-    def _start_clustering(self, mean_cosine_share: Tensor, z1_bD: Tensor, z2_BD: Tensor, layout: Layout) -> None:
+    def _start_clustering(self, mean_cosine_share: Tensor, z1_bD: Tensor, z2_BD: Tensor, layout: BatchLayout) -> None:
         mean_cosine = distributed.all_reduce_sum(mean_cosine_share.clone())
         rows = layout.size if self.corpus is None else len(self.corpus.bank)
         if not self.clustering.should_start(mean_cosine, rows):

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from clusterns_ray import distributed
 from clusterns_ray.io.files import json_text
-from clusterns_ray.training.batch_layout import Layout
+from clusterns_ray.training.batch_layout import BatchLayout
 
 
 class NoRowLog:
-    def append(self, step: int, layout: Layout) -> None:
+    def append(self, step: int, layout: BatchLayout) -> None:
         pass
 
 
@@ -26,8 +26,8 @@ class RowLog(NoRowLog):
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / f"{self.attempt}-{distributed.rank()}.jsonl"
 
-    def append(self, step: int, layout: Layout) -> None:
-        rows = [row for shard in layout.hands[layout.rank] for row in layout.shard_rows(shard).tolist()]
-        who = {"attempt": self.attempt, "rank": layout.rank, "world_size": len(layout.hands)}
+    def append(self, step: int, layout: BatchLayout) -> None:
+        rows = [row for shard in layout.shards_by_rank[layout.rank] for row in layout.shard_rows(shard).tolist()]
+        who = {"attempt": self.attempt, "rank": layout.rank, "world_size": len(layout.shards_by_rank)}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json_text({"step": step, **who, "rows": rows}, indent=None))

@@ -46,7 +46,7 @@ def encode_together(encoder: Encoder, ids: list[list[int]], *, project: bool = F
     """
     embeddings_ND = torch.zeros(len(ids), encoder.width, device=encoder.device)
     batches = list(length_batches([len(row) for row in ids], 64))
-    with encoder.unchanged(encoder.autocast_dtype):
+    with encoder.frozen_weights(encoder.autocast_dtype):
         for rows in batches[distributed.rank() :: distributed.world_size()]:
             z_BD = encoder.encode_ids([ids[row] for row in rows])
             with torch.inference_mode():

@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from clusterns_ray.errors import ConfigError, DataError
 from clusterns_ray.io.yaml_text import load_yaml, read_yaml_text
-from clusterns_ray.tuning.optuna_study import begun, read_ledger
+from clusterns_ray.tuning.optuna_study import begun, read_optuna_study
 
 RESAMPLES = 20
 MIN_TRIALS = 5
@@ -77,7 +77,7 @@ def read_study(directory: Path) -> StudyRecord:
         ConfigError: the directory holds none.
         ClusterNSError: a file of it is damaged.
     """
-    study = read_ledger(directory)
+    study = read_optuna_study(directory)
     config = read_study_file(directory / "study.yaml")
     frozen = begun(study)
     return StudyRecord(

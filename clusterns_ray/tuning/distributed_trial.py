@@ -13,7 +13,7 @@ from clusterns_ray.config import Config, make_config
 from clusterns_ray.errors import ClusterNSError
 from clusterns_ray.launch.ray_cluster import on_this_node
 from clusterns_ray.launch.staging import run_place
-from clusterns_ray.launch.workers import DrainNotice, answer, run_workers, worker_device
+from clusterns_ray.launch.workers import PreemptionWatcher, answer, run_workers, worker_device
 from clusterns_ray.training.loop import train_worker
 from clusterns_ray.tuning.job import Job, Listener, Result, Stopped, run_files
 
@@ -100,9 +100,9 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
                     config,
                     **files,
                     device=worker_device(config),
-                    watch=listener.watch,
+                    on_event=listener.on_event,
                     report=report,
-                    leave=DrainNotice(lambda: desk.alive.remote() if distributed.rank() == 0 else None),
+                    leave=PreemptionWatcher(lambda: desk.alive.remote() if distributed.rank() == 0 else None),
                     score_before=job["score_before"],
                 )
         except Stopped:

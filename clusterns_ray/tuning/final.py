@@ -16,7 +16,7 @@ from clusterns_ray.evaluation import hub
 from clusterns_ray.evaluation.sts import StsTests, read_tests, score_tests
 from clusterns_ray.io.files import json_text
 from clusterns_ray.tuning.comparison import NAMES, model_cosines, over_pairs, untrained_cosines
-from clusterns_ray.tuning.optuna_study import Ledger
+from clusterns_ray.tuning.optuna_study import OptunaStudy
 from clusterns_ray.tuning.selection import summary
 from clusterns_ray.tuning.snapshot import FILES
 from clusterns_ray.tuning.study import Study
@@ -64,7 +64,7 @@ def finalize(study: Study) -> tuple[dict[str, Any], str]:
     if not there or not home.has("result.json"):
         raise unfinished
     with readable_faults(study), owner(study):
-        ledger = Ledger(study)
+        ledger = OptunaStudy(study)
         if not is_finished(study, ledger):
             raise unfinished
         outcome = decide(study, ledger)

@@ -9,7 +9,7 @@ from typing import Any
 
 from clusterns_ray import distributed
 from clusterns_ray.config import Config
-from clusterns_ray.io.uploader import mirror_of
+from clusterns_ray.io.uploader import uploader_for
 from clusterns_ray.launch.staging import run_directory, run_url, unstage
 from clusterns_ray.training.metrics import read_metrics
 
@@ -33,7 +33,7 @@ def run_files(job: Job, config: Config) -> Iterator[dict[str, Any]]:
     tokens_dir, sts_dir = unstage(config, job["staged"])
     run_dir, url = run_directory(config), run_url(config)
     try:
-        yield {"tokens_dir": tokens_dir, "sts_dir": sts_dir, "run_dir": run_dir, "mirror": mirror_of(url, run_dir)}
+        yield {"tokens_dir": tokens_dir, "sts_dir": sts_dir, "run_dir": run_dir, "uploader": uploader_for(url, run_dir)}
     finally:
         if url and distributed.rank() == 0:
             shutil.rmtree(run_dir, ignore_errors=True)
@@ -51,7 +51,7 @@ class Listener:
         self.tell, self.total_steps = tell, 0
         self.config, self.heard = config, heard
 
-    def watch(self, event: dict[str, Any]) -> None:
+    def on_event(self, event: dict[str, Any]) -> None:
         if event["event"] == "start":
             self.total_steps = event["total_steps"]
             for metrics in self._missed(event["step"]):

@@ -43,7 +43,7 @@ class Proposal:
     """values by configuration key"""
 
 
-class Ledger:
+class OptunaStudy:
     """Open, or begin, the Optuna study in the directory of ``study``; from its store, where it has one.
 
     Args:
@@ -270,7 +270,7 @@ def begun(study: optuna.Study) -> list[FrozenTrial]:
     return [trial for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING]
 
 
-def read_ledger(directory: Path, name: str | None = None) -> optuna.Study:
+def read_optuna_study(directory: Path, name: str | None = None) -> optuna.Study:
     """The Optuna study of a directory, to look at.
 
     Args:

@@ -41,25 +41,25 @@ from clusterns_ray.tuning.comparison import (
     sentences,
     untrained_cosines,
 )
-from clusterns_ray.tuning.optuna_study import Ledger, Proposal, file_error
+from clusterns_ray.tuning.optuna_study import OptunaStudy, Proposal, file_error
 from clusterns_ray.tuning.selection import Candidate, choose, copy_model, summary, top_trials, write_trials
 from clusterns_ray.tuning.snapshot import FILES
 from clusterns_ray.tuning.space import Overrides, with_values
 from clusterns_ray.tuning.study import Study, dump_study
 
-Watch = Callable[[dict[str, Any]], None]
+OnEvent = Callable[[dict[str, Any]], None]
 Job = dict[str, Any]
 
 FRUITLESS_ATTEMPTS = 5
 """A trial that takes the whole sweep down this often before its first evaluation is given up."""
 
 
-def tune(study: Study, watch: Watch = lambda event: None) -> dict[str, Any]:
+def tune(study: Study, on_event: OnEvent = lambda event: None) -> dict[str, Any]:
     """Run a study, or go on with it: what is finished is kept, what is half done is resumed.
 
     Args:
-        watch: told of what happens: ``{"event": "note" | "tokenised" | "trial" | "look", ...}``; ``look`` comes a few
-            times a second, with the Optuna study.
+        on_event: called with what happens: ``{"event": "note" | "tokenised" | "trial" | "look", ...}``;
+            ``look`` comes a few times a second, with the Optuna study.
 
     Returns:
         What ``result.json`` holds.
@@ -71,17 +71,17 @@ def tune(study: Study, watch: Watch = lambda event: None) -> dict[str, Any]:
     check_request(study)
 
     def note(text: str) -> None:
-        watch({"event": "note", "text": text})
+        on_event({"event": "note", "text": text})
 
     with readable_faults(study), owner(study, note) as permit:
-        ledger = Ledger(study, permit=permit)
+        ledger = OptunaStudy(study, permit=permit)
         if ledger.begins_anew:
             note(
                 f"{str(ledger.path)!r} is not there, though trials of an earlier study of that name are: the study "
                 "begins anew. Runs of exactly the same configuration are kept, the others are replaced."
             )
         study.home.write("study.yaml", dump_study(study))
-        sweep = Sweep(study, ledger, watch)
+        sweep = Sweep(study, ledger, on_event)
         if sweep.exhausted():
             note(f"{study.config.name!r} is finished; raise the budget to go on with it.")
         else:
@@ -154,7 +154,7 @@ def _run(sweep: Sweep) -> None:
             while not pool.wait(0.3):
                 sweep.ledger.permit()
                 sweep.ledger.save_if_due()
-                sweep.watch({"event": "look", "study": sweep.ledger.optuna})
+                sweep.on_event({"event": "look", "study": sweep.ledger.optuna})
         except KeyboardInterrupt:
             sweep.note("Stopping. Trials that run keep their newest checkpoints; finished ones are kept.")
             raise
@@ -212,8 +212,8 @@ def owner(study: Study, note: Callable[[str], None] = lambda text: None) -> Iter
 class Sweep:
     """The source of a pool's jobs: first trials that were left half done, then proposals, then confirmations."""
 
-    def __init__(self, study: Study, ledger: Ledger, watch: Watch):
-        self.study, self.ledger, self.watch = study, ledger, watch
+    def __init__(self, study: Study, ledger: OptunaStudy, on_event: OnEvent):
+        self.study, self.ledger, self.on_event = study, ledger, on_event
         self.use_gpu = False
         self._half_done = [trial.number for trial in ledger.running()]
         self._live: set[str] = set()
@@ -221,7 +221,7 @@ class Sweep:
         self._prepared: dict[str, tuple[Prepared, dict[str, Any]]] = {}
 
     def note(self, text: str) -> None:
-        self.watch({"event": "note", "text": text})
+        self.on_event({"event": "note", "text": text})
 
     def prepare(self) -> None:
         """Tokenise the corpus, once for all trials."""
@@ -250,7 +250,7 @@ class Sweep:
         if self._confirmations:
             job = self._confirmations.pop(0)
             self._live.add(job["id"])
-            self.watch({"event": "trial", "what": "begins", **_told(job)})
+            self.on_event({"event": "trial", "what": "begins", **_told(job)})
             return job
         return None
 
@@ -264,12 +264,12 @@ class Sweep:
         self.ledger.tick()
         told = {"step": result["step"], "score": result["score"]}
         if job["number"] is None:
-            self.watch({"event": "trial", "what": "evaluated", **_told(job), **told})
+            self.on_event({"event": "trial", "what": "evaluated", **_told(job), **told})
             return False
         pruned = self.ledger.evaluated(
             job["number"], result["step"], result["score"], result["seconds"], result["last"]
         )
-        self.watch({"event": "trial", "what": "pruned" if pruned else "evaluated", **_told(job), **told})
+        self.on_event({"event": "trial", "what": "pruned" if pruned else "evaluated", **_told(job), **told})
         if pruned:
             self._close(job)
         return pruned
@@ -290,7 +290,7 @@ class Sweep:
                 self.ledger.remember("confirmation_failures", {**failures, job["id"]: result["reason"]})
                 self.ledger.save()
             told = {"reason": result["reason"]}
-        self.watch({"event": "trial", "what": result["outcome"], **_told(job), **told})
+        self.on_event({"event": "trial", "what": result["outcome"], **_told(job), **told})
         self._close(job)
 
     def _check_storage(self, job: Job, result: dict[str, Any]) -> None:
@@ -325,7 +325,7 @@ class Sweep:
         name = f"{proposal.number:04d}"
         job = self._job(name, proposal.number, proposal.overrides)
         self._live.add(name)
-        self.watch({"event": "trial", "what": "begins", **_told(job)})
+        self.on_event({"event": "trial", "what": "begins", **_told(job)})
         return job
 
     def _job(self, name: str, number: int | None, overrides: Overrides) -> Job:
@@ -362,7 +362,7 @@ class Sweep:
         values = config.identity()
         key = json.dumps([values["data"], values["encoder"], values["evaluation"]["sts"]], sort_keys=True)
         if key not in self._prepared:
-            prepared = prepare(config, self.note, lambda rows: self.watch({"event": "tokenised", "rows": rows}))
+            prepared = prepare(config, self.note, lambda rows: self.on_event({"event": "tokenised", "rows": rows}))
             self._check_unchanged(key, config, prepared)
             if self.study.home.store is not None:
                 self.note(f"Staging its tokens in {self.study.base.runtime.storage_path}")
@@ -414,7 +414,7 @@ def remove_leftovers(run: Place, model: bool) -> None:
         run.remove("model")
 
 
-def clean_up(study: Study, ledger: Ledger) -> None:
+def clean_up(study: Study, ledger: OptunaStudy) -> None:
     """Remove what a kill, between the note of a run's end and this, has left; or a pruned trial, still copying."""
     runs = {f"trials/{trial.number:04d}": study.confirms for trial in ledger.ended()}
     runs |= {f"confirmation/{run.name}": False for run in planned_runs(study, ledger)}
@@ -468,7 +468,7 @@ class Planned:
         return run_score(run, trial_config(study, self.overrides, runs_of(study, None), self.name))
 
 
-def planned_runs(study: Study, ledger: Ledger) -> list[Planned]:
+def planned_runs(study: Study, ledger: OptunaStudy) -> list[Planned]:
     """Every run beside the trials, done or not; none before a trial has finished."""
     top = top_trials(ledger.ended(), study.config.confirmation.top)
     if not top:
@@ -483,7 +483,7 @@ def planned_runs(study: Study, ledger: Ledger) -> list[Planned]:
     ]
 
 
-def base_trial(study: Study, ledger: Ledger) -> int | None:
+def base_trial(study: Study, ledger: OptunaStudy) -> int | None:
     """The best finished trial with the very values of the base configuration; None where there is none."""
     for trial in top_trials(ledger.ended(), len(ledger.ended())):
         if study.space.config(values_of(study, trial)).fingerprint() == study.base.fingerprint():
@@ -527,7 +527,7 @@ def values_of(study: Study, trial: optuna.trial.FrozenTrial) -> Overrides:
     return study.space.suggest(optuna.trial.FixedTrial(trial.params))
 
 
-def candidates(study: Study, ledger: Ledger) -> list[Candidate]:
+def candidates(study: Study, ledger: OptunaStudy) -> list[Candidate]:
     """The best trials with the scores of their confirmations."""
     scores: dict[int, dict[int, float]] = {}
     for run in planned_runs(study, ledger):
@@ -540,7 +540,7 @@ def candidates(study: Study, ledger: Ledger) -> list[Candidate]:
     ]
 
 
-def baseline(study: Study, ledger: Ledger, found: list[Candidate]) -> Candidate | None:
+def baseline(study: Study, ledger: OptunaStudy, found: list[Candidate]) -> Candidate | None:
     """The base configuration, by the same seeds as the others; None where none of its runs has ended."""
     number = base_trial(study, ledger)
     for candidate in found:
@@ -565,7 +565,7 @@ def models_of(study: Study, candidate: Candidate) -> list[Place]:
     return [runs_of(study, candidate.number) / f"{candidate.number:04d}"]
 
 
-def write_outcome(study: Study, ledger: Ledger, note: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+def write_outcome(study: Study, ledger: OptunaStudy, note: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """``trials.parquet``, ``best.yaml``, ``model/`` and ``result.json``, from what the study and its runs hold."""
     home, trials = study.home, ledger.trials()
     clean_up(study, ledger)
@@ -626,7 +626,7 @@ class Outcome:
     """the dev score of the encoder that the winner started from, untrained"""
 
 
-def decide(study: Study, ledger: Ledger) -> Outcome:
+def decide(study: Study, ledger: OptunaStudy) -> Outcome:
     """The winner and what stands beside it; there has to be a candidate."""
     found = candidates(study, ledger)
     winner, alike = choose(found, len(study.config.confirmation.seeds))
@@ -655,7 +655,7 @@ def outcome_words(result: dict[str, Any]) -> list[str]:
 
 
 def compare_winner(
-    study: Study, ledger: Ledger, outcome: Outcome, result: dict[str, Any], note: Callable[[str], None]
+    study: Study, ledger: OptunaStudy, outcome: Outcome, result: dict[str, Any], note: Callable[[str], None]
 ) -> dict[str, dict[str, Any] | None]:
     """Score, difference and intervals of the winner against the untrained encoder and the base configuration.
 
@@ -730,7 +730,7 @@ def best_run(study: Study, winner: Candidate) -> Place:
     return runs[seeds.index(min(seeds, key=lambda seed: (-winner.scores[seed], seed)))]
 
 
-def is_finished(study: Study, ledger: Ledger) -> bool:
+def is_finished(study: Study, ledger: OptunaStudy) -> bool:
     """Whether every trial and every run beside them has come to an end, for this budget."""
     failures = ledger.recall("confirmation_failures", {})
     runs = planned_runs(study, ledger)

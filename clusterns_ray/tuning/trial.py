@@ -174,7 +174,7 @@ def _train_here(job: Job, config: Config, tell: Callable[[Result], None]) -> dic
                 config,
                 **files,
                 device=device,
-                watch=listener.watch,
+                on_event=listener.on_event,
                 report=listener.report,
                 score_before=job["score_before"],
             )

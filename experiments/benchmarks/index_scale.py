@@ -87,12 +87,12 @@ def build(folder: Path, flat_rows: int) -> dict[str, Any]:
     load_faiss()
     before, started = memory(), time.perf_counter()
 
-    def watch(event: dict[str, Any]) -> None:
+    def on_event(event: dict[str, Any]) -> None:
         if event["event"] == "note":
             print(f"  {event['text']}", file=sys.stderr, flush=True)
 
     with watching_memory() as peak:
-        info = build_index(EmbeddingFile(folder / "vectors.parquet"), folder, watch)
+        info = build_index(EmbeddingFile(folder / "vectors.parquet"), folder, on_event)
     seconds = time.perf_counter() - started
     (folder / "info.json").write_text(json.dumps(info))
     above = {f"build_peak_{name}_mb": peak[name] - before[name] for name in peak}

@@ -56,7 +56,7 @@ from clusterns_ray.data.prepare import prepare
 from clusterns_ray.errors import ClusterNSError
 from clusterns_ray.evaluation.sts import TASKS, cosines_of, read_tests, score_tests
 from clusterns_ray.kernels.dropout import LEVELS, Streams, drop, dropped_levels
-from clusterns_ray.kernels.packed_attention import VECTOR_BYTES, Apart, Packing, packed_attention
+from clusterns_ray.kernels.packed_attention import VECTOR_BYTES, Packing, UnpackIndex, packed_attention
 from clusterns_ray.losses import Clusters, clusterns_loss_share, info_nce_share
 from clusterns_ray.models.encoder import Encoder
 from clusterns_ray.models.packed_bert import multiply, onednn_multiplies
@@ -253,7 +253,7 @@ def objective(contestant: ClusterNS) -> Contestant:
 
     def work() -> None:
         found = run.objective(z1_BD.detach().requires_grad_(), z2_BD.detach().requires_grad_(), layout)
-        found.to_backward.backward()
+        found.scaled_loss.backward()
 
     return timed(work, repeats=5)
 
@@ -473,7 +473,7 @@ def attention(rounds: int, rows: int = 64, heads: int = 12, width: int = 32) -> 
             qkv = torch.randn(rows * length, 3 * heads * width).to(dtype)
             query, key, value = qkv.view(rows, length, 3, heads, width).permute(2, 0, 3, 1, 4)
             mask = torch.ones(rows, 1, length, length, dtype=torch.bool)
-            parts = [Apart.of(Packing.of(torch.ones(rows, length)), heads, dtype, fill)]
+            parts = [UnpackIndex.of(Packing.of(torch.ones(rows, length)), heads, dtype, fill)]
             own, filled = (torch.randn(rows * heads, length, n).to(dtype) for n in (length, parts[0].filled))
             name = f"{length} tokens, {str(dtype).removeprefix('torch.')}"
             contests += [

@@ -164,14 +164,14 @@ def take_step(run: Run, number: int) -> None:
         z1_bD, z2_bD = (z_bD.detach().requires_grad_() for z_bD in (views.z1_bD, views.z2_bD))
         loss = run.objective(z1_bD, z2_bD, layout, views.mlm)
         run.health.observe(run.clustering.centroids_KD, loss.counts_K)
-        loss.to_backward.backward()
+        loss.scaled_loss.backward()
 
     def backward(_: Tensor) -> None:
         with record_function(BACKWARDS):
             torch.autograd.backward([views.z1_bD, views.z2_bD], [z1_bD.grad, z2_bD.grad])
 
     with record_function(UPDATE):
-        run.optimizer.step(loss.to_backward.detach(), 1e-5, backward)
+        run.optimizer.step(loss.scaled_loss.detach(), 1e-5, backward)
 
 
 def profile_steps(run: Run, numbers: Sequence[int]) -> dict[str, float]:

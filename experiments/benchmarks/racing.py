@@ -151,7 +151,7 @@ class ClusterNS:
             views = run.encode(shards)
             loss = run.objective(views.z1_bD, views.z2_bD, layout, views.mlm)
             run.health.observe(run.clustering.centroids_KD, loss.counts_K)
-            run.optimizer.step(loss.to_backward, 1e-5, views.backward)
+            run.optimizer.step(loss.scaled_loss, 1e-5, views.backward)
         return time.perf_counter() - began
 
 

@@ -57,13 +57,13 @@ def measure(study: str, overrides: list[str], trials: int) -> tuple[float, float
     """Trials an hour, with and without the start."""
     ends: list[float] = []
 
-    def watch(event: dict[str, Any]) -> None:
+    def on_event(event: dict[str, Any]) -> None:
         if event["event"] == "trial" and event["what"] in ("finished", "failed"):
             ends.append(time.perf_counter())
             print(f"  {event['id']} {event['what']}", file=sys.stderr, flush=True)
 
     began = time.perf_counter()
-    tune(load_study(study, overrides), watch)
+    tune(load_study(study, overrides), on_event)
     assert len(ends) == trials, f"{len(ends)} of {trials} trials ended"
     return 3600 * trials / (ends[-1] - began), 3600 * (trials - 1) / (ends[-1] - ends[0])
 

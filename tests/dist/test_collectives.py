@@ -16,7 +16,7 @@ from spawn import RanksFailed, run_ranks
 from clusterns_ray import distributed
 from clusterns_ray.clustering import bank
 from clusterns_ray.errors import ClusterNSError
-from clusterns_ray.training.batch_layout import Layout, lay_out
+from clusterns_ray.training.batch_layout import BatchLayout, build_batch_layout
 
 ROWS, WIDTH = 3, 2
 every_size = pytest.mark.parametrize("ranks", [2, 4])
@@ -58,10 +58,10 @@ def test_gathered_rows_come_in_order_of_rank_and_their_gradients_are_summed_over
         assert torch.equal(result["columns"], torch.cat([leaf.detach().T for leaf in leaves]))
 
 
-def odd_layout(rank: int | None, ranks: int) -> Layout:
+def odd_layout(rank: int | None, ranks: int) -> BatchLayout:
     """13 rows in 4 shards: ranks whose shares differ by a row."""
     lengths = np.array([9, 3, 7, 5, 8, 3, 6, 4, 9, 5, 7, 2, 6])
-    return lay_out(100 + np.arange(13), lengths, 4, rank=rank, workers=ranks)
+    return build_batch_layout(100 + np.arange(13), lengths, 4, rank=rank, workers=ranks)
 
 
 def gather_odd_batch() -> dict[str, Any]:

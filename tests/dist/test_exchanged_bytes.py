@@ -45,8 +45,8 @@ def exchanged(config: Config, tokens_dir: Path, run_dir: Path) -> list[tuple[str
         recorder.found.clear()
         with recorder:
             views = run.encode(shards)
-            loss = run.objective(views.z1_bD, views.z2_bD, layout, views.mlm, run.teach(shards))
-            run.optimizer.step(loss.to_backward, 1e-4, views.backward)
+            loss = run.objective(views.z1_bD, views.z2_bD, layout, views.mlm, run.teacher_embeddings(shards))
+            run.optimizer.step(loss.scaled_loss, 1e-4, views.backward)
     return recorder.found
 
 

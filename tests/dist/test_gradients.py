@@ -136,7 +136,7 @@ def step_gradients(
     layout, shards = run.batch(step)
     z1_bD, z2_bD, _ = run.model(shards)
     teacher_bD = teacher(z1_bD) if taught else None
-    return gradients_of(run, objective(z1_bD, z2_bD, layout, None, teacher_bD).to_backward / divide_by)
+    return gradients_of(run, objective(z1_bD, z2_bD, layout, None, teacher_bD).scaled_loss / divide_by)
 
 
 def teacher(z1_bD: torch.Tensor) -> torch.Tensor:
@@ -150,7 +150,7 @@ def cached_gradients(run: Run, step: int, rows: int) -> Gradients:
     views = CachedViews(run.model, chunked(shards, rows))
     objective = objective_of(run, CACHED)
     run.views.zero_grad(set_to_none=True)
-    views.backward(objective(views.z1_bD, views.z2_bD, layout).to_backward)
+    views.backward(objective(views.z1_bD, views.z2_bD, layout).scaled_loss)
     return {name: p.grad.clone() for name, p in run.views.named_parameters() if p.grad is not None}
 
 
@@ -278,7 +278,7 @@ def five_steps(config: Config, tokens_dir: Path, run_dir: Path) -> dict[str, Any
     centroids = []
     for step in range(6):
         layout, shards = run.batch(step)
-        run.optimizer.step(objective(*run.model(shards)[:2], layout).to_backward, 1e-3)
+        run.optimizer.step(objective(*run.model(shards)[:2], layout).scaled_loss, 1e-3)
         assert objective.clustering.centroids_KD is not None
         centroids.append(objective.clustering.centroids_KD.clone())
     return {"centroids": centroids, "weights": [p.detach().clone() for p in run.views.parameters()]}
@@ -318,7 +318,7 @@ def shapes_of_two_steps(config: Config, tokens_dir: Path, run_dir: Path) -> set[
     with Shapes() as shapes:
         for step in range(2):
             layout, shards = run.batch(step)
-            run.optimizer.step(objective(*run.model(shards)[:2], layout).to_backward, 1e-3)
+            run.optimizer.step(objective(*run.model(shards)[:2], layout).scaled_loss, 1e-3)
     assert objective.clustering.started
     return shapes.seen
 

@@ -32,7 +32,7 @@ class Job(NamedTuple):
 
 
 def train_here(job: Job, kill_at_step: int | None = None) -> dict[str, Any]:
-    def watch(event: dict[str, Any]) -> None:
+    def on_event(event: dict[str, Any]) -> None:
         if event["event"] == "step" and event["step"] == kill_at_step:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -42,7 +42,7 @@ def train_here(job: Job, kill_at_step: int | None = None) -> dict[str, Any]:
         sts_dir=job.config.evaluation.sts,
         run_dir=job.run_dir,
         device=torch.device("cpu"),
-        watch=watch,
+        on_event=on_event,
     )
 
 

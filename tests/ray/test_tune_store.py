@@ -16,7 +16,7 @@ from studies import StudyRun
 from test_tune import make_study, whole  # noqa: F401  fixtures
 
 from clusterns_ray.io.object_store import Store, reading_place
-from clusterns_ray.tuning.optuna_study import read_ledger
+from clusterns_ray.tuning.optuna_study import read_optuna_study
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -52,7 +52,7 @@ class StoredStudy(StudyRun):
     def trials(self) -> list[Any]:
         place = reading_place(self.store.url)
         place.fetch_files(leave_out=(".html", ".parquet"))
-        return read_ledger(place.local).get_trials(deepcopy=False)
+        return read_optuna_study(place.local).get_trials(deepcopy=False)
 
     def has(self, end: str) -> bool:
         return any(name.endswith(end) for name in self.store.names())

@@ -268,11 +268,11 @@ def make_run(tiny_model: Path, corpus_file: Path, tmp_path: Path) -> Callable[..
 
 def take_step(run: Run) -> tuple[StepLoss, torch.Tensor, torch.Tensor, Any]:
     with torch.random.fork_rng(devices=[]):
-        layout, shards = run.batch(run.progress.step)
+        layout, shards = run.batch(run.state.step)
         views = run.encode(shards)
         step = run.objective(views.z1_bD, views.z2_bD, layout, views.mlm)
-        run.optimizer.step(step.to_backward, 1e-2, views.backward)
-    run.progress.step += 1
+        run.optimizer.step(step.scaled_loss, 1e-2, views.backward)
+    run.state.step += 1
     return step, views.z1_bD.detach(), views.z2_bD.detach(), layout
 
 
@@ -387,7 +387,7 @@ def test_rows_are_encoded_anew_in_turn(make_run: Callable[..., Run]) -> None:
         if not first:
             take_step(run)
         with torch.random.fork_rng(devices=[]):
-            layout, shards = run.batch(run.progress.step)
+            layout, shards = run.batch(run.state.step)
             views = run.encode(shards)
             run.objective(views.z1_bD, views.z2_bD, layout, views.mlm)
         ids = run.encoder.tokenize(run.tokens.texts(run.corpus.bank.rows_N))
@@ -397,7 +397,7 @@ def test_rows_are_encoded_anew_in_turn(make_run: Callable[..., Run]) -> None:
         torch.testing.assert_close(embeddings_of(run)[turn], fresh[turn], rtol=0, atol=1e-6)
         rest = [n for n in range(200) if n not in turn]
         assert (embeddings_of(run)[rest] - fresh[rest]).abs().max() > 1e-3
-        run.progress.step += 1
+        run.state.step += 1
 
 
 class Shapes(TorchDispatchMode):
@@ -421,7 +421,7 @@ def test_no_large_matrix_is_made(make_run: Callable[..., Run]) -> None:
     views = run.encode(shards)
     with Shapes() as shapes:
         step = run.objective(views.z1_bD, views.z2_bD, layout, views.mlm)
-        step.to_backward.backward()
+        step.scaled_loss.backward()
     lost = {(B, K), (B, B), (B, B * M)}
     assert lost <= shapes.found and (B * M, WIDTH) in shapes.found
     encoder = {parameter.shape for parameter in run.encoder.parameters()}

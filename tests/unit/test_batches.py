@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from clusterns_ray.data.sampler import (
     BatchOrder,
+    assign_shards,
     batch_bounds,
     cut_shards,
-    deal_shards,
     permute,
     sample_ids,
     steps_per_epoch,
@@ -253,20 +253,20 @@ def test_cut_shards_refuses_too_few_rows() -> None:
 def test_deal_shards(data: st.DataObject) -> None:
     workers, each = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5))
     tokens = data.draw(st.lists(st.integers(0, 1000), min_size=workers * each, max_size=workers * each))
-    hands = deal_shards(tokens, workers)
-    assert sorted(shard for hand in hands for shard in hand) == list(range(workers * each))
-    assert all(len(hand) == each and hand == sorted(hand) for hand in hands)
-    assert hands == deal_shards(np.array(tokens), workers)
-    loads = [sum(tokens[shard] for shard in hand) for hand in hands]
+    shards_by_rank = assign_shards(tokens, workers)
+    assert sorted(shard for its_shards in shards_by_rank for shard in its_shards) == list(range(workers * each))
+    assert all(len(its_shards) == each and its_shards == sorted(its_shards) for its_shards in shards_by_rank)
+    assert shards_by_rank == assign_shards(np.array(tokens), workers)
+    loads = [sum(tokens[shard] for shard in its_shards) for its_shards in shards_by_rank]
     assert max(loads) - min(loads) <= max(tokens)
 
 
 def test_deal_shards_balances_tokens() -> None:
-    assert deal_shards([8, 7, 6, 5, 4, 3, 2, 1], 2) == [[0, 3, 4, 7], [1, 2, 5, 6]]
-    assert deal_shards([5, 5, 5, 5], 2) == [[0, 2], [1, 3]]
+    assert assign_shards([8, 7, 6, 5, 4, 3, 2, 1], 2) == [[0, 3, 4, 7], [1, 2, 5, 6]]
+    assert assign_shards([5, 5, 5, 5], 2) == [[0, 2], [1, 3]]
 
 
 @pytest.mark.parametrize("workers", [0, 3, 8])
 def test_deal_shards_refuses_an_uneven_deal(workers: int) -> None:
     with pytest.raises(ValueError, match=f"4 shards cannot be dealt to {workers} workers"):
-        deal_shards([1, 2, 3, 4], workers)
+        assign_shards([1, 2, 3, 4], workers)

@@ -74,7 +74,7 @@ def test_values_and_gradients_are_transformers(
         encoder.packs = packs
         encoder.zero_grad()
         look_up = encoder.backbone.get_input_embeddings()
-        given = [batch._replace(words_BTD=look_up(batch.input_ids_BT)) if words else batch for batch in batches]
+        given = [batch._replace(token_embeds_BTD=look_up(batch.input_ids_BT)) if words else batch for batch in batches]
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             found = encoder.embed(given)
         torch.stack([(z_BD * w_BD).sum() for z_BD, w_BD in zip(found, weights, strict=True)]).sum().backward()
@@ -246,8 +246,8 @@ def test_states_of_all_layers(tiny_model: Path):
         input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, output_hidden_states=True
     )
     packing = clusterns_ray.models.packed_bert.Packing.of(batch.attention_mask_BT)
-    words_ND = packing.pack(encoder.backbone.get_input_embeddings()(batch.input_ids_BT))
-    states = PackedBert(encoder.backbone, torch.float32)(words_ND, [packing], all_layers=True)
+    token_embeds_ND = packing.pack(encoder.backbone.get_input_embeddings()(batch.input_ids_BT))
+    states = PackedBert(encoder.backbone, torch.float32)(token_embeds_ND, [packing], all_layers=True)
     assert len(states) == len(output.hidden_states)
     for ours, theirs in zip(states, output.hidden_states, strict=True):
         torch.testing.assert_close(ours, packing.pack(theirs), atol=1e-5, rtol=1e-5)

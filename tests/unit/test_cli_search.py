@@ -224,12 +224,12 @@ def encoded(rows: int, total: int | None, left: float | None) -> dict:
 def test_lines_are_few_and_say_speed_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now, stream = 100.0, io.StringIO()
     monkeypatch.setattr(encode_progress.time, "monotonic", lambda: now)
-    watch = encode_progress.encode_watch(stream)
+    on_event = encode_progress.encoding_view(stream)
     for rows, now in ((1000, 101.0), (2000, 105.5), (3000, 106.0), (4000, 111.0)):  # noqa: B007
-        watch(encoded(rows, 5000, 3725.0 if rows == 2000 else 65.0))
-    watch(encoded(5000, None, None))
+        on_event(encoded(rows, 5000, 3725.0 if rows == 2000 else 65.0))
+    on_event(encoded(5000, None, None))
     now = 120.0
-    watch(encoded(6000, None, None))
+    on_event(encoded(6000, None, None))
     assert stream.getvalue().splitlines() == [
         "  2,000 of 5,000 sentences encoded  1,234 sentences/s  1:02:05 left",
         "  4,000 of 5,000 sentences encoded  1,234 sentences/s  01:05 left",
@@ -241,13 +241,13 @@ def test_a_terminal_shows_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     screen = Screen()
-    watch = encode_progress.encode_watch(screen)
-    watch({"event": "note", "text": "Counting [bold] the sentences"})
-    watch(encoded(2000, 5000, 65.0))
-    watch({"event": "note", "text": "half way"})
-    watch(encoded(5000, 5000, 0.0))
-    watch({"event": "indexed", "rows": 10, "total": 20})
-    watch.close()
+    on_event = encode_progress.encoding_view(screen)
+    on_event({"event": "note", "text": "Counting [bold] the sentences"})
+    on_event(encoded(2000, 5000, 65.0))
+    on_event({"event": "note", "text": "half way"})
+    on_event(encoded(5000, 5000, 0.0))
+    on_event({"event": "indexed", "rows": 10, "total": 20})
+    on_event.close()
     shown = screen.getvalue()
     for words in (
         "Counting [bold] the sentences",

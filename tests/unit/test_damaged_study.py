@@ -18,7 +18,7 @@ from clusterns_ray.report.study_charts import log_ticks
 from clusterns_ray.tuning import optuna_study as ledger
 from clusterns_ray.tuning.analysis import read_study_file
 from clusterns_ray.tuning.comparison import difference_over_seeds, seed_interval, sentences, show_value
-from clusterns_ray.tuning.optuna_study import file_error, open_storage, read_ledger, study_file
+from clusterns_ray.tuning.optuna_study import file_error, open_storage, read_optuna_study, study_file
 from clusterns_ray.tuning.selection import check_result
 from clusterns_ray.tuning.sweep import full_disk, is_run_of, run_score
 
@@ -41,7 +41,7 @@ def test_a_damaged_database_is_refused_with_a_remedy_that_works(database: Path, 
     if kind == "no tables":
         sqlite3.connect(path).execute("create table x (y)")
     with pytest.raises(ClusterNSError, match=r"is damaged .* move it away, and `clusterns tune` begins") as error:
-        read_ledger(database)
+        read_optuna_study(database)
     assert "\n" not in str(error.value)
     with pytest.raises(ClusterNSError, match="is damaged"), study_file(path):
         open_storage(database, "sqlite", writing=True)
@@ -54,14 +54,14 @@ def test_a_locked_database_is_told(database: Path, monkeypatch: pytest.MonkeyPat
     other = sqlite3.connect(database / "study.db", isolation_level=None)
     other.execute("begin exclusive")
     with pytest.raises(ClusterNSError, match="is locked by another process"):
-        read_ledger(database)
+        read_optuna_study(database)
     other.execute("rollback")
-    assert read_ledger(database, "s").study_name == "s"
+    assert read_optuna_study(database, "s").study_name == "s"
 
 
 def test_a_database_of_another_study_is_refused(database: Path) -> None:
     with pytest.raises(ConfigError, match="holds the study 's', not 'other'"):
-        read_ledger(database, "other")
+        read_optuna_study(database, "other")
 
 
 @pytest.mark.parametrize("content", [bytes(200), b'{"a": 1}\nnonsense', b"nonsense"])

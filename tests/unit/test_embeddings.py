@@ -157,7 +157,7 @@ def test_empty_lines_are_no_sentences_and_are_counted(encode: Callable[..., Enco
     path = tmp_path / "gaps.txt"
     path.write_text("\none\n\n   \ntwo\n")
     said: list[dict[str, Any]] = []
-    result = encode(files=str(path), watch=said.append)
+    result = encode(files=str(path), on_event=said.append)
     assert pq.read_table(result.path)["text"].to_pylist() == ["one", "two"]
     assert {"event": "note", "text": "2 sentences; 3 empty rows skipped"} in said
 
@@ -171,7 +171,7 @@ def test_several_files_and_formats(encode: Callable[..., Encoded], tmp_path: Pat
 
 def test_progress_tells_rows_speed_and_the_time_left(encode: Callable[..., Encoded]) -> None:
     said: list[dict[str, Any]] = []
-    encode(watch=said.append, batch_size=8)
+    encode(on_event=said.append, batch_size=8)
     told = [event for event in said if event["event"] == "encoded"]
     rows = [event["rows"] for event in told]
     assert {PART, 2 * PART, 2 * PART + 8, ROWS} <= set(rows), "parts, and batches within them"
@@ -221,17 +221,17 @@ def kill_me() -> None:
 def after_part_three(monkeypatch: Any) -> dict[str, Any]:
     told = 0
 
-    def watch(event: dict[str, Any]) -> None:
+    def on_event(event: dict[str, Any]) -> None:
         nonlocal told
         told += event.get("rows") == 3 * PART
         if told == 2:  # once when its last batch is done, and once when it is written
             kill_me()
 
-    return {"watch": watch}
+    return {"on_event": on_event}
 
 
 def while_encoding(monkeypatch: Any) -> dict[str, Any]:
-    return {"watch": lambda event: kill_me() if event.get("rows") == 5 * PART + 8 else None, "batch_size": 8}
+    return {"on_event": lambda event: kill_me() if event.get("rows") == 5 * PART + 8 else None, "batch_size": 8}
 
 
 def while_a_part_is_written(monkeypatch: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from clusterns_ray.errors import StorageError
 from clusterns_ray.io import lease as exclusive
 from clusterns_ray.io.lease import Claim, Held, Lease, is_dead, leased, process_identity
 from clusterns_ray.io.object_store import Store
-from clusterns_ray.io.uploader import Mirror
+from clusterns_ray.io.uploader import Uploader
 
 ELSEWHERE = {"host": "far", "pid": 7, "process": "another-boot pid:[1] 7 99", "since": "2026-01-01T00:00:00+00:00"}
 """Who writes on another machine."""
@@ -237,17 +237,17 @@ def test_on_an_s3_server(store: Store, quick: None, monkeypatch: pytest.MonkeyPa
 def test_a_run_that_lost_its_lease_copies_nothing_more(files: Store, quick: None, tmp_path: Path) -> None:
     run_dir, warnings = tmp_path / "here", []
     run_dir.mkdir()
-    mirror = Mirror(files, run_dir)
+    uploader = Uploader(files, run_dir)
     (run_dir / "a.txt").write_text("first")
-    with mirror.alone(True):
-        mirror.begin(warnings.append)
-        mirror.push("a.txt")
-        mirror.finish(5)
-        assert mirror._lease is not None
-        mirror._lease.lost = "it is now written by another"
+    with uploader.writer_lease(True):
+        uploader.begin(warnings.append)
+        uploader.push("a.txt")
+        uploader.finish(5)
+        assert uploader._lease is not None
+        uploader._lease.lost = "it is now written by another"
         (run_dir / "a.txt").write_text("second")
         with pytest.raises(StorageError, match="now written by another"):
-            mirror.push("a.txt")
+            uploader.push("a.txt")
     assert files.read("a.txt") == b"first" and claims(files) == []
 
 
@@ -255,28 +255,28 @@ def test_what_waits_is_not_copied_once_the_lease_is_lost(files: Store, quick: No
     run_dir, warnings = tmp_path / "here", []
     run_dir.mkdir()
     (run_dir / "a.txt").write_text("late")
-    mirror, began, gate = Mirror(files, run_dir), threading.Event(), threading.Event()
+    uploader, began, gate = Uploader(files, run_dir), threading.Event(), threading.Event()
 
     def wait() -> None:
         began.set()
         gate.wait(5)
 
-    with mirror.alone(True):
-        mirror.begin(warnings.append)
-        mirror._add("slow", wait)
-        mirror.push("a.txt")
+    with uploader.writer_lease(True):
+        uploader.begin(warnings.append)
+        uploader._add("slow", wait)
+        uploader.push("a.txt")
         assert began.wait(5)
-        assert mirror._lease is not None
-        mirror._lease.lost = "it is now written by another"
+        assert uploader._lease is not None
+        uploader._lease.lost = "it is now written by another"
         gate.set()
         with pytest.raises(StorageError, match="now written by another"):
-            mirror.finish(5)
+            uploader.finish(5)
     assert files.read("a.txt") is None and len(warnings) == 1
 
 
 def test_a_copy_under_way_ends_before_others_may_write(files: Store, quick: None, tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
-    mirror, order = Mirror(files, tmp_path / "here"), []
+    uploader, order = Uploader(files, tmp_path / "here"), []
 
     def slow() -> None:
         time.sleep(0.5)
@@ -290,14 +290,14 @@ def test_a_copy_under_way_ends_before_others_may_write(files: Store, quick: None
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Lease, "release", release)
-        with mirror.alone(True):
-            mirror.begin(lambda text: None)
-            mirror._add("slow", slow)
+        with uploader.writer_lease(True):
+            uploader.begin(lambda text: None)
+            uploader._add("slow", slow)
             time.sleep(0.1)
     assert order == ["copied", "released"]
 
 
 def test_other_workers_and_other_places_need_no_lease(files: Store, tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
-    with Mirror(files, tmp_path / "here").alone(False):
+    with Uploader(files, tmp_path / "here").writer_lease(False):
         assert claims(files) == []

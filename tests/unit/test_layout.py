@@ -8,7 +8,7 @@ import torch
 
 from clusterns_ray import distributed
 from clusterns_ray.errors import ConfigError, DataError
-from clusterns_ray.training.batch_layout import Layout, lay_out
+from clusterns_ray.training.batch_layout import BatchLayout, build_batch_layout
 
 WORKERS = (1, 2, 4, 8)
 
@@ -19,9 +19,9 @@ def batch(size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return rng.permutation(10_000)[:size].astype(np.int64), rng.integers(3, 33, size)
 
 
-def layouts(size: int, workers: int, shards: int = 8, seed: int = 0) -> list[Layout]:
+def layouts(size: int, workers: int, shards: int = 8, seed: int = 0) -> list[BatchLayout]:
     rows, lengths = batch(size, seed)
-    return [lay_out(rows, lengths, shards, rank=rank, workers=workers) for rank in range(workers)]
+    return [build_batch_layout(rows, lengths, shards, rank=rank, workers=workers) for rank in range(workers)]
 
 
 @pytest.mark.parametrize("size", [8, 64, 61, 13])
@@ -43,12 +43,12 @@ def test_every_row_is_in_exactly_one_hand(size: int, workers: int) -> None:
     assert sorted(found[0].rows_B.tolist()) == sorted(batch(size)[0].tolist())
     places = np.concatenate([layout.canonical(layout.rank) for layout in found])
     assert sorted(places.tolist()) == list(range(size))
-    shards = [shard for hand in found[0].hands for shard in hand]
+    shards = [shard for its_shards in found[0].shards_by_rank for shard in its_shards]
     assert sorted(shards) == list(range(8))
-    assert {len(hand) for hand in found[0].hands} == {8 // workers}
+    assert {len(its_shards) for its_shards in found[0].shards_by_rank} == {8 // workers}
     for layout in found:
-        assert layout.hands == found[0].hands, "the workers do not agree on the deal"
-        mine = np.concatenate([layout.shard_rows(shard) for shard in layout.hands[layout.rank]])
+        assert layout.shards_by_rank == found[0].shards_by_rank, "the workers do not agree on the deal"
+        mine = np.concatenate([layout.shard_rows(shard) for shard in layout.shards_by_rank[layout.rank]])
         np.testing.assert_array_equal(mine, layout.rows_B[layout.canonical(layout.rank)])
         assert layout.positive_b(torch.device("cpu")).tolist() == layout.canonical(layout.rank).tolist()
         assert layout.positive_b(torch.device("cpu")).dtype == torch.int64
@@ -57,7 +57,7 @@ def test_every_row_is_in_exactly_one_hand(size: int, workers: int) -> None:
 def test_shards_are_alike_in_length() -> None:
     rows, lengths = batch(64)
     length_of = dict(zip(rows.tolist(), lengths.tolist()))
-    layout = lay_out(rows, lengths, 8, rank=0, workers=1)
+    layout = build_batch_layout(rows, lengths, 8, rank=0, workers=1)
     spans = []
     for shard in range(8):
         here = [length_of[row] for row in layout.shard_rows(shard).tolist()]
@@ -70,11 +70,11 @@ def test_shards_are_alike_in_length() -> None:
 
 def test_tokens_are_balanced() -> None:
     rows, lengths = batch(512)
-    layout = lay_out(rows, lengths, 16, rank=0, workers=4)
+    layout = build_batch_layout(rows, lengths, 16, rank=0, workers=4)
     length_of = dict(zip(rows.tolist(), lengths.tolist()))
     loads = [
-        sum(len(layout.shard_rows(s)) * max(length_of[r] for r in layout.shard_rows(s).tolist()) for s in hand)
-        for hand in layout.hands
+        sum(len(layout.shard_rows(s)) * max(length_of[r] for r in layout.shard_rows(s).tolist()) for s in its_shards)
+        for its_shards in layout.shards_by_rank
     ]
     assert max(loads) < 1.15 * min(loads)
     in_a_row = [sum(length_of[r] for s in range(4 * w, 4 * w + 4) for r in layout.shard_rows(s)) for w in range(4)]
@@ -84,7 +84,9 @@ def test_tokens_are_balanced() -> None:
 # ---- gathering, as the collectives would do it -----------------------------------------------------------------------
 
 
-def gather_all(found: list[Layout], locals_: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+def gather_all(
+    found: list[BatchLayout], locals_: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> list[torch.Tensor]:
     """What each worker's ``gather`` gives, when the workers' (padded) rows are put in order of rank."""
     padded: dict[int, torch.Tensor] = {}
     with monkeypatch.context() as patch:
@@ -148,16 +150,16 @@ def test_one_worker_gathers_itself() -> None:
 def test_workers_that_do_not_divide_the_shards(workers: int) -> None:
     rows, lengths = batch(64)
     with pytest.raises(ConfigError, match=f"8 shards cannot be dealt to {workers} workers"):
-        lay_out(rows, lengths, 8, rank=0, workers=workers)
+        build_batch_layout(rows, lengths, 8, rank=0, workers=workers)
 
 
 def test_fewer_rows_than_shards() -> None:
     rows, lengths = batch(7)
     with pytest.raises(DataError, match="7 rows cannot be cut into 8 shards"):
-        lay_out(rows, lengths, 8, rank=0, workers=1)
+        build_batch_layout(rows, lengths, 8, rank=0, workers=1)
 
 
 def test_this_process_is_one_worker() -> None:
     rows, lengths = batch(16)
-    layout = lay_out(rows, lengths, 8)
-    assert (layout.rank, len(layout.hands)) == (0, 1)
+    layout = build_batch_layout(rows, lengths, 8)
+    assert (layout.rank, len(layout.shards_by_rank)) == (0, 1)

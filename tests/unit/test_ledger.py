@@ -14,7 +14,7 @@ import yaml
 from optuna.trial import TrialState
 
 from clusterns_ray.errors import ClusterNSError, ConfigError
-from clusterns_ray.tuning.optuna_study import Ledger, Proposal, read_ledger
+from clusterns_ray.tuning.optuna_study import OptunaStudy, Proposal, read_optuna_study
 from clusterns_ray.tuning.study import Study, check_study
 
 STEPS = (2, 4, 6, 8)
@@ -57,7 +57,7 @@ def score(overrides: dict[str, Any], step: int) -> float:
     return 60 + clusters - away + step / 10
 
 
-def run(ledger: Ledger, proposal: Proposal) -> None:
+def run(ledger: OptunaStudy, proposal: Proposal) -> None:
     for step in STEPS:
         value = score(proposal.overrides, step)
         if ledger.evaluated(proposal.number, step, value, seconds=float(step), last=step == STEPS[-1]):
@@ -66,19 +66,19 @@ def run(ledger: Ledger, proposal: Proposal) -> None:
     ledger.complete(proposal.number, curve[-1][1], STEPS[-1], float(STEPS[-1]), curve)
 
 
-def drive(ledger: Ledger) -> None:
+def drive(ledger: OptunaStudy) -> None:
     for trial in ledger.running():
         run(ledger, ledger.resume(trial.number))
     while not ledger.spent():
         run(ledger, ledger.propose())
 
 
-def story(ledger: Ledger) -> list[tuple[Any, ...]]:
+def story(ledger: OptunaStudy) -> list[tuple[Any, ...]]:
     return [(t.number, t.state.name, t.params, t.value, t.intermediate_values) for t in ledger.trials()]
 
 
 def test_a_study_prunes_completes_and_is_spent(make: Any) -> None:
-    ledger = Ledger(make())
+    ledger = OptunaStudy(make())
     drive(ledger)
     states = [trial.state for trial in ledger.trials()]
     assert len(states) == 12 and set(states) == {TrialState.COMPLETE, TrialState.PRUNED}
@@ -96,7 +96,7 @@ def test_a_study_prunes_completes_and_is_spent(make: Any) -> None:
 
 def test_a_trial_is_pruned_on_its_own_steps_if_the_better_part_at_that_rung_is_better(make: Any) -> None:
     """Rungs at 2, 4, 8 steps; of two at a rung one goes on."""
-    ledger = Ledger(make())
+    ledger = OptunaStudy(make())
     first, second, third = (ledger.propose().number for _ in range(3))
     assert not ledger.evaluated(first, 2, 60.0, 1, False)
     assert ledger.evaluated(second, 2, 59.0, 1, False)
@@ -107,7 +107,7 @@ def test_a_trial_is_pruned_on_its_own_steps_if_the_better_part_at_that_rung_is_b
 
 @pytest.mark.parametrize("scheduler", ["none", {"name": "median", "startup_trials": 2, "warmup_steps": 4}])
 def test_other_schedulers(make: Any, scheduler: Any) -> None:
-    ledger = Ledger(make(scheduler=scheduler))
+    ledger = OptunaStudy(make(scheduler=scheduler))
     drive(ledger)
     pruned = [max(t.intermediate_values) for t in ledger.trials() if t.state == TrialState.PRUNED]
     assert (scheduler == "none") == (pruned == [])
@@ -118,7 +118,7 @@ def test_other_schedulers(make: Any, scheduler: Any) -> None:
 def test_the_same_seed_proposes_the_same(make: Any, sampler: str) -> None:
     def params(name: str, seed: int) -> list[dict[str, Any]]:
         settings = {"name": sampler, "seed": seed} | ({} if sampler == "random" else {"startup_trials": 3})
-        ledger = Ledger(make(name, sampler=settings, budget={"trials": 6}))
+        ledger = OptunaStudy(make(name, sampler=settings, budget={"trials": 6}))
         drive(ledger)
         return [trial.params for trial in ledger.trials()]
 
@@ -134,7 +134,7 @@ def test_tpe_proposes_better_points_than_chance(make: Any) -> None:
         study = make(
             f"{sampler}{seed}", budget={"trials": 30}, scheduler="none", sampler={"name": sampler, "seed": seed}
         )
-        ledger = Ledger(study)
+        ledger = OptunaStudy(study)
         drive(ledger)
         return sum(trial.value or 0.0 for trial in ledger.trials()[15:]) / 15
 
@@ -146,7 +146,7 @@ def test_the_grid_is_visited_once_first_points_first(make: Any) -> None:
     space = {name: SPACE[name] for name in ("clustering.num_clusters", "clustering.start_cosine")}
     first = [{"clustering.num_clusters": 32, "clustering.start_cosine": 0.5}, {"clustering.num_clusters": 0}]
     study = make(space=space, sampler="grid", budget={}, first_points=first)
-    ledger, seen = Ledger(study), []
+    ledger, seen = OptunaStudy(study), []
     while not ledger.spent():
         proposal = ledger.propose()
         seen.append(proposal.overrides)
@@ -158,7 +158,7 @@ def test_the_grid_is_visited_once_first_points_first(make: Any) -> None:
 
 def test_first_points_come_first_and_whole(make: Any) -> None:
     points = [{"clustering.num_clusters": 16, "clustering.start_cosine": 0.4}, {"train.learning_rate": 2e-4}]
-    ledger = Ledger(make(first_points=points))
+    ledger = OptunaStudy(make(first_points=points))
     a, b, c = (ledger.propose().overrides for _ in range(3))
     assert points[0].items() <= a.items() and "train.learning_rate" in a
     assert b["train.learning_rate"] == 2e-4 and "clustering.num_clusters" in b
@@ -206,39 +206,39 @@ def test_killed_after_every_few_writes_it_comes_to_the_same_end(
     first = [{"clustering.num_clusters": 16, "clustering.start_cosine": 0.4, "train.learning_rate": 1e-4}]
     values: dict[str, Any] = {"storage": storage, "first_points": first, "budget": {"trials": 7}}
     values["scheduler"] = "none"
-    whole = Ledger(make("whole", **values))
+    whole = OptunaStudy(make("whole", **values))
     drive(whole)
     kills = 0
     while True:
         with monkeypatch.context() as patch:
             kill_after(patch, every)
             try:
-                drive(Ledger(make("killed", **values)))
+                drive(OptunaStudy(make("killed", **values)))
                 break
             except Killed:
                 kills += 1
         assert kills < 300, "it comes to no end"
     assert kills > 3
-    assert story(Ledger(make("killed", **values))) == story(whole)
+    assert story(OptunaStudy(make("killed", **values))) == story(whole)
 
 
 def test_a_trial_that_was_noted_and_not_judged_is_judged_when_it_comes_back(make: Any) -> None:
-    ledger = Ledger(make())
+    ledger = OptunaStudy(make())
     first, second = ledger.propose(), ledger.propose()
     ledger.evaluated(first.number, 2, 60.0, 1, False)
     ledger._live[second.number].report(50.0, 2)
-    again = Ledger(make())
+    again = OptunaStudy(make())
     assert [trial.number for trial in again.running()] == [0, 1]
     assert again.resume(1) == second
     assert again.evaluated(1, 2, 50.0, 1, False)
 
 
 def test_a_resumed_trial_is_not_judged_again_at_steps_it_had_passed(make: Any) -> None:
-    ledger = Ledger(make())
+    ledger = OptunaStudy(make())
     number = ledger.propose().number
     for step in (2, 4):
         assert not ledger.evaluated(number, step, 60.0 + step, 1, False)
-    again = Ledger(make())
+    again = OptunaStudy(make())
     again.resume(number)
     other = again.propose().number
     assert not again.evaluated(other, 2, 70.0, 1, False)
@@ -256,7 +256,7 @@ def test_a_process_killed_while_it_writes(make: Any, tmp_path: Path, storage: st
         "import test_ledger as t, yaml\nfrom pathlib import Path\n"
         "from clusterns_ray.tuning.study import check_study\n"
         "study = check_study(yaml.safe_load(Path(sys.argv[2]).read_text()), Path(sys.argv[2]))\n"
-        "print('begun', flush=True); t.drive(t.Ledger(study))\n"
+        "print('begun', flush=True); t.drive(t.OptunaStudy(study))\n"
     )
     study = make(**values)
     (tmp_path / "killed.yaml").write_text(yaml.safe_dump(study.config.model_dump(by_alias=True, exclude_unset=True)))
@@ -275,7 +275,7 @@ def test_a_process_killed_while_it_writes(make: Any, tmp_path: Path, storage: st
             process.kill()
         counts.append(len(begun_trials(study)))
     assert 5 < counts[0] < counts[1] < counts[2] < 200
-    ledger = Ledger(study)
+    ledger = OptunaStudy(study)
     assert len(ledger.running()) <= 1
     for trial in ledger.running():
         run(ledger, ledger.resume(trial.number))
@@ -286,19 +286,19 @@ def test_a_process_killed_while_it_writes(make: Any, tmp_path: Path, storage: st
 
 def begun_trials(study: Study) -> list[Any]:
     try:
-        return read_ledger(study.directory).get_trials(deepcopy=False)
+        return read_optuna_study(study.directory).get_trials(deepcopy=False)
     except (ConfigError, ClusterNSError, KeyError):
         return []
 
 
 def test_a_journal_whose_last_line_was_cut_off(make: Any) -> None:
     study = make(storage="journal")
-    drive(Ledger(study))
-    before = story(Ledger(study))
+    drive(OptunaStudy(study))
+    before = story(OptunaStudy(study))
     path = study.directory / "study.journal"
     path.write_bytes(path.read_bytes() + b'{"op_code": 4, "work')
     (study.directory / "study.journal.lock").touch()
-    assert story(Ledger(study)) == before
+    assert story(OptunaStudy(study)) == before
     assert path.read_bytes().endswith(b"\n")
 
 
@@ -308,13 +308,13 @@ def test_a_journal_whose_last_line_was_cut_off(make: Any) -> None:
 def test_hours_are_those_of_all_sessions(make: Any) -> None:
     values = {"budget": {"hours": 1.0}}
     now = [0.0]
-    first = Ledger(make(**values), clock=lambda: now[0])
+    first = OptunaStudy(make(**values), clock=lambda: now[0])
     proposal = first.propose()
     now[0] = 2000.0
     first.complete(proposal.number, 60.0, 8, 1.0, [])
     assert not first.spent()
     now[0] = 100_000.0  # between two sessions no time is counted
-    second = Ledger(make(**values), clock=lambda: now[0])
+    second = OptunaStudy(make(**values), clock=lambda: now[0])
     assert second.recall("seconds") == 2000.0 and not second.spent()
     now[0] += 1600.0
     second.tick()
@@ -324,7 +324,7 @@ def test_hours_are_those_of_all_sessions(make: Any) -> None:
 def test_worker_hours_count_every_worker(make: Any) -> None:
     def spent(workers: int, seconds: float) -> bool:
         study = make(f"w{workers}-{seconds}", budget={"worker_hours": 1.0}, workers_per_trial=workers)
-        ledger = Ledger(study)
+        ledger = OptunaStudy(study)
         ledger.fail(ledger.propose().number, "why not", seconds)
         return ledger.spent()
 
@@ -333,10 +333,10 @@ def test_worker_hours_count_every_worker(make: Any) -> None:
 
 
 def test_seconds_of_a_resumed_trial_add_up(make: Any) -> None:
-    ledger = Ledger(make())
+    ledger = OptunaStudy(make())
     number = ledger.propose().number
     ledger.evaluated(number, 2, 60.0, 5.0, False)
-    again = Ledger(make())
+    again = OptunaStudy(make())
     again.resume(number)
     again.evaluated(number, 4, 60.0, 3.0, False)
     assert again.trials()[number].user_attrs["seconds"] == 8.0
@@ -347,16 +347,16 @@ def test_seconds_of_a_resumed_trial_add_up(make: Any) -> None:
 
 
 def test_a_larger_budget_goes_on_and_another_space_is_refused(make: Any) -> None:
-    drive(Ledger(make(budget={"trials": 2})))
-    more = Ledger(make(budget={"trials": 3}))
+    drive(OptunaStudy(make(budget={"trials": 2})))
+    more = OptunaStudy(make(budget={"trials": 3}))
     assert not more.spent() and len(more.trials()) == 2
     with pytest.raises(ConfigError, match=r"sampler\.seed was 0 and is now 5") as error:
-        Ledger(make(sampler={"name": "tpe", "seed": 5, "startup_trials": 4}))
+        OptunaStudy(make(sampler={"name": "tpe", "seed": 5, "startup_trials": 4}))
     assert "Choose another name" in str(error.value)
 
 
 def test_failed_trials_count_and_say_why(make: Any) -> None:
-    ledger = Ledger(make(budget={"trials": 2}))
+    ledger = OptunaStudy(make(budget={"trials": 2}))
     ledger.fail(ledger.propose().number, "out of memory", 3.0)
     run(ledger, ledger.propose())
     failed = ledger.trials()[0]
@@ -365,7 +365,7 @@ def test_failed_trials_count_and_say_why(make: Any) -> None:
 
 
 def test_evaluations_that_nobody_heard_of_are_filled_in(make: Any) -> None:
-    ledger = Ledger(make())
+    ledger = OptunaStudy(make())
     number = ledger.propose().number
     ledger.evaluated(number, 2, 60.0, 1.0, False)
     ledger.complete(number, 63.0, 6, 9.0, [(2, 60.0), (4, 61.0), (6, 63.0)])
@@ -377,9 +377,9 @@ def test_a_damaged_file_is_named(make: Any) -> None:
     study.directory.mkdir(parents=True)
     (study.directory / "study.db").write_bytes(b"this is no database, but it is long enough to look at" * 40)
     with pytest.raises(ClusterNSError, match=r"study\.db"):
-        Ledger(study)
+        OptunaStudy(study)
 
 
 def test_no_study(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no study yet"):
-        read_ledger(tmp_path)
+        read_optuna_study(tmp_path)

@@ -64,14 +64,14 @@ class Lab:
         self,
         run_dir: Path,
         config: Config,
-        watch: Callable[[dict[str, Any]], None] = lambda event: None,
+        on_event: Callable[[dict[str, Any]], None] = lambda event: None,
         score_before: float | None = None,
     ) -> dict:
         self.events, self.reports = [], []
 
         def see(event: dict[str, Any]) -> None:
             self.events.append(event)
-            watch(event)
+            on_event(event)
 
         run_dir.mkdir(parents=True, exist_ok=True)
         return train_worker(
@@ -80,7 +80,7 @@ class Lab:
             sts_dir=config.evaluation.sts,
             run_dir=run_dir,
             device=CPU,
-            watch=see,
+            on_event=see,
             report=self.reports.append,
             command=["clusterns", "train", "x.yaml"],
             score_before=score_before,
@@ -446,11 +446,11 @@ class Killed(BaseException):
 
 
 def kill_at(step: int, kind: str = "step") -> Callable[[dict[str, Any]], None]:
-    def watch(event: dict[str, Any]) -> None:
+    def on_event(event: dict[str, Any]) -> None:
         if event["event"] == kind and event["step"] == step:
             raise Killed
 
-    return watch
+    return on_event
 
 
 PROMPT = 'this sentence of "{sentence}" means [MASK].'
@@ -542,7 +542,7 @@ def test_stopped_early_between_checkpoints_the_result_is_the_same(
     asked: list[int] = []
 
     def score(self: DevSet, encoder: Encoder) -> float:
-        asked.append(current["run"].progress.step)
+        asked.append(current["run"].state.step)
         return given[asked[-1]]
 
     current: dict[str, Run] = {}
@@ -737,10 +737,10 @@ def test_a_resumed_run_keeps_its_precision(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": began})
     whole = lab.run(tmp_path / "whole", config)
     with pytest.raises(Killed):
-        lab.run(tmp_path / "halves", config, watch=kill_at(4))
+        lab.run(tmp_path / "halves", config, on_event=kill_at(4))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": not began})
     events: list[dict[str, Any]] = []
-    halves = lab.run(tmp_path / "halves", config, watch=events.append)
+    halves = lab.run(tmp_path / "halves", config, on_event=events.append)
     assert whole["precision"] == halves["precision"] == ("bf16" if began else "fp32")
     ours, theirs = weights(tmp_path / "halves", 6), weights(tmp_path / "whole", 6)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from clusterns_ray.kernels.dropout import Streams
-from clusterns_ray.kernels.packed_attention import FUSED_FROM, Apart, Packing, packed_attention
+from clusterns_ray.kernels.packed_attention import FUSED_FROM, Packing, UnpackIndex, packed_attention
 
 LENGTHS = [5, 1, 7, 7, 3]
 SECOND = [2, 9]
@@ -24,8 +24,8 @@ def mask_of(lengths: list[int]) -> torch.Tensor:
     return (torch.arange(max(lengths))[None, :] < torch.tensor(lengths)[:, None]).long()
 
 
-def apart_of(lengths: list[int], heads: int, dtype: torch.dtype, fill: int = 1) -> Apart:
-    return Apart.of(Packing.of(mask_of(lengths)), heads, dtype, fill)
+def apart_of(lengths: list[int], heads: int, dtype: torch.dtype, fill: int = 1) -> UnpackIndex:
+    return UnpackIndex.of(Packing.of(mask_of(lengths)), heads, dtype, fill)
 
 
 def test_real_tokens_in_order_and_back():

@@ -30,7 +30,7 @@ from clusterns_ray.ops.plan.predict import memory, plan, plan_for, step_seconds
 from clusterns_ray.ops.plan.quantities import bytes_text, duration_text, read_quantity, read_workers
 from clusterns_ray.ops.plan.step import EncoderWork, Exchange, Machine, Network, Speed
 from clusterns_ray.ops.plan.workload import encoder_work, sampled_batches, workload
-from clusterns_ray.training.batch_layout import lay_out
+from clusterns_ray.training.batch_layout import build_batch_layout
 from clusterns_ray.training.loop import Run
 from clusterns_ray.training.validation import DevSet
 
@@ -72,8 +72,8 @@ def run_of(config: Config, prepared: Prepared, directory: Path) -> Run:
 def take_step(run: Run, step: int) -> None:
     layout, shards = run.batch(step)
     views = run.encode(shards)
-    loss = run.objective(views.z1_bD, views.z2_bD, layout, views.mlm, run.teach(shards))
-    run.optimizer.step(loss.to_backward, 1e-4, views.backward)
+    loss = run.objective(views.z1_bD, views.z2_bD, layout, views.mlm, run.teacher_embeddings(shards))
+    run.optimizer.step(loss.scaled_loss, 1e-4, views.backward)
 
 
 # ---- FLOPs ----------------------------------------------------------------------------------------------------------
@@ -171,9 +171,9 @@ def test_the_busiest_worker_is_that_of_the_layout(make: Callable[..., Config]):
     order = BatchOrder(config.seed, len(store), 32, 8, config.data.order, store.lengths)
     for step, (rows_S, tokens_S) in enumerate(zip(rows_NS, tokens_NS)):
         ids = order.sample_ids(0, step)
-        layout = lay_out(ids, store.lengths(ids), 8, rank=0, workers=4)
+        layout = build_batch_layout(ids, store.lengths(ids), 8, rank=0, workers=4)
         flops_S = [encoder.shard(rows, tokens) for rows, tokens in zip(rows_S, tokens_S)]
-        expected.append(max(sum(flops_S[shard] for shard in hand) for hand in layout.hands))
+        expected.append(max(sum(flops_S[shard] for shard in its_shards) for its_shards in layout.shards_by_rank))
     found = step_model.busiest_worker(work.shard_flops_NS, rows_NS * tokens_NS, 4)
     assert found == pytest.approx(np.mean(expected), rel=1e-12)
     assert found > work.shard_flops_NS.sum(axis=1).mean() / 4, "shards differ, so one worker has more"
@@ -443,7 +443,7 @@ def test_durations_are_told_in_a_readable_unit(seconds: float, text: str):
 def test_a_measured_plan_takes_its_speed_from_real_steps(make: Callable[..., Config], tmp_path: Path):
     events: list[dict[str, Any]] = []
     config = make(train={"max_steps": 3}, clustering={"start_cosine": -1})
-    found = plan_for(config, "1,2", bandwidth="1GB/s", measured_steps=2, watch=events.append)
+    found = plan_for(config, "1,2", bandwidth="1GB/s", measured_steps=2, on_event=events.append)
     one = found["workers"][0]
     told = next(text for text in found["assumptions"] if text.startswith("Measured here on a CPU by 1 thread"))
     assert "median of 2 steps" in told
@@ -459,7 +459,7 @@ def test_steps_are_timed_with_clustering_and_the_rest_is_left_as_it_was(make: Ca
     config = make()
     run = run_of(config, prepare(config), tmp_path / "run")
     timed = timed_steps(run, 3)
-    assert run.clustering.started and run.progress.step == WARM_UP_STEPS + 3
+    assert run.clustering.started and run.state.step == WARM_UP_STEPS + 3
     assert 0 < timed.each_worker < timed.step
 
 

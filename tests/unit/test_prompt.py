@@ -15,7 +15,7 @@ from clusterns_ray.config import EncoderConfig, make_config
 from clusterns_ray.errors import ConfigError
 from clusterns_ray.models.backbone import first_position, load_transformer
 from clusterns_ray.models.encoder import Encoder
-from clusterns_ray.models.tokenization import prompt_frame, reframe, tokenize
+from clusterns_ray.models.tokenization import prompt_affixes, swap_prompt, tokenize
 
 Models = Callable[[str], Path]
 
@@ -45,16 +45,16 @@ def make_encoder(model: Path, kind: str, **values: Any) -> Encoder:
 def test_a_row_can_be_put_into_the_other_template(tiny_models: Models, kind: str) -> None:
     _, tokenizer = load_transformer(str(tiny_models(kind)))
     first, second = PROMPTS[kind]
-    frames = prompt_frame(first, tokenizer), prompt_frame(second, tokenizer)
+    frames = prompt_affixes(first, tokenizer), prompt_affixes(second, tokenizer)
     rows, others = tokenize(TEXTS, tokenizer, 60, first)[0], tokenize(TEXTS, tokenizer, 60, second)[0]
     assert rows != others
-    assert [reframe(row, *frames) for row in rows] == others
-    assert [reframe(row, *frames[::-1]) for row in others] == rows
+    assert [swap_prompt(row, *frames) for row in rows] == others
+    assert [swap_prompt(row, *frames[::-1]) for row in others] == rows
 
 
 def test_a_frame_is_what_stands_around_every_sentence(tiny_models: Models, kind: str) -> None:
     _, tokenizer = load_transformer(str(tiny_models(kind)))
-    before, after = prompt_frame(PROMPTS[kind][0], tokenizer)
+    before, after = prompt_affixes(PROMPTS[kind][0], tokenizer)
     assert before[0] == tokenizer.cls_token_id and after[-1] == tokenizer.sep_token_id
     assert after.count(tokenizer.mask_token_id) == 1 and tokenizer.mask_token_id not in before
     for row in tokenize(TEXTS, tokenizer, 20, PROMPTS[kind][0])[0]:
@@ -75,7 +75,7 @@ def test_one_sentence_by_hand(tiny_models: Models, kind: str) -> None:
     tokenizer, model = encoder.tokenizer, encoder.backbone
     for view in (0, 1):
         prompt = PROMPTS[kind][view]
-        before, after = prompt_frame(prompt, tokenizer)
+        before, after = prompt_affixes(prompt, tokenizer)
         for ids in tokenize(TEXTS, tokenizer, 20, prompt)[0]:
             positions = positions_in_full(ids, kind, tokenizer.pad_token_id)
             bare = before + after

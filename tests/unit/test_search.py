@@ -192,7 +192,7 @@ def test_more_answers_than_the_nearest_lists_hold(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("ivf_from_200")
 def test_ivf_from_sentences(build: Callable[..., SemanticIndex], tiny_model: Path) -> None:
     said = Said()
-    index = build(watch=said)
+    index = build(on_event=said)
     assert index.manifest["index"]["kind"] == "ivf" and said.has("Training 69 lists") and said.has("recall@10")
     [hits] = index.search([QUERIES[0]], k=10)
     encoder = Encoder.load(tiny_model)
@@ -262,7 +262,7 @@ def state(folder: Path) -> dict[str, tuple[int, int]]:
 
 def test_it_is_built_once_beside_the_corpus(build: Callable[..., SemanticIndex], corpus: Path) -> None:
     first, again = Said(), Said()
-    folder = build(watch=first).directory
+    folder = build(on_event=first).directory
     assert folder == corpus.with_name("corpus.txt.index") == default_directory(str(corpus))
     assert {path.name for path in folder.iterdir()} == {
         ".lock",
@@ -271,7 +271,7 @@ def test_it_is_built_once_beside_the_corpus(build: Callable[..., SemanticIndex],
         "manifest.json",
     }
     before = state(folder)
-    build(watch=again)
+    build(on_event=again)
     assert state(folder) == before
     assert first.has(f"Building the index in {folder}") and not first.has("up to date")
     assert list(again) == [f"The index in {folder} is up to date: 300 sentences, 128 bytes each, exact search"]
@@ -330,7 +330,7 @@ def test_what_is_out_of_date_is_built_anew_and_said_why(
     SemanticIndex.build(str(model), str(corpus))
     settings = change(corpus, model)
     said = Said()
-    index = SemanticIndex.build(str(model), str(corpus), watch=said, **settings)
+    index = SemanticIndex.build(str(model), str(corpus), on_event=said, **settings)
     assert said[0].startswith(f"Building the index in {index.directory} anew: ")
     assert said[0].endswith(f"{STALE[change]}.")
     texts = corpus.read_text().splitlines()[: settings.get("limit")]
@@ -339,13 +339,13 @@ def test_what_is_out_of_date_is_built_anew_and_said_why(
     [hits] = index.search([texts[50]], k=5)
     assert [hit.row for hit in hits] == brute_force(z[50:51], z, 5)[1][0].tolist()
     again = Said()
-    SemanticIndex.build(str(model), str(corpus), watch=again, **settings)
+    SemanticIndex.build(str(model), str(corpus), on_event=again, **settings)
     assert again.has("up to date")
 
 
 def test_rebuild_makes_the_index_anew_and_keeps_the_embeddings(build: Callable[..., SemanticIndex]) -> None:
     before, said = state(build().directory), Said()
-    after = state(build(rebuild=True, watch=said).directory)
+    after = state(build(rebuild=True, on_event=said).directory)
     assert said.has("anew: as asked for.")
     assert before["index-00000.faiss"] != after["index-00000.faiss"]
     assert before["embeddings.parquet"] == after["embeddings.parquet"]
@@ -408,14 +408,16 @@ def test_killed_and_given_again(
 ) -> None:
     monkeypatch.setattr(vectors, "FLAT_ROWS", 200)
     whole = build(directory=tmp_path / "whole")
-    watch = {"watch": lambda event: kill_me() if event.get("rows") == 128 else None} if moment == "encoding" else {}
+    on_event = (
+        {"on_event": lambda event: kill_me() if event.get("rows") == 128 else None} if moment == "encoding" else {}
+    )
     with pytest.MonkeyPatch.context() as patch:
         if moment == "saving":
             patch.setattr(faiss, "write_index", kill_me)
         if moment == "measuring":
             patch.setattr(vectors, "_choose_nprobe", kill_me)
         process = multiprocessing.get_context("fork").Process(
-            target=partial(build, directory=tmp_path / "killed", **watch)
+            target=partial(build, directory=tmp_path / "killed", **on_event)
         )
         process.start()
         process.join(60)
@@ -423,7 +425,7 @@ def test_killed_and_given_again(
     with pytest.raises(DataError, match="no finished index"):
         SemanticIndex.load(tmp_path / "killed")
     said = Said()
-    index = build(directory=tmp_path / "killed", watch=said)
+    index = build(directory=tmp_path / "killed", on_event=said)
     assert said.has("it was not finished")
     names = [path.name for path in sorted(index.directory.iterdir())]
     assert names == [path.name for path in sorted(whole.directory.iterdir())]

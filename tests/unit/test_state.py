@@ -9,7 +9,7 @@ from clusterns_ray.clustering.kmeans import assign, cosine_matrix, farthest_chai
 from clusterns_ray.clustering.state import Clustering
 from clusterns_ray.config import LossConfig
 from clusterns_ray.losses import clusterns_loss, info_nce
-from clusterns_ray.training.batch_layout import Layout, lay_out
+from clusterns_ray.training.batch_layout import BatchLayout, build_batch_layout
 from clusterns_ray.training.objective import SHARE_NAMES, Objective, StepLoss
 
 K, B, D = 4, 16, 6
@@ -26,10 +26,10 @@ def views(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return z1_BD, z1_BD + 0.3 * torch.randn(B, D, generator=generator)
 
 
-def layout() -> Layout:
+def layout() -> BatchLayout:
     import numpy as np
 
-    return lay_out(np.arange(B), np.arange(B) % 5 + 3, 4)
+    return build_batch_layout(np.arange(B), np.arange(B) % 5 + 3, 4)
 
 
 # ---- the gate -----------------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def test_state_before_the_start() -> None:
 def step_of(objective: Objective, seed: int) -> tuple[StepLoss, torch.Tensor]:
     z1_BD, z2_BD = (z.requires_grad_() for z in views(seed))
     step = objective(z1_BD, z2_BD, layout())
-    step.to_backward.backward()
+    step.scaled_loss.backward()
     assert z1_BD.grad is not None and z1_BD.grad.abs().max() > 0
     return step, z1_BD.grad
 
@@ -186,7 +186,7 @@ def test_the_step_that_creates_the_centroids_is_plain_info_nce_and_the_next_is_n
     objective = Objective(loss, state, first_centroid=3)
     first, _ = step_of(objective, 0)
     z1_BD, z2_BD = views(0)
-    assert first.to_backward.item() == pytest.approx(info_nce(z1_BD, z2_BD, loss.temperature).item(), rel=1e-6)
+    assert first.scaled_loss.item() == pytest.approx(info_nce(z1_BD, z2_BD, loss.temperature).item(), rel=1e-6)
     assert first.counts_K is None and state.started
     created_KD = farthest_chain(cosine_matrix(z1_BD, z2_BD), K, 3)
     assert torch.equal(state.centroids_KD, z1_BD[created_KD]), "they moved in the step that created them"
@@ -200,11 +200,11 @@ def test_the_step_that_creates_the_centroids_is_plain_info_nce_and_the_next_is_n
         *views(1), moved.centroids_KD, temperature=0.05, bml_weight=0.5, bml_alpha=0.1, bml_beta=0.3
     )
     values = dict(zip(SHARE_NAMES, second.shares.tolist()))
-    assert second.to_backward.item() == pytest.approx(expected.loss.item(), rel=1e-6)
+    assert second.scaled_loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
     assert values["info_nce"] == pytest.approx(expected.info_nce.item(), rel=1e-6)
     assert values["bml"] == pytest.approx(expected.bml.item(), rel=1e-6) and values["bml"] > 0
     plain = info_nce(*views(1), 0.05).item()
-    assert abs(second.to_backward.item() - plain) > 1e-3
+    assert abs(second.scaled_loss.item() - plain) > 1e-3
     assert second.counts_K is not None and second.counts_K.sum() == B
 
 
@@ -212,7 +212,7 @@ def test_without_clusters_every_step_is_plain_info_nce() -> None:
     objective = Objective(LossConfig(), clustering(1.0, k=0), first_centroid=3)
     for seed in range(3):
         step, _ = step_of(objective, seed)
-        assert step.to_backward.item() == pytest.approx(info_nce(*views(seed), 0.05).item(), rel=1e-6)
+        assert step.scaled_loss.item() == pytest.approx(info_nce(*views(seed), 0.05).item(), rel=1e-6)
         assert step.counts_K is None
 
 

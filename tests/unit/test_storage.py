@@ -26,7 +26,7 @@ from clusterns_ray.io.object_store import (
     split_url,
     write_text,
 )
-from clusterns_ray.io.uploader import Mirror
+from clusterns_ray.io.uploader import Uploader
 from clusterns_ray.launch.preflight import check_storage
 from clusterns_ray.launch.staging import read_run_file, run_directory, stage, unstage
 from clusterns_ray.launch.trainer import train
@@ -172,16 +172,16 @@ def test_one_process_downloads_and_the_others_wait(
 # ---- the copy of a run --------------------------------------------------------------------------------------------
 
 
-def mirror(store: Store, run_dir: Path, warnings: list[str]) -> Mirror:
+def uploader(store: Store, run_dir: Path, warnings: list[str]) -> Uploader:
     run_dir.mkdir(parents=True, exist_ok=True)
-    found = Mirror(store, run_dir)
+    found = Uploader(store, run_dir)
     found.begin(warnings.append)
     return found
 
 
 def test_what_is_pushed_is_there_in_the_order_given(store: Store, tmp_path: Path) -> None:
     run_dir, warnings = tmp_path / "run", []
-    copy = mirror(store, run_dir, warnings)
+    copy = uploader(store, run_dir, warnings)
     directory(run_dir, **{"model/w": "1", "metrics.jsonl": "{}\n", "checkpoints/step-00000002/state.pt": "s"})
     copy.push("model")
     copy.push("metrics.jsonl")
@@ -209,7 +209,7 @@ def test_old_checkpoints_go_and_a_newer_one_takes_the_place_of_one_that_waits(
 
     monkeypatch.setattr(Store, "push_directory", push_directory)
     run_dir = tmp_path / "run"
-    copy = mirror(store, run_dir, [])
+    copy = uploader(store, run_dir, [])
     for step in range(1, 6):
         directory(run_dir, **{f"checkpoints/step-0000000{step}/state.pt": str(step)})
         copy.push(f"checkpoints/step-0000000{step}")
@@ -231,7 +231,7 @@ def test_what_could_not_be_copied_is_told_and_fails_the_end(
 
     monkeypatch.setattr(Store, "upload", upload)
     warnings: list[str] = []
-    copy = mirror(store, directory(tmp_path / "run", **{"a.json": "1"}), warnings)
+    copy = uploader(store, directory(tmp_path / "run", **{"a.json": "1"}), warnings)
     copy.push("a.json")
     with pytest.raises(StorageError, match=r"a\.json could not be copied \(no rights\)"):
         copy.finish(30)
@@ -242,7 +242,7 @@ def test_what_could_not_be_copied_is_told_and_fails_the_end(
 def test_waiting_for_copies_has_an_end(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
     monkeypatch.setattr(Store, "upload", lambda self, path, name: gate.wait(30))
-    copy = mirror(store, directory(tmp_path / "run", **{"a.json": "1", "b.json": "2"}), [])
+    copy = uploader(store, directory(tmp_path / "run", **{"a.json": "1", "b.json": "2"}), [])
     copy.push("a.json")
     copy.push("b.json")
     with pytest.raises(StorageError, match=r"after 0 s these are still not there: .*b\.json"):
@@ -280,11 +280,11 @@ class Died(BaseException):
 
 
 def die_at(step: int) -> Any:
-    def watch(event: dict[str, Any]) -> None:
+    def on_event(event: dict[str, Any]) -> None:
         if event["event"] == "step" and event["step"] == step:
             raise Died
 
-    return watch
+    return on_event
 
 
 def test_a_run_in_the_store_is_that_of_a_directory(config: Config, tmp_path: Path) -> None:
@@ -326,12 +326,12 @@ def test_training_does_not_wait_for_copies(config: Config, monkeypatch: pytest.M
     monkeypatch.setattr(Store, "upload", wait)
     waited: list[float] = []
 
-    def watch(event: dict[str, Any]) -> None:
+    def on_event(event: dict[str, Any]) -> None:
         if event["event"] == "step" and event["step"] == 6:
             waited.append(len(before))
             threading.Timer(1.0, gate.set).start()
 
-    result = train(config, watch)
+    result = train(config, on_event)
     assert waited == [1], "one copy had begun, and none was over"
     assert result["checkpoint_seconds"] > 0.9, "the wait at the end counts"
     assert (Store(config.runtime.storage_path) / "run" / "checkpoints").directories()[-1] == "step-00000006"
@@ -347,7 +347,7 @@ def test_a_machine_that_is_lost_is_replaced_by_another(
 
     store = Store(config.runtime.storage_path) / "run"
 
-    def watch(event: dict[str, Any]) -> None:
+    def on_event(event: dict[str, Any]) -> None:
         deadline = time.monotonic() + 30
         while event["event"] == "step" and event["step"] == 5 and time.monotonic() < deadline:
             if (store / "checkpoints").directories():
@@ -356,7 +356,7 @@ def test_a_machine_that_is_lost_is_replaced_by_another(
         die_at(6)(event)
 
     with pytest.raises(Died):
-        train(config, watch)
+        train(config, on_event)
     assert read_run_file(config, "result.json") is None
     shutil.rmtree(tmp_path / "machine-1")
     monkeypatch.setenv("CLUSTERNS_LOCAL_PATH", str(tmp_path / "machine-2"))
@@ -373,12 +373,12 @@ def test_a_machine_that_is_lost_is_replaced_by_another(
 
 
 def test_a_run_that_fails_still_copies_what_it_had(config: Config, tmp_path: Path) -> None:
-    def watch(event: dict[str, Any]) -> None:
+    def on_event(event: dict[str, Any]) -> None:
         if event["event"] == "step" and event["step"] == 5:
             raise ClusterNSError("the loop failed")
 
     with pytest.raises(ClusterNSError, match="the loop failed"):
-        train(config, watch)
+        train(config, on_event)
     store = Store(config.runtime.storage_path) / "run"
     assert (store / "checkpoints").directories()[-1] == "step-00000004"
 

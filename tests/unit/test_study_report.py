@@ -16,7 +16,7 @@ from clusterns_ray.report import study_charts as charts
 from clusterns_ray.report.page import Table
 from clusterns_ray.report.study import advise, read_result, study_page, write_study_report
 from clusterns_ray.tuning.analysis import StudyRecord, at_the_edge, read_study, rungs
-from clusterns_ray.tuning.optuna_study import Ledger
+from clusterns_ray.tuning.optuna_study import OptunaStudy
 from clusterns_ray.tuning.selection import Candidate, choose, summary
 from clusterns_ray.tuning.study import Study, check_study, dump_study
 
@@ -41,8 +41,8 @@ def final_score(overrides: dict[str, Any]) -> float:
     return 70 - rate + clusters - 2 * abs(overrides.get(START, 0.4) - 0.4)
 
 
-def run_trials(study: Study) -> Ledger:
-    ledger = Ledger(study)
+def run_trials(study: Study) -> OptunaStudy:
+    ledger = OptunaStudy(study)
     while not ledger.spent():
         proposal = ledger.propose()
         if proposal.number == 5:
@@ -59,7 +59,9 @@ def run_trials(study: Study) -> Ledger:
     return ledger
 
 
-def write_result(study: Study, ledger: Ledger, scores: dict[int, dict[int, float]] | None = None) -> dict[str, Any]:
+def write_result(
+    study: Study, ledger: OptunaStudy, scores: dict[int, dict[int, float]] | None = None
+) -> dict[str, Any]:
     """A result as ``tune`` writes it; by default of three seeds around each trial's score."""
     finished = sorted((t for t in ledger.trials() if t.state.name == "COMPLETE"), key=lambda t: -t.value)[:3]
     found = [

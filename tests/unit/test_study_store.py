@@ -19,7 +19,7 @@ from clusterns_ray.evaluation.sts import TASKS
 from clusterns_ray.io.object_store import Store
 from clusterns_ray.models import resolve as models
 from clusterns_ray.tuning import snapshot
-from clusterns_ray.tuning.optuna_study import Ledger, read_ledger
+from clusterns_ray.tuning.optuna_study import OptunaStudy, read_optuna_study
 from clusterns_ray.tuning.study import Study, dump_study, load_study
 from clusterns_ray.tuning.sweep import Sweep, owner, write_outcome
 from clusterns_ray.tuning.trial import TrialRun
@@ -54,7 +54,7 @@ def clusterns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., 
 
 def story(study: Study) -> list[tuple[Any, ...]]:
     """What has to be the same, whatever happened to machines."""
-    trials = read_ledger(study.directory).get_trials(deepcopy=False)
+    trials = read_optuna_study(study.directory).get_trials(deepcopy=False)
     return [(t.number, t.state.name, t.params, t.value, t.intermediate_values) for t in trials]
 
 
@@ -66,7 +66,7 @@ class Losing(Sweep):
     """A driver whose machine is lost after so many of its evaluations, the untrained encoder's counted."""
 
     def __init__(self, study: Study, evaluations: int):
-        super().__init__(study, Ledger(study), Lines())
+        super().__init__(study, OptunaStudy(study), Lines())
         self.left = evaluations
 
     def evaluated(self, job: dict[str, Any], result: dict[str, Any]) -> bool:
@@ -91,7 +91,7 @@ def lose(study: Study, evaluations: int) -> None:
 
 
 def finish(study: Study) -> tuple[list[str], dict[str, Any]]:
-    ledger = Ledger(study)
+    ledger = OptunaStudy(study)
     study.home.write("study.yaml", dump_study(study))
     begun = drive(Sweep(study, ledger, Lines()), kind=TrialRun)
     return begun, write_outcome(study, ledger)
@@ -159,7 +159,7 @@ def test_evaluations_that_no_snapshot_has_are_told_again(
     lose(load_study(file, where), 4)  # with the score of step 3; there is a checkpoint of step 2
     machine()
     study = load_study(file, where)
-    ledger = Ledger(study)
+    ledger = OptunaStudy(study)
     assert ledger.heard(0) == 1 and ledger.recall("scores_before"), "the test shows nothing otherwise"
     heard: list[tuple[int, bool]] = []
 
@@ -180,12 +180,12 @@ def test_snapshots_come_with_a_trials_beginning_and_end_and_meanwhile_in_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     study = load_study(write_study(), [f"runtime.storage_path={store.url}"])
-    ledger = Ledger(study)
+    ledger = OptunaStudy(study)
 
     def elsewhere() -> list[tuple[str, int]]:
         place = snapshot.Place(study.directory / "elsewhere", study.home.store)
         snapshot.pull_snapshot(place, "sqlite")
-        return [(t.state.name, len(t.intermediate_values)) for t in read_ledger(place.local).trials]
+        return [(t.state.name, len(t.intermediate_values)) for t in read_optuna_study(place.local).trials]
 
     assert elsewhere() == []
     first = ledger.propose().number
@@ -218,7 +218,7 @@ def test_nothing_is_written_once_another_process_has_taken_over(
         raise StorageError("now written by another")
 
     with pytest.raises(StorageError, match="now written by another"):
-        Ledger(study, permit=permit)
+        OptunaStudy(study, permit=permit)
     assert (store / "tiny").names() == []
 
 
@@ -251,7 +251,7 @@ def test_a_trial_that_a_store_fails_is_begun_again_and_not_failed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     study = load_study(write_study(budget={"trials": 1}), [f"runtime.storage_path={store.url}"])
-    sweep = Sweep(study, Ledger(study), Lines())
+    sweep = Sweep(study, OptunaStudy(study), Lines())
     sweep.prepare()
     job = sweep.next()
     assert job is not None

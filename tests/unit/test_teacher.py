@@ -58,8 +58,11 @@ def test_it_is_the_mean_divergence_of_the_rows(temperatures: tuple[float, float]
 def test_the_shares_of_workers_add_up() -> None:
     student, teacher, rows = torch.from_numpy(cosines(0)), torch.from_numpy(cosines(1)), torch.arange(7)
     whole = rank_distillation_share(student, teacher, rows, 0.05, 0.1)
-    hands = [torch.tensor([0, 4, 6]), torch.tensor([1, 2, 3, 5])]
-    shares = [rank_distillation_share(student[hand], teacher[hand], hand, 0.05, 0.1) for hand in hands]
+    shards_by_rank = [torch.tensor([0, 4, 6]), torch.tensor([1, 2, 3, 5])]
+    shares = [
+        rank_distillation_share(student[its_shards], teacher[its_shards], its_shards, 0.05, 0.1)
+        for its_shards in shards_by_rank
+    ]
     assert float(sum(shares)) == pytest.approx(float(whole), rel=1e-12)
 
 

@@ -23,7 +23,7 @@ from clusterns_ray.console.study import Lines, clock, read_progress, render, ren
 from clusterns_ray.errors import ClusterNSError, ConfigError, DataError
 from clusterns_ray.evaluation.sts import TASKS
 from clusterns_ray.io.object_store import Place
-from clusterns_ray.tuning.optuna_study import Ledger, read_ledger
+from clusterns_ray.tuning.optuna_study import OptunaStudy, read_optuna_study
 from clusterns_ray.tuning.study import Study, check_study, load_study
 from clusterns_ray.tuning.sweep import Sweep, owner, tune, write_outcome
 from clusterns_ray.tuning.trial import TrialRun, failure
@@ -138,12 +138,12 @@ def test_one_process_a_study(clusterns: Callable[..., Result], write_study: Call
 def test_a_study_does_not_compare_trials_over_different_data(write_study: Callable[..., Path]) -> None:
     file = write_study()
     first = load_study(file)
-    Sweep(first, Ledger(first), Lines()).prepare()
-    Sweep(first, Ledger(first), Lines()).prepare()
+    Sweep(first, OptunaStudy(first), Lines()).prepare()
+    Sweep(first, OptunaStudy(first), Lines()).prepare()
     write_pairs(file.parent / "sts/STSB/dev.jsonl", count=20, seed=9)
     again = load_study(file)
     with pytest.raises(DataError, match=r"study 'tiny' was begun with other data: the digest of the dev set was"):
-        Sweep(again, Ledger(again), Lines()).prepare()
+        Sweep(again, OptunaStudy(again), Lines()).prepare()
 
 
 # ---- which run is next, on a pool of this process -------------------------------------------------------------------
@@ -192,7 +192,7 @@ def done(write_study: Callable[..., Path]) -> tuple[Path, Study, list[str], dict
     """A finished study: its file, itself, the order of its runs, its result."""
     file = write_study()
     study = load_study(file)
-    ledger = Ledger(study)
+    ledger = OptunaStudy(study)
     begun = drive(Sweep(study, ledger, Lines()), kind=TrialRun)
     return file, study, begun, write_outcome(study, ledger)
 
@@ -200,7 +200,7 @@ def done(write_study: Callable[..., Path]) -> tuple[Path, Study, list[str], dict
 def test_trials_then_the_best_again_with_new_seeds(done: Any) -> None:
     _, study, begun, result = done
     assert begun[:3] == ["0000", "0001", "0002"]
-    best = sorted(read_ledger(study.directory).trials, key=lambda trial: (-trial.value, trial.number))[:2]
+    best = sorted(read_optuna_study(study.directory).trials, key=lambda trial: (-trial.value, trial.number))[:2]
     again = [f"{trial.number:04d}-seed{seed}" for trial in best for seed in (1, 2)]
     assert begun[3:] == ["base-seed1", "base-seed2", *again]
     assert result["trials"] == {"COMPLETE": 3, "PRUNED": 0, "FAIL": 0}
@@ -221,7 +221,7 @@ def test_the_untrained_encoder_is_scored_once(done: Any) -> None:
 
 def test_a_pool_of_two_waits_for_that_score(write_study: Callable[..., Path]) -> None:
     study = load_study(write_study(concurrent_trials=2))
-    sweep = Sweep(study, Ledger(study), Lines())
+    sweep = Sweep(study, OptunaStudy(study), Lines())
     sweep.prepare()
     first = sweep.next()
     assert first is not None and first["score_before"] is None and sweep.next() is None
@@ -232,7 +232,7 @@ def test_a_pool_of_two_waits_for_that_score(write_study: Callable[..., Path]) ->
 
 def test_confirmations_wait_for_the_last_trial(write_study: Callable[..., Path]) -> None:
     study = load_study(write_study(budget={"trials": 1}))
-    sweep = Sweep(study, Ledger(study), Lines())
+    sweep = Sweep(study, OptunaStudy(study), Lines())
     sweep.prepare()
     job = sweep.next()
     assert job is not None
@@ -246,9 +246,9 @@ def test_confirmations_wait_for_the_last_trial(write_study: Callable[..., Path])
 
 def test_a_half_done_trial_comes_first_and_with_the_same_values(write_study: Callable[..., Path]) -> None:
     study = load_study(write_study())
-    assert drive(Sweep(study, Ledger(study), Lines()), stop_after=1) == ["0000", "0001"]
-    params = read_ledger(study.directory).trials[1].params
-    again = Sweep(study, Ledger(study), Lines())
+    assert drive(Sweep(study, OptunaStudy(study), Lines()), stop_after=1) == ["0000", "0001"]
+    params = read_optuna_study(study.directory).trials[1].params
+    again = Sweep(study, OptunaStudy(study), Lines())
     assert drive(again)[:2] == ["0001", "0002"]
     assert again.ledger.trials()[1].params == params and len(again.ledger.trials()) == 3
 
@@ -256,8 +256,8 @@ def test_a_half_done_trial_comes_first_and_with_the_same_values(write_study: Cal
 def test_a_trial_that_always_takes_the_sweep_down_is_given_up(write_study: Callable[..., Path]) -> None:
     study = load_study(write_study())
     for attempt in range(5):
-        assert drive(Sweep(study, Ledger(study), Lines()), stop_after=0) == ["0000"], attempt
-    sweep = Sweep(study, Ledger(study), Lines())
+        assert drive(Sweep(study, OptunaStudy(study), Lines()), stop_after=0) == ["0000"], attempt
+    sweep = Sweep(study, OptunaStudy(study), Lines())
     assert drive(sweep)[:2] == ["0001", "0002"]
     failed = sweep.ledger.trials()[0]
     assert failed.state.name == "FAIL" and failed.user_attrs["reason"].startswith("was begun 5 times")
@@ -265,11 +265,11 @@ def test_a_trial_that_always_takes_the_sweep_down_is_given_up(write_study: Calla
 
 def test_a_confirmation_that_fails_is_not_tried_for_ever(write_study: Callable[..., Path]) -> None:
     study = load_study(write_study(budget={"trials": 1}, confirmation={"top": 1, "seeds": [1, 2]}))
-    sweep = Sweep(study, Ledger(study), Lines())
+    sweep = Sweep(study, OptunaStudy(study), Lines())
     assert drive(sweep, stop_after=3)[-1] == "0000-seed1"
     job = {"id": "0000-seed1", "number": None, "values": {}, "run_dir": str(study.directory / "x")}
     sweep.ended(job, {"outcome": "failed", "reason": "why not", "seconds": 1.0})
-    again = Sweep(study, Ledger(study), Lines())
+    again = Sweep(study, OptunaStudy(study), Lines())
     assert drive(again) == ["0000-seed2"]
     result = write_outcome(study, again.ledger)
     assert result["confirmation_failures"] == {"0000-seed1": "why not"}
@@ -282,8 +282,8 @@ def test_a_killed_study_ends_as_the_whole_one(write_study: Callable[..., Path]) 
     def end(*stops: int) -> dict[str, Any]:
         study = load_study(write_study())
         for stop_after in stops:
-            drive(Sweep(study, Ledger(study), Lines()), stop_after)
-        ledger = Ledger(study)
+            drive(Sweep(study, OptunaStudy(study), Lines()), stop_after)
+        ledger = OptunaStudy(study)
         drive(Sweep(study, ledger, Lines()))
         return write_outcome(study, ledger)
 
@@ -312,7 +312,7 @@ def test_the_table(write_study: Callable[..., Path]) -> None:
     study = load_study(
         write_study(budget={"trials": 9}, scheduler="asha", sampler={"name": "tpe", "startup_trials": 1})
     )
-    ledger = Ledger(study)
+    ledger = OptunaStudy(study)
     ledger.remember("scores_before", {"x": 50.0})
     numbers = [ledger.propose().number for _ in range(4)]
     ledger.evaluated(numbers[0], 2, 60.0, 65.0, False)
@@ -320,7 +320,7 @@ def test_the_table(write_study: Callable[..., Path]) -> None:
     assert ledger.evaluated(numbers[1], 2, 55.25, 30.0, False)
     ledger.fail(numbers[2], "out of memory", 20.0)
     ledger.evaluated(numbers[3], 2, 70.0, 40.0, False)
-    progress = read_progress(study, read_ledger(study.directory))
+    progress = read_progress(study, read_optuna_study(study.directory))
     assert progress.best is not None and (progress.best.number, progress.best.score) == (0, 61.5)
     # three ended in 180 s: 60 s each; six to go, one of which has run for 40 s
     assert progress.seconds_left == pytest.approx(6 * 60 - 40)
@@ -336,9 +336,9 @@ def test_the_table(write_study: Callable[..., Path]) -> None:
 
 def test_the_time_left_of_other_budgets(write_study: Callable[..., Path]) -> None:
     study = load_study(write_study(budget={"worker_hours": 1.0}, workers_per_trial=2, concurrent_trials=2))
-    ledger = Ledger(study)
+    ledger = OptunaStudy(study)
     ledger.complete(ledger.propose().number, 60.0, 4, 600.0, [])
-    progress = read_progress(study, read_ledger(study.directory))
+    progress = read_progress(study, read_optuna_study(study.directory))
     # 1200 worker seconds are spent; 2400 are left for two trials of two workers
     assert progress.seconds_left == pytest.approx(600.0) and progress.planned is None
     assert "1 trials" in summary_line(progress)

@@ -113,15 +113,15 @@ def timed_steps(run: Run, steps: int, progress: Callable[[int], None] = lambda d
         layout, shards = run.batch(step % run.total_steps)
         times.append(now())
         views = run.encode(shards)
-        loss = run.objective(views.z1_bD, views.z2_bD, layout, views.mlm, run.teach(shards))
+        loss = run.objective(views.z1_bD, views.z2_bD, layout, views.mlm, run.teacher_embeddings(shards))
         rate = learning_rate(step % run.total_steps, run.total_steps, run.config.train)
-        run.optimizer.step(loss.to_backward, rate, views.backward)
+        run.optimizer.step(loss.scaled_loss, rate, views.backward)
         times.append(now())
         # The same update once more, alone, as that of the step is behind the backward pass.
         torch.nn.utils.clip_grad_norm_(run.optimizer.parameters, run.optimizer.max_grad_norm)
         run.optimizer.adamw.step()
         times.append(now())
-        run.progress.step = step + 1
+        run.state.step = step + 1
         if step >= WARM_UP_STEPS:
             whole.append(times[2] - times[0])
             chosen.append(times[1] - times[0])

@@ -32,7 +32,7 @@ def plan_for(
     sentences: int | None = None,
     price: float | None = None,
     cores: int | None = None,
-    watch: Callable[[dict[str, Any]], None] = lambda event: None,
+    on_event: Callable[[dict[str, Any]], None] = lambda event: None,
 ) -> dict[str, Any]:
     """:func:`plan` from what is asked on the command line.
 
@@ -41,7 +41,7 @@ def plan_for(
         bandwidth, latency: as of :func:`read_quantity`.
         tflops: matrix products of one worker, in 10^12 FLOPs a second.
         measured_steps: times so many steps in this process instead; 0 does not.
-        watch: told of what is done (see ``clusterns_ray.training.loop.Watch``).
+        on_event: called with what is done (see ``clusterns_ray.training.loop.OnEvent``).
 
     Raises:
         ConfigError, DataError: the request is wrong, or the encoder cannot be read.
@@ -49,7 +49,7 @@ def plan_for(
     """
 
     def note(text: str) -> None:
-        watch({"event": "note", "text": text})
+        on_event({"event": "note", "text": text})
 
     counts = read_workers(workers)
     if tflops is not None and (measured_steps or not (1e-9 <= tflops <= 1e9)):
@@ -81,7 +81,7 @@ def plan_for(
         check_data(config)
         config = check_encoder(config)
         check_storage(config)
-        prepared = prepare(config, note, lambda rows: watch({"event": "tokenised", "rows": rows}))
+        prepared = prepare(config, note, lambda rows: on_event({"event": "tokenised", "rows": rows}))
     work = workload(config, sentences, prepared)
     if prepared is not None:
         from clusterns_ray.ops.plan.measure import measure

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from clusterns_ray.data.sampler import deal_shards
+from clusterns_ray.data.sampler import assign_shards
 
 FLOAT, INDEX = 4, 8
 """Bytes of a float32 and of an int64: gradients, keys and centroids are exchanged as the one, clusters as the other."""
@@ -99,7 +99,7 @@ def busiest_worker(flops_NS: np.ndarray, padded_NS: np.ndarray, workers: int) ->
         padded_NS: tokens of each shard with its padding, by which shards are dealt.
     """
     most = [
-        max(flops_S[hand].sum() for hand in deal_shards(padded_S, workers))
+        max(flops_S[its_shards].sum() for its_shards in assign_shards(padded_S, workers))
         for flops_S, padded_S in zip(flops_NS, padded_NS)
     ]
     return float(np.mean(most))
