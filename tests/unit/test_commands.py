@@ -19,7 +19,13 @@ from clusterns_ray.tuning.study import load_study
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(
-    [ROOT / "README.md", ROOT / "cluster.yaml", *ROOT.glob("experiments/**/*.yaml"), ROOT / "experiments/LOG.md"]
+    [
+        ROOT / "README.md",
+        *ROOT.glob("docs/*.md"),
+        ROOT / "cluster.yaml",
+        *ROOT.glob("experiments/**/*.yaml"),
+        ROOT / "experiments/LOG.md",
+    ]
 )
 UsageError = typer.BadParameter.__bases__[0]
 VERBS = typer.main.get_command(app).commands  # type: ignore[attr-defined]

@@ -7,16 +7,14 @@ import time
 
 import pytest
 
+from clusterns_ray.data.document import Document, Section, parse_document
 from clusterns_ray.data.documents import (
     MAX_WORDS,
     MIN_WORDS,
-    Document,
-    Section,
     count_words,
     document_sentences,
     is_usable,
     list_documents,
-    parse_document,
     read_documents,
     split_sentences,
 )
@@ -89,7 +87,7 @@ def test_files_globs_directories_and_lists(tmp_path):
 
 def test_demo_is_the_packaged_sample(monkeypatch):
     sample = Document("t", (Section("", (PROSE,)),))
-    monkeypatch.setattr("clusterns_ray.data.demo.demo_documents", lambda: iter([sample]))
+    monkeypatch.setattr("clusterns_ray.data.documents.demo_documents", lambda: iter([sample]))
     assert list(read_documents("demo")) == [sample]
 
 
