@@ -96,13 +96,15 @@ class Command:
 
     def until(self, moment: Callable[[], Any], timeout_s: float = 120.0) -> None:
         """Return as soon as ``moment()`` is true; fail if the command ends first."""
-        deadline = time.monotonic() + timeout_s
+        deadline, began = time.monotonic() + timeout_s, time.monotonic()
         while not moment():
+            looked_s = time.monotonic() - began
             ended = self.process.poll() is not None
             if ended or time.monotonic() > deadline:
                 said = self.wait(0)
                 raise AssertionError(f"the moment did not come; exit code {said.code}\n{said.out}\n{said.err}")
-            time.sleep(0.001)
+            time.sleep(max(0.001, 10 * looked_s))  # a dear look is not repeated at once: the cores are the run's
+            began = time.monotonic()
 
     def kill(self) -> None:
         """SIGKILL of the command's process alone, not of those it started."""
@@ -213,7 +215,12 @@ def finished(made_once: Callable[..., Any], environment: dict[str, str]) -> Call
     """A run that was trained to its end without a fault, once for all test processes, and what it said."""
 
     def get(run: Run) -> tuple[Run, Outcome]:
-        made, said = made_once(f"run-{run.name}", lambda: (run, run.train()))
+        def train() -> tuple[Run, Outcome]:
+            said = run.train(240)
+            assert said.code == 0, said.out + said.err
+            return run, said
+
+        made, said = made_once(f"run-{run.name}", train)
         return replace(made, env=environment), said
 
     return get

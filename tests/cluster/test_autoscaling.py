@@ -42,6 +42,7 @@ def test_a_run_brings_two_machines_and_leaves_none(nodes, make_run_on, undisturb
     wait_until_gone(nodes)
 
 
+@pytest.mark.nightly
 def test_a_machine_is_taken_away_and_replaced(nodes, make_run_on, undisturbed):
     nodes.start_autoscaling_head(most=3)
     run = make_run_on("autoscaled-fault", "runtime.num_workers=2")
@@ -58,6 +59,7 @@ def test_a_machine_is_taken_away_and_replaced(nodes, make_run_on, undisturbed):
     check_same_run(run, undisturbed)
 
 
+@pytest.mark.nightly
 def test_concurrent_trials_bring_a_machine_each(
     nodes: Nodes, tmp_path: Path, tiny_model: Path, corpus_file: Path, sts_dir: Path
 ):
