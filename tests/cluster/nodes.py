@@ -145,7 +145,9 @@ class Nodes:
     def start_head(self, cpus: int = 0, *options: str, dashboard: bool = False, **env: str) -> Node:
         """A head; by default it drives only, as an on-demand machine beside spot ones does. Once more with the same
         port when it was taken away."""
-        head = ("--head", f"--port={self.port}", f"--include-dashboard={str(dashboard).lower()}")
+        # A port of its own, as several heads may be up on this machine.
+        served = ("--include-dashboard=true", f"--dashboard-port={free_port()}") if dashboard else ()
+        head = ("--head", f"--port={self.port}", *(served or ("--include-dashboard=false",)))
         return self._start("head", cpus, *head, *options, **{**QUICK_TO_NOTICE, **env})
 
     def start_autoscaling_head(

@@ -16,7 +16,7 @@ from nodes import NODE_TYPE, Nodes
 from studies import STUDY, StudyRun, base_values
 from test_faults import check_same_run, hit_in_the_middle
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 TIMEOUT_S = 300.0
 
@@ -82,6 +82,7 @@ NO_GPU = "Ray gave a GPU to a worker on"
 """What torch has to say of the fake cloud's GPUs."""
 
 VERSIONS = pytest.mark.parametrize("version", [1, 2])
+ONE_NIGHTLY = pytest.mark.parametrize("version", [1, pytest.param(2, marks=pytest.mark.nightly)])
 
 
 @VERSIONS
@@ -110,7 +111,7 @@ def test_runs_where_the_machines_have_gpus(nodes, make_run_on, version):
     wait_until_gone(nodes)
 
 
-@VERSIONS
+@ONE_NIGHTLY
 def test_sweeps_where_the_machines_have_gpus(nodes, tmp_path, tiny_model, corpus_file, sts_dir, version):
     """As above, with CPUs first."""
     nodes.start_autoscaling_head(most=2, version=version, gpus=1, idle_s=5, dashboard=True)
@@ -132,7 +133,7 @@ def test_sweeps_where_the_machines_have_gpus(nodes, tmp_path, tiny_model, corpus
     wait_until_gone(nodes)
 
 
-@VERSIONS
+@ONE_NIGHTLY
 def test_an_autoscaler_that_does_not_tell(nodes, make_run_on, version):
     """Its file cannot be read: whether there will be GPUs has to be said, and the wait for workers has an end."""
     nodes.start_autoscaling_head(most=2, version=version, gpus=1)

@@ -63,7 +63,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     damage.__name__: damage for damage in (truncated, emptied, zeros, flipped, not_utf8, removed, a_directory)
 }
 QUICK = {"flipped", "not_utf8"}
-"""What is tried of a few files in every check; the rest is slow."""
+"""What is tried of a few files in every check; the rest is tried every night."""
 
 
 @pytest.fixture(autouse=True)
@@ -160,7 +160,7 @@ RUN_FILES = (
 def cases(files: tuple[str, ...], quick: tuple[str, ...]) -> list[object]:
     return [
         pytest.param(
-            name, damage, id=f"{name}-{damage}", marks=() if name in quick and damage in QUICK else pytest.mark.slow
+            name, damage, id=f"{name}-{damage}", marks=() if name in quick and damage in QUICK else pytest.mark.nightly
         )
         for name in files
         for damage in DAMAGE
