@@ -47,7 +47,7 @@ class Run:
             command += ["--set", setting]
         return start_command(command, self.project, self.env, self.name)
 
-    def train(self, timeout_s: float = 150.0) -> Outcome:
+    def train(self, timeout_s: float = 300.0) -> Outcome:
         return self.start().wait(timeout_s)
 
     def result(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class Command:
     out: Path
     err: Path
 
-    def wait(self, timeout_s: float = 150.0) -> Outcome:
+    def wait(self, timeout_s: float = 300.0) -> Outcome:
         try:
             code = self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -94,7 +94,7 @@ class Command:
             code = None
         return Outcome(code, self.out.read_text(), self.err.read_text())
 
-    def until(self, moment: Callable[[], Any], timeout_s: float = 120.0) -> None:
+    def until(self, moment: Callable[[], Any], timeout_s: float = 240.0) -> None:
         """Return as soon as ``moment()`` is true; fail if the command ends first."""
         deadline, began = time.monotonic() + timeout_s, time.monotonic()
         while not moment():
@@ -216,7 +216,7 @@ def finished(made_once: Callable[..., Any], environment: dict[str, str]) -> Call
 
     def get(run: Run) -> tuple[Run, Outcome]:
         def train() -> tuple[Run, Outcome]:
-            said = run.train(240)
+            said = run.train()
             assert said.code == 0, said.out + said.err
             return run, said
 

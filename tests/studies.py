@@ -35,7 +35,7 @@ class StudyRun:
             command += ["--set", setting]
         return start_command(command, self.project, self.env, self.name)
 
-    def tune(self, *options: str, timeout_s: float = 200.0) -> Outcome:
+    def tune(self, *options: str, timeout_s: float = 400.0) -> Outcome:
         return self.start(*options).wait(timeout_s)
 
     def result(self) -> dict[str, Any]:

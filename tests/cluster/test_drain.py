@@ -10,7 +10,7 @@ import pytest
 from row_proof import done_twice, read_steps, steps_by_attempt, world_sizes
 from test_faults import TIMEOUT_S, check_same_run, hit_in_the_middle
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_a_drained_node_is_left_before_it_goes(nodes, make_run_on, undisturbed):

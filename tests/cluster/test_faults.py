@@ -8,7 +8,7 @@ import time
 import pytest
 from row_proof import proves_each_row_once, read_steps, world_sizes
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROWS = 300
 TIMEOUT_S = 240.0

@@ -13,7 +13,7 @@ from s3_server import s3_server
 
 from clusterns_ray.io.object_store import Store
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROWS = 300
 

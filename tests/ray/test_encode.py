@@ -45,7 +45,7 @@ def start(project: Path, tiny_model: Path, environment: dict[str, str]) -> Calla
 @pytest.fixture(scope="module")
 def whole(project: Path, start: Callable[..., subprocess.Popen[str]]) -> bytes:
     """What one process writes."""
-    out, err = start("whole.parquet").communicate(timeout=120)
+    out, err = start("whole.parquet").communicate(timeout=300)
     assert err == "" and f"({SENTENCES:,} sentences" in out
     return (project / "whole.parquet").read_bytes()
 
@@ -53,7 +53,7 @@ def whole(project: Path, start: Callable[..., subprocess.Popen[str]]) -> bytes:
 def run_script(script: str, project: Path, environment: dict[str, str]) -> list[str]:
     """What a script prints, without what Ray says of dead workers."""
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=project, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", script], cwd=project, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     return [line for line in done.stdout.splitlines() if "(raylet" not in line]
@@ -67,7 +67,7 @@ def wait_for(moment: Callable[[], object], process: subprocess.Popen[str], timeo
 
 
 def test_two_workers_write_what_one_process_writes(project, start, whole):
-    out, err = start("two.parquet", "--workers", "2").communicate(timeout=120)
+    out, err = start("two.parquet", "--workers", "2").communicate(timeout=300)
     assert err == ""
     assert out.splitlines()[-1] == f"Wrote {project / 'two.parquet'} ({SENTENCES:,} sentences, 32 values each)"
     assert (project / "two.parquet").read_bytes() == whole
@@ -81,7 +81,7 @@ def test_a_worker_killed(project, start, whole, ray_directory):
     workers = ray_directory.processes("ray::_Worker")
     assert len(workers) == 2
     os.kill(random.choice(workers).pid, signal.SIGKILL)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (0, "")
     assert "A worker ended; part " in out
     assert (project / "worker.parquet").read_bytes() == whole
@@ -101,7 +101,7 @@ def test_the_driver_killed_and_the_command_given_again(project, start, whole, ra
     process = start("driver.parquet")
     wait_for(lambda: len(list(parts.glob("part-*"))) > len(kept), process)
     assert {name: (parts / name).stat().st_ino for name in kept} == kept, "parts were made again"
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (0, "")
     assert (project / "driver.parquet").read_bytes() == whole
     deadline = time.monotonic() + 30

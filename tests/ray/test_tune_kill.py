@@ -9,7 +9,7 @@ import time
 import pytest
 from test_tune import make_study, whole  # noqa: F401  fixtures
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def check_same_study(study, undisturbed) -> None:
