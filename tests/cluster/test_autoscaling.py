@@ -161,8 +161,12 @@ def test_a_submitted_job_keeps_its_results_out_of_rays_package(nodes, make_run_o
         command += ["--", sys.executable, "-m", "clusterns_ray.cli", "train", "run.yaml", "--set", "train.max_steps=10"]
         for setting in settings:
             command += ["--set", setting]
-        done = subprocess.run(command, env=nodes.driver_env, capture_output=True, text=True, timeout=TIMEOUT_S)
-        return done.stdout + done.stderr
+        deadline = time.monotonic() + TIMEOUT_S
+        while True:
+            done = subprocess.run(command, env=nodes.driver_env, capture_output=True, text=True, timeout=TIMEOUT_S)
+            if "No available agent" not in done.stderr or time.monotonic() > deadline:  # the head has just started
+                return done.stdout + done.stderr
+            time.sleep(2)
 
     said = submit()
     assert "error: runtime.storage_path 'runs' is in '" in said and "Ray's copy of the job's working directory" in said
