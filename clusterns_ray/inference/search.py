@@ -245,7 +245,7 @@ def check_queries(queries: Sequence[str]) -> None:
         try:
             query.encode("utf-8")
         except UnicodeEncodeError:
-            raise ConfigError(f"Query {number} is {query!r}, which is not text in UTF-8. Mend it.") from None
+            raise ConfigError(f"Query {number} is {query!r}, which is not text in UTF-8. Give it in UTF-8.") from None
 
 
 def check_k(k: int, rows: int | None = None) -> None:
