@@ -112,7 +112,7 @@ def test_on_paper_a_dark_page_is_light(page_file: Path, open_page: Callable[...,
     page = open_page(page_file, theme="dark").page
     page.emulate_media(media="print", color_scheme="dark")
     page.wait_for_selector("html[data-drawn=light]", state="attached")
-    assert colors(page)[1:] == light
+    assert tuple(colors(page)[1:]) == light
     assert page.evaluate("getComputedStyle(document.querySelector('h1')).color") == light[0]
     page.emulate_media(media="screen", color_scheme="dark")
     page.wait_for_selector("html[data-drawn=dark]", state="attached")
