@@ -255,8 +255,9 @@ class TokenStore:
         sizes = []
         for batch in batches:
             input_ids, text = batch.columns
-            self._offsets.append(input_ids.offsets.to_numpy(zero_copy_only=True))
-            self._values.append(input_ids.values.to_numpy(zero_copy_only=True))
+            # Views, as to_numpy makes them; but that imports pandas, which takes longer than all else here.
+            self._offsets.append(np.from_dlpack(input_ids.offsets))
+            self._values.append(np.from_dlpack(input_ids.values))
             self._texts.append(text)
             sizes.append(len(text))
         self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)

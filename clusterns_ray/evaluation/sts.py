@@ -122,13 +122,17 @@ def check_pairs_exist(directory: str | Path, name: str) -> None:
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's rank correlation with average ranks for ties, in [-1, 1]; NaN where one side is constant."""
-    from scipy.stats import rankdata
-
-    ranks_a, ranks_b = rankdata(a), rankdata(b)
+    """Spearman's rank correlation, in [-1, 1], with average ranks for ties; NaN where a side is constant or has one."""
+    ranks_a, ranks_b = _ranks(a), _ranks(b)
     ranks_a, ranks_b = ranks_a - ranks_a.mean(), ranks_b - ranks_b.mean()
     norm = np.sqrt((ranks_a @ ranks_a) * (ranks_b @ ranks_b))
     return float(ranks_a @ ranks_b / norm) if norm else float("nan")
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1, the average for ties, NaN for NaN. scipy.stats has it, but is half a second to import."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return np.where(np.isnan(values), np.nan, (np.cumsum(counts) - (counts - 1) / 2)[inverse])
 
 
 def pearson(a: np.ndarray, b: np.ndarray) -> float:

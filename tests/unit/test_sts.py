@@ -64,7 +64,7 @@ def test_spearman_is_of_ranks() -> None:
     a = np.array([0.1, 0.2, 0.3, 0.4])
     assert spearman(a, np.exp(50 * a)) == pytest.approx(1)
     assert pearson(a, np.exp(50 * a)) < 0.9
-    assert np.isnan(spearman(a, np.ones(4)))
+    assert np.isnan(spearman(a, np.ones(4))) and np.isnan(spearman(np.array([0.1, np.nan, 0.3, 0.4]), a))
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------
