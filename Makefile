@@ -5,7 +5,7 @@ BIN := .venv/bin
 PARALLEL ?= 2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo check test test-cluster test-nightly bench clean
+.PHONY: demo check test test-cluster test-nightly bench docs clean
 
 demo: .venv/.demo
 	$(BIN)/python experiments/quickstart.py
@@ -20,9 +20,11 @@ check: .venv/.dev
 # Everything: check, the slow unit tests, a browser, two and four processes, real local Ray runs.
 test: check
 	$(BIN)/python -m pytest tests/unit -m "slow and not nightly" -n $(PARALLEL) --dist loadfile
-	$(BIN)/python -m pytest tests/browser tests/dist tests/ray -m "not nightly" -n $(PARALLEL) --dist loadfile --durations 10
+	$(BIN)/python -m pytest tests/browser tests/dist tests/ray -m "not nightly" -n $(PARALLEL) --dist loadfile \
+	    --durations 10
 
-# What clouds do: nodes that come, go and are drained, a head that is lost, an autoscaler; real clusters of several nodes.
+# What clouds do: nodes that come, go and are drained, a head that is lost, an autoscaler; real clusters of several
+# nodes.
 test-cluster: .venv/.dev
 	$(BIN)/python -m pytest tests/cluster -m "not nightly" -n $(PARALLEL) --dist loadfile --durations 10
 
@@ -35,6 +37,10 @@ bench: .venv/.dev
 	$(BIN)/python experiments/benchmarks/train_speed.py --json bench-train.json
 	$(BIN)/python experiments/benchmarks/parts.py --json bench-parts.json
 
+# The documentation, as site/index.html.
+docs: .venv/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
@@ -43,8 +49,8 @@ bench: .venv/.dev
 	touch $@
 
 .venv/.dev: .venv/bin/python pyproject.toml constraints.txt
-	$(PIP) -e ".[cpu,demo,dev]"
+	$(PIP) -e ".[cpu,demo,dev,docs]"
 	touch $@
 
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv build dist site

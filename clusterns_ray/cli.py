@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
-from click.exceptions import Abort, ClickException, Exit
 
 import clusterns_ray
 from clusterns_ray.errors import ClusterNSError, ConfigError, DataError, describe_unexpected
@@ -51,7 +50,7 @@ def readable_errors(resumption: str = "") -> Iterator[None]:
         again = f" The same command goes on {resumption}." if resumption else " Nothing was written."
         typer.echo("Interrupted." + again, err=True)
         raise typer.Exit(1) from None
-    except (ClickException, Exit, Abort, BrokenPipeError):  # typer has its own way with them
+    except (typer.Exit, typer.Abort, BrokenPipeError):  # typer has its own way with them
         raise
     except Exception as error:
         if os.environ.get("CLUSTERNS_TRACEBACK") == "1":

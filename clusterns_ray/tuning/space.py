@@ -65,7 +65,7 @@ Condition = Annotated[
 
 class _Varied(Section):
     role: Literal["scientific", "nuisance"]
-    """scientific: what the study asks about. nuisance: what has to be tuned along to compare fairly."""
+    """`scientific`: what the study asks about. `nuisance`: what has to be tuned along to compare fairly."""
     when: dict[str, Condition] = Field(default_factory=dict)
     """Other keys of the configuration, and what they must be for this one to matter; all must hold."""
 
@@ -73,11 +73,13 @@ class _Varied(Section):
 class IntParameter(_Varied):
     type: Literal["int"]
     low: int = Field(strict=True, ge=-LARGEST_INTEGER, le=LARGEST_INTEGER)
+    """The smallest value."""
     high: int = Field(strict=True, ge=-LARGEST_INTEGER, le=LARGEST_INTEGER)
-    """included"""
+    """The largest value."""
     step: int = Field(default=1, strict=True, ge=1, le=LARGEST_INTEGER)
+    """Between one value and the next."""
     log: bool = False
-    """uniform in the logarithm"""
+    """Draw uniformly in the logarithm."""
 
     @model_validator(mode="after")
     def _range(self):
@@ -104,11 +106,13 @@ class IntParameter(_Varied):
 class FloatParameter(_Varied):
     type: Literal["float"]
     low: float = Field(strict=True)
+    """The smallest value."""
     high: float = Field(strict=True)
-    """included"""
+    """The largest value."""
     step: float | None = Field(default=None, strict=True, gt=0)
+    """Between one value and the next; if unset, any value between the two."""
     log: bool = False
-    """uniform in the logarithm"""
+    """Draw uniformly in the logarithm."""
 
     @model_validator(mode="after")
     def _range(self):
@@ -145,6 +149,7 @@ class FloatParameter(_Varied):
 class ChoiceParameter(_Varied):
     type: Literal["choice"]
     choices: list[Scalar]
+    """The values there are."""
 
     @model_validator(mode="after")
     def _choices(self):
@@ -173,8 +178,9 @@ class ChoiceParameter(_Varied):
 
 class FixedParameter(Section):
     role: Literal["fixed"]
-    """held at one value for the whole study, and said so"""
+    """Held at one value for the whole study, and said so."""
     value: Scalar
+    """That value."""
 
 
 def _kind(value: Any) -> str | None:

@@ -73,6 +73,7 @@ class BudgetConfig(Section):
 class TPESampler(Section):
     name: Literal["tpe"]
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
+    """Seeds the proposals."""
     startup_trials: int = Field(default=10, ge=1)
     """Random trials, first points included, before the model proposes."""
 
@@ -80,17 +81,19 @@ class TPESampler(Section):
 class RandomSampler(Section):
     name: Literal["random"]
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
+    """Seeds the proposals."""
 
 
 class GridSampler(Section):
     name: Literal["grid"]
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
-    """Of the order in which the points are visited."""
+    """Seeds the order in which the points are visited."""
 
 
 class GPSampler(Section):
     name: Literal["gp"]
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
+    """Seeds the proposals."""
     startup_trials: int = Field(default=10, ge=1)
     """Random trials, first points included, before the model proposes."""
 
@@ -141,18 +144,23 @@ class StudyConfig(Section):
     space: dict[str, Parameter]
     """What varies, by key, and what is declared as held fixed."""
     budget: BudgetConfig = BudgetConfig()
+    """When no further trial starts: whichever limit is reached first."""
     concurrent_trials: int = Field(default=1, ge=1, le=4096)
+    """Trials that run at a time."""
     workers_per_trial: int = Field(default=0, ge=0, le=MAX_WORKERS)
     """0: in the trial's own process, kept for the next trial. N: that many Ray workers a trial."""
     sampler: Annotated[TPESampler | RandomSampler | GridSampler | GPSampler, Discriminator("name")] = TPESampler(
         name="tpe"
     )
+    """How the values of the next trial are proposed; a name alone takes its defaults."""
     scheduler: Annotated[ASHAScheduler | MedianScheduler | NoScheduler, Discriminator("name")] = NoScheduler(
         name="none"
     )
+    """Which trials are stopped early; a name alone takes its defaults."""
     first_points: list[dict[str, Scalar]] = Field(default_factory=list)
     """Tried first, in this order; keys that are left out are proposed by the sampler."""
     confirmation: ConfirmationConfig = ConfirmationConfig()
+    """How the winner is confirmed on further seeds."""
     storage: Literal["sqlite", "journal"] = "sqlite"
     """How the Optuna study is kept; `journal` where the directory is on a network file system. In an object store there
     are snapshots of it."""

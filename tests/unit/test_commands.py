@@ -1,5 +1,8 @@
-"""Every `clusterns` command in README, in a shipped file's comments and in a job's entrypoint is one that would be
-understood: verb, options, configuration files, and the keys and values of ``--set``."""
+"""What README, the documentation and shipped files tell people to type would be understood.
+
+Commands: verb, options, configuration files, and the keys and values of ``--set``; blocks of YAML; keys that are named in
+passing; targets of make, and paths of scripts and tests.
+"""
 
 from __future__ import annotations
 
@@ -7,43 +10,54 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 import yaml
 
 from clusterns_ray.cli import app
-from clusterns_ray.config import load_config
+from clusterns_ray.config import Config, known_keys, load_config, make_config
 from clusterns_ray.errors import ClusterNSError
 from clusterns_ray.tuning.study import load_study
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted(
-    [
-        ROOT / "README.md",
-        *ROOT.glob("docs/*.md"),
-        ROOT / "cluster.yaml",
-        *ROOT.glob("experiments/**/*.yaml"),
-        ROOT / "experiments/LOG.md",
-    ]
-)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
+FILES = sorted([*PAGES, ROOT / "cluster.yaml", *ROOT.glob("experiments/**/*.yaml"), ROOT / "experiments/LOG.md"])
 UsageError = typer.BadParameter.__bases__[0]
 VERBS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 COMMAND = re.compile(rf"(?<![\w./-])clusterns (?:{'|'.join(VERBS)})\b[^`'\n#&|]*")
-NAMES = ("CONFIG", "STUDY", "CONFIG_OR_STUDY", "mine.yaml")
+FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", re.M | re.S)
+KEY = re.compile(rf"(?<![\w./-])(?:{'|'.join(Config.model_fields)})\.[a-z]\w*\b(?![/(])")
+NAMES = ("CONFIG", "STUDY", "CONFIG_OR_STUDY", "mine.yaml", "mystudy.yaml")
 """What stands for a file of the reader's."""
 
 
-def commands_of(path: Path) -> Iterator[str]:
+def blocks_of(path: Path, language: str) -> list[str]:
+    return [match[3] for match in FENCE.finditer(path.read_text(encoding="utf-8")) if match[2] == language]
+
+
+def code_of(path: Path) -> list[str]:
+    """The code of a Markdown file, each block and each span by itself; a line that goes on is one line."""
     text = path.read_text(encoding="utf-8")
+    blocks = [re.sub(r"\\\n\s*", "", match[3]) for match in FENCE.finditer(text)]
+    spans = re.findall(r"(?<!`)`([^`]+)`(?!`)", FENCE.sub("", text))
+    return [*blocks, *(" ".join(span.split()) for span in spans)]
+
+
+def commands_of(path: Path) -> Iterator[str]:
     if path.suffix == ".yaml":
+        text = path.read_text(encoding="utf-8")
         for document in yaml.safe_load_all(text):
             spec = document.get("spec") if isinstance(document, dict) else None
             if isinstance(spec, dict) and "entrypoint" in spec:
                 yield spec["entrypoint"]
-        text = "\n".join(line.strip(" #") for line in text.splitlines() if line.strip().startswith("#"))
-    for match in COMMAND.finditer(text):
-        yield match[0].strip()
+        code = ["\n".join(line.strip(" #") for line in text.splitlines() if line.strip().startswith("#"))]
+    else:
+        code = code_of(path)
+    for text in code:
+        for match in COMMAND.finditer(text):
+            yield match[0].strip()
 
 
 COMMANDS = [
@@ -84,10 +98,11 @@ def test_a_command_that_is_written_down_is_understood(command: str) -> None:
 
 
 def test_they_are_found() -> None:
-    found = [command.values[0] for command in COMMANDS]
-    assert len(found) > 30
-    assert any("--set runtime.use_gpu=true --set runtime.storage_path=s3://my-bucket" in command for command in found)
-    assert {verb for verb in VERBS if not any(command.split()[1] == verb for command in found)} == set()
+    commands = [command.values[0] for command in COMMANDS]
+    assert len(commands) > 30
+    assert any("runtime.use_gpu=true --set runtime.storage_path=s3://my-bucket" in command for command in commands)
+    assert {verb for verb in VERBS if not any(command.split()[1] == verb for command in commands)} == set()
+    assert sum(len(blocks_of(path, "yaml")) for path in PAGES) > 3
 
 
 @pytest.mark.parametrize(
@@ -105,3 +120,40 @@ def test_they_are_found() -> None:
 def test_mistakes_would_be_found(command: str) -> None:
     with pytest.raises((UsageError, LookupError, ClusterNSError, AssertionError)):
         understand(command)
+
+
+def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    both = {key: merged(values.get(key) or {}, new) for key, new in changes.items() if isinstance(new, dict)}
+    return {**values, **changes, **both}
+
+
+@pytest.mark.parametrize(
+    "block", [pytest.param(b, id=f"{p.name}-{i}") for p in PAGES for i, b in enumerate(blocks_of(p, "yaml"))]
+)
+def test_a_block_of_yaml_is_a_configuration_or_a_study(block: str, tmp_path: Path) -> None:
+    """One that shows a few keys is read as changes of the quickstart's."""
+    values = yaml.safe_load(block)
+    if "space" in values:
+        (tmp_path / "study.yaml").write_text(yaml.safe_dump({**values, "base": str(ROOT / values["base"])}))
+        load_study(tmp_path / "study.yaml")
+    else:
+        make_config(merged(yaml.safe_load((ROOT / "experiments/quickstart.yaml").read_text()), values))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_what_a_page_names_is_there(page: Path) -> None:
+    """Keys of the configuration, targets of make, scripts, tests and modules."""
+    code = "\n".join(code_of(page))
+    keys = {key for key in KEY.findall(code) if not key.endswith((".py", ".json", ".yaml"))}
+    assert keys - set(known_keys()) == set()
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M))
+    assert set(re.findall(r"\bmake ([a-z][\w-]*)", code)) - targets == set()
+    paths = re.findall(r"(?<![\w./-])(?:clusterns_ray|experiments|tests|docs)/[\w./-]*\w", code)
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_readme_is_short() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 200
+    assert [line for path in PAGES for line in path.read_text(encoding="utf-8").splitlines() if len(line) > 120] == []
+    assert max(picture.stat().st_size for picture in ROOT.glob("docs/images/*")) <= 200_000
