@@ -226,8 +226,8 @@ def weighed_share(
 
     Args:
         hard_logits_bH: further logits of the denominator, of centroids or of sentences; None without hard negatives.
-        mask_bB, pairs: false negatives, and how many there are in the global batch; see
-            :func:`bidirectional_margin_share`. Not read where ``bml_weight`` is 0.
+        mask_bB: false negatives; see :func:`bidirectional_margin_share`. Not read where ``bml_weight`` is 0.
+        pairs: how many false negatives there are in the global batch.
     """
     info_nce = info_nce_share(cos_bB, positive_b, temperature, hard_logits_bH)
     if bml_weight == 0 or mask_bB is None:

@@ -233,7 +233,10 @@ def first_sentence(path: Path) -> str:
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn the formulas that arithmatex marked into MathML."""
+    """Turn the formulas that arithmatex marked into MathML, and Sphinx's roles in docstrings into plain code."""
+    content = re.sub(
+        r":(?:attr|class|data|func|meth|mod):<code>~?(?:[\w.]+\.)?(\w+)</code>", r"<code>\1</code>", content
+    )
     found = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
     return found.sub(
         lambda match: convert(html.unescape(match[2]), display="block" if match[1] == "div" else "inline"), content

@@ -71,8 +71,9 @@ class Hit:
 class SemanticIndex:
     """A corpus to be searched by meaning.
 
-    >>> index = SemanticIndex.build("runs/quickstart/model", "texts.txt", "texts.index")
-    >>> index.search(["a boat on the river"], k=3)[0][0].text
+    Examples:
+        >>> index = SemanticIndex.build("runs/quickstart/model", "texts.txt", "texts.index")
+        >>> index.search(["a boat on the river"], k=3)[0][0].text
     """
 
     def __init__(self, directory: str | os.PathLike, *, model: str | None = None):

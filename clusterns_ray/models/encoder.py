@@ -91,7 +91,8 @@ class Encoder(nn.Module):
         Args:
             lower_case: whether the tokenizer was made to put text into lower case, which a saved one may forget.
             similarity: by which the embeddings are meant to be compared.
-            second_prompt, head: for training alone; neither is saved.
+            second_prompt: of the second view, for training alone; not saved.
+            head: over the pooled states, for training alone; not saved.
         """
         super().__init__()
         self.backbone: Any = backbone
