@@ -29,6 +29,8 @@ VERBS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 COMMAND = re.compile(rf"(?<![\w./-])clusterns (?:{'|'.join(VERBS)})\b[^`'\n#&|]*")
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", re.M | re.S)
 KEY = re.compile(rf"(?<![\w./-])(?:{'|'.join(Config.model_fields)})\.[a-z]\w*\b(?![/(])")
+REFUSED = re.compile(r"^\$ (clusterns .*)\nerror: (?:.*\n)*?(?=\$ |\Z)", re.M)
+"""An example of a request that is wrong, and what is said."""
 NAMES = ("CONFIG", "STUDY", "CONFIG_OR_STUDY", "mine.yaml", "mystudy.yaml")
 """What stands for a file of the reader's."""
 
@@ -40,7 +42,7 @@ def blocks_of(path: Path, language: str) -> list[str]:
 def code_of(path: Path) -> list[str]:
     """The code of a Markdown file, each block and each span by itself; a line that goes on is one line."""
     text = path.read_text(encoding="utf-8")
-    blocks = [re.sub(r"\\\n\s*", "", match[3]) for match in FENCE.finditer(text)]
+    blocks = [re.sub(r"\\\n\s*", "", REFUSED.sub("", match[3])) for match in FENCE.finditer(text)]
     spans = re.findall(r"(?<!`)`([^`]+)`(?!`)", FENCE.sub("", text))
     return [*blocks, *(" ".join(span.split()) for span in spans)]
 
@@ -108,6 +110,7 @@ def test_they_are_found() -> None:
 @pytest.mark.parametrize(
     "command",
     [
+        *(match for path in PAGES for match in REFUSED.findall(path.read_text(encoding="utf-8")) if "--set" in match),
         "clusterns train experiments/missing.yaml",
         "clusterns train experiments/quickstart.yaml --workers 2",
         "clusterns train experiments/quickstart.yaml --set runtime.workers=2",
