@@ -1,7 +1,7 @@
 """What README, the documentation and shipped files tell people to type would be understood.
 
-Commands: verb, options, configuration files, and the keys and values of ``--set``; blocks of YAML; keys that are named in
-passing; targets of make, and paths of scripts and tests.
+Commands: verb, options, configuration files, and the keys and values of ``--set``; blocks of YAML; keys that are named
+in passing; targets of make, and paths of scripts and tests.
 """
 
 from __future__ import annotations
