@@ -1,36 +1,49 @@
 # `make demo` and `make test` each do everything from a bare clone: make .venv, install under constraints.txt, run.
 PYTHON ?= python3
 BIN := .venv/bin
-# Test files at a time. Those with Ray wait more than they compute.
-PARALLEL ?= 2
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Tests at a time where Ray and other processes are started, which wait much of their time.
+PARALLEL ?= 3
+# Python compiles what it imports; compiling all of it beforehand would take two minutes.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
-.PHONY: demo check test test-cluster test-nightly bench docs clean
+SPREAD := -n $(PARALLEL) --dist worksteal --durations 10
+
+.PHONY: demo check test test-slow test-cluster test-nightly bench docs clean
 
 demo: .venv/.demo
 	$(BIN)/python experiments/quickstart.py
 
-# ruff, pyright and the unit tests: about two minutes.
+# ruff, pyright and the unit tests. pyright has one thread, so that it runs beside the tests.
 check: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest tests/unit -m "not slow and not nightly" -n 2 --dist loadfile
+	@$(BIN)/pyright --pythonpath $(BIN)/python & pyright=$$!; \
+	$(BIN)/python -m pytest tests/unit -m "not slow and not nightly" -n 2 --dist loadfile; tests=$$?; \
+	wait $$pyright && exit $$tests
 
+<<<<<<< HEAD
 # Everything: check, the slow unit tests, a browser, two and four processes, real local Ray runs.
 test: check
 	$(BIN)/python -m pytest tests/unit -m "slow and not nightly" -n $(PARALLEL) --dist loadfile
 	$(BIN)/python -m pytest tests/browser tests/dist tests/ray -m "not nightly" -n $(PARALLEL) --dist loadfile \
 	    --durations 10
+=======
+# check, and what it leaves out.
+test: check test-slow
+
+# The slow unit tests, a browser, two and four processes, real local Ray runs.
+test-slow: .venv/.dev
+	$(BIN)/python -m pytest tests --ignore tests/cluster -m "slow and not nightly" $(SPREAD)
+>>>>>>> 3f953de (CI: packages uncompiled, Chromium and pyright beside other work, one pytest of all that starts processes, three at a time)
 
 # What clouds do: nodes that come, go and are drained, a head that is lost, an autoscaler; real clusters of several
 # nodes.
 test-cluster: .venv/.dev
-	$(BIN)/python -m pytest tests/cluster -m "not nightly" -n $(PARALLEL) --dist loadfile --durations 10
+	$(BIN)/python -m pytest tests/cluster -m "not nightly" $(SPREAD)
 
 # What takes long and rarely breaks: elastic runs, a lost head, twenty drains, the scripts of experiments/.
 test-nightly: .venv/.dev
-	$(BIN)/python -m pytest tests -m nightly -n $(PARALLEL) --dist loadfile --durations 10
+	$(BIN)/python -m pytest tests -m nightly $(SPREAD)
 
 # Our training step beside sentence-transformers' and a plain loop's, and its parts alone: under ten minutes.
 bench: .venv/.dev

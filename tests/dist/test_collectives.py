@@ -18,6 +18,8 @@ from clusterns_ray.clustering import bank
 from clusterns_ray.errors import ClusterNSError
 from clusterns_ray.training.batch_layout import BatchLayout, build_batch_layout
 
+pytestmark = pytest.mark.slow
+
 ROWS, WIDTH = 3, 2
 every_size = pytest.mark.parametrize("ranks", [2, 4])
 

@@ -18,6 +18,8 @@ from clusterns_ray.data.prepare import prepare
 from clusterns_ray.ops.plan.workload import workload
 from clusterns_ray.training.loop import Run
 
+pytestmark = pytest.mark.slow
+
 KINDS = {"allreduce_": "all_reduce", "_allgather_base_": "all_gather", "broadcast_": "broadcast"}
 
 

@@ -25,6 +25,8 @@ from clusterns_ray.training.loop import Run
 from clusterns_ray.training.objective import Objective
 from clusterns_ray.training.views import CachedViews, chunked
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-6
 TEMPERATURE = 0.2  # a colder one magnifies the rounding of float32
 K, RATE, FIRST = 6, 0.5, 11

@@ -18,6 +18,8 @@ from clusterns_ray.training.checkpoint import list_checkpoints
 from clusterns_ray.training.loop import train_worker
 from clusterns_ray.training.metrics import read_metrics
 
+pytestmark = pytest.mark.slow
+
 STEPS = 20
 NO_SECONDS = {"seconds": 0, "checkpoint_seconds": 0, "checksum": ""}
 """Without what differs by the clock: the seconds, and the checksum over them."""

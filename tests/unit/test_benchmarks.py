@@ -191,6 +191,7 @@ def run_script(script, monkeypatch: pytest.MonkeyPatch, *options: str) -> dict:
     return json.loads(Path("found.json").read_text())
 
 
+@pytest.mark.nightly
 def test_profile_runs(corpus_file: Path, monkeypatch: pytest.MonkeyPatch):
     options = ["--layers", "1", "--batch", "8", "--clusters", "4", "--rounds", "1", "--steps", "1"]
     found = run_script(profile_step, monkeypatch, *options, "--corpus", str(corpus_file), "--precision", "bf16")
@@ -202,6 +203,7 @@ def test_profile_runs(corpus_file: Path, monkeypatch: pytest.MonkeyPatch):
     )
 
 
+@pytest.mark.nightly
 def test_parts_run(monkeypatch: pytest.MonkeyPatch):
     options = ["--only", "loss", "dropout", "evaluation", "--batches", "16", "32", "--clusters", "0", "4", "32"]
     monkeypatch.delenv("CLUSTERNS_DATA", raising=False)
@@ -211,6 +213,7 @@ def test_parts_run(monkeypatch: pytest.MonkeyPatch):
     assert found["dropout"]["clusterns_ray.kernels.dropout.drop"]["median"] > 0
 
 
+@pytest.mark.nightly
 def test_parts_with_steps_run(corpus_file: Path):
     found = parts.whole_step(str(corpus_file), 1, batch=16, clusters=4, width=32, layers=1)
     alone = {name: entry["median"] for name, entry in found["objective"].items()}
