@@ -21,20 +21,12 @@ check: .venv/.dev
 	$(BIN)/python -m pytest tests/unit -m "not slow and not nightly" -n 2 --dist loadfile; tests=$$?; \
 	wait $$pyright && exit $$tests
 
-<<<<<<< HEAD
-# Everything: check, the slow unit tests, a browser, two and four processes, real local Ray runs.
-test: check
-	$(BIN)/python -m pytest tests/unit -m "slow and not nightly" -n $(PARALLEL) --dist loadfile
-	$(BIN)/python -m pytest tests/browser tests/dist tests/ray -m "not nightly" -n $(PARALLEL) --dist loadfile \
-	    --durations 10
-=======
 # check, and what it leaves out.
 test: check test-slow
 
 # The slow unit tests, a browser, two and four processes, real local Ray runs.
 test-slow: .venv/.dev
 	$(BIN)/python -m pytest tests --ignore tests/cluster -m "slow and not nightly" $(SPREAD)
->>>>>>> 3f953de (CI: packages uncompiled, Chromium and pyright beside other work, one pytest of all that starts processes, three at a time)
 
 # What clouds do: nodes that come, go and are drained, a head that is lost, an autoscaler; real clusters of several
 # nodes.
