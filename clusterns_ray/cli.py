@@ -367,22 +367,16 @@ def plan(
     tflops: Annotated[
         Optional[float], typer.Option(help="What one worker gets done: matrix products, in 10^12 FLOPs a second.")
     ] = None,
-    measure: Annotated[bool, typer.Option("--measure", help="Find that out by a few real steps here.")] = False,
-    steps: Annotated[int, typer.Option(min=1, max=10**6, help="How many steps --measure times.")] = 5,
     sentences: Annotated[
         Optional[int], typer.Option(min=1, max=2**53, help="Of the corpus, in place of how many there are.")
     ] = None,
     price: Annotated[Optional[float], typer.Option(min=0, help="Of a worker for an hour; any currency.")] = None,
-    cores: Annotated[
-        Optional[int], typer.Option(min=1, max=2**16, help="That all workers share, on one machine.")
-    ] = None,
     json_file: Annotated[Optional[Path], typer.Option("--json", help="Also write every figure here.")] = None,
 ) -> None:
-    """Tell what a run needs on so many workers: memory, exchanges, time, efficiency and cost; nothing is started."""
+    """Show what a run needs on given numbers of workers: memory, exchanges, time, efficiency and cost."""
     with readable_errors():
         from clusterns_ray.config import load_config
         from clusterns_ray.console.plan import render
-        from clusterns_ray.console.training import training_view
         from clusterns_ray.io.files import check_writable, write_json
         from clusterns_ray.io.paths import check_path
         from clusterns_ray.ops.plan.predict import plan_for
@@ -390,25 +384,12 @@ def plan(
         json_file = json_file and Path(check_path("--json", json_file, ()))
         if json_file is not None:
             check_writable(json_file, "--json")
-        on_event = training_view()
-        try:
-            found = plan_for(
-                load_config(config, set or ()),
-                workers,
-                bandwidth=bandwidth,
-                latency=latency,
-                tflops=tflops,
-                measured_steps=steps if measure else 0,
-                sentences=sentences,
-                price=price,
-                cores=cores,
-                on_event=on_event,
-            )
-        finally:
-            on_event.close()
-        render(found)
+        settings = load_config(config, set or ())
+        speed = {"bandwidth": bandwidth, "latency": latency, "tflops": tflops}
+        result = plan_for(settings, workers, **speed, sentences=sentences, price=price)
+        render(result)
         if json_file is not None:
-            write_json(json_file, found)
+            write_json(json_file, result)
             typer.echo(f"Wrote {json_file}")
 
 

@@ -8,6 +8,15 @@ import errno
 class ClusterNSError(Exception):
     """Base class: the job failed (exit code 1 on the command line)."""
 
+    def __init__(self, message: str = "", remedy: str = ""):
+        """
+        Args:
+            message: what failed, the value received, and why.
+            remedy: what to do about it, in whole sentences; ``str()`` has it behind the message.
+        """
+        super().__init__(f"{message} {remedy}".strip())
+        self.message, self.remedy = message, remedy
+
 
 class ConfigError(ClusterNSError, ValueError):
     """The request itself is wrong (exit code 2): an unknown key, an impossible value, a missing file."""

@@ -18,13 +18,7 @@ MEMORY = {
     "bank": "bank of the corpus",
     "besides": "process, libraries",
 }
-SECONDS = {
-    "compute": "computing",
-    "each_worker": "rows, clipping, AdamW",
-    "exchange": "waiting for exchanges",
-    "evaluation": "dev evaluation",
-    "checkpoint": "checkpoints",
-}
+SECONDS = {"compute": "computing", "exchange": "waiting for exchanges"}
 
 
 def render(found: dict[str, Any]) -> None:
@@ -35,7 +29,7 @@ def render(found: dict[str, Any]) -> None:
     console = Console()
     if found["workers"]:
         table = Table()
-        table.add_column("each of so many workers", no_wrap=True)
+        table.add_column("number of workers; for each:", no_wrap=True)
         for column in found["workers"]:
             table.add_column(str(column["workers"]), justify="right", no_wrap=True)
         for cells in rows(found["workers"]):
@@ -52,7 +46,7 @@ def rows(columns: list[dict[str, Any]]) -> list[list[str]]:
     def line(label: str, text: Callable[[dict[str, Any]], str | None]) -> list[str]:
         return [label, *(text(column) or "-" for column in columns)]
 
-    def told(value: float | None, text: Callable[[float], str]) -> str:
+    def shown(value: float | None, text: Callable[[float], str]) -> str:
         return "-" if value is None else text(value)
 
     lines = [line("sentences of a step", lambda c: f"{c['sentences_per_worker']:,.0f}"), []]
@@ -76,16 +70,14 @@ def rows(columns: list[dict[str, Any]]) -> list[list[str]]:
             if any(column["seconds"] and column["seconds"][key] for column in columns)
         ]
         lines += [
-            line("a step", lambda c: told(c["step_seconds"], duration_text)),
-            line("sentences a second", lambda c: told(c["sentences_per_second"], lambda v: f"{v:,.0f}")),
-            line("efficiency", lambda c: told(c["efficiency"], lambda v: f"{100 * v:.0f} %")),
-            line("dev evaluation, share", lambda c: told(c["evaluation_share"], lambda v: f"{100 * v:.0f} %")),
-            line("checkpoints, an hour", lambda c: told(c["checkpoint_bytes_per_hour"], bytes_text)),
+            line("a step", lambda c: shown(c["step_seconds"], duration_text)),
+            line("sentences a second", lambda c: shown(c["sentences_per_second"], lambda v: f"{v:,.0f}")),
+            line("efficiency", lambda c: shown(c["efficiency"], lambda v: f"{100 * v:.0f} %")),
         ]
         if any(column["epoch_hours"] is not None for column in columns):
-            lines.append(line("an epoch", lambda c: told(c["epoch_hours"], lambda v: duration_text(3600 * v))))
+            lines.append(line("an epoch", lambda c: shown(c["epoch_hours"], lambda v: duration_text(3600 * v))))
         if any(column["epoch_cost"] is not None for column in columns):
-            lines.append(line("cost of an epoch", lambda c: told(c["epoch_cost"], lambda v: f"{v:,.2f}")))
+            lines.append(line("cost of an epoch", lambda c: shown(c["epoch_cost"], lambda v: f"{v:,.2f}")))
     return lines if lines[-1] else lines[:-1]
 
 

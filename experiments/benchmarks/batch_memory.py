@@ -16,8 +16,6 @@ import sys
 import time
 from pathlib import Path
 
-QUICKSTART = Path(__file__).parents[1] / "quickstart.yaml"
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -53,12 +51,10 @@ def main() -> None:
 def measure(batch: int, chunk: int, cached: bool) -> dict[str, float]:
     """One step with clusters, after a small one that sets everything up."""
     import torch
+    from racing import QUICKSTART, quiet_run, take_step
 
-    from clusterns_ray.clustering.state import Clustering
     from clusterns_ray.config import load_config
     from clusterns_ray.data.prepare import prepare
-    from clusterns_ray.training.loop import Run
-    from clusterns_ray.training.objective import Objective
 
     config = load_config(
         QUICKSTART,
@@ -70,24 +66,12 @@ def measure(batch: int, chunk: int, cached: bool) -> dict[str, float]:
             "clustering.num_clusters=128",
         ],
     )
-    run = Run(
-        config,
-        prepare(config).tokens_dir,
-        None,
-        Path("."),
-        torch.device("cpu"),
-        lambda event: None,
-        lambda metrics: None,
-    )
-    layout, shards = run.batch(0)
-    run.objective = Objective(config.loss, Clustering(128, 1.0, 0.1, "mean"), 0)
-    run.objective.clustering.set_centroids(torch.randn(128, run.encoder.width))
-    run.optimizer.step(run.model(shards[:1])[0].sum(), 0.0)
+    run = quiet_run(config, prepare(config).tokens_dir, Path("."))
+    run.clustering.set_centroids(torch.randn(128, run.encoder.width))
+    run.optimizer.step(run.model(run.batch(0)[1][:1])[0].sum(), 0.0)
     before = _peak()
     began = time.perf_counter()
-    views = run.encode(shards)
-    loss = run.objective(views.z1_bD, views.z2_bD, layout, views.mlm)
-    run.optimizer.step(loss.scaled_loss, 1e-5, views.backward)
+    take_step(run, 0)
     return {"peak": _peak(), "step": _peak() - before, "seconds": time.perf_counter() - began}
 
 

@@ -37,6 +37,7 @@ from clusterns_ray.ops.plan.step import BACKWARD, EncoderWork, objective_flops
 from clusterns_ray.ops.plan.workload import encoder_work
 from clusterns_ray.training.loop import Run
 from clusterns_ray.training.objective import DTYPES
+from clusterns_ray.training.optim import learning_rate
 
 WARM_UP_STEPS = 2
 PART = "part: "
@@ -171,7 +172,8 @@ def take_step(run: Run, number: int) -> None:
             torch.autograd.backward([views.z1_bD, views.z2_bD], [z1_bD.grad, z2_bD.grad])
 
     with record_function(UPDATE):
-        run.optimizer.step(loss.scaled_loss.detach(), 1e-5, backward)
+        rate = learning_rate(number, run.total_steps, run.config.train)
+        run.optimizer.step(loss.scaled_loss.detach(), rate, backward)
 
 
 def profile_steps(run: Run, numbers: Sequence[int]) -> dict[str, float]:

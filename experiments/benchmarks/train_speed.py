@@ -22,11 +22,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from racing import MODEL, ClusterNS, Contestant, environment, quiet_run, race, ratio, step_config
+from racing import CPU, MODEL, ClusterNS, Contestant, environment, quiet_run, race, ratio, step_config
 from torch import nn
 
 from clusterns_ray.config import Config
@@ -112,12 +113,13 @@ def make_contestants(arguments: argparse.Namespace, scratch: Path) -> dict[str, 
     def ours(precision: str, clusters: int) -> Callable[[], Contestant]:
         return lambda: ClusterNS(config(precision, clusters), prepared.tokens_dir, scratch)
 
+    peer = partial(SentenceTransformers, texts, resolve_model(MODEL), layers=arguments.layers)
     return {
         "clusterns_ray, bf16": ours("bf16", 32),
         "clusterns_ray, bf16, no clusters": ours("bf16", 0),
         "clusterns_ray, fp32": ours("fp32", 32),
-        "sentence-transformers, bf16": lambda: SentenceTransformers(texts, arguments, bf16=True),
-        "sentence-transformers, fp32": lambda: SentenceTransformers(texts, arguments, bf16=False),
+        "sentence-transformers, bf16": lambda: peer(bf16=True),
+        "sentence-transformers, fp32": lambda: peer(bf16=False),
         "plain loop, fp32": lambda: PlainLoop(texts, arguments),
     }
 
@@ -126,24 +128,35 @@ class SentenceTransformers:
     """Its model, tokeniser and loss, in the steps that its trainer takes at its defaults, without the trainer's own
     bookkeeping (which needs accelerate): tokenise in the collator, autocast, backward, clip, fused AdamW."""
 
-    def __init__(self, texts: Callable[[int], list[str]], arguments: argparse.Namespace, *, bf16: bool):
+    def __init__(
+        self,
+        texts: Callable[[int], list[str]],
+        model: str,
+        *,
+        bf16: bool,
+        layers: int | None = None,
+        device: torch.device = CPU,
+    ):
         import sentence_transformers
         from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-        self.texts, self.bf16 = texts, bf16
-        self.model = sentence_transformers.SentenceTransformer(resolve_model(MODEL), device="cpu").train()
+        self.texts, self.bf16, self.device = texts, bf16, device
+        self.model = sentence_transformers.SentenceTransformer(model, device=str(device)).train()
         self.model.max_seq_length = 32
         backbone: Any = self.model[0].auto_model
-        backbone.encoder.layer = backbone.encoder.layer[: arguments.layers]
+        backbone.encoder.layer = backbone.encoder.layer[:layers]
         self.loss = MultipleNegativesRankingLoss(self.model)
         self.adamw = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
 
     def __call__(self, steps: Sequence[int]) -> float:
+        from sentence_transformers.util import batch_to_device
+
         batches = [self.texts(step) for step in steps]
         began = time.perf_counter()
         for sentences in batches:
-            features = [self.model.preprocess(sentences), self.model.preprocess(sentences)]
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            views = [self.model.preprocess(sentences), self.model.preprocess(sentences)]
+            features = [batch_to_device(view, self.device) for view in views]
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 loss = self.loss(features, torch.empty(0))
             loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -243,6 +244,18 @@ def test_parts_with_data_run(corpus_file: Path, sts_dir: Path, tiny_model: Path,
     found = parts.evaluation(tmp_path / "sts", str(tiny_model))
     assert found is not None and found["tasks"] == ["STSB"] and found["average"] is None
     assert found["sentences_per_second"] == pytest.approx(found["sentences"] / found["seconds"]["encoding"])
+
+
+@pytest.mark.nightly
+def test_the_check_of_a_gpu_runs_in_miniature_on_a_cpu(tmp_path: Path):
+    """With losses that are the carried ones, and runs that repeat to the bit."""
+    script = Path(racing.__file__).parents[1] / "gpu_check.py"
+    command = [sys.executable, str(script), "--device", "cpu", "--small", "--out", str(tmp_path / "out.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["problems"] == [] and found["step"]["clusterns_ray, 8 shards"]["utilisation"] > 0
+    assert found["encode"].keys() == {"clusterns_ray, fp32", "clusterns_ray, bf16", "sentence-transformers, fp32"}
 
 
 @pytest.mark.nightly

@@ -55,23 +55,20 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 PLACES = {
     "aws": [],
     "gcp": [
-        ("provider.project_id", "'my-project' is a placeholder", "id of your Google Cloud project"),
+        ("provider.project_id", "'my-project' is a placeholder"),
         (
             f"{TYPES}.gpu_spot.node_config.serviceAccounts.0.email",
             "'clusterns-worker@my-project.iam.gserviceaccount.com' holds the placeholder 'my-project'",
-            "e-mail address of the service account",
         ),
     ],
     "kubernetes": [
         (
-            "RayCluster/clusterns.spec.headGroupSpec.template.spec.containers.0.image",
+            "spec.headGroupSpec.template.spec.containers.0.image",
             "'registry.example.com/clusterns-ray:0.1.0' holds the placeholder 'registry.example.com' (lines ",
-            "image that you built and pushed",
         ),
         (
-            "RayJob/clusterns-sweep.spec.entrypoint",
+            "spec.entrypoint",
             "'runtime.storage_path=s3://my-bucket/clusterns' holds the placeholder 'my-bucket'",
-            "a bucket that the cluster's machines may read and write",
         ),
     ],
 }
@@ -80,9 +77,9 @@ PLACES = {
 @pytest.mark.parametrize("name", FILES)
 def test_the_shipped_files_name_what_is_to_be_filled_in_and_are_clean_then(name: str, directory: Path) -> None:
     found = check_cluster_file(FILES[name])
-    assert [(finding.level, finding.what) for finding in found] == [("problem", place) for place, _, _ in PLACES[name]]
-    for finding, (_, value, remedy) in zip(found, PLACES[name], strict=True):
-        assert value in finding.value and finding.remedy.startswith("Replace it with") and remedy in finding.remedy
+    assert [(finding.level, finding.what) for finding in found] == [("problem", place) for place, _ in PLACES[name]]
+    for finding, (_, value) in zip(found, PLACES[name], strict=True):
+        assert value in finding.value and finding.remedy.endswith("with your own value.")
     copied = directory / "filled-in.yaml"
     copied.write_text(filled_in(FILES[name].read_text(encoding="utf-8")), encoding="utf-8")
     assert check_cluster_file(copied) == []
@@ -262,31 +259,13 @@ def several(*changes: Change) -> Change:
     return lambda config: [change(config) for change in changes]
 
 
-WORLD = [{"CidrIp": "0.0.0.0/0"}]
-
 LAUNCHER: dict[str, tuple[Change, str, str]] = {
-    "negative min": (put(f"{TYPES} gpu_spot min_workers", -1), "problem gpu_spot.min_workers", "is -1"),
-    "negative max": (put(f"{TYPES} gpu_spot max_workers", -2), "problem gpu_spot.max_workers", "is -2"),
-    "min above max": (
-        several(put(f"{TYPES} gpu_on_demand min_workers", 3)),
-        "problem gpu_on_demand.min_workers",
-        "more than its max_workers",
-    ),
+    "negative min": (put(f"{TYPES} gpu_spot min_workers", -1), "problem gpu_spot", "is -1"),
+    "negative max": (put(f"{TYPES} gpu_spot max_workers", -2), "problem gpu_spot", "max_workers -2"),
+    "min above max": (put(f"{TYPES} gpu_on_demand min_workers", 3), "problem gpu_on_demand", "min_workers is 3"),
     "machines that always run": (put(f"{TYPES} gpu_spot min_workers", 2), "warning gpu_spot.min_workers", "cost"),
     "no cap": (drop("max_workers"), "warning max_workers", "not given"),
     "head as a worker": (put(f"{TYPES} head max_workers", 2), "problem head.max_workers", "as workers too"),
-    "head with GPUs": (put(f"{TYPES} head resources GPU", 1), "problem head.resources", "has GPUs"),
-    "GPU machine as head": (put(f"{TYPES} head node_config InstanceType", "g5.xlarge"), "problem head.resources", "g5"),
-    "spot head": (
-        put(f"{TYPES} head node_config InstanceMarketOptions", {"MarketType": "spot"}),
-        "problem head.node_config",
-        "spot machine",
-    ),
-    "workers on the head": (
-        several(put(f"{TYPES} head resources CPU", 4), rewrite("head_start_ray_commands", "--num-cpus=0", "")),
-        "warning head.resources",
-        "CPU is 4",
-    ),
     "no idle time-out": (drop("idle_timeout_minutes"), "problem idle_timeout_minutes", "not given"),
     "hours of idling": (put("idle_timeout_minutes", 240), "warning idle_timeout_minutes", "240 minutes"),
     "another ray": (
@@ -309,12 +288,6 @@ LAUNCHER: dict[str, tuple[Change, str, str]] = {
         "problem docker.image",
         "2.44.1",
     ),
-    "no zone": (drop("provider availability_zone"), "warning provider.availability_zone", "is None"),
-    "several zones": (
-        put("provider availability_zone", "us-west-2a,us-west-2b"),
-        "warning provider.availability_zone",
-        "different zones",
-    ),
     "auth off": (
         several(*(rewrite(f"{who}_start_ray_commands", "=token", "=disabled") for who in ("head", "worker"))),
         "problem head_start_ray_commands",
@@ -329,70 +302,15 @@ LAUNCHER: dict[str, tuple[Change, str, str]] = {
         "not set",
     ),
     "no token file": (drop("file_mounts /home/ubuntu/.ray/auth_token"), "problem file_mounts", "token file"),
-    "dashboard for all": (
-        rewrite("head_start_ray_commands", "127.0.0.1", "0.0.0.0"),
-        "problem head_start_ray_commands",
-        "every network",
-    ),
-    "Ray's default commands": (drop("head_start_ray_commands"), "problem head_start_ray_commands", "0.0.0.0"),
-    "open ports": (
-        put(
-            "provider security_group IpPermissions",
-            [{"FromPort": 8265, "ToPort": 8265, "IpProtocol": "tcp", "IpRanges": WORLD}],
-        ),
-        "problem provider.security_group",
-        "8265",
-    ),
-    "open ports, IPv6": (
-        put(
-            "provider security_group IpPermissions",
-            [{"FromPort": 22, "ToPort": 6379, "IpProtocol": "tcp", "Ipv6Ranges": [{"CidrIpv6": "::/0"}]}],
-        ),
-        "problem provider.security_group",
-        "22 to 6379",
-    ),
-    "credentials": (
-        put("provider aws_credentials", {"aws_access_key_id": "x", "aws_secret_access_key": "y"}),
-        "problem provider.aws_credentials",
-        "credentials are in the file",
-    ),
-    "an access key": (
-        put("setup_commands 0", "export AWS_ACCESS_KEY_ID=" + "AKIA" + "ABCDEFGHIJKLMNOP"),
-        "problem secrets",
-        "AWS access key (AKIA...)",
-    ),
-    "a token": (
-        put("setup_commands 0", "export RAY_AUTH_TOKEN=" + "0123abcd" * 8),
-        "problem secrets",
-        "Ray token (0123",
-    ),
-    "a hub token": (put("setup_commands 0", "export HF_TOKEN=hf_" + "a1B2" * 8), "problem secrets", "(hf_a...)"),
     "no watcher": (drop("worker_start_ray_commands 2"), "problem worker_start_ray_commands", "nothing watches"),
     "a watcher that blocks": (
         put("worker_start_ray_commands 2", "python -m clusterns_ray.launch.preemption"),
         "problem worker_start_ray_commands",
         "never end",
     ),
-    "spot alone": (drop(f"{TYPES} gpu_on_demand"), "warning available_node_types", "all worker types are spot"),
-    "no local path": (
-        rewrite("initialization_commands", "CLUSTERNS_LOCAL_PATH", "OTHER"),
-        "warning setup_commands",
-        "CLUSTERNS_LOCAL_PATH",
-    ),
-    "no role": (drop(f"{TYPES} gpu_spot node_config IamInstanceProfile"), "warning gpu_spot.node_config", "Iam"),
-    "stopped, not terminated": (
-        drop("provider cache_stopped_nodes"),
-        "warning provider.cache_stopped_nodes",
-        "cost on",
-    ),
     "an unknown key": (put("max_worker", 3), "problem schema", "max_worker"),
     "no such head type": (put("head_node_type", "hed"), "problem schema", "head_node_type"),
     "a word for a number": (put("idle_timeout_minutes", "five"), "problem schema", "'five'"),
-    "less than its types": (
-        several(put("max_workers", 1), put(f"{TYPES} gpu_spot min_workers", 2)),
-        "problem max_workers",
-        "is 1, less than the min_workers",
-    ),
 }
 
 
@@ -405,10 +323,7 @@ def findings(directory: Path, documents: list[Any]) -> list[str]:
 ALSO = {
     # Where one mistake is two, by the nature of it.
     "auth off": {"problem worker_start_ray_commands"},
-    "auth unset": {"problem head_start_ray_commands", "warning setup_commands"},
-    "min above max": {"warning gpu_on_demand.min_workers"},
-    "Ray's default commands": {"problem head_start_ray_commands"},
-    "less than its types": {"warning gpu_spot.min_workers", "problem schema"},
+    "auth unset": {"problem head_start_ray_commands"},
     "a word for a number": {"problem idle_timeout_minutes"},
     "no such head type": {"problem head.max_workers", "warning"},
 }
@@ -427,46 +342,25 @@ def test_a_mistake_in_a_launcher_file_is_found(directory: Path, mistake: str) ->
 
 def test_mistakes_of_google_cloud_are_found(directory: Path) -> None:
     config = copy.deepcopy(SHIPPED["gcp"][0])
-    types = config[TYPES]
-    types["head"]["node_config"]["scheduling"] = [{"preemptible": True}]  # a list, as in Ray's own example
-    types["head"]["node_config"]["machineType"] = "zones/us-central1-a/machineTypes/g2-standard-8"
-    del types["gpu_on_demand"]["node_config"]["serviceAccounts"]
     del config["worker_start_ray_commands"][2]
     found = findings(directory, [config])
-    assert [re.sub(":.*", "", line) for line in found] == [
-        "problem head.resources",
-        "problem head.node_config",
-        "problem worker_start_ray_commands",
-        "warning gpu_on_demand.node_config",
-    ]
+    assert [re.sub(":.*", "", line) for line in found] == ["problem worker_start_ray_commands"]
+    assert "(gpu_spot)" in found[0]
 
 
 GROUP = "spec workerGroupSpecs 0"
 POD = f"{GROUP} template spec"
 CONTAINER = f"{POD} containers 0"
-HEAD = "spec headGroupSpec"
 
 KUBERNETES: dict[str, tuple[int, Change, str, str]] = {
     "negative count": (
         0,
         put(f"{GROUP} minReplicas", -1),
-        "problem RayCluster/clusterns.gpu-spot.minReplicas",
-        "is -1",
+        "problem RayCluster/clusterns.gpu-spot",
+        "minReplicas -1",
     ),
-    "no cap": (0, drop(f"{GROUP} maxReplicas"), "problem RayCluster/clusterns.gpu-spot.maxReplicas", "is None"),
-    "min above max": (0, put(f"{GROUP} minReplicas", 9), "problem RayCluster/clusterns.gpu-spot", "rising order"),
-    "head with GPUs": (
-        0,
-        put(f"{HEAD} template spec containers 0 resources limits nvidia.com/gpu", "1"),
-        "problem RayCluster/clusterns.headGroupSpec",
-        "has GPUs",
-    ),
-    "workers on the head": (
-        0,
-        drop(f"{HEAD} rayStartParams num-cpus"),
-        "warning RayCluster/clusterns.headGroupSpec.rayStartParams",
-        "num-cpus is None",
-    ),
+    "no cap": (0, drop(f"{GROUP} maxReplicas"), "problem RayCluster/clusterns.gpu-spot", "maxReplicas None"),
+    "min above max": (0, put(f"{GROUP} minReplicas", 9), "problem RayCluster/clusterns.gpu-spot", "minReplicas 9"),
     "no idle time-out": (
         0,
         drop("spec autoscalerOptions idleTimeoutSeconds"),
@@ -488,36 +382,6 @@ KUBERNETES: dict[str, tuple[int, Change, str, str]] = {
     "another ray": (0, put("spec rayVersion", "2.9.0"), "problem RayCluster/clusterns.rayVersion", RAY),
     "auth off": (0, put("spec authOptions mode", "disabled"), "problem RayCluster/clusterns.authOptions", "'disabled'"),
     "no token": (0, drop("spec authOptions secretName"), "problem RayCluster/clusterns.authOptions", "None"),
-    "a service for the world": (
-        0,
-        put(f"{HEAD} serviceType", "LoadBalancer"),
-        "problem RayCluster/clusterns.headGroupSpec",
-        "LoadBalancer",
-    ),
-    "an ingress": (
-        0,
-        put(f"{HEAD} enableIngress", True),
-        "problem RayCluster/clusterns.headGroupSpec",
-        "enableIngress",
-    ),
-    "the machine's network": (
-        0,
-        put(f"{POD} hostNetwork", True),
-        "problem RayCluster/clusterns.gpu-spot",
-        "hostNetwork",
-    ),
-    "a port of the machine": (
-        0,
-        put(f"{CONTAINER} ports", [{"containerPort": 8265, "hostPort": 8265}]),
-        "problem RayCluster/clusterns.gpu-spot",
-        "hostPort",
-    ),
-    "a token in the file": (
-        0,
-        put(f"{CONTAINER} env", [{"name": "HF_TOKEN", "value": "something"}]),
-        "problem RayCluster/clusterns.gpu-spot.env",
-        "HF_TOKEN",
-    ),
     "no drain": (
         0,
         drop(f"{CONTAINER} lifecycle"),
@@ -542,45 +406,18 @@ KUBERNETES: dict[str, tuple[int, Change, str, str]] = {
         "problem RayCluster/clusterns",
         "different images",
     ),
-    "no toleration": (0, drop(f"{POD} tolerations"), "warning RayCluster/clusterns.gpu-spot.tolerations", "tainted"),
-    "a small /dev/shm": (
-        0,
-        drop(f"{CONTAINER} volumeMounts 1"),
-        "warning RayCluster/clusterns.gpu-spot.volumeMounts",
-        "/dev/shm",
-    ),
-    "/dev/shm on a disk": (
-        0,
-        drop(f"{POD} volumes 1 emptyDir medium"),
-        "warning RayCluster/clusterns.gpu-spot.volumeMounts",
-        "/dev/shm",
-    ),
-    "any zone": (
-        0,
-        drop(f"{POD} nodeSelector topology.kubernetes.io/zone"),
-        "warning RayCluster/clusterns",
-        "in one zone",
-    ),
     "a cluster that stays": (
         1,
         drop("spec shutdownAfterJobFinishes"),
         "problem RayJob/clusterns-sweep.shutdownAfterJobFinishes",
         "would stay",
     ),
-    "a job without end": (
-        1,
-        drop("spec activeDeadlineSeconds"),
-        "warning RayJob/clusterns-sweep.activeDeadlineSeconds",
-        "hangs",
-    ),
-    "no command": (1, put("spec entrypoint", " "), "problem RayJob/clusterns-sweep.entrypoint", "not given"),
     "a job's cluster": (
         1,
         put("spec rayClusterSpec authOptions mode", "disabled"),
         "problem RayJob/clusterns-sweep.rayClusterSpec.authOptions",
         "'disabled'",
     ),
-    "an old version of the API": (0, put("apiVersion", "ray.io/v1alpha1"), "problem RayCluster/clusterns", "v1alpha1"),
     "no workers": (0, put("spec workerGroupSpecs", []), "problem RayCluster/clusterns.workerGroupSpecs", "none"),
 }
 
@@ -596,27 +433,9 @@ def test_a_mistake_in_kubernetes_documents_is_found(directory: Path, mistake: st
 
 
 def test_what_is_beside_the_documents(directory: Path) -> None:
-    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s"}, "stringData": {"auth_token": "x"}}
     account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "clusterns"}}
     assert findings(directory, [account, *SHIPPED["kubernetes"]]) == []
-    assert findings(directory, [secret, *SHIPPED["kubernetes"]]) == ["problem Secret/s: a Secret is in the file"]
     assert findings(directory, [account]) == ["problem kind: there is no RayCluster and no RayJob"]
-
-
-def test_one_zone_can_be_said_in_other_ways(directory: Path) -> None:
-    aws = copy.deepcopy(SHIPPED["aws"][0])
-    del aws["provider"]["availability_zone"]
-    for node in aws[TYPES].values():
-        node["node_config"]["SubnetIds"] = ["subnet-0a1b2c3d"]
-    assert findings(directory, [aws]) == []
-    document = copy.deepcopy(SHIPPED["kubernetes"][0])
-    spec = document["spec"]
-    term = {"topologyKey": "topology.kubernetes.io/zone", "matchLabelKeys": ["ray.io/cluster"]}
-    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
-        del group["template"]["spec"]["nodeSelector"]["topology.kubernetes.io/zone"]
-        affinity = {"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [term]}}
-        group["template"]["spec"]["affinity"] = affinity
-    assert findings(directory, [document]) == []
 
 
 def test_a_job_on_a_cluster_that_is_there(directory: Path) -> None:
@@ -633,24 +452,6 @@ def test_images_that_may_change(directory: Path, image: str) -> None:
         group["template"]["spec"]["containers"][0]["image"] = image
     found = findings(directory, documents)
     assert len(found) == 3 and all("names no version" in line for line in found), found
-
-
-def test_a_secret_is_not_repeated(directory: Path) -> None:
-    secret = "wJalrXUtnFEMI" + "K7MDENGbPxRfiCYEXAMPLEKEYab"
-    config = copy.deepcopy(SHIPPED["aws"][0])
-    config["setup_commands"].append(f"export AWS_SECRET_ACCESS_KEY={secret}")
-    (found,) = findings(directory, [config])
-    assert "AWS secret key (wJal...)" in found and secret not in found and "line " in found
-
-
-def test_references_are_no_secrets(directory: Path) -> None:
-    config = copy.deepcopy(SHIPPED["aws"][0])
-    config["setup_commands"] += [
-        'export RAY_AUTH_TOKEN="$(cat ~/.ray/auth_token)"',
-        "export HF_TOKEN=$(aws secretsmanager get-secret-value --secret-id hf)",
-        "echo password: $PASSWORD",
-    ]
-    assert findings(directory, [config]) == []
 
 
 def test_versions_without_constraints_are_those_installed_here(tmp_path: Path) -> None:

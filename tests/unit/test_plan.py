@@ -26,17 +26,16 @@ from clusterns_ray.data.sampler import BatchOrder
 from clusterns_ray.data.token_store import TokenStore
 from clusterns_ray.errors import ConfigError, DataError
 from clusterns_ray.ops.plan import step as step_model
-from clusterns_ray.ops.plan.predict import memory, plan, plan_for, step_seconds
+from clusterns_ray.ops.plan.predict import Machine, memory, plan, step_seconds
 from clusterns_ray.ops.plan.quantities import bytes_text, duration_text, read_quantity, read_workers
-from clusterns_ray.ops.plan.step import EncoderWork, Exchange, Machine, Network, Speed
+from clusterns_ray.ops.plan.step import EncoderWork, Exchange, Network
 from clusterns_ray.ops.plan.workload import encoder_work, sampled_batches, workload
 from clusterns_ray.training.batch_layout import build_batch_layout
 from clusterns_ray.training.loop import Run
-from clusterns_ray.training.validation import DevSet
 
 CPU = torch.device("cpu")
 NETWORK = Network(1e9, 1e-4)
-SPEED = Speed(1e9, "as given")
+SPEED = 1e9
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +120,7 @@ def test_flops_of_a_step_are_those_that_torch_counts(
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         take_step(run, 1)
 
-    work = replace(workload(config, prepared=prepared), rows_NS=rows_S[None], tokens_NS=tokens_S[None])
+    work = replace(workload(config), rows_NS=rows_S[None], tokens_NS=tokens_S[None])
     assert work.flops(1) == counter.get_total_flops()
 
 
@@ -129,7 +128,7 @@ def test_flops_of_a_plan_are_the_mean_of_those_of_its_batches(make: Callable[...
     config = make(encoder={"head": "none"})
     prepared = prepare(config)
     run = run_of(config, prepared, tmp_path / "run")
-    work = workload(config, prepared=prepared)
+    work = workload(config)
     run.encoder.packs = False
     take_step(run, 0)
     assert work.steps_per_epoch == len(work.rows_NS) == run.order.steps_per_epoch
@@ -145,21 +144,6 @@ def test_flops_of_a_plan_are_the_mean_of_those_of_its_batches(make: Callable[...
     assert whole.flops(1) == pytest.approx(np.mean(counted), rel=1e-12)
 
 
-def test_flops_of_the_dev_set_are_those_that_torch_counts(make: Callable[..., Config], tmp_path: Path):
-    config = make()
-    prepared = prepare(config)
-    run = run_of(config, prepared, tmp_path / "run")
-    assert isinstance(run.dev, DevSet)
-    run.encoder.packs = False
-    # Torch does not count what its fused attention for CPUs computes.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        run.dev.encode(run.encoder)
-    work = workload(config)
-    assert work.evaluation is not None and len(work.evaluation) > 1
-    assert sum(work.evaluation) == counter.get_total_flops()
-    assert work.evaluated == len(run.dev.ids)
-
-
 def test_the_busiest_worker_is_that_of_the_layout(make: Callable[..., Config]):
     config = make()
     prepared = prepare(config)
@@ -167,7 +151,7 @@ def test_the_busiest_worker_is_that_of_the_layout(make: Callable[..., Config]):
     rows_NS, tokens_NS = sampled_batches(config, store)
     encoder = encoder_work(config)
     expected = []
-    work = workload(config, prepared=prepared)
+    work = workload(config)
     order = BatchOrder(config.seed, len(store), 32, 8, config.data.order, store.lengths)
     for step, (rows_S, tokens_S) in enumerate(zip(rows_NS, tokens_NS)):
         ids = order.sample_ids(0, step)
@@ -177,12 +161,6 @@ def test_the_busiest_worker_is_that_of_the_layout(make: Callable[..., Config]):
     found = step_model.busiest_worker(work.shard_flops_NS, rows_NS * tokens_NS, 4)
     assert found == pytest.approx(np.mean(expected), rel=1e-12)
     assert found > work.shard_flops_NS.sum(axis=1).mean() / 4, "shards differ, so one worker has more"
-
-
-def test_batches_are_dealt_in_turn_to_evaluators():
-    assert step_model.busiest_evaluator([5, 4, 3, 2, 1], 2) == 5 + 3 + 1
-    assert step_model.busiest_evaluator([5, 4], 4) == 5
-    assert step_model.busiest_evaluator([], 4) == 0
 
 
 # ---- exchanges ------------------------------------------------------------------------------------------------------
@@ -302,48 +280,26 @@ def test_a_cached_chunk_holds_its_own_activations_alone(make: Callable[..., Conf
 # ---- a step's time --------------------------------------------------------------------------------------------------
 
 
-def test_a_step_is_the_sum_of_its_parts(make: Callable[..., Config]):
-    config = make(runtime={"checkpoint_every_steps": 4})
-    work = workload(config)
-    speed = Speed(1e9, "", each_worker_s=0.2, checkpoint_s=2.0)
-    found = step_seconds(work, 2, Machine(speed=speed, network=NETWORK))
-    assert found is not None and work.evaluation is not None
-    assert found.compute == pytest.approx(work.flops(2) / 1e9)
-    assert (found.each_worker, found.checkpoint) == pytest.approx((0.2, 0.5))
-    assert found.exchange == pytest.approx(sum(e.seconds(2, NETWORK) for e in work.exchanges()))
-    gathered = Exchange("", "all_reduce", 4 * WIDTH * work.evaluated).seconds(2, NETWORK)
-    encoded = step_model.busiest_evaluator(work.evaluation, 2) / 1e9
-    assert found.evaluation == pytest.approx((encoded + gathered) / 5)
-    assert found.total == found.compute + found.each_worker + found.exchange + found.evaluation + found.checkpoint
-
-
-def test_workers_that_share_cores_wait_for_one_another(make: Callable[..., Config]):
-    work = workload(make(runtime={"cpus_per_worker": 2}))
-    speed = replace(SPEED, each_worker_s=0.1)
-    own = step_seconds(work, 4, Machine(speed=speed, network=NETWORK))
-    shared = step_seconds(work, 4, Machine(speed=speed, network=NETWORK, cores=4))
-    enough = step_seconds(work, 4, Machine(speed=speed, network=NETWORK, cores=8))
-    assert own and shared and enough == own
-    assert shared.compute == pytest.approx(2 * own.compute) and shared.each_worker == pytest.approx(0.2)
-    assert shared.exchange == own.exchange
+def test_a_step_computes_and_exchanges(make: Callable[..., Config]):
+    work = workload(make())
+    seconds = step_seconds(work, 2, Machine(flops=SPEED, network=NETWORK))
+    assert seconds is not None and seconds["compute"] == pytest.approx(work.flops(2) / SPEED)
+    assert seconds["exchange"] == pytest.approx(sum(e.seconds(2, NETWORK) for e in work.exchanges()))
 
 
 def test_efficiency_is_of_the_same_global_batch(make: Callable[..., Config]):
-    found = plan(workload(make()), [1, 4], Machine(speed=SPEED, network=NETWORK, price=2.5))
+    found = plan(workload(make()), [1, 4], Machine(flops=SPEED, network=NETWORK, price=2.5))
     one, four = found["workers"]
     assert one["efficiency"] == 1
     assert four["efficiency"] == pytest.approx(one["step_seconds"] / (4 * four["step_seconds"]))
     assert four["sentences_per_second"] == pytest.approx(32 / four["step_seconds"])
-    assert four["checkpoint_bytes_per_hour"] == pytest.approx(
-        found["checkpoint_bytes"] * 3600 / four["step_seconds"] / 5
-    )
     # at no cost of exchanges, all that is lost is that shards differ
-    free = plan(workload(make()), [4], Machine(speed=SPEED, network=Network(1e18, 0.0)))["workers"][0]
+    free = plan(workload(make()), [4], Machine(flops=SPEED, network=Network(1e18, 0.0)))["workers"][0]
     assert four["efficiency"] < free["efficiency"] <= 1
 
 
 def test_an_epoch_costs_its_hours_times_its_workers(make: Callable[..., Config]):
-    found = plan(workload(make(), sentences=32_000), [1, 2], Machine(speed=SPEED, network=NETWORK, price=2.5))
+    found = plan(workload(make(), sentences=32_000), [1, 2], Machine(flops=SPEED, network=NETWORK, price=2.5))
     assert (found["steps_per_epoch"], found["sentences"]) == (1000, 32_000)
     for column in found["workers"]:
         assert column["epoch_hours"] == pytest.approx(column["step_seconds"] / 3.6)
@@ -353,7 +309,7 @@ def test_an_epoch_costs_its_hours_times_its_workers(make: Callable[..., Config])
 def test_without_a_speed_or_a_network_there_are_no_times(make: Callable[..., Config]):
     work = workload(make())
     assert all(column["step_seconds"] is None for column in plan(work, [1, 2], Machine())["workers"])
-    alone, two = plan(work, [1, 2], Machine(speed=SPEED))["workers"]
+    alone, two = plan(work, [1, 2], Machine(flops=SPEED))["workers"]
     assert alone["step_seconds"] > 0 and two["step_seconds"] is None
     assert two["sent_bytes"]["gradients"] == 4 * work.size.trained, "2 (n - 1) / n of them, with n 2"
 
@@ -440,29 +396,6 @@ def test_durations_are_told_in_a_readable_unit(seconds: float, text: str):
     assert duration_text(seconds) == text
 
 
-def test_a_measured_plan_takes_its_speed_from_real_steps(make: Callable[..., Config], tmp_path: Path):
-    events: list[dict[str, Any]] = []
-    config = make(train={"max_steps": 3}, clustering={"start_cosine": -1})
-    found = plan_for(config, "1,2", bandwidth="1GB/s", measured_steps=2, on_event=events.append)
-    one = found["workers"][0]
-    told = next(text for text in found["assumptions"] if text.startswith("Measured here on a CPU by 1 thread"))
-    assert "median of 2 steps" in told
-    assert 0 < one["seconds"]["compute"] < 30 and 0 < one["seconds"]["each_worker"] < 30
-    assert one["seconds"]["checkpoint"] > 0 and one["seconds"]["evaluation"] > 0
-    assert any("Timing" in event.get("text", "") for event in events)
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["cache"], "only the prepared corpus stays"
-
-
-def test_steps_are_timed_with_clustering_and_the_rest_is_left_as_it_was(make: Callable[..., Config], tmp_path: Path):
-    from clusterns_ray.ops.plan.measure import WARM_UP_STEPS, timed_steps
-
-    config = make()
-    run = run_of(config, prepare(config), tmp_path / "run")
-    timed = timed_steps(run, 3)
-    assert run.clustering.started and run.state.step == WARM_UP_STEPS + 3
-    assert 0 < timed.each_worker < timed.step
-
-
 def clusterns(config: Config, directory: Path, *arguments: str) -> Result:
     file = directory / "plan.yaml"
     file.write_text(dump_config(config))
@@ -495,16 +428,12 @@ def test_a_plan_without_any_possible_number_of_workers_says_so(make: Callable[..
         (["--bandwidth", "fast"], "--bandwidth is 'fast'"),
         (["--tflops", "0"], "--tflops is 0"),
         (["--tflops", "nan"], "--tflops is nan"),
-        (["--tflops", "1", "--measure"], "exclude each other"),
         (["--json", "/nowhere/plan.json"], "--json"),
-        (["--set", "runtime.use_gpu=true", "--measure"], "no GPU"),
         (["--set", "encoder.name=nobody/no-such-model"], "not in the hub's cache here"),
         (["--set", "encoder.max_length=1000"], "reads at most"),
     ],
 )
 def test_wrong_requests_are_refused(arguments: list[str], part: str, make: Callable[..., Config], tmp_path: Path):
-    if "--measure" in arguments and torch.cuda.is_available():
-        pytest.skip("there is a GPU here")
     result = clusterns(make(), tmp_path, *arguments)
     assert result.exit_code == 2 and result.stderr.count("error: ") == 1
     assert part in result.stderr

@@ -1,4 +1,4 @@
-"""A cluster file is looked at before it costs anything: one for Ray's launcher, or KubeRay's documents."""
+"""Checks of a cluster file, for Ray's launcher or of KubeRay documents, before it costs anything."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from clusterns_ray.errors import ConfigError
 from clusterns_ray.io.paths import check_path
 from clusterns_ray.io.yaml_text import load_foreign_yaml, read_yaml_text
-from clusterns_ray.ops.cluster_lint.common import check_secrets, pinned_versions
+from clusterns_ray.ops.cluster_lint.common import pinned_versions
 from clusterns_ray.ops.cluster_lint.kubernetes import check_documents
 from clusterns_ray.ops.cluster_lint.launcher import check_launcher
 from clusterns_ray.ops.cluster_lint.placeholders import check_placeholders
@@ -28,12 +28,11 @@ def check_cluster_file(path: str | Path) -> list[Finding]:
         document for document in load_foreign_yaml(text, f"The cluster file {str(path)!r}") if document is not None
     ]
     pinned = pinned_versions(path)
-    in_text = check_secrets(text) + check_placeholders(text)
     if documents and all(isinstance(document, dict) and "kind" in document for document in documents):
-        return in_text + check_documents(documents, pinned)
+        return check_placeholders(text) + check_documents(documents, pinned)
     if len(documents) != 1 or not isinstance(documents[0], dict) or "provider" not in documents[0]:
         raise ConfigError(
             f"The cluster file {str(path)!r} is neither one for `ray up`, which has a `provider`, nor a list of "
             "Kubernetes documents, which have a `kind`. See cluster.yaml and experiments/clusters/."
         )
-    return in_text + check_launcher(documents[0], pinned)
+    return check_placeholders(text) + check_launcher(documents[0], pinned)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import yaml
 
-from clusterns_ray.ops.doctor.findings import Finding
+from clusterns_ray.ops.doctor.findings import Finding, problem
 
-# Not of names that are free to choose, such as a cluster's.
 _NOUN = (
     r"(?:project|bucket|registry|repo|repository|image|account|org|organi[sz]ation|company|team|zone|region|subnet|vpc"
     r"|network|role|profile|service[-_]?account|domain|id)"
@@ -27,72 +26,47 @@ _PLACEHOLDER = re.compile(
     r"|(?<=://)(?:my)?bucket(?=/|$)|(?<=://)\.{3}",
     re.IGNORECASE,
 )
-# Names of buckets and projects are written small, so these stand for one.
+# Names of buckets and projects are written in small letters, so capitals stand for one.
 _CAPITALS = re.compile(
     r"(?<=://)[A-Z][A-Z0-9_-]*(?=/|$)|^(?:[A-Z]+_)*(?:PROJECT|BUCKET|ACCOUNT|REGISTRY|REGION|ZONE)(?:_ID|_NAME)?$"
 )
 
-_REMEDIES: tuple[tuple[str, str], ...] = (
-    (r"s3://|gs://", "a bucket that the cluster's machines may read and write, such as s3://BUCKET/PREFIX with yours"),
-    (r"\bimage\b", "the image that you built and pushed, as REGISTRY/NAME:TAG"),
-    (r"email|gserviceaccount", "the e-mail address of the service account that the workers run as"),
-    (r"project", "the id of your Google Cloud project (`gcloud config get project` shows it)"),
-    (r"IamInstanceProfile|Arn\b|account", "the role or account of yours that the machines run as"),
-    (r"Subnet|VpcId|zone|region|network", "the one of your cloud account that the machines are to be in"),
-)
-
 
 def check_placeholders(text: str) -> list[Finding]:
-    """A problem for each value that has to be replaced before the file can be used, with its keys and its lines.
+    """A problem for each value that has to be replaced before the file can be used, with its key and its lines.
 
     Args:
         text: YAML that can be parsed, of one document or several.
     """
-    found: dict[str, tuple[str, list[int]]] = {}
-    for place, node in _scalars(text):
-        if _PLACEHOLDER.search(node.value) or _CAPITALS.search(node.value):
-            found.setdefault(node.value, (place, []))[1].append(node.start_mark.line + 1)
-    return [_finding(value, place, lines) for value, (place, lines) in found.items()]
+    lines: dict[str, list[int]] = {}
+    places: dict[str, str] = {}
+    for document in yaml.compose_all(text, Loader=yaml.SafeLoader):
+        for place, node in _scalars(document, "", set()):
+            if _PLACEHOLDER.search(node.value) or _CAPITALS.search(node.value):
+                places.setdefault(node.value, place)
+                lines.setdefault(node.value, []).append(node.start_mark.line + 1)
+    return [_finding(value, places[value], numbers) for value, numbers in lines.items()]
 
 
 def _finding(value: str, place: str, lines: list[int]) -> Finding:
     match = _PLACEHOLDER.search(value) or _CAPITALS.search(value)
     assert match is not None
-    remedy = next((words for pattern, words in _REMEDIES if re.search(pattern, f"{place}: {value}")), "your own value")
     word = next((word for word in value.split() if match[0] in word), match[0])
     what = f"{word!r} is a placeholder" if word == match[0] else f"{word!r} holds the placeholder {match[0]!r}"
     where = f"line{'s'[: len(lines) != 1]} {', '.join(map(str, lines))}"
-    return Finding("problem", place, f"{what} ({where})", f"Replace it with {remedy}.")
+    return problem(place, f"{what} ({where})", f"Replace {match[0]} with your own value.")
 
 
-def _scalars(text: str) -> Iterator[tuple[str, yaml.ScalarNode]]:
-    """Every value with its keys, such as ``provider.project_id``; one that is shared by an anchor, once."""
-    seen: set[int] = set()
-
-    def walk(node: yaml.Node, keys: tuple[str, ...]) -> Iterable[tuple[str, yaml.ScalarNode]]:
-        if id(node) in seen:
-            return
-        seen.add(id(node))
-        if isinstance(node, yaml.ScalarNode):
-            yield ".".join(keys), node
-        elif isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                yield from walk(value, (*keys, str(key.value)))
-        else:
-            for number, value in enumerate(node.value):
-                yield from walk(value, (*keys, str(number)))
-
-    for document in yaml.compose_all(text, Loader=yaml.SafeLoader):
-        if document is not None:
-            yield from walk(document, _name(document))
-
-
-def _name(document: yaml.Node) -> tuple[str, ...]:
-    """The kind and name of a Kubernetes document, as the other findings have them; nothing of another file."""
-    values = {str(key.value): value for key, value in document.value} if isinstance(document, yaml.MappingNode) else {}
-    metadata = values.get("metadata")
-    names = (
-        {str(key.value): value.value for key, value in metadata.value} if isinstance(metadata, yaml.MappingNode) else {}
-    )
-    kind = values.get("kind")
-    return (f"{kind.value}/{names.get('name', '?')}",) if isinstance(kind, yaml.ScalarNode) else ()
+def _scalars(node: yaml.Node | None, place: str, seen: set[int]) -> Iterator[tuple[str, yaml.ScalarNode]]:
+    """Every value with its keys, such as ``provider.project_id``; one that an anchor shares, once."""
+    if node is None or id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.ScalarNode):
+        yield place, node
+    elif isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield from _scalars(value, f"{place}.{key.value}".lstrip("."), seen)
+    else:
+        for number, value in enumerate(node.value):
+            yield from _scalars(value, f"{place}.{number}".lstrip("."), seen)

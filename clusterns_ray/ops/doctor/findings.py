@@ -48,6 +48,14 @@ class Finding:
         return lines + ("\n" + wrap(self.remedy, indent + "-> ") if self.remedy else "")
 
 
+def warning(what: str, value: str, remedy: str) -> Finding:
+    return Finding("warning", what, value, remedy)
+
+
+def problem(what: str, value: str, remedy: str) -> Finding:
+    return Finding("problem", what, value, remedy)
+
+
 def from_error(what: str, error: BaseException, remedy: str = "Mend it, and ask again.") -> list[Finding]:
     """A problem for each line of a refusal; what it ends with is the remedy, as messages here are written so.
 

@@ -11,9 +11,8 @@ def read_workers(text: str) -> list[int]:
     """``1,8,64`` as worker counts, each once, in order."""
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(r"[0-9]{1,7}", part) and int(part) for part in parts) or len(parts) > MAX_COUNTS:
-        raise ConfigError(
-            f"--workers is {text[:100]!r}: give up to {MAX_COUNTS} numbers of workers, 1 or more, with commas: 1,8,64."
-        )
+        remedy = f"Give up to {MAX_COUNTS} numbers of workers, 1 or more, with commas: 1,8,64."
+        raise ConfigError(f"--workers is {text[:100]!r}.", remedy)
     return sorted({int(part) for part in parts})
 
 
@@ -41,9 +40,8 @@ def read_quantity(option: str, text: str) -> float:
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)\s*([A-Za-z/]+)\s*", text)
     unit = found[2].replace("bps", "bit/s").replace("b/s", "bit/s") if found else ""
     if not found or unit.lower() not in units or not 1e-12 <= float(found[1]) <= 1e12:
-        raise ConfigError(
-            f"{option} is {text[:100]!r}: give a number above 0 with its unit, such as {EXAMPLES[option]}."
-        )
+        remedy = f"Give a number above 0 with its unit, such as {EXAMPLES[option]}."
+        raise ConfigError(f"{option} is {text[:100]!r}.", remedy)
     return float(found[1]) * units[unit.lower()]
 
 

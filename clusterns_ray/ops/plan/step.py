@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -103,11 +103,6 @@ def busiest_worker(flops_NS: np.ndarray, padded_NS: np.ndarray, workers: int) ->
         for flops_S, padded_S in zip(flops_NS, padded_NS)
     ]
     return float(np.mean(most))
-
-
-def busiest_evaluator(flops: Sequence[float], workers: int) -> float:
-    """FLOPs of the worker that has most to do when batches are dealt in turn."""
-    return max((sum(flops[rank::workers]) for rank in range(workers)), default=0.0)
 
 
 # ---- exchanging -----------------------------------------------------------------------------------------------------
@@ -234,73 +229,9 @@ def exposed_seconds(
     return total - min(whole * (1 - max(1 / gradients.calls, last)), backward_s)
 
 
-# ---- a step's time ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Of one worker."""
-
-    flops: float
-    """matrix products that it gets done, in FLOPs a second"""
-    source: str
-    """how that is known, in words"""
-    each_worker_s: float = 0.0
-    """of a step: what does not shrink with more workers (see ``StepSeconds.each_worker``)"""
-    checkpoint_s: float = 0.0
-    """of one checkpoint, in which worker 0 is waited for"""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the plan is for; what is None is left out of it."""
-
-    gpu: bool = False
-    speed: Speed | None = None
-    network: Network | None = None
-    price: float | None = None
-    """of a worker for an hour"""
-    cores: int | None = None
-    """that all workers share; None where each has its own"""
-
-
-@dataclass(frozen=True)
-class StepSeconds:
-    """Seconds of a step, by what they go to; what comes every so many steps has its share."""
-
-    compute: float
-    """the encoder and the loss, forward and backward, of the busiest worker"""
-    each_worker: float
-    """what every worker does as if it were alone: choosing rows, clipping, AdamW"""
-    exchange: float
-    evaluation: float
-    checkpoint: float
-
-    @property
-    def total(self) -> float:
-        return sum(getattr(self, field.name) for field in fields(self))
-
-
-def shared_cores(workers: int, threads: int, cores: int | None) -> float:
-    """How many times longer computing takes where workers share ``cores``: ``n threads / cores``, at least 1.
-
-    Memory bandwidth and caches that they share as well are not in it.
-    """
-    return 1.0 if cores is None else max(1.0, workers * threads / cores)
-
-
-def efficiency(alone_s: float, step_s: float, workers: int) -> float:
-    """Strong scaling, at the same global batch: ``t(1) / (n t(n))``; 1 is n times as fast."""
-    return alone_s / (workers * step_s)
-
-
-def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
-
-
 def nearest_possible(workers: int, shards: int) -> list[int]:
     """The worker counts next to ``workers``, below and above, that divide ``shards``; itself if it does."""
-    possible = divisors(shards)
-    if workers in possible:
+    divisors = [d for d in range(1, shards + 1) if shards % d == 0]
+    if workers in divisors:
         return [workers]
-    return [*[d for d in possible if d < workers][-1:], *[d for d in possible if d > workers][:1]]
+    return [*[d for d in divisors if d < workers][-1:], *[d for d in divisors if d > workers][:1]]

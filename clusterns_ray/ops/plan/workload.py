@@ -1,17 +1,16 @@
 """What a step of a configuration has to do, whatever the number of workers: read from the encoder's config.json, and
-from the corpus and the dev set where they are at hand. No weights are loaded."""
+from the corpus where it is prepared. No weights are loaded."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from clusterns_ray.config import Config
-from clusterns_ray.data.prepare import Prepared, cache_directory, corpus_fingerprint, load_tokenizer
+from clusterns_ray.data.prepare import cache_directory, corpus_fingerprint, load_tokenizer
 from clusterns_ray.data.sampler import BatchOrder, cut_shards, steps_per_epoch
 from clusterns_ray.data.token_store import TokenStore, reuse_tokens
 from clusterns_ray.errors import DataError
@@ -23,9 +22,6 @@ from clusterns_ray.ops.plan.step import EncoderWork, Exchange, busiest_worker, o
 
 SAMPLED_STEPS = 64
 """Batches of the prepared corpus, spread over an epoch, whose padding stands for all."""
-
-EVALUATION_BATCH = 64
-"""Sentences of the dev set that are encoded at once, as ``training/dev.py`` does."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,10 +39,6 @@ class Workload:
     """to which its rows are padded"""
     sentences: int | None
     """of the corpus; None where unknown"""
-    evaluation: tuple[float, ...] | None
-    """FLOPs of each batch of the dev set; None where there is none, or it is not known yet"""
-    evaluated: int
-    """sentences of the dev set"""
     assumptions: tuple[str, ...]
 
     @property
@@ -92,12 +84,11 @@ def _bank_negatives(config: Config) -> int | None:
     return config.loss.bank_negatives if clustering.scope == "corpus" and clustering.num_clusters else None
 
 
-def workload(config: Config, sentences: int | None = None, prepared: Prepared | None = None) -> Workload:
+def workload(config: Config, sentences: int | None = None) -> Workload:
     """Size the encoder by its config.json, and read lengths from what is prepared; no weights are loaded.
 
     Args:
         sentences: of the corpus, in place of how many there are.
-        prepared: where the tokens are; looked for in the cache if not given.
 
     Raises:
         ConfigError: the encoder cannot be loaded, or does not fit the configuration.
@@ -107,7 +98,7 @@ def workload(config: Config, sentences: int | None = None, prepared: Prepared | 
     config = complete(config)
     size = model_size(config)
     encoder = encoder_work(config)
-    store = TokenStore.open(prepared.tokens_dir) if prepared else find_tokens(config)
+    store = find_tokens(config)
     train = config.train
     assumptions = []
     if store is None:
@@ -134,12 +125,10 @@ def workload(config: Config, sentences: int | None = None, prepared: Prepared | 
             stored = sum(entry["size"] for entry in store.manifest["files"]) / len(store)
             on_disk = f"; tokens and text take {stored:.0f} bytes each, {bytes_text(stored * count)}"
         assumptions.append(f"{count:,} sentences ({source}){on_disk}.")
-    batches, evaluated, told = dev_batches(config, encoder, prepared)
-    assumptions += [told] if told else []
     if config.encoder.denoise or config.encoder.second_prompt:
         assumptions.append("Left out: template denoising, and what a second prompt is longer than the first.")
     teacher = finished_work(config.loss.teacher) if config.loss.teacher else None
-    return Workload(config, size, encoder, teacher, rows_NS, tokens_NS, count, batches, evaluated, tuple(assumptions))
+    return Workload(config, size, encoder, teacher, rows_NS, tokens_NS, count, tuple(assumptions))
 
 
 def check_reachable(config: Config) -> None:
@@ -217,43 +206,3 @@ def sampled_batches(config: Config, store: TokenStore) -> tuple[np.ndarray, np.n
         rows.append([len(piece) for piece in pieces])
         tokens.append([int(lengths_B[piece].max()) for piece in pieces])
     return np.array(rows), np.array(tokens)
-
-
-def dev_batches(
-    config: Config, encoder: EncoderWork, prepared: Prepared | None
-) -> tuple[tuple[float, ...] | None, int, str]:
-    """FLOPs of each batch of the dev set, how many sentences it has, and what has to be said about them."""
-    from clusterns_ray.evaluation.sts import read_pairs
-    from clusterns_ray.models.encoder import LONGEST_ENCODED, length_batches, own_length
-    from clusterns_ray.models.pretrained import length_limit
-    from clusterns_ray.models.settings import read_settings
-    from clusterns_ray.models.tokenization import tokenize
-
-    if config.evaluation.sts is None:
-        return None, 0, ""
-    directory = dev_directory(config, prepared)
-    if directory is None:
-        return None, 0, "The dev set is not here yet, so its evaluation is left out: `clusterns prepare` makes it."
-    sentences = read_pairs(directory, config.evaluation.dev).sentences()
-    tokenizer = load_tokenizer(config)
-    own = read_settings(resolve_model(config.encoder.name), revision=config.encoder.revision)
-    most = own_length(own, tokenizer, config.encoder.name) or LONGEST_ENCODED
-    limit = min(most, length_limit(tokenizer.model_max_length) or most)
-    lengths = [len(ids) for ids in tokenize(sentences, tokenizer, limit, config.encoder.prompt)[0]]
-    flops = [
-        float(encoder.encode(len(rows), max(lengths[row] for row in rows)))
-        for rows in length_batches(lengths, EVALUATION_BATCH)
-    ]
-    every = config.evaluation.every_steps
-    return tuple(flops), len(sentences), f"{config.evaluation.dev} ({len(sentences):,} sentences) every {every} steps."
-
-
-def dev_directory(config: Config, prepared: Prepared | None) -> str | Path | None:
-    """Where the dev set's file is, if it is on this machine."""
-    sts = config.evaluation.sts
-    if prepared is not None:
-        return prepared.sts_dir
-    if sts in (None, "structure"):
-        return None
-    directory = cache_directory(config) / "sts-hub" if sts == "hf" else Path(sts).expanduser()
-    return directory if (directory / f"{config.evaluation.dev}.jsonl").is_file() else None
