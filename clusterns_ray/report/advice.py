@@ -65,7 +65,8 @@ def dev_collapse(run: RunRecord) -> Iterator[Warning]:
     elif run.best and run.last is not None and run.best[1] - run.last > FALL:
         yield Warning(
             f"The dev score fell from {fixed(run.best[1])} at step {run.best[0]:,} to {fixed(run.last)} at the end. "
-            "The exported model is that of the best step; a lower train.learning_rate should keep the rest."
+            f"The exported model is {'the untrained encoder' if run.kept_untrained else 'that of the best step'}; "
+            "a lower train.learning_rate should keep the rest."
         )
 
 

@@ -1,4 +1,4 @@
-"""Plotly figures of curves and cluster sizes, in the page's colours, as JSON."""
+"""Plotly figures in the colours of the page, as JSON."""
 
 from __future__ import annotations
 
@@ -9,12 +9,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import plotly.graph_objects as go
+
 from clusterns_ray.report.page import color
 
 MAX_POINTS = 1000
 """Longer curves are drawn as means of neighbours: a screen shows no more, and the file stays small."""
 
 Values = Sequence[float | None]
+
+SMALL = {"color": color("muted"), "size": 12}
+DOTTED = {"color": color("muted"), "width": 1, "dash": "dot"}
+DASHED = {**DOTTED, "dash": "dash"}
 
 
 @dataclass(frozen=True)
@@ -31,24 +38,6 @@ class Line:
     legend: bool = True
 
 
-@dataclass(frozen=True)
-class Mark:
-    """A point that is pointed at."""
-
-    x: float
-    y: float
-    text: str
-    hue: str = "orange"
-
-
-@dataclass(frozen=True)
-class Level:
-    """A horizontal line with its name."""
-
-    y: float
-    text: str
-
-
 def line_chart(
     lines: Sequence[Line],
     *,
@@ -58,54 +47,51 @@ def line_chart(
     from_zero: bool = False,
     shown: str = ",.2f",
     start: int | None = None,
-    levels: Sequence[Level] = (),
-    marks: Sequence[Mark] = (),
+    levels: Sequence[tuple[float, str]] = (),
+    mark: tuple[float, float, str] | None = None,
 ) -> dict[str, Any]:
     """Curves over training steps.
 
     Args:
         y: title of the axis, with the unit.
         may_be_logarithmic: the axis is, where :func:`spans_decades` says so; not with levels.
-        shown: a value that is pointed at, as Python and d3 format it.
+        shown: the format of a value under the pointer, which Python and d3 read alike.
         start: the step at which clustering started, marked by a vertical line.
+        levels: heights of horizontal lines, and their names.
+        mark: a point that stands out, and its name.
     """
-    data: list[dict[str, Any]] = []
-    notes: list[dict[str, Any]] = []
+    figure = go.Figure()
     for line in lines:
         line_x, line_y = thin(line.x, line.y)
-        data.append(
-            {
-                "x": line_x,
-                "y": line_y,
-                "name": plain(line.name),
-                "mode": "lines+markers" if line.points or len(line_x) == 1 else "lines",
-                "line": {"color": color(line.hue), "dash": line.dash, "width": line.width},
-                "marker": {"size": 6},
-                "opacity": line.opacity,
-                "cliponaxis": False,
-                "showlegend": line.legend and len(lines) > 1,
-                "hovertemplate": f"%{{y:{shown}}}",
-            }
+        figure.add_scatter(
+            x=line_x,
+            y=line_y,
+            name=plain(line.name),
+            mode="lines+markers" if line.points or len(line_x) == 1 else "lines",
+            line={"color": color(line.hue), "dash": line.dash, "width": line.width},
+            marker={"size": 6},
+            opacity=line.opacity,
+            cliponaxis=False,
+            showlegend=line.legend and len(lines) > 1,
+            hovertemplate=f"%{{y:{shown}}}",
         )
     steps = [step for line in lines for step in line.x]
-    for mark in marks:
-        look = {"symbol": "star", "size": 14, "color": color(mark.hue)}
-        data.append({"x": [mark.x], "y": [mark.y], "mode": "markers", "marker": look, "cliponaxis": False})
-        data[-1] |= {"showlegend": False, "hoverinfo": "skip"}
-        notes.append(
-            {"x": mark.x, "y": mark.y, "text": plain(mark.text), "yshift": 18, "xanchor": _anchor(mark.x, steps)}
+    if mark is not None:
+        x_mark, y_mark, text = mark
+        star = {"symbol": "star", "size": 14, "color": color("orange")}
+        figure.add_scatter(x=[x_mark], y=[y_mark], mode="markers", marker=star, cliponaxis=False)
+        figure.data[-1].update(showlegend=False, hoverinfo="skip")
+        font, anchor = {"color": color("orange")}, _anchor(x_mark, steps)
+        figure.add_annotation(
+            x=x_mark, y=y_mark, text=plain(text), yshift=18, xanchor=anchor, font=font, showarrow=False
         )
-        notes[-1]["font"] = {"color": color(mark.hue)}
-    for level in levels:
-        notes.append({"x": 1, "xref": "paper", "xanchor": "right", "y": level.y, "yanchor": "bottom"})
-        notes[-1] |= {"text": plain(level.text), "font": {"color": color("muted"), "size": 12}}
-    rules = [_rule("dash", x0=0, x1=1, xref="paper", y0=level.y, y1=level.y) for level in levels]
+    for height, name in levels:
+        add_level(figure, height, name)
     known = [value for line in lines for value in line.y if value is not None]
-    logarithmic = may_be_logarithmic and spans_decades(known)
-    yaxis: dict[str, Any] = {"rangemode": "tozero" if from_zero else "normal", "exponentformat": "e"}
-    if logarithmic:
-        yaxis |= {"type": "log", "dtick": "D2" if max(known) < 300 * min(known) else 1}
-    return _figure(data, x, y, yaxis, steps, start, notes, rules)
+    figure.update_yaxes(rangemode="tozero" if from_zero else "normal")
+    if may_be_logarithmic and spans_decades(known):
+        figure.update_yaxes(type="log", dtick="D2" if max(known) < 300 * min(known) else 1)
+    return _over_steps(figure, x, y, steps, start)
 
 
 def size_bands(steps: Sequence[int], sizes: Sequence[Sequence[int]], start: int | None = None) -> dict[str, Any]:
@@ -115,21 +101,28 @@ def size_bands(steps: Sequence[int], sizes: Sequence[Sequence[int]], start: int 
         sizes: of each step, the sentences in each of the K clusters.
     """
     shares = [[100 * size / sum(row) for size in row] for row in sizes]
-    quantiles = {level: [quantile(row, level) for row in shares] for level in (0, 0.1, 0.25, 0.5, 0.75, 0.9, 1)}
-    data: list[dict[str, Any]] = []
+    levels = (0, 0.1, 0.25, 0.5, 0.75, 0.9, 1)
+    quantiles = dict(zip(levels, np.quantile(shares, levels, axis=1).tolist(), strict=True))
+    figure = go.Figure()
     for low, high, opacity, name in ((0, 1, 0.13, "all"), (0.1, 0.9, 0.2, "80 %"), (0.25, 0.75, 0.3, "half")):
-        band = {"x": steps, "mode": "lines", "line": {"width": 0, "color": color("blue")}}
-        data.append({**band, "y": quantiles[low], "showlegend": False, "hoverinfo": "skip"})
-        data.append(
-            {**band, "y": quantiles[high], "name": name, "fill": "tonexty", "fillcolor": color("blue", opacity)}
+        band: dict[str, Any] = {"x": steps, "mode": "lines", "line": {"width": 0, "color": color("blue")}}
+        figure.add_scatter(**band, y=quantiles[low], showlegend=False, hoverinfo="skip")
+        figure.add_scatter(
+            **band,
+            y=quantiles[high],
+            name=name,
+            fill="tonexty",
+            fillcolor=color("blue", opacity),
+            customdata=quantiles[low],
+            hovertemplate="%{customdata:.2f} to %{y:.2f} %",
         )
-        data[-1] |= {"customdata": quantiles[low], "hovertemplate": "%{customdata:.2f} to %{y:.2f} %"}
-    data.append({"x": steps, "y": quantiles[0.5], "mode": "lines+markers", "name": "median"})
-    data[-1] |= {"line": {"color": color("blue"), "width": 2}, "hovertemplate": "%{y:.2f} %"}
+    middle = {"color": color("blue"), "width": 2}
+    figure.add_scatter(x=steps, y=quantiles[0.5], mode="lines+markers", name="median", line=middle)
+    figure.data[-1].hovertemplate = "%{y:.2f} %"
     even = 100 / len(sizes[0])
-    data.append({"x": [min(steps), max(steps)], "y": [even, even], "mode": "lines", "name": f"even, {even:.2g} %"})
-    data[-1] |= {"line": {"color": color("muted"), "dash": "dash", "width": 1.5}, "hoverinfo": "skip"}
-    return _figure(data, "step", "share of the sentences (%)", {"rangemode": "tozero"}, steps, start)
+    add_level(figure, even, f"even, {even:.2g} %")
+    figure.update_yaxes(rangemode="tozero")
+    return _over_steps(figure, "step", "share of the sentences (%)", steps, start)
 
 
 def sorted_sizes(rows: Sequence[tuple[str, Sequence[int]]]) -> dict[str, Any]:
@@ -149,6 +142,21 @@ def sorted_sizes(rows: Sequence[tuple[str, Sequence[int]]]) -> dict[str, Any]:
     return line_chart(lines, x="cluster, the largest first", y="share of the sentences (%)", from_zero=True)
 
 
+def add_level(figure: go.Figure, height: float, name: str) -> None:
+    """A horizontal line with its name at the right."""
+    figure.add_hline(
+        height,
+        line=DASHED,
+        annotation={"text": plain(name), "font": SMALL, "x": 1, "xanchor": "right", "y": height, "yanchor": "bottom"},
+    )
+
+
+def add_moment(figure: go.Figure, at: float, name: str, last: float) -> None:
+    """A vertical line with its name above the plot, which reaches from 0 to ``last``."""
+    place = {"y": 1, "yanchor": "bottom", "x": at, "xanchor": _anchor(at, [0, last])}
+    figure.add_vline(at, line=DOTTED, annotation={"text": name, "font": SMALL, **place})
+
+
 def _anchor(x: float, steps: Sequence[float]) -> str:
     """Where a text stands on ``x``, so that it does not leave the plot."""
     at = (x - min(steps)) / max(max(steps) - min(steps), 1)
@@ -165,15 +173,6 @@ def thin(x: Sequence[float], y: Values) -> tuple[list[float], list[float | None]
     return [x[group[-1]] for group in groups], [statistics.fmean(values) if values else None for values in known]
 
 
-def quantile(values: Sequence[float], level: float) -> float:
-    """The value below which a share ``level`` of the values lies, interpolated linearly."""
-    ordered = sorted(values)
-    at = level * (len(ordered) - 1)
-    low = int(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
-
-
 def spans_decades(values: Sequence[float]) -> bool:
     """Whether a logarithmic axis shows more of these values."""
     return bool(values) and min(values) > 0 and max(values) > 20 * min(values)
@@ -184,56 +183,33 @@ def plain(text: str) -> str:
     return html.escape(text, quote=False)
 
 
-def _rule(dash: str, **place: Any) -> dict[str, Any]:
-    return {"type": "line", "line": {"color": color("muted"), "dash": dash, "width": 1}, **place}
-
-
-def _figure(
-    data: Sequence[dict[str, Any]],
-    x: str,
-    y: str,
-    yaxis: dict[str, Any],
-    steps: Sequence[float],
-    start: int | None = None,
-    notes: Sequence[dict[str, Any]] = (),
-    rules: Sequence[dict[str, Any]] = (),
-) -> dict[str, Any]:
-    """Traces, axes and the look that all plots share, checked by plotly, as plain JSON; NaN becomes null."""
-    import plotly.graph_objects as go
-
+def _over_steps(figure: go.Figure, x: str, y: str, steps: Sequence[float], start: int | None) -> dict[str, Any]:
     last = max(steps, default=1)
     if start is not None:
-        rules = [*rules, _rule("dot", x0=start, x1=start, y0=0, y1=1, yref="paper")]
-        said = {"text": f"clustering starts at {start:,}", "font": {"color": color("muted"), "size": 12}}
-        place = {"x": start, "y": 1, "yref": "paper", "yanchor": "bottom", "xanchor": _anchor(start, [0, last])}
-        notes = [*notes, said | place]
+        add_moment(figure, start, f"clustering starts at {start:,}", last)
+    if x == "step":
+        figure.update_xaxes(unifiedhovertitle_text="step %{x:,d}")
+    figure.update_xaxes(range=[0, last * 1.01 or 1], tickformat=",d", nticks=7, showgrid=False)
+    figure.update_yaxes(nticks=8)
+    return page_figure(figure, x, y, hovermode="x unified")
+
+
+def page_figure(figure: go.Figure, x: str, y: str, **layout: Any) -> dict[str, Any]:
+    """A figure in the look that all plots share, as plain JSON; NaN becomes null."""
     axis = {"automargin": True, "gridcolor": color("rule"), "linecolor": color("muted"), "zeroline": False, "ticks": ""}
     title = {"standoff": 8, "font": {"size": 13, "color": color("muted")}}
     pointer = {"spikecolor": color("muted"), "spikethickness": 1, "spikedash": "dot"}
-    if x == "step":
-        pointer["unifiedhovertitle"] = {"text": "step %{x:,d}"}
-    layout = {
-        "template": "none",
-        "font": {"family": "ui-sans-serif, system-ui, sans-serif", "size": 13, "color": color("ink")},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": color("paper"),  # the line under the pointer is drawn on it
-        "margin": {"l": 8, "r": 12, "t": 26, "b": 8},
-        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 0, "yref": "container", "yanchor": "bottom"},
-        "hovermode": "x unified",
-        "hoverlabel": {"bgcolor": color("raised"), "bordercolor": color("rule"), "font": {"color": color("ink")}},
-        "dragmode": "zoom",
-        "annotations": [{"showarrow": False, **note} for note in notes],
-        "shapes": list(rules),
-        "xaxis": {
-            **axis,
-            **pointer,
-            "title": {"text": x, **title},
-            "range": [0, last * 1.01 or 1],
-            "tickformat": ",d",
-            "nticks": 7,
-            "showgrid": False,
-            "showline": True,
-        },
-        "yaxis": {**axis, "title": {"text": y, **title}, "nticks": 8, **yaxis},
-    }
-    return json.loads(str(go.Figure([{"type": "scatter", **trace} for trace in data], layout).to_json()))
+    figure.update_xaxes(**axis, **pointer, showline=True, title={"text": plain(x), **title})
+    figure.update_yaxes(**axis, exponentformat="e", title={"text": plain(y), **title})
+    figure.update_layout(
+        template="none",
+        title=None,
+        font={"family": "ui-sans-serif, system-ui, sans-serif", "size": 13, "color": color("ink")},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor=color("paper"),  # the line under the pointer is drawn on it
+        margin={"l": 8, "r": 12, "t": 26, "b": 8},
+        legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 0, "yref": "container", "yanchor": "bottom"},
+        hoverlabel={"bgcolor": color("raised"), "bordercolor": color("rule"), "font": {"color": color("ink")}},
+        **{"hovermode": "closest", **layout},
+    )
+    return json.loads(str(figure.to_json()))

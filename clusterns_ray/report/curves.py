@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 from clusterns_ray.report.advice import COLLAPSED_COSINE
-from clusterns_ray.report.charts import Level, Line, Mark, line_chart, size_bands, sorted_sizes, spans_decades
+from clusterns_ray.report.charts import Line, line_chart, size_bands, sorted_sizes, spans_decades
 from clusterns_ray.report.page import Cell, Figure, Section, Table
 from clusterns_ray.report.record import RunRecord, number
 from clusterns_ray.report.words import count, fixed, formatted
@@ -18,21 +19,24 @@ def dev_section(run: RunRecord) -> Section | None:
     if not run.dev_scores or run.dev is None:
         return None
     steps, scores = zip(*run.dev_scores, strict=True)
-    best = [Mark(run.best[0], run.best[1], f"best {fixed(run.best[1])}")] if run.best else []
-    levels = [Level(run.before, "before training")] if run.before is not None else []
+    best = (*run.best, f"best {fixed(run.best[1])}") if run.best else None
+    levels = [(run.before, "before training")] if run.before is not None else []
     chart = line_chart(
         [Line(run.dev, steps, scores, points=True)],
         y="Spearman × 100",
-        marks=best,
+        mark=best,
         levels=levels,
         start=run.clustering_started,
     )
+    exported = (
+        "No step beat the untrained encoder, so that one was exported."
+        if run.kept_untrained
+        else "The best step on this set is the one that was exported, so its score flatters the model a little; the "
+        "STS tests do not."
+    )
     return Section(
         "Dev score",
-        words=[
-            f"Spearman's correlation between cosines and the grades of {run.dev}, × 100. The best step on this set is "
-            "the one that was exported, so its score flatters the model a little; the STS tests do not.",
-        ],
+        words=[f"Spearman's correlation between cosines and the grades of {run.dev}, × 100. {exported}"],
         figures=[Figure(f"Score on {run.dev}", chart, wide=True)],
         tables=[evaluation_table(run)],
     )
@@ -69,86 +73,81 @@ def evaluation_table(run: RunRecord) -> Table:
     )
 
 
+def _curve_figure(
+    run: RunRecord,
+    key: str,
+    title: str,
+    y: str,
+    words: str = "",
+    *,
+    evaluated: bool = False,
+    hue: str = "blue",
+    scale: float = 1,
+    **options: Any,
+) -> list[Figure]:
+    """The figure of one key over the run's steps; none where no record has a value of it.
+
+    Args:
+        evaluated: the key is one of the evaluations, not of the training steps.
+        scale: by which values are multiplied.
+        options: of :func:`line_chart`.
+    """
+    steps, values = run.curve(key, evaluated)
+    if all(value is None for value in values):
+        return []
+    scaled = [None if value is None else scale * value for value in values]
+    chart = line_chart([Line(title, steps, scaled, hue, points=evaluated)], y=y, **{"shown": ".3g", **options})
+    return [Figure(title, chart, words)]
+
+
 def loss_section(run: RunRecord) -> Section | None:
     if not run.steps:
         return None
-    settings = run.config.loss
-    weight = settings.bml_weight
-    terms = ["InfoNCE", f"{weight:g} times the Bidirectional Margin Loss (BML)"]
+    settings, start = run.config.loss, run.clustering_started
+    terms = ["InfoNCE", f"{settings.bml_weight:g} times the Bidirectional Margin Loss (BML)"]
     if settings.teacher is not None:
         terms.append(f"{settings.distillation_weight:g} times the distance from the teacher's ranking")
     if settings.mlm_weight:
         terms.append(f"{settings.mlm_weight:g} times masked language modelling")
-    steps, loss = run.curve("loss")
-    _, info_nce = run.curve("info_nce")
-    known = [value for value in [*loss, *info_nce] if value is not None]
+    (steps, loss), (_, info_nce) = run.curve("loss"), run.curve("info_nce")
+    lines = [Line("loss", steps, loss, width=5, opacity=0.4), Line("InfoNCE", steps, info_nce, "orange", width=1.5)]
     figures = [
         Figure(
             "Loss",
-            line_chart(
-                [
-                    Line("loss", steps, loss, width=5, opacity=0.4),
-                    Line("InfoNCE", steps, info_nce, "orange", width=1.5),
-                ],
-                y="nats",
-                shown=".3g",
-                may_be_logarithmic=True,
-                start=run.clustering_started,
-            ),
+            line_chart(lines, y="nats", shown=".3g", may_be_logarithmic=True, start=start),
             f"What is minimised: {' plus '.join(terms)}."
-            + (" Logarithmic." if spans_decades(known) else "")
+            + (" Logarithmic." if spans_decades([value for value in [*loss, *info_nce] if value is not None]) else "")
             + (" Hard negatives come in when clustering starts." if run.num_clusters else ""),
         )
     ]
-    bml_steps, bml = run.curve("bml")
-    if run.num_clusters and weight:
-        figures.append(
-            Figure(
-                "Bidirectional Margin Loss",
-                line_chart(
-                    [Line("BML", bml_steps, bml, "green")],
-                    y="BML, unweighted",
-                    shown=".3g",
-                    from_zero=True,
-                    start=run.clustering_started,
-                ),
-                "How far the cosines of false negatives lie outside their margins; 0 until clustering starts.",
-            )
+    if run.num_clusters and settings.bml_weight:
+        figures += _curve_figure(
+            run,
+            "bml",
+            "Bidirectional Margin Loss",
+            "BML, unweighted",
+            "How far the cosines of false negatives lie outside their margins; 0 until clustering starts.",
+            hue="green",
+            from_zero=True,
+            start=start,
         )
-    taught_steps, taught = run.curve("distillation")
-    if taught_steps:
-        figures.append(
-            Figure(
-                "Distance from the teacher",
-                line_chart([Line("distance", taught_steps, taught)], y="nats, unweighted", shown=".3g", from_zero=True),
-                f"How far the ranking of the batch is from that of {settings.teacher}; 0 where both agree.",
-            )
-        )
-    figures.append(
-        Figure(
-            "Learning rate",
-            line_chart(
-                [Line("learning rate", *run.curve("learning_rate"))], y="learning rate", shown=".3g", from_zero=True
-            ),
-        )
+    figures += _curve_figure(
+        run,
+        "distillation",
+        "Distance from the teacher",
+        "nats, unweighted",
+        f"How far the ranking of the batch is from that of {settings.teacher}; 0 where both agree.",
+        from_zero=True,
     )
-    figures.append(
-        Figure(
-            "Gradient norm",
-            line_chart(
-                [Line("gradient norm", *run.curve("grad_norm"))],
-                y="L2 norm",
-                shown=".3g",
-                from_zero=True,
-                levels=_reached(run.curve("grad_norm")[1], run.config.train.max_grad_norm, "clipped above"),
-            ),
-        )
-    )
+    figures += _curve_figure(run, "learning_rate", "Learning rate", "learning rate", from_zero=True)
+    clipped = _reached(run.curve("grad_norm")[1], run.config.train.max_grad_norm, "clipped above")
+    figures += _curve_figure(run, "grad_norm", "Gradient norm", "L2 norm", from_zero=True, levels=clipped)
     return Section("Loss", figures=figures)
 
 
-def _reached(values: Sequence[float | None], bound: float, text: str) -> list[Level]:
-    return [Level(bound, text)] if any(value is not None and value > 0.5 * bound for value in values) else []
+def _reached(values: Sequence[float | None], bound: float, text: str) -> list[tuple[float, str]]:
+    """A level to be drawn, where the values come near it."""
+    return [(bound, text)] if any(value is not None and value > 0.5 * bound for value in values) else []
 
 
 def cluster_section(run: RunRecord) -> Section | None:
@@ -159,47 +158,38 @@ def cluster_section(run: RunRecord) -> Section | None:
     if run.curve("empty_clusters")[0]:
         empty = "empty" if run.of_corpus else "empty for 50 steps"
         lines.append(Line(empty, *run.curve("empty_clusters"), hue="orange", dash="dash"))
-    figures = [
-        Figure(
-            "Clusters in use",
-            line_chart(lines, y="clusters", shown=",.0f", from_zero=True, levels=[Level(k, f"K = {k}")], start=start),
-            (
-                "A cluster is empty when no sentence of the bank is in it."
-                if run.of_corpus
-                else "A cluster is empty when no sentence was nearest to its centroid in 50 steps (or since clustering "
-                "started)."
-            )
-            + " From 30\u00a0% on they are dead weight.",
-        )
-    ]
+    counts = line_chart(lines, y="clusters", shown=",.0f", from_zero=True, levels=[(k, f"K = {k}")], start=start)
+    means_empty = (
+        "A cluster is empty when no sentence of the bank is in it."
+        if run.of_corpus
+        else "A cluster is empty when no sentence was nearest to its centroid in 50 steps (or since clustering "
+        "started)."
+    )
+    figures = [Figure("Clusters in use", counts, f"{means_empty} From 30\u00a0% on they are dead weight.")]
     batch = run.config.train.global_batch_size
-    largest_steps, largest = run.curve("largest_cluster")
-    figures.append(
-        Figure(
-            "The largest cluster",
-            line_chart(
-                [Line("largest cluster", largest_steps, [None if v is None else 100 * v / batch for v in largest])],
-                y="share of the batch (%)",
-                shown=",.1f",
-                from_zero=True,
-                levels=[Level(100 / k, "even")],
-                start=start,
-            ),
-            f"Share of the batch's {batch:,} sentences; {100 / k:.2g} % if all clusters were alike.",
-        )
+    figures += _curve_figure(
+        run,
+        "largest_cluster",
+        "The largest cluster",
+        "share of the batch (%)",
+        f"Share of the batch's {batch:,} sentences; {100 / k:.2g} % if all clusters were alike.",
+        scale=100 / batch,
+        shown=",.1f",
+        from_zero=True,
+        levels=[(100 / k, "even")],
+        start=start,
     )
     sizes = run.cluster_sizes()
-    if sizes:
-        steps = [step for step, _ in sizes]
-        if len(sizes) > 1:
-            figures.append(
-                Figure(
-                    "Sizes over time",
-                    size_bands(steps, [row for _, row in sizes], start),
-                    "How the sentences between two evaluations spread over the clusters: the bands hold half, "
-                    "80\u00a0% and all of them.",
-                )
+    if len(sizes) > 1:
+        figures.append(
+            Figure(
+                "Sizes over time",
+                size_bands([step for step, _ in sizes], [row for _, row in sizes], start),
+                "How the sentences between two evaluations spread over the clusters: the bands hold half, "
+                "80\u00a0% and all of them.",
             )
+        )
+    if sizes:
         moments = [sizes[at] for at in sorted({0, len(sizes) // 2, len(sizes) - 1})]
         figures.append(
             Figure(
@@ -208,42 +198,36 @@ def cluster_section(run: RunRecord) -> Section | None:
                 "A long flat tail at 0 is dead clusters; a high left end, oversized ones.",
             )
         )
-    drift_steps, drift = run.curve("centroid_drift", of_evaluations=True)
-    if drift_steps:
-        figures.append(
-            Figure(
-                "Centroid drift",
-                line_chart(
-                    [Line("drift", drift_steps, drift, points=True)],
-                    y="1 − cosine",
-                    shown=".3g",
-                    from_zero=True,
-                    start=start,
-                ),
-                "How far the mean centroid turned since the evaluation before. It should fade as training settles.",
-            )
-        )
-    for key, title, y, words in (
-        (
-            "false_negative_rate",
-            "False negatives",
-            "share of the pairs",
-            f"Pairs of the batch that share a cluster{' and are alike' if run.of_corpus else ''}: they are not pushed "
-            "apart, but kept at a margin.",
-        ),
-        (
-            "hard_negative_cosine",
-            "Hard negatives",
-            "mean cosine",
-            "Cosine of a sentence to its hard negative, "
-            + ("drawn from the second nearest cluster" if run.of_corpus else "the second nearest centroid")
-            + ". Higher is harder.",
-        ),
-    ):
-        steps, values = run.curve(key)
-        if steps:
-            chart = line_chart([Line(title, steps, values)], y=y, shown=".3g", from_zero=True, start=start)
-            figures.append(Figure(title, chart, words))
+    figures += _curve_figure(
+        run,
+        "centroid_drift",
+        "Centroid drift",
+        "1 − cosine",
+        "How far the mean centroid turned since the evaluation before. It should fade as training settles.",
+        evaluated=True,
+        from_zero=True,
+        start=start,
+    )
+    figures += _curve_figure(
+        run,
+        "false_negative_rate",
+        "False negatives",
+        "share of the pairs",
+        f"Pairs of the batch that share a cluster{' and are alike' if run.of_corpus else ''}: they are not pushed "
+        "apart, but kept at a margin.",
+        from_zero=True,
+        start=start,
+    )
+    of = "drawn from the second nearest cluster" if run.of_corpus else "the second nearest centroid"
+    figures += _curve_figure(
+        run,
+        "hard_negative_cosine",
+        "Hard negatives",
+        "mean cosine",
+        f"Cosine of a sentence to its hard negative, {of}. Higher is harder.",
+        from_zero=True,
+        start=start,
+    )
     return Section(
         "Cluster health",
         words=[
@@ -258,71 +242,65 @@ def cluster_section(run: RunRecord) -> Section | None:
 
 def space_section(run: RunRecord) -> Section | None:
     """How the embeddings lie; also of runs without clusters."""
-    figures = []
+    start, figures = run.clustering_started, []
     batch = Line("batch, in training", *run.curve("mean_cosine"))
     dev = Line("dev sentences", *run.curve("embedding_cosine", True), hue="orange", dash="dash", points=True)
     lines = [line for line in (batch, dev) if line.x]
     if lines:
         levels = _reached([v for line in lines for v in line.y], COLLAPSED_COSINE, "collapse")
         if run.num_clusters:
-            levels.append(Level(run.config.clustering.start_cosine, "start_cosine"))
+            levels.append((run.config.clustering.start_cosine, "start_cosine"))
         figures.append(
             Figure(
                 "Mean cosine",
-                line_chart(
-                    lines, y="mean cosine", shown=".3g", from_zero=True, start=run.clustering_started, levels=levels
-                ),
+                line_chart(lines, y="mean cosine", shown=".3g", from_zero=True, start=start, levels=levels),
                 "Between the two views of all sentences of a batch, and between different dev sentences. Near 1, all "
                 "sentences look alike.",
             )
         )
-    alignment, uniformity = run.curve("alignment", True), run.curve("uniformity", True)
-    for title, (steps, values), y, words in (
+    for key, title, y, words in (
         (
+            "alignment",
             "Alignment",
-            alignment,
             "mean squared distance",
             "Of the dev pairs graded as alike. Lower is better (Wang and Isola 2020).",
         ),
         (
+            "uniformity",
             "Uniformity",
-            uniformity,
             "log of the mean potential",
             "How evenly dev sentences cover the sphere. Lower is better (Wang and Isola 2020).",
         ),
         (
+            "effective_rank",
             "Effective rank",
-            run.curve("effective_rank", True),
             "dimensions",
             "How many directions the dev embeddings use, by the entropy of their singular values.",
         ),
     ):
-        if any(value is not None for value in values):
-            chart = line_chart(
-                [Line(title, steps, values, points=True)], y=y, shown=".3g", start=run.clustering_started
-            )
-            figures.append(Figure(title, chart, words))
+        figures += _curve_figure(run, key, title, y, words, evaluated=True, start=start)
     return Section("Shape of the space", figures=figures) if figures else None
 
 
 def throughput_section(run: RunRecord) -> Section | None:
-    steps, speed = run.curve("sentences_per_second")
-    known = [value for value in speed if value is not None]
+    known = [value for value in run.curve("sentences_per_second")[1] if value is not None]
     if not known:
         return None
     workers = (run.result or run.environment or {}).get("num_workers")
+    on = f" on {count(workers, 'worker')}" if isinstance(workers, int) else ""
     return Section(
         "Throughput",
         words=[
-            f"Median {statistics.median(known):,.0f} sentences per second"
-            + (f" on {count(workers, 'worker')}" if isinstance(workers, int) else "")
-            + f", each encoded twice and trained on; {fixed(min(known), 0)} at the slowest logged stretch, "
-            f"{fixed(max(known), 0)} at the fastest. Time in evaluations is not counted."
+            f"Median {statistics.median(known):,.0f} sentences per second{on}, each encoded twice and trained on; "
+            f"{fixed(min(known), 0)} at the slowest logged stretch, {fixed(max(known), 0)} at the fastest. Time in "
+            "evaluations is not counted."
         ],
-        figures=[
-            Figure(
-                "Sentences per second",
-                line_chart([Line("sentences/s", steps, speed)], y="sentences per second", shown=",.0f", from_zero=True),
-            )
-        ],
+        figures=_curve_figure(
+            run,
+            "sentences_per_second",
+            "Sentences per second",
+            "sentences per second",
+            shown=",.0f",
+            from_zero=True,
+        ),
     )

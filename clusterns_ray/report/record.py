@@ -83,9 +83,14 @@ class RunRecord:
 
     @cached_property
     def best(self) -> tuple[int, float] | None:
-        """The step whose model was exported, and its score."""
+        """The step after 0 with the best score, and that score; see :attr:`kept_untrained` for what was exported."""
         trained = [(step, score) for step, score in self.dev_scores if step > 0 and score is not None]
         return max(trained, key=lambda pair: pair[1], default=None)
+
+    @property
+    def kept_untrained(self) -> bool:
+        """Whether no step beat the untrained encoder, so that this one was exported."""
+        return self.result is not None and self.result.get("best_step") == 0
 
     @property
     def last(self) -> float | None:

@@ -83,7 +83,7 @@ def _outcome(run: RunRecord) -> str:
     else:
         end = ", the last" if step == run.evaluations[-1]["step"] else f"; the last score is {fixed(run.last)}"
     text = f"Its best score on {run.dev} (Spearman × 100) is {fixed(best)}{gain}, at step {step:,}{end}."
-    if run.result and run.result.get("best_step") == 0:
+    if run.kept_untrained:
         text += " No step beat the untrained encoder, so model/ holds that one."
     return text
 
@@ -96,9 +96,10 @@ def facts(run: RunRecord) -> list[Fact]:
     found = []
     if run.dev is not None:
         step, best = run.best or (0, None)
+        why = "not kept: no better than the untrained encoder" if run.kept_untrained else "chosen on this set"
         found = [
             Fact("Dev, before training", fixed(run.before), run.dev),
-            Fact("Dev, best step", fixed(best), f"step {step:,}; chosen on this set" if run.best else ""),
+            Fact("Dev, best step", fixed(best), f"step {step:,}; {why}" if run.best else ""),
             Fact("Dev, last step", fixed(run.last), f"step {run.last_step:,}"),
         ]
     if run.sts_average is not None:

@@ -263,10 +263,10 @@ def history_section(study: StudyRecord, result: dict[str, Any] | None) -> Sectio
     last = max((step for trial in study.trials for step, _ in trial.curve), default=0)
     levels = rungs(study.config, last)
     figures = [
-        Figure("History", charts.history(study.trials, study.before), "Each trial's score, and the best so far."),
+        Figure("History", charts.history(study), "The score of each finished trial, and the best so far."),
         Figure(
             "Learning curves",
-            charts.learning_curves(study.trials, levels, winner),
+            charts.learning_curves(study, levels, winner),
             "Each trial over its own training steps; orange ones were pruned, the green one won.",
         ),
         Figure(
@@ -303,7 +303,7 @@ def importance_section(study: StudyRecord) -> Section | None:
         )
     ]
     keys = [importance.key for importance in study.importances[:2]]
-    surface = charts.contour(study.finished, keys[0], keys[1], study.varied) if len(keys) == 2 else None
+    surface = charts.contour(study, *keys) if len(keys) == 2 else None
     if surface:
         figures.append(
             Figure(
@@ -329,9 +329,8 @@ def slice_section(study: StudyRecord, result: dict[str, Any] | None) -> Section 
                 wide=True,
             )
         )
-    figures += [
-        Figure(key, charts.slice_chart(study.trials, key, parameter)) for key, parameter in study.varied.items()
-    ]
+    having = [key for key in study.varied if any(key in trial.values for trial in study.finished)]
+    figures += [Figure(key, charts.slice_chart(study, key)) for key in having]
     return Section("Scores over the values of each key", figures=figures)
 
 

@@ -60,6 +60,8 @@ class StudyRecord:
     seconds: float
     importances: list[Importance]
     """the largest first"""
+    optuna_study: optuna.Study
+    """a copy in memory, for Optuna's own figures"""
 
     @property
     def finished(self) -> list[Trial]:
@@ -80,6 +82,8 @@ def read_study(directory: Path) -> StudyRecord:
     study = read_optuna_study(directory)
     config = read_study_file(directory / "study.yaml")
     frozen = begun(study)
+    in_memory = optuna.create_study(direction="maximize")
+    in_memory.add_trials(study.get_trials(deepcopy=False))
     return StudyRecord(
         directory,
         config,
@@ -87,6 +91,7 @@ def read_study(directory: Path) -> StudyRecord:
         max(study.user_attrs.get("scores_before", {}).values(), default=None),
         study.user_attrs.get("seconds", 0.0),
         importances(frozen),
+        in_memory,
     )
 
 
@@ -170,13 +175,20 @@ def _share(trials: Sequence[FrozenTrial], keys: Sequence[str], key: str) -> floa
     return share if math.isfinite(share) else None
 
 
+def place_in_range(parameter: dict[str, Any], value: Any) -> float:
+    """Where a value lies between the ends of its key's range, from 0 to 1, as it is searched; choices by number."""
+    if parameter["type"] == "choice":
+        return parameter["choices"].index(value) / max(len(parameter["choices"]) - 1, 1)
+    scale = math.log if parameter.get("log") else float
+    low, high = scale(parameter["low"]), scale(parameter["high"])
+    return (scale(value) - low) / (high - low)
+
+
 def at_the_edge(parameter: dict[str, Any], value: Any) -> str | None:
     """``low`` or ``high`` where a number lies in the outer twentieth of its range, as it is searched."""
     if parameter["type"] == "choice":
         return None
-    scale = math.log if parameter.get("log") else float
-    low, high = scale(parameter["low"]), scale(parameter["high"])
-    place = (scale(value) - low) / (high - low)
+    place = place_in_range(parameter, value)
     return "low" if place <= 0.05 else "high" if place >= 0.95 else None
 
 

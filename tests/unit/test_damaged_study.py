@@ -14,7 +14,6 @@ from clusterns_ray.config import Config, dump_config, make_config
 from clusterns_ray.errors import ClusterNSError, ConfigError, DataError, DiskError
 from clusterns_ray.io.files import disk_fault, with_checksum
 from clusterns_ray.io.object_store import Place
-from clusterns_ray.report.study_charts import log_ticks
 from clusterns_ray.tuning import optuna_study as ledger
 from clusterns_ray.tuning.analysis import read_study_file
 from clusterns_ray.tuning.comparison import difference_over_seeds, seed_interval, sentences, show_value
@@ -159,10 +158,3 @@ def test_intervals_over_seeds() -> None:
 )  # fmt: skip
 def test_numbers_are_rounded(value: Any, text: str) -> None:
     assert show_value(value) == text
-
-
-@pytest.mark.parametrize(("low", "high"), [(1e-5, 1e-3), (2e-4, 9e-4), (0.3, 0.4), (1e-12, 1.0), (1, 1000)])
-def test_logarithmic_axes_have_ticks(low: float, high: float) -> None:
-    ticks = log_ticks(low, high)
-    assert 2 <= len(ticks) <= 9 and ticks == sorted(ticks)
-    assert low * 0.999 <= ticks[0] and ticks[-1] <= high * 1.001

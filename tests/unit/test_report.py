@@ -27,7 +27,7 @@ from clusterns_ray.errors import ConfigError, DataError
 from clusterns_ray.evaluation.sts import TASKS
 from clusterns_ray.report import advice, write_report
 from clusterns_ray.report.advice import advise
-from clusterns_ray.report.charts import MAX_POINTS, Line, line_chart, quantile, size_bands, thin
+from clusterns_ray.report.charts import MAX_POINTS, Line, line_chart, size_bands, thin
 from clusterns_ray.report.compare import compare_page, group_runs, mean_curve, welch_interval
 from clusterns_ray.report.page import COLORS, HUES, Examples, Figure, Link, Page, Section, Table, render_page
 from clusterns_ray.report.places import default_output
@@ -126,13 +126,6 @@ def test_durations() -> None:
     assert [duration(value) for value in (0.4, 59.6, 125, 7260, None)] == [
         "0\u00a0s", "1\u00a0min 0\u00a0s", "2\u00a0min 5\u00a0s", "2\u00a0h 1\u00a0min", "–"
     ]  # fmt: skip
-
-
-@pytest.mark.parametrize("n", [1, 2, 7, 32])
-@pytest.mark.parametrize("level", [0, 0.1, 0.25, 0.5, 0.9, 1])
-def test_quantile_as_numpy(n: int, level: float) -> None:
-    values = np.random.default_rng(n).random(n).tolist()
-    assert quantile(values, level) == pytest.approx(np.quantile(values, level))
 
 
 def test_thinned_curves_keep_their_mean_and_their_gaps() -> None:
@@ -305,6 +298,17 @@ def test_warns_of_a_dev_score_that_fell(run_dir: Path) -> None:
 def test_warns_where_training_did_not_help(tmp_path: Path) -> None:
     (text,) = warnings_of(read_run(make_run(tmp_path, gain=-4)))
     assert text.startswith("Training did not improve the dev score: 63.00 before")
+
+
+def test_says_where_the_untrained_encoder_was_kept(tmp_path: Path) -> None:
+    directory = make_run(tmp_path, gain=-4)
+    page = page_text(run_page(read_run(directory)))
+    assert "untrained encoder" not in page and "the one that was exported" in page
+    result = json.loads((directory / "result.json").read_text())
+    write_json(directory / "result.json", result | {"best_step": 0})
+    page = page_text(run_page(read_run(directory)))
+    assert "not kept: no better than the untrained encoder" in page and "so that one was exported" in page
+    assert "chosen on this set" not in page and "No step beat the untrained encoder, so model/ holds" in page
 
 
 def test_warns_where_clustering_never_started(run_dir: Path) -> None:

@@ -7,15 +7,16 @@ import math
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import yaml
 
 from clusterns_ray.errors import ConfigError
 from clusterns_ray.io.files import write_atomic
 from clusterns_ray.report import study_charts as charts
-from clusterns_ray.report.page import Table
+from clusterns_ray.report.page import Table, color
 from clusterns_ray.report.study import advise, read_result, study_page, write_study_report
-from clusterns_ray.tuning.analysis import StudyRecord, at_the_edge, read_study, rungs
+from clusterns_ray.tuning.analysis import StudyRecord, Trial, at_the_edge, read_study, rungs
 from clusterns_ray.tuning.optuna_study import OptunaStudy
 from clusterns_ray.tuning.selection import Candidate, choose, summary
 from clusterns_ray.tuning.study import Study, check_study, dump_study
@@ -32,6 +33,7 @@ SPACE = {
     "loss.temperature": {"role": "fixed", "value": 0.05},
 }  # fmt: skip
 STEPS = (2, 4, 6, 8)
+OTHER = optuna.distributions.IntDistribution(0, 9)
 
 
 def final_score(overrides: dict[str, Any]) -> float:
@@ -189,38 +191,55 @@ def test_few_trials_are_told(study: Study, record: StudyRecord) -> None:
 
 def test_figures_show_their_trials(record: StudyRecord) -> None:
     by_state = {state: [t for t in record.trials if t.state == state] for state in ("COMPLETE", "PRUNED")}
-    history = charts.history(record.trials, record.before)
-    assert [len(trace["x"]) for trace in history["data"][:2]] == [len(by_state["COMPLETE"]), len(by_state["PRUNED"])]
-    best = history["data"][3]["y"]
-    assert best == sorted(best) and best[-1] == max(t.score for t in by_state["COMPLETE"])
-    curves = charts.learning_curves(record.trials, [2, 4], winner=by_state["COMPLETE"][0].number)
+    traces = {trace["name"]: trace for trace in charts.history(record)["data"]}
+    assert traces["finished"]["y"] == [t.score for t in by_state["COMPLETE"]]
+    best = traces["best so far"]["y"]
+    assert best == sorted(best) and best[-1] == max(traces["finished"]["y"])
+
+    winner = by_state["COMPLETE"][0].number
+    curves = charts.learning_curves(record, [2, 4], winner)
     assert len(curves["data"]) == len(record.trials) - 1, "the one that failed has none"
     assert len(curves["layout"]["shapes"]) == 2
-    lines = charts.parallel(record.finished, record.varied, winner=record.finished[0].number)
-    assert lines["layout"]["xaxis"]["ticktext"] == [
-        "num_clusters",
-        "start_cosine",
-        "learning_rate",
-        "schedule",
-        "dev score",
-    ]
+    hues = {trace["name"]: trace["line"]["color"] for trace in curves["data"]}
+    assert hues[f"Trial{winner}"] == color("green")
+    assert {hues[f"Trial{t.number}"] for t in by_state["PRUNED"]} == {color("orange")}
+
+    lines = charts.parallel(record.finished, record.varied, winner)
+    names = ["num_clusters", "start_cosine", "learning_rate", "schedule", "dev score"]
     by_score = sorted(record.finished, key=lambda t: t.score or 0)
     assert [trace["text"].split(":")[0] for trace in lines["data"]] == [f"trial {t.number}" for t in by_score]
     for trace, trial in zip(lines["data"], by_score):
+        assert trace["x"] == names
         clusters, start, rate, schedule, place = trace["y"]
         assert clusters == [0, 16, 32].index(trial.values["clustering.num_clusters"]) / 2
         assert start == (None if START not in trial.values else pytest.approx((trial.values[START] - 0.2) / 0.4))
         assert rate == pytest.approx((math.log10(trial.values[RATE]) + 5) / 2)
         assert schedule == ["linear", "cosine"].index(trial.values[SCHEDULE]) and 0 <= place <= 1
-    slices = charts.slice_chart(record.trials, START, record.varied[START])
+
+    slices = charts.slice_chart(record, START)
     assert len(slices["data"][0]["x"]) == sum(START in t.values for t in by_state["COMPLETE"])
-    surface = charts.contour(record.finished, RATE, SCHEDULE, record.varied)
+    costs = {trace["name"]: trace for trace in charts.cost(record.trials)["data"]}
+    assert costs["pruned, at its last score"]["y"] == [t.score for t in by_state["PRUNED"]]
+    surface = charts.contour(record, RATE, SCHEDULE)
     assert surface is not None and len(surface["data"][1]["x"]) == len(record.finished)
-    heights = [value for row in surface["data"][0]["z"] for value in row if value is not None]
-    scores = [t.score for t in record.finished]
-    assert heights and min(scores) - 1e-6 <= min(heights) and max(heights) <= max(scores) + 1e-6
-    assert charts.contour(record.finished[:3], RATE, SCHEDULE, record.varied) is None
-    assert charts.contour([record.finished[0]] * 5, RATE, SCHEDULE, record.varied) is None, "all at one place"
+    few = StudyRecord(**{**vars(record), "trials": record.finished[:3]})
+    assert charts.contour(few, RATE, SCHEDULE) is None
+    alike = StudyRecord(**{**vars(record), "trials": [record.finished[0]] * 5})
+    assert charts.contour(alike, RATE, SCHEDULE) is None, "all at one place"
+
+
+def test_choices_are_texts() -> None:
+    """Plotly reads tags in names of categories, and Optuna hands it choices as they are."""
+    study = optuna.create_study(direction="maximize")
+    kinds = optuna.distributions.CategoricalDistribution(["<b>x</b>", "y"])
+    trials = [optuna.trial.create_trial(value=n, params={"kind": ["<b>x</b>", "y"][n % 2], "other": n},
+                                        distributions={"kind": kinds, "other": OTHER}) for n in range(6)]  # fmt: skip
+    study.add_trials(trials)
+    found = [Trial(t.number, "COMPLETE", t.value, t.params, [], 0.0, None) for t in study.trials]
+    record = StudyRecord(Path(), {}, found, None, 0.0, [], study)
+    for figure in (charts.slice_chart(record, "kind"), charts.contour(record, "kind", "other")):
+        text = json.dumps(figure)
+        assert "&lt;b&gt;x" in text and "<b>" not in text
 
 
 def test_the_page_is_whole(study: Study, record: StudyRecord, tmp_path: Path) -> None:
