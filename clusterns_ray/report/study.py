@@ -263,7 +263,7 @@ def history_section(study: StudyRecord, result: dict[str, Any] | None) -> Sectio
     last = max((step for trial in study.trials for step, _ in trial.curve), default=0)
     levels = rungs(study.config, last)
     figures = [
-        Figure("History", charts.history(study), "The score of each finished trial, and the best so far."),
+        Figure("History", charts.history(study), "Each trial's score, and the best so far."),
         Figure(
             "Learning curves",
             charts.learning_curves(study, levels, winner),

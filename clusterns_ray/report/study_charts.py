@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import optuna.visualization
@@ -13,19 +13,26 @@ from clusterns_ray.report.page import color
 from clusterns_ray.tuning.analysis import Importance, StudyRecord, Trial, place_in_range
 from clusterns_ray.tuning.comparison import show_value
 
+DOTS = {"color": color("blue"), "size": 8}
 SCORE = "dev score (Spearman × 100)"
 SCALE = [[0, color("orange")], [0.5, color("muted")], [1, color("blue")]]
 """Of scores: low to high."""
-HUES = {"COMPLETE": "blue", "PRUNED": "orange", "RUNNING": "green"}
+LOOKS = {
+    "COMPLETE": ("finished", "blue", "circle"),
+    "PRUNED": ("pruned, at its last score", "orange", "x"),
+    "RUNNING": ("runs", "green", "diamond"),
+}
+"""Of the trials of each state: their name, colour and symbol."""
 
 
 def history(study: StudyRecord) -> dict[str, Any]:
-    """Scores of finished trials in the order of the trials, and the best so far."""
+    """Scores in the order of the trials, pruned ones at their last, and the best so far."""
     figure = optuna.visualization.plot_optimization_history(study.optuna_study)
-    figure.update_traces(selector={"name": "Objective Value"}, name="finished", marker=_dots("blue"))
+    figure.update_traces(selector={"name": "Objective Value"}, name="finished", marker=DOTS)
     line = {"color": color("blue"), "shape": "hv", "width": 2}
     figure.update_traces(selector={"name": "Best Value"}, name="best so far", line=line)
     figure.update_traces(hovertemplate="trial %{x}: %{y:.2f}<extra></extra>")
+    _add_trials(figure, study.trials, "PRUNED", lambda trial: trial.number)
     if study.before is not None:
         add_level(figure, study.before, f"untrained encoder, {study.before:.2f}")
     return page_figure(figure, "trial", SCORE)
@@ -38,7 +45,10 @@ def learning_curves(study: StudyRecord, rungs: Sequence[int], winner: int | None
         chosen = trial.number == winner
         figure.update_traces(
             selector={"name": f"Trial{trial.number}"},
-            line={"color": color("green" if chosen else HUES.get(trial.state, "blue")), "width": 3 if chosen else 1.5},
+            line={
+                "color": color("green" if chosen else LOOKS.get(trial.state, LOOKS["COMPLETE"])[1]),
+                "width": 3 if chosen else 1.5,
+            },
             marker={"size": 5},
             opacity=1 if chosen else 0.6,
             hovertemplate=f"trial {trial.number}, step %{{x}}: %{{y:.2f}}<extra></extra>",
@@ -95,13 +105,16 @@ def _ends(parameter: dict[str, Any]) -> tuple[str, str]:
 
 
 def slice_chart(study: StudyRecord, key: str) -> dict[str, Any]:
-    """Scores of finished trials over the values of one key; later trials are darker."""
+    """Scores over the values of one key; the later a finished trial, the bluer it is."""
     figure = optuna.visualization.plot_slice(study.optuna_study, [key])
     figure.update_traces(hovertemplate="trial %{marker.color}: %{y:.2f}<extra></extra>")
     scale = [[0, color("rule")], [1, color("blue")]]
     figure.update_traces(
         marker={"size": 8, "colorscale": scale, "line_color": color("muted"), "colorbar": _bar("trial")}
     )
+    choice = study.varied[key]["type"] == "choice"
+    having = [trial for trial in study.trials if key in trial.values]
+    _add_trials(figure, having, "PRUNED", lambda trial: repr(trial.values[key]) if choice else trial.values[key])
     return _as_text(page_figure(figure, key, SCORE))
 
 
@@ -140,29 +153,26 @@ def importance_chart(importances: Sequence[Importance]) -> dict[str, Any]:
 def cost(trials: Sequence[Trial]) -> dict[str, Any]:
     """Score over the time a trial took; of pruned trials their last score."""
     figure = go.Figure()
-    looks = (
-        ("COMPLETE", "finished", "circle"),
-        ("PRUNED", "pruned, at its last score", "x"),
-        ("RUNNING", "runs", "diamond"),
-    )
-    for state, name, symbol in looks:
-        rows = [trial for trial in trials if trial.state == state and trial.score is not None]
-        figure.add_scatter(
-            x=[trial.seconds for trial in rows],
-            y=[trial.score for trial in rows],
-            mode="markers",
-            name=name,
-            showlegend=bool(rows),
-            marker={**_dots(HUES[state]), "symbol": symbol},
-            text=[f"trial {trial.number}: {trial.score:.2f}" for trial in rows],
-            hovertemplate="%{text}<extra></extra>",
-            cliponaxis=False,
-        )
+    for state in LOOKS:
+        _add_trials(figure, trials, state, lambda trial: trial.seconds)
     return page_figure(figure, "seconds of the trial", SCORE)
 
 
-def _dots(hue: str) -> dict[str, Any]:
-    return {"color": color(hue), "size": 8}
+def _add_trials(figure: go.Figure, trials: Sequence[Trial], state: str, place: Callable[[Trial], Any]) -> None:
+    """A dot for each trial of a state at its last score."""
+    name, hue, symbol = LOOKS[state]
+    rows = [trial for trial in trials if trial.state == state and trial.score is not None]
+    figure.add_scatter(
+        x=[place(trial) for trial in rows],
+        y=[trial.score for trial in rows],
+        mode="markers",
+        name=name,
+        showlegend=bool(rows),
+        marker={"color": color(hue), "size": 8, "symbol": symbol},
+        text=[f"trial {trial.number}: {trial.score:.2f}" for trial in rows],
+        hovertemplate="%{text}<extra></extra>",
+        cliponaxis=False,
+    )
 
 
 def _bar(title: str) -> dict[str, Any]:

@@ -192,6 +192,7 @@ def test_few_trials_are_told(study: Study, record: StudyRecord) -> None:
 def test_figures_show_their_trials(record: StudyRecord) -> None:
     by_state = {state: [t for t in record.trials if t.state == state] for state in ("COMPLETE", "PRUNED")}
     traces = {trace["name"]: trace for trace in charts.history(record)["data"]}
+    assert traces["pruned, at its last score"]["x"] == [t.number for t in by_state["PRUNED"]]
     assert traces["finished"]["y"] == [t.score for t in by_state["COMPLETE"]]
     best = traces["best so far"]["y"]
     assert best == sorted(best) and best[-1] == max(traces["finished"]["y"])
@@ -218,6 +219,7 @@ def test_figures_show_their_trials(record: StudyRecord) -> None:
 
     slices = charts.slice_chart(record, START)
     assert len(slices["data"][0]["x"]) == sum(START in t.values for t in by_state["COMPLETE"])
+    assert len(slices["data"][1]["x"]) == sum(START in t.values for t in by_state["PRUNED"])
     costs = {trace["name"]: trace for trace in charts.cost(record.trials)["data"]}
     assert costs["pruned, at its last score"]["y"] == [t.score for t in by_state["PRUNED"]]
     surface = charts.contour(record, RATE, SCHEDULE)
@@ -236,7 +238,8 @@ def test_choices_are_texts() -> None:
                                         distributions={"kind": kinds, "other": OTHER}) for n in range(6)]  # fmt: skip
     study.add_trials(trials)
     found = [Trial(t.number, "COMPLETE", t.value, t.params, [], 0.0, None) for t in study.trials]
-    record = StudyRecord(Path(), {}, found, None, 0.0, [], study)
+    space = {key: {"type": kind, "role": "nuisance"} for key, kind in (("kind", "choice"), ("other", "int"))}
+    record = StudyRecord(Path(), {"space": space}, found, None, 0.0, [], study)
     for figure in (charts.slice_chart(record, "kind"), charts.contour(record, "kind", "other")):
         text = json.dumps(figure)
         assert "&lt;b&gt;x" in text and "<b>" not in text
