@@ -309,7 +309,7 @@ def importance_section(study: StudyRecord) -> Section | None:
             Figure(
                 "The two most important keys",
                 surface,
-                "Dots are finished trials; colours between them are interpolated, and say nothing outside.",
+                "Dots are finished trials; the colours between and beyond them are interpolated, not measured.",
             )
         )
     return Section("What mattered", figures=figures)

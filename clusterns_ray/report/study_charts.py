@@ -125,7 +125,9 @@ def contour(study: StudyRecord, x: str, y: str) -> dict[str, Any] | None:
         return None
     figure = optuna.visualization.plot_contour(study.optuna_study, [x, y])
     figure.update_traces(selector={"type": "contour"}, colorscale=SCALE, reversescale=False, opacity=0.75)
-    figure.update_traces(selector={"type": "contour"}, colorbar=_bar("dev"))
+    figure.update_traces(
+        selector={"type": "contour"}, colorbar=_bar("dev"), line={"color": color("muted"), "width": 0.5}
+    )
     figure.update_traces(selector={"type": "scatter"}, marker={"color": color("ink"), "size": 7, "line_width": 0})
     first, second = sorted((x, y))
     return _as_text(page_figure(figure, first, second))
@@ -189,6 +191,10 @@ def _as_text(figure: dict[str, Any]) -> dict[str, Any]:
             else values
         )
 
-    for part in (*figure["data"], figure["layout"]["xaxis"]):
+    axes = figure["layout"]["xaxis"], figure["layout"]["yaxis"]
+    for axis in axes:
+        if axis.get("type") == "log":
+            axis["dtick"] = "D2"  # at 1, 2 and 5
+    for part in (*figure["data"], *axes):
         part.update({key: escaped(part[key]) for key in ("x", "y", "categoryarray") if key in part})
     return figure
