@@ -74,10 +74,10 @@ def train(config: ConfigFile, set: Overrides = None) -> None:
     """Train an encoder on plain sentences, or resume a run of that name."""
     with readable_errors("from the newest checkpoint"):
         from clusterns_ray.config import load_config
-        from clusterns_ray.console.training import outcome_lines, training_view
+        from clusterns_ray.console.progress import outcome_lines, progress_view
         from clusterns_ray.launch.trainer import train as run_training
 
-        on_event = training_view()
+        on_event = progress_view()
         try:
             result = run_training(load_config(config, set or ()), on_event)
         finally:
@@ -92,11 +92,11 @@ def prepare(config: ConfigFile, set: Overrides = None) -> None:
     """Tokenise the corpus, and make the structure-graded dev set where the configuration asks for one."""
     with readable_errors():
         from clusterns_ray.config import load_config
-        from clusterns_ray.console.training import training_view
+        from clusterns_ray.console.progress import progress_view
         from clusterns_ray.data import prepare as data
         from clusterns_ray.launch.preflight import check_data, check_encoder, check_storage
 
-        on_event = training_view()
+        on_event = progress_view()
         settings = load_config(config, set or ())
         check_data(settings)
         settings = check_encoder(settings)
@@ -206,7 +206,7 @@ def evaluate(
     """Score encoders: the seven STS tests, transfer tasks, clustering, geometry; several models give one table."""
     with readable_errors():
         from clusterns_ray.console.evaluation import render
-        from clusterns_ray.console.training import training_view
+        from clusterns_ray.console.progress import progress_view
         from clusterns_ray.evaluation.suite import Suite, check_suite, evaluate_models
         from clusterns_ray.io.files import check_writable, json_text
         from clusterns_ray.io.object_store import is_url, split_url, write_text
@@ -225,7 +225,7 @@ def evaluate(
             check_store("--json", split_url(json_file)[0])
         elif json_file is not None:
             check_writable(Path(json_file), "--json")
-        on_event = training_view()
+        on_event = progress_view()
         for model in (*models, *((against,) if against else ())):
             resolve_model(model, lambda text: on_event({"event": "note", "text": text}))
         result = evaluate_models(
@@ -264,14 +264,14 @@ def encode(
 ) -> None:
     """Write sentences and their embeddings to a parquet file, or go on with it where a killed command was."""
     with readable_errors("behind the parts that are done"):
-        from clusterns_ray.console.encoding import encoding_view
+        from clusterns_ray.console.progress import progress_view
         from clusterns_ray.inference.distributed_encode import encode as run_encoding
         from clusterns_ray.io.paths import CORPORA, check_path
         from clusterns_ray.models.resolve import resolve_model
 
         files = [check_path("FILE", file, CORPORA) for file in files]
         output = Path(check_path("--output", output, ()))
-        on_event = encoding_view()
+        on_event = progress_view()
         try:
             resolve_model(model, lambda text: on_event({"event": "note", "text": text}))
             result = run_encoding(
@@ -311,7 +311,7 @@ def search(
 ) -> None:
     """Find the sentences of a corpus most similar to a query; the first time, index it."""
     with readable_errors("behind the parts that are done"):
-        from clusterns_ray.console.encoding import encoding_view
+        from clusterns_ray.console.progress import progress_view
         from clusterns_ray.inference.search import SemanticIndex, check_k, check_queries, hits_as_json, hits_as_text
         from clusterns_ray.io.paths import CORPORA, check_path
         from clusterns_ray.models.resolve import resolve_model
@@ -320,7 +320,7 @@ def search(
         index = index and Path(check_path("--index", index, ()))
         check_queries(queries)
         check_k(k)
-        on_event = encoding_view(sys.stderr)
+        on_event = progress_view(sys.stderr)
         try:
             resolve_model(model, lambda text: on_event({"event": "note", "text": text}))
             found = SemanticIndex.build(

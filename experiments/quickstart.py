@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from clusterns_ray import Encoder, load_config, train
-from clusterns_ray.console.training import training_view
+from clusterns_ray.console.progress import progress_view
 from clusterns_ray.data.prepare import prepare
 from clusterns_ray.data.token_store import TokenStore
 from clusterns_ray.errors import ClusterNSError
@@ -25,7 +25,7 @@ SENTENCES = 6000
 
 def main(overrides: list[str]) -> None:
     config = load_config(Path(__file__).with_suffix(".yaml"), overrides)
-    on_event = training_view()
+    on_event = progress_view()
     try:
         result = train(config, on_event)
     finally:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from clusterns_ray.console.progress import Lines, clock, describe_trial, show_values
 from clusterns_ray.io.terminal import printable
 from clusterns_ray.tuning.comparison import sentences, show_value
 from clusterns_ray.tuning.selection import check_result
@@ -146,54 +146,9 @@ def _beside_untrained(score: float, before: float | None) -> str:
     return f" (NO BETTER than the untrained encoder, {before:.2f}: {score - before:+.2f})"
 
 
-def clock(seconds: float) -> str:
-    whole = int(seconds)
-    hours, minutes = whole // 3600, whole // 60 % 60
-    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
-
-
-def show_values(values: Mapping[str, Any]) -> str:
-    """Keys without their section, so that a narrow terminal holds them."""
-    return "  ".join(f"{key.rpartition('.')[2]} {show_value(value)}" for key, value in values.items())
-
-
 def study_view(study: Study):
     """An ``on_event`` callback for this process: :class:`LiveTable` if stdout is a terminal, else :class:`Lines`."""
     return LiveTable(study) if sys.stdout.isatty() else Lines()
-
-
-class Lines:
-    """One line an event, for logs."""
-
-    def __init__(self) -> None:
-        self.last_tokenised = 0.0
-
-    def __call__(self, event: dict[str, Any]) -> None:
-        text = self.describe(event)
-        if text:
-            print(printable(text), flush=True)
-
-    def close(self) -> None:
-        pass
-
-    def describe(self, event: dict[str, Any]) -> str | None:
-        if event["event"] == "note":
-            return event["text"]
-        if event["event"] == "tokenised" and time.monotonic() - self.last_tokenised > 5:
-            self.last_tokenised = time.monotonic()
-            return f"  {event['rows']:,} sentences tokenised"
-        return describe_trial(event) if event["event"] == "trial" else None
-
-
-def describe_trial(event: dict[str, Any]) -> str:
-    name, what = f"{datetime.now():%H:%M:%S}  {event['id']}", event["what"]
-    if what == "begins":
-        return f"{name} begins  {show_values(event['values'])}"
-    if what == "evaluated":
-        return f"{name}   step {event['step']}  dev {event['score']:.2f}"
-    if what == "failed":
-        return f"{name} failed: {event['reason']}"
-    return f"{name} {what} at step {event['step']} with dev {event['score']:.2f}"
 
 
 class LiveTable:

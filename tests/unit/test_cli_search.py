@@ -20,7 +20,7 @@ from helpers import sentences, write_corpus
 from typer.testing import CliRunner, Result
 
 from clusterns_ray.cli import app
-from clusterns_ray.console import encoding as encode_progress
+from clusterns_ray.console import progress
 from clusterns_ray.models.encoder import Encoder
 
 
@@ -223,8 +223,8 @@ def encoded(rows: int, total: int | None, left: float | None) -> dict:
 
 def test_lines_are_few_and_say_speed_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now, stream = 100.0, io.StringIO()
-    monkeypatch.setattr(encode_progress.time, "monotonic", lambda: now)
-    on_event = encode_progress.encoding_view(stream)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    on_event = progress.progress_view(stream)
     for rows, now in ((1000, 101.0), (2000, 105.5), (3000, 106.0), (4000, 111.0)):  # noqa: B007
         on_event(encoded(rows, 5000, 3725.0 if rows == 2000 else 65.0))
     on_event(encoded(5000, None, None))
@@ -232,7 +232,7 @@ def test_lines_are_few_and_say_speed_and_time_left(monkeypatch: pytest.MonkeyPat
     on_event(encoded(6000, None, None))
     assert stream.getvalue().splitlines() == [
         "  2,000 of 5,000 sentences encoded  1,234 sentences/s  1:02:05 left",
-        "  4,000 of 5,000 sentences encoded  1,234 sentences/s  01:05 left",
+        "  4,000 of 5,000 sentences encoded  1,234 sentences/s  1:05 left",
         "  6,000 sentences encoded  1,234 sentences/s",
     ]
 
@@ -241,7 +241,7 @@ def test_a_terminal_shows_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     screen = Screen()
-    on_event = encode_progress.encoding_view(screen)
+    on_event = progress.progress_view(screen)
     on_event({"event": "note", "text": "Counting [bold] the sentences"})
     on_event(encoded(2000, 5000, 65.0))
     on_event({"event": "note", "text": "half way"})

@@ -39,7 +39,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "faiss": ("clustering.backend", "inference.faiss_index", "ops.doctor"),
     "torch.distributed": ("distributed",),
     "torch.nn.parallel": ("distributed",),
-    "optuna": ("tuning", "console.study"),
+    "optuna": ("tuning", "console.study", "report.study_charts"),
     "plotly": ("report",),
     "typer": ("cli",),
 }

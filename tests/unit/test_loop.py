@@ -21,7 +21,7 @@ import torch
 from helpers import WIDTH, make_tiny_model, write_corpus, write_pairs
 
 from clusterns_ray.config import Config, make_config
-from clusterns_ray.console.training import outcome_lines
+from clusterns_ray.console.progress import outcome_lines
 from clusterns_ray.data.prepare import Prepared, prepare
 from clusterns_ray.errors import CheckpointError, ClusterNSError, ConfigError, DataError, NonFiniteError, StorageError
 from clusterns_ray.models.encoder import Encoder

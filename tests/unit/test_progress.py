@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from clusterns_ray.console.training import Bar, Lines, training_view
+from clusterns_ray.console.progress import Bar, Lines, progress_view
 
 START = {"event": "start", "step": 0, "total_steps": 40, "rows": 1234, "num_clusters": 32}
 BEFORE = {"event": "evaluation", "step": 0, "sts_dev": 56.85}
@@ -98,4 +98,4 @@ def test_the_view_is_gone_when_the_run_is_done() -> None:
 
 
 def test_no_terminal_no_bar(capsys: pytest.CaptureFixture[str]) -> None:
-    assert isinstance(training_view(), Lines)
+    assert isinstance(progress_view(), Lines)

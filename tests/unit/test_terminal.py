@@ -5,8 +5,7 @@ import time
 
 import pytest
 
-from clusterns_ray.console import encoding as encode_progress
-from clusterns_ray.console import training as progress
+from clusterns_ray.console import progress
 from clusterns_ray.inference.search import Hit, hits_as_json, hits_as_text
 from clusterns_ray.io.terminal import printable
 
@@ -33,7 +32,7 @@ def test_nothing_that_a_terminal_obeys_is_printed(text: str) -> None:
     shown = printable(text)
     assert shown in ("red", "")
     printed = io.StringIO()
-    encode_progress.Lines(printed)({"event": "note", "text": text})
+    progress.Lines(printed)({"event": "note", "text": text})
     assert printed.getvalue() == shown + "\n"
     lines = hits_as_text(text, [Hit(1, 0.5, 0, text)])
     assert lines.count("red") == (2 if shown else 0) and lines.replace("\n", "").isprintable()

@@ -1,58 +1,71 @@
-"""What a person sees of a run: a bar on a terminal, plain lines elsewhere."""
+"""What a person sees of work that takes its time: a bar on a terminal, plain lines elsewhere.
+
+Both are ``on_event`` callbacks. Events are those of training (``start``, ``step``, ``evaluation``, ``done``), of a
+sweep (``trial``), of rows that are worked through (``tokenised``, ``encoded``, ``indexed``), and ``note``, a text.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, TextIO
 
 from clusterns_ray.io.terminal import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+EVERY_S = 5.0
+"""Seconds between two lines on the rows that are done."""
+DOING = {"tokenised": "tokenising", "encoded": "encoding", "indexed": "indexing"}
+"""Events that count rows, and what is being done to them."""
 
-def training_view():
-    """An ``on_event`` callback for this process: :class:`Bar` if stdout is a terminal, else :class:`Lines`."""
-    return Bar() if sys.stdout.isatty() else Lines()
+
+def progress_view(stream: TextIO | None = None) -> Lines | Bar:
+    """:class:`Bar` if ``stream`` (stdout if not given) is a terminal, else :class:`Lines`."""
+    return Bar(stream) if (stream or sys.stdout).isatty() else Lines(stream)
 
 
 class Lines:
     """One line an event, for logs."""
 
-    def __init__(self) -> None:
-        self.total_steps = 0
-        self.started = time.monotonic()
-        self.first_step = 0
-        self.clusters = 0
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = stream
+        self.total_steps = self.first_step = self.clusters = 0
         self.before: float | None = None
-        self.last_tokenised = 0.0
+        self.started = self.last = time.monotonic()
 
     def __call__(self, event: dict[str, Any]) -> None:
         text = self.describe(event)
         if text:
-            print(printable(text), flush=True)
+            print(printable(text), file=self.stream, flush=True)
 
     def close(self) -> None:
         pass
 
     def describe(self, event: dict[str, Any]) -> str | None:
+        """An event as a line; None where it is not worth one."""
         kind = event["event"]
         if kind == "note":
             return event["text"]
-        if kind == "tokenised":
-            if time.monotonic() - self.last_tokenised < 5:
+        if kind in DOING:
+            if time.monotonic() - self.last < EVERY_S:
                 return None
-            self.last_tokenised = time.monotonic()
-            return f"  {event['rows']:,} sentences tokenised"
+            self.last = time.monotonic()
+            of = f" of {event['total']:,}" if event.get("total") else ""
+            return "  ".join([f"  {event['rows']:,}{of} sentences {kind}", *speed(event)])
+        if kind == "trial":
+            return describe_trial(event)
         if kind == "start":
             self.total_steps, self.first_step, self.started = event["total_steps"], event["step"], time.monotonic()
             self.clusters, self.before = event["num_clusters"], event.get("sts_dev_before")
             where = f" from step {event['step']}" if event["step"] else ""
             return f"Training{where}: {event['total_steps']} steps over {event['rows']:,} sentences."
         if kind == "step":
-            text = step_text(event, self.clusters)
-            return f"step {event['step']}/{self.total_steps}  {text}  {self.time_left(event['step'])} left"
+            facts = "  ".join(f"{name} {value}" for name, value in step_facts(event, self.clusters).items())
+            return f"step {event['step']}/{self.total_steps}  {facts}  {self.time_left(event['step'])} left"
         if kind == "evaluation":
             if event["step"] == 0:
                 self.before = event["sts_dev"]
@@ -61,8 +74,39 @@ class Lines:
 
     def time_left(self, step: int) -> str:
         done = step - self.first_step
-        seconds = (time.monotonic() - self.started) / max(done, 1) * (self.total_steps - step)
-        return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+        return clock((time.monotonic() - self.started) / max(done, 1) * (self.total_steps - step))
+
+
+def clock(seconds: float) -> str:
+    """``1:05``, ``1:02:05``"""
+    whole = int(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+def speed(event: dict[str, Any]) -> list[str]:
+    """Sentences a second, and the time left, where they are known."""
+    parts = [f"{event['sentences_per_second']:,.0f} sentences/s"] if event.get("sentences_per_second") else []
+    return parts + ([f"{clock(event['seconds_left'])} left"] if event.get("seconds_left") is not None else [])
+
+
+def show_values(values: Mapping[str, Any]) -> str:
+    """Keys without their section, so that a narrow terminal holds them."""
+    from clusterns_ray.tuning.comparison import show_value
+
+    return "  ".join(f"{key.rpartition('.')[2]} {show_value(value)}" for key, value in values.items())
+
+
+def describe_trial(event: dict[str, Any]) -> str:
+    """What has become of a trial, with the time of day."""
+    name, what = f"{datetime.now():%H:%M:%S}  {event['id']}", event["what"]
+    if what == "begins":
+        return f"{name} begins  {show_values(event['values'])}"
+    if what == "evaluated":
+        return f"{name}   step {event['step']}  dev {event['score']:.2f}"
+    if what == "failed":
+        return f"{name} failed: {event['reason']}"
+    return f"{name} {what} at step {event['step']} with dev {event['score']:.2f}"
 
 
 def step_facts(event: dict[str, Any], clusters: int = 0) -> dict[str, str]:
@@ -75,10 +119,6 @@ def step_facts(event: dict[str, Any], clusters: int = 0) -> dict[str, str]:
     if event.get("skipped_steps"):
         facts["steps skipped (gradient not finite)"] = str(event["skipped_steps"])
     return facts
-
-
-def step_text(event: dict[str, Any], clusters: int = 0) -> str:
-    return "  ".join(f"{name} {value}" for name, value in step_facts(event, clusters).items())
 
 
 def evaluation_text(event: dict[str, Any], before: float | None) -> str:
@@ -120,13 +160,14 @@ def outcome_lines(result: dict[str, Any]) -> list[str]:
 class Bar:
     """A live view: a bar with the time left, and beneath it the newest figures; notes scroll above them."""
 
-    def __init__(self) -> None:
+    def __init__(self, stream: TextIO | None = None) -> None:
         from rich.console import Console
         from rich.live import Live
 
-        self.console = Console()
+        self.console = Console(file=stream)
         self.live: Live | None = None
         self.progress: Progress | None = None
+        self.doing = ""
         self.clusters = 0
         self.facts: dict[str, str] = {}
         self.dev: dict[str, str] = {}
@@ -134,13 +175,13 @@ class Bar:
     def __call__(self, event: dict[str, Any]) -> None:
         kind = event["event"]
         if kind == "note":
-            self.console.print(printable(event["text"]), highlight=False, markup=False)
-        elif kind == "tokenised":
-            if self.live is None:
-                self._begin("tokenising", None, 0)
+            self.console.print(printable(event["text"]), highlight=False, markup=False, soft_wrap=True)
+        elif kind in DOING:
+            if self.doing != kind:
+                self._begin(kind, event.get("total"), 0)
+            self.facts = dict.fromkeys(speed(event), "")
             self._update(event["rows"])
         elif kind == "start":
-            self.close()
             self.clusters = event["num_clusters"]
             self._begin("training", event["total_steps"], event["step"])
         elif kind == "step":
@@ -168,20 +209,17 @@ class Bar:
         assert self.progress is not None
         return Group(self.progress, Text("   ").join(facts)) if facts else self.progress
 
-    def _begin(self, description: str, total: int | None, completed: int) -> None:
+    def _begin(self, doing: str, total: int | None, completed: int) -> None:
         from rich.live import Live
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("left" if total else "sentences"),
-            console=self.console,
-        )
-        self.progress.add_task(description, total=total, completed=completed)
-        self.live = Live(get_renderable=self.view, console=self.console, refresh_per_second=4)
+        self.close()
+        training = doing == "training"
+        columns = [TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn()]
+        columns += [TimeRemainingColumn(), TextColumn("left")] if training else [TextColumn("sentences")]
+        self.doing, self.facts, self.progress = doing, {}, Progress(*columns, console=self.console)
+        self.progress.add_task(DOING.get(doing, doing), total=total, completed=completed)
+        self.live = Live(get_renderable=self.view, console=self.console, refresh_per_second=4, transient=not training)
         self.live.start()
 
     def _update(self, completed: int) -> None:
@@ -192,3 +230,4 @@ class Bar:
         if self.live is not None:
             self.live.stop()
             self.live = self.progress = None
+            self.doing = ""
