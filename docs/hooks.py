@@ -176,7 +176,7 @@ def command_line_page() -> str:
     text = text.replace("# `clusterns`", "# Command line", 1)
     text = re.sub(r"^## `clusterns (\w+)`$", r"## clusterns \1 { #\1 }", text, flags=re.M)
     text = re.sub(r"^\* `(\w+)`: ", r"* [`clusterns \1`](#\1): ", text, flags=re.M)
-    return text
+    return re.sub(r"<(?=[A-Z])", "&lt;", text)  # label<TAB>sentence is no HTML
 
 
 def api_page() -> str:
