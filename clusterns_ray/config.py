@@ -54,6 +54,8 @@ POOLINGS: tuple[str, ...] = get_args(Pooling)
 
 
 class EncoderConfig(Section):
+    """The encoder that is trained: its weights, how it reads sentences, and how it makes one vector of each."""
+
     name: str = "bert-base-uncased"
     """A hub id, a directory, or `package:PYTHON_PACKAGE/SUBDIR` (weights that a pip package carries)."""
     revision: str | None = None
@@ -109,6 +111,8 @@ class EncoderConfig(Section):
 
 
 class DataConfig(Section):
+    """The text to learn from, and the order in which it is read."""
+
     corpus: str | list[str] | None = None
     """Text to learn from: a path, a glob, a list of them, an s3:// or gs:// URL, hf://NAME[:split], or `demo`.
     If unset, the sentences of `documents`."""
@@ -136,6 +140,8 @@ class DataConfig(Section):
 
 
 class LossConfig(Section):
+    """What is minimised."""
+
     temperature: float = Field(default=0.05, gt=0)
     """Divides every cosine in InfoNCE."""
     hard_negatives: bool = True
@@ -182,6 +188,8 @@ class LossConfig(Section):
 
 
 class ClusteringConfig(Section):
+    """The clusters that hard negatives and false negatives come from."""
+
     scope: Literal["batch", "corpus"] = "batch"
     """`batch`: centroids follow the batches, as in the paper. `corpus`: spherical K-means over a bank of embeddings of
     the corpus; hard negatives are its sentences. `rate`, `update` and `init` then mean nothing."""
@@ -219,6 +227,8 @@ class ClusteringConfig(Section):
 
 
 class TrainConfig(Section):
+    """The batch, the optimiser, and for how long."""
+
     global_batch_size: int = Field(default=256, ge=2, le=2**24)
     """Sentences in a step over all workers; what the result depends on, whatever the number of workers."""
     shards: int = Field(default=8, ge=1)
@@ -248,6 +258,8 @@ class TrainConfig(Section):
 
 
 class EvaluationConfig(Section):
+    """The dev set, by which the model is selected."""
+
     sts: str | None = None
     """A directory of TASK/SUBSET.jsonl files, `hf`: the public sets of the hub, or `structure`: pairs graded by the
     documents' structure.
@@ -282,6 +294,8 @@ class EvaluationConfig(Section):
 
 
 class RuntimeConfig(Section):
+    """Where and on how many workers a run is computed; its result does not depend on it."""
+
     num_workers: int | tuple[int, int] = 0
     """0: in this process, without Ray. N: that many Ray workers. [min, max]: as many as the cluster has, elastic."""
     use_gpu: bool | None = None

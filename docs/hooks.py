@@ -210,11 +210,13 @@ def modules_page() -> str:
     for layer in reversed(layers()):
         for room in sorted(layer - {"__init__"}):
             path = PACKAGE / room
-            modules = [path.with_suffix(".py")] if not path.is_dir() else sorted(path.rglob("*.py"))
             lines += ["", f"## {room} {{ #{room} }}", ""]
-            for module in modules:
-                if summary := first_sentence(module):
-                    lines.append(f"* `{module.relative_to(PACKAGE)}`: {summary}")
+            if not path.is_dir():
+                lines.append(first_sentence(path.with_suffix(".py")))
+                continue
+            lines += [first_sentence(path / "__init__.py"), ""]
+            for module in sorted(set(path.rglob("*.py")) - {path / "__init__.py"}):
+                lines.append(f"* `{module.relative_to(path)}`: {first_sentence(module)}")
     return "\n".join(lines) + "\n"
 
 
@@ -229,6 +231,8 @@ def layers() -> list[set[str]]:
 
 def first_sentence(path: Path) -> str:
     text = " ".join((ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0].split())
+    if not text:
+        log.warning("%s has no docstring", path)
     return text.replace("``", "`")
 
 

@@ -1,1 +1,1 @@
-"""How good an encoder is: semantic textual similarity."""
+"""How good an encoder is: similarity, transfer, clustering, geometry; and whether two differ."""

@@ -1,0 +1,1 @@
+"""Dropout and attention over packed tokens: tensors in, tensors out."""

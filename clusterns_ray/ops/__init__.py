@@ -1,0 +1,1 @@
+"""What is looked at before a run costs anything: doctor, plan, and checks of cluster files."""
