@@ -47,6 +47,7 @@ from clusterns_ray.config import Config, make_config
 from clusterns_ray.data.prepare import prepare
 from clusterns_ray.errors import Drained
 from clusterns_ray.models.encoder import Encoder
+from clusterns_ray.training.context import RunContext
 from clusterns_ray.training.environment import describe_environment
 from clusterns_ray.training.loop import train_worker
 from clusterns_ray.training.metrics import read_metrics
@@ -180,10 +181,10 @@ class Check:
         directory = self.place / "runs" / name
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
-        places: Any = {"tokens_dir": prepare(config).tokens_dir, "sts_dir": config.evaluation.sts, "run_dir": directory}
+        context = RunContext(config, prepare(config).tokens_dir, config.evaluation.sts, directory)
         for stop in (*stops, 0):
             with suppress(Drained):
-                train_worker(config, **places, device=self.device, on_event=lambda _: None, leave=stop.__eq__)
+                train_worker(context, self.device, lambda _: None, should_stop=stop.__eq__)
         return [metrics["loss"] for metrics in read_metrics(directory / "metrics.jsonl") if "loss" in metrics]
 
     def base_run(self, shards: int, batch: int) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,16 @@ def write_pairs(path: Path, count: int = 40, seed: int = 1) -> Path:
             score = round(5 * len(a & b) / len(a | b), 3)
             file.write(json.dumps({"sentence1": first, "sentence2": second, "score": score}) + "\n")
     return path
+
+
+def update_weights(optimizer: Any, loss: Any, rate: float, backward: Callable[[Any], None] | None = None) -> Any:
+    """The end of a step: backward (that of ``loss`` unless given), clip, update. Returns the gradients' norm."""
+    optimizer.zero_grad()
+    scaled = optimizer.scale(loss)
+    scaled.backward() if backward is None else backward(scaled)
+    norm = optimizer.clip_gradients()
+    optimizer.step(rate)
+    return norm
 
 
 def make_tiny_model(

@@ -20,7 +20,12 @@ EMPTY_AFTER = 50
 class ClusterHealth:
     """Sizes, idleness and drift of the clusters, equal on every worker; begins when clustering does."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        """
+        Args:
+            device: that of the centroids.
+        """
+        self.device = device
         self.steps = 0
         """observed since clustering started"""
         self.idle_K: Tensor | None = None
@@ -67,7 +72,7 @@ class ClusterHealth:
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps, "idle_K": self.idle_K, "sizes_K": self.sizes_K, "before_KD": self.before_KD}
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps = state["steps"]
         for name in ("idle_K", "sizes_K", "before_KD"):
-            setattr(self, name, None if state[name] is None else state[name].to(device))
+            setattr(self, name, None if state[name] is None else state[name].to(self.device))

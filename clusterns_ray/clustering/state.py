@@ -25,11 +25,23 @@ from clusterns_ray.clustering.kmeans import (
 class Clustering:
     """``centroids_KD`` in float32, or None until the gate opens."""
 
-    def __init__(self, num_clusters: int, start_cosine: float, rate: float, update: UpdateRule):
+    def __init__(
+        self,
+        num_clusters: int,
+        start_cosine: float,
+        rate: float,
+        update: UpdateRule,
+        device: torch.device | str = "cpu",
+    ):
+        """
+        Args:
+            device: where the centroids of a checkpoint are loaded to; new ones are on the device of the embeddings.
+        """
         self.num_clusters = num_clusters
         self.start_cosine = start_cosine
         self.rate = rate
         self.rule: UpdateRule = update
+        self.device = device
         self.centroids_KD: Tensor | None = None
 
     @property
@@ -77,6 +89,6 @@ class Clustering:
     def state_dict(self) -> dict[str, Any]:
         return {"centroids_KD": self.centroids_KD}
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         centroids_KD = state["centroids_KD"]
-        self.centroids_KD = None if centroids_KD is None else centroids_KD.to(device)
+        self.centroids_KD = None if centroids_KD is None else centroids_KD.to(self.device)

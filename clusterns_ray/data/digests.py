@@ -50,5 +50,22 @@ def check_digests(what: str, before: dict[str, str | None] | None, now: dict[str
         )
 
 
+class DataDigests:
+    """The digests of a run's data as a part of its checkpoints: one of other data is refused when it is loaded."""
+
+    def __init__(self, what: str, digests: dict[str, str | None]):
+        self.what, self.digests = what, digests
+
+    def state_dict(self) -> dict[str, str | None]:
+        return self.digests
+
+    def load_state_dict(self, state: dict[str, str | None]) -> None:
+        """
+        Raises:
+            DataError: the checkpoint is of other data.
+        """
+        check_digests(self.what, state, self.digests)
+
+
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

@@ -97,20 +97,15 @@ def _train_here(config: Config, prepared: Prepared, run_dir: Path, on_event: OnE
     import torch
 
     from clusterns_ray.io.uploader import uploader_for
+    from clusterns_ray.training.context import RunContext
     from clusterns_ray.training.loop import train_worker
 
     device = torch.device("cuda" if _wants_gpu(config) else "cpu")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        return train_worker(
-            config,
-            tokens_dir=prepared.tokens_dir,
-            sts_dir=prepared.sts_dir,
-            run_dir=run_dir,
-            device=device,
-            on_event=on_event,
-            command=command_line(),
-            uploader=uploader_for(run_url(config), run_dir),
-        )
+        uploader = uploader_for(run_url(config), run_dir)
+        command = tuple(command_line())
+        context = RunContext(config, prepared.tokens_dir, prepared.sts_dir, run_dir, uploader, command)
+        return train_worker(context, device, on_event)
 
 
 def _wants_gpu(config: Config) -> bool:
@@ -199,6 +194,7 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
     from clusterns_ray import distributed
     from clusterns_ray.io.uploader import uploader_for
     from clusterns_ray.launch.workers import PreemptionWatcher, answer, worker_device
+    from clusterns_ray.training.context import RunContext
     from clusterns_ray.training.loop import train_worker
 
     config = make_config(settings["config"])
@@ -207,17 +203,9 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
     def train() -> dict[str, Any]:
         tokens_dir, sts_dir = unstage(config, settings["staged"])
         run_dir = Path(settings["run_dir"] or run_directory(config))
-        return train_worker(
-            config,
-            tokens_dir=tokens_dir,
-            sts_dir=sts_dir,
-            run_dir=run_dir,
-            device=worker_device(config),
-            on_event=tell,
-            report=ray.train.report,
-            leave=PreemptionWatcher(lambda: tell({"event": "alive"}) if distributed.rank() == 0 else None),
-            command=settings["command"],
-            uploader=uploader_for(run_url(config), run_dir),
-        )
+        uploader = uploader_for(run_url(config), run_dir)
+        context = RunContext(config, tokens_dir, sts_dir, run_dir, uploader, tuple(settings["command"]))
+        watcher = PreemptionWatcher(lambda: tell({"event": "alive"}) if distributed.rank() == 0 else None)
+        return train_worker(context, worker_device(config), tell, on_evaluation=ray.train.report, should_stop=watcher)
 
     return answer(train)

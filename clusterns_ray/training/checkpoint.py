@@ -13,18 +13,89 @@ import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from clusterns_ray import distributed
 from clusterns_ray.errors import CheckpointError
 from clusterns_ray.io.files import flush, json_text
 from clusterns_ray.io.files import sha256 as file_sha256
+from clusterns_ray.training.context import RunContext
+from clusterns_ray.training.run_access import on_worker_0
 
 FORMAT = 2
 
 UNUSABLE = (CheckpointError, OSError, RuntimeError, pickle.UnpicklingError)
 """What is raised of a checkpoint that cannot be loaded."""
+
+
+class Stateful(Protocol):
+    """A part of a run that changes while it trains."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> object: ...
+
+
+class Checkpointer:
+    """Saves and loads the parts of a run that change, which are equal on every worker, each under its own name."""
+
+    def __init__(self, context: RunContext, parts: dict[str, Stateful]):
+        """
+        Args:
+            parts: in the order in which they are loaded.
+        """
+        self.context, self.parts = context, parts
+        self.directory = context.run_dir / "checkpoints"
+        self.fingerprint = context.config.fingerprint()
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint of all parts after ``step`` steps; worker 0 does."""
+
+        def write() -> None:
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            keep, uploader = self.context.config.runtime.keep, self.context.uploader
+            path = save_checkpoint(self.directory, step, state, self.fingerprint, keep)
+            uploader.push("metrics.jsonl")
+            uploader.push(f"checkpoints/{path.name}")
+            uploader.keep_newest("checkpoints", keep)
+
+        on_worker_0(write, self.directory)
+
+    def newest(self, warn: Callable[[str], None]) -> dict[str, Any] | None:
+        """The state in the newest whole checkpoint, the same on every worker; None where the run has none yet.
+
+        Raises:
+            CheckpointError: checkpoints are there and every one is damaged or of another configuration.
+        """
+        step, state = load_newest(self.directory, self.fingerprint, warn) or (0, None)
+        chosen = distributed.broadcast_object(step)
+        if step != chosen:
+            raise RuntimeError(
+                f"worker {distributed.rank()} does not see the checkpoint of step {chosen} in {self.directory}"
+            )
+        return state
+
+    def of_step(self, step: int) -> dict[str, Any] | None:
+        """The state after ``step`` steps; None where there is no whole checkpoint of it."""
+        return load_step(self.directory, step, self.fingerprint)
+
+    def load(self, state: dict[str, Any], only: tuple[str, ...] = ()) -> None:
+        """Make the parts, or ``only`` those named, what a checkpoint holds.
+
+        Raises:
+            CheckpointError: it lacks a part.
+            DataError: it is of other data.
+        """
+        for name, part in self.parts.items():
+            if name not in state:
+                raise CheckpointError(
+                    f"The checkpoint in {str(self.directory)!r} holds no {name!r}, so another version wrote it. Go on "
+                    "with that version, or remove the directory to start the run anew."
+                )
+            if not only or name in only:
+                part.load_state_dict(state[name])
 
 
 def save_checkpoint(directory: Path, step: int, state: dict[str, Any], fingerprint: str, keep: int) -> Path:

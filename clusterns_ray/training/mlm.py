@@ -55,7 +55,15 @@ def prediction_loss(model: nn.Module, ids_BT: Tensor, mask_BT: Tensor, labels_BT
     return torch.stack([total, (labels_BT != IGNORED).sum().to(total.dtype)])
 
 
-def head_state(model: nn.Module) -> dict[str, Tensor]:
-    """What a masked language model has besides its backbone."""
-    prefix = f"{model.base_model_prefix}."
-    return {name: value for name, value in model.state_dict().items() if not name.startswith(prefix)}
+class LanguageModelHead:
+    """What a masked language model has besides its backbone, as a part of a checkpoint."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def state_dict(self) -> dict[str, Tensor]:
+        prefix = f"{self.model.base_model_prefix}."
+        return {name: value for name, value in self.model.state_dict().items() if not name.startswith(prefix)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.model.load_state_dict(state, strict=False)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from clusterns_ray.config import Config
+from clusterns_ray.training.state import TrainState
 
 
-def model_card(config: Config, progress: dict[str, Any]) -> str:
+def model_card(config: Config, state: TrainState) -> str:
     """Markdown: how to load the model, how it was trained, and what was measured."""
     method = (
         f"ClusterNS with {config.clustering.num_clusters} clusters"
@@ -17,10 +16,10 @@ def model_card(config: Config, progress: dict[str, Any]) -> str:
     )
     if config.loss.teacher is not None:
         method += f" and the ranking of `{config.loss.teacher}`"
-    before, after = progress["score_before"], progress["best_score"]
+    before, after = state.score_before, state.best_score
     if after is None or before is None:
         measured = "No dev set was given, so this is the model of the last step."
-    elif progress["best_step"] == 0:
+    elif state.best_step == 0:
         measured = (
             f"This is the untrained encoder: no step of training had a better score on {config.evaluation.dev} than "
             f"its **{before:.2f}** (Spearman x 100)."
@@ -28,7 +27,7 @@ def model_card(config: Config, progress: dict[str, Any]) -> str:
     else:
         measured = (
             f"Spearman x 100 on {config.evaluation.dev}, which also chose the step: {before:.2f} before training, "
-            f"**{after:.2f}** after step {progress['best_step']}."
+            f"**{after:.2f}** after step {state.best_step}."
         )
     return f"""---
 library_name: sentence-transformers
@@ -50,5 +49,5 @@ embeddings = model.encode(["A first sentence.", "And a second."])
 ```
 
 Pooling: {config.encoder.pooling}; trained on sentences of up to {config.encoder.max_length} tokens; seed {config.seed};
-{progress["step"]} steps of {config.train.global_batch_size} sentences; learning rate {config.train.learning_rate}.
+{state.step} steps of {config.train.global_batch_size} sentences; learning rate {config.train.learning_rate}.
 """

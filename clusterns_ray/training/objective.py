@@ -174,6 +174,11 @@ class Objective:
         shares = torch.stack([share.detach() for share in shares])
         return StepLoss(loss * distributed.world_size(), shares, counts_K, false_negatives)
 
+    def unused_terms(self) -> list[str]:
+        """Names of ``SHARE_NAMES`` whose terms the configuration leaves out."""
+        used = {"distillation": self.loss.teacher is not None, "mlm": self.loss.mlm_weight > 0}
+        return [name for name, on in used.items() if not on]
+
     def _assign(self, cos_bK: Tensor, layout: BatchLayout) -> Clusters:
         nearest_b, second_b = nearest_two(cos_bK)
         nearest_B, second_B = layout.gather(torch.stack([nearest_b, second_b], dim=1)).unbind(dim=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -42,25 +42,37 @@ class Optimizer:
             decay_groups(module.named_parameters(), config.weight_decay), lr=config.learning_rate, fused=True
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.not_finite = torch.zeros((), device=device)
+        """1 where the gradients last clipped were not finite, else 0"""
         self.skipped = torch.zeros(2, device=device)
         """steps skipped since the run began, and in a row up to now"""
 
-    def step(self, loss: Tensor, rate: float, backward: Callable[[Tensor], None] = Tensor.backward) -> Tensor:
-        """Backward, clip, and one update with learning rate ``rate``.
+    def zero_grad(self) -> None:
+        """Forget the gradients of the step before."""
+        self.adamw.zero_grad(set_to_none=True)
 
-        Args:
-            backward: adds the gradient of the scalar it is given to the parameters'.
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss to call ``backward()`` on: in fp16 it is scaled up, so that small gradients do not vanish."""
+        return self.scaler.scale(loss)
+
+    def clip_gradients(self) -> Tensor:
+        """Scale the gradients back, and down to ``train.max_grad_norm``; notes on the device whether they are finite.
 
         Returns:
             The gradient norm before clipping, 0-d, on the device.
         """
-        self.adamw.zero_grad(set_to_none=True)
-        backward(self.scaler.scale(loss))
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.adamw)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        not_finite = (~norm.isfinite()).float()
-        self.skipped = (self.skipped + not_finite) * torch.stack([torch.ones_like(not_finite), not_finite])
+        self.not_finite = (~norm.isfinite()).float()
+        self.skipped = (self.skipped + self.not_finite) * torch.stack(
+            [torch.ones_like(self.not_finite), self.not_finite]
+        )
+        return norm
+
+    def step(self, rate: float) -> None:
+        """Update the weights with learning rate ``rate``, unless the gradients of :meth:`clip_gradients` are not
+        finite."""
         for group in self.adamw.param_groups:
             group["lr"] = rate
         if self.scaler.is_enabled():
@@ -68,10 +80,9 @@ class Optimizer:
             self.scaler.update()
         else:
             # What a gradient scaler tells a fused optimiser, without its wait for the device.
-            self.adamw.found_inf = not_finite  # type: ignore[attr-defined]
+            self.adamw.found_inf = self.not_finite  # type: ignore[attr-defined]
             self.adamw.grad_scale = None  # type: ignore[attr-defined]
             self.adamw.step()
-        return norm
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -15,7 +15,7 @@ from clusterns_ray.launch.ray_cluster import on_this_node
 from clusterns_ray.launch.staging import run_place
 from clusterns_ray.launch.workers import PreemptionWatcher, answer, run_workers, worker_device
 from clusterns_ray.training.loop import train_worker
-from clusterns_ray.tuning.job import Job, Listener, Result, Stopped, run_files
+from clusterns_ray.tuning.job import Job, Listener, Result, Stopped, run_context
 
 DESK_TIMEOUT_S = 60.0
 
@@ -95,14 +95,13 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
 
     def train() -> dict[str, Any]:
         try:
-            with run_files(job, config) as files:
+            with run_context(job, config) as context:
                 return train_worker(
-                    config,
-                    **files,
-                    device=worker_device(config),
-                    on_event=listener.on_event,
-                    report=report,
-                    leave=PreemptionWatcher(lambda: desk.alive.remote() if distributed.rank() == 0 else None),
+                    context,
+                    worker_device(config),
+                    listener.on_event,
+                    on_evaluation=report,
+                    should_stop=PreemptionWatcher(lambda: desk.alive.remote() if distributed.rank() == 0 else None),
                     score_before=job["score_before"],
                 )
         except Stopped:

@@ -11,6 +11,7 @@ from clusterns_ray import distributed
 from clusterns_ray.config import Config
 from clusterns_ray.io.uploader import uploader_for
 from clusterns_ray.launch.staging import run_directory, run_url, unstage
+from clusterns_ray.training.context import RunContext
 from clusterns_ray.training.metrics import read_metrics
 
 Job = dict[str, Any]
@@ -27,13 +28,13 @@ class Stopped(Exception):
 
 
 @contextmanager
-def run_files(job: Job, config: Config) -> Iterator[dict[str, Any]]:
-    """What ``train_worker`` is to be told of a trial's files on this machine. In the end a copy of what is in an
-    object store is removed: a sweep has many runs."""
+def run_context(job: Job, config: Config) -> Iterator[RunContext]:
+    """Where a trial's files are on this machine. In the end a copy of what is in an object store is removed: a sweep
+    has many runs."""
     tokens_dir, sts_dir = unstage(config, job["staged"])
     run_dir, url = run_directory(config), run_url(config)
     try:
-        yield {"tokens_dir": tokens_dir, "sts_dir": sts_dir, "run_dir": run_dir, "uploader": uploader_for(url, run_dir)}
+        yield RunContext(config, tokens_dir, sts_dir, run_dir, uploader_for(url, run_dir))
     finally:
         if url and distributed.rank() == 0:
             shutil.rmtree(run_dir, ignore_errors=True)

@@ -26,7 +26,7 @@ from clusterns_ray.io.files import disk_fault
 from clusterns_ray.io.object_store import Place
 from clusterns_ray.launch.staging import read_run_file, run_place
 from clusterns_ray.tuning.distributed_trial import fit
-from clusterns_ray.tuning.job import Job, Listener, Result, Stopped, run_files
+from clusterns_ray.tuning.job import Job, Listener, Result, Stopped, run_context
 
 STOP_S = 90.0
 """How long a stopped trial is waited for before its process is given up; a store gets its last files meanwhile."""
@@ -169,13 +169,12 @@ def _train_here(job: Job, config: Config, tell: Callable[[Result], None]) -> dic
         torch.set_num_threads(config.runtime.cpus_per_worker)
     listener = Listener(tell, config, job["heard"])
     try:
-        with run_files(job, config) as files:
+        with run_context(job, config) as context:
             return train_worker(
-                config,
-                **files,
-                device=device,
-                on_event=listener.on_event,
-                report=listener.report,
+                context,
+                device,
+                listener.on_event,
+                on_evaluation=listener.report,
                 score_before=job["score_before"],
             )
     finally:

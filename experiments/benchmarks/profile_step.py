@@ -35,9 +35,9 @@ from clusterns_ray.kernels.packed_attention import filled_columns
 from clusterns_ray.models.packed_bert import Linear, PackedBert, multiply
 from clusterns_ray.ops.plan.step import BACKWARD, EncoderWork, objective_flops
 from clusterns_ray.ops.plan.workload import encoder_work
-from clusterns_ray.training.loop import Run
 from clusterns_ray.training.objective import DTYPES
 from clusterns_ray.training.optim import learning_rate
+from clusterns_ray.training.parts import TrainingParts
 
 WARM_UP_STEPS = 2
 PART = "part: "
@@ -154,29 +154,27 @@ def main() -> None:
 # ---- the profile ----------------------------------------------------------------------------------------------------
 
 
-def take_step(run: Run, number: int) -> None:
+def take_step(run: TrainingParts, number: int) -> None:
     """A step of the loop, its parts under names of their own: the loss goes back to the embeddings first, and from
     there through the encoder, which changes no gradient."""
     with record_function(READING):
         layout, shards = run.batch(number)
     with record_function(FORWARD):
-        views = run.encode(shards)
+        views = run.forward(shards)
     with record_function(LOSS):
         z1_bD, z2_bD = (z_bD.detach().requires_grad_() for z_bD in (views.z1_bD, views.z2_bD))
         loss = run.objective(z1_bD, z2_bD, layout, views.mlm)
         run.health.observe(run.clustering.centroids_KD, loss.counts_K)
         loss.scaled_loss.backward()
-
-    def backward(_: Tensor) -> None:
+    with record_function(UPDATE):
+        run.optimizer.zero_grad()
         with record_function(BACKWARDS):
             torch.autograd.backward([views.z1_bD, views.z2_bD], [z1_bD.grad, z2_bD.grad])
-
-    with record_function(UPDATE):
-        rate = learning_rate(number, run.total_steps, run.config.train)
-        run.optimizer.step(loss.scaled_loss.detach(), rate, backward)
+        run.optimizer.clip_gradients()
+        run.optimizer.step(learning_rate(number, run.total_steps, run.config.train))
 
 
-def profile_steps(run: Run, numbers: Sequence[int]) -> dict[str, float]:
+def profile_steps(run: TrainingParts, numbers: Sequence[int]) -> dict[str, float]:
     """Seconds of one step by group, largest first; they add up to the whole profiled step."""
     for number in range(WARM_UP_STEPS):
         take_step(run, number)
@@ -210,7 +208,7 @@ def group_of(names: Sequence[str]) -> str:
 # ---- what a step has to compute -------------------------------------------------------------------------------------
 
 
-def step_flops(run: Run, work: EncoderWork, number: int) -> StepFlops:
+def step_flops(run: TrainingParts, work: EncoderWork, number: int) -> StepFlops:
     """Of batch ``number``, whose rows are packed: linear layers see N real tokens, attention shards of b rows with T
     queries and T' keys, whole vectors of them.
 
@@ -227,7 +225,7 @@ def step_flops(run: Run, work: EncoderWork, number: int) -> StepFlops:
     return StepFlops(linear, attention, int(objective))
 
 
-def linear_products(run: Run, numbers: Sequence[int]) -> Counter[Product]:
+def linear_products(run: TrainingParts, numbers: Sequence[int]) -> Counter[Product]:
     """The products of the layers' linear parts in these steps, and how often each is taken: of a layer ``out x in``
     and N tokens (N x in)(in x out), back to the inputs (N x out)(out x in), to the weights (out x N)(N x in)."""
     layers = PackedBert(run.encoder.backbone, torch.float32).layers
@@ -242,7 +240,7 @@ def linear_products(run: Run, numbers: Sequence[int]) -> Counter[Product]:
     return found
 
 
-def measure_ceilings(run: Run, numbers: Sequence[int], rounds: int) -> dict[str, float]:
+def measure_ceilings(run: TrainingParts, numbers: Sequence[int], rounds: int) -> dict[str, float]:
     """FLOP/s of a step's linear products alone, by precision: all of them, over the sum of their median times."""
     products = linear_products(run, numbers)
     largest = max(max(product.m * product.k, product.k * product.n) for product in products)

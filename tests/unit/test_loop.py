@@ -26,11 +26,14 @@ from clusterns_ray.data.prepare import Prepared, prepare
 from clusterns_ray.errors import CheckpointError, ClusterNSError, ConfigError, DataError, NonFiniteError, StorageError
 from clusterns_ray.models.encoder import Encoder
 from clusterns_ray.models.tokenization import tokenize
-from clusterns_ray.training import loop
+from clusterns_ray.training import run_access
 from clusterns_ray.training.checkpoint import list_checkpoints
-from clusterns_ray.training.loop import COLLAPSED, Run, train_worker
+from clusterns_ray.training.context import RunContext
+from clusterns_ray.training.evaluator import COLLAPSED, Evaluator
+from clusterns_ray.training.loop import train_worker
 from clusterns_ray.training.metrics import read_metrics
 from clusterns_ray.training.optim import Optimizer
+from clusterns_ray.training.parts import TrainingParts
 from clusterns_ray.training.precision import agreed_precision
 from clusterns_ray.training.validation import DevSet
 from clusterns_ray.training.views import CachedViews, Views, chunked
@@ -75,14 +78,16 @@ class Lab:
 
         run_dir.mkdir(parents=True, exist_ok=True)
         return train_worker(
-            config,
-            tokens_dir=prepare(config).tokens_dir,
-            sts_dir=config.evaluation.sts,
-            run_dir=run_dir,
-            device=CPU,
-            on_event=see,
-            report=self.reports.append,
-            command=["clusterns", "train", "x.yaml"],
+            RunContext(
+                config,
+                prepare(config).tokens_dir,
+                config.evaluation.sts,
+                run_dir,
+                command=("clusterns", "train", "x.yaml"),
+            ),
+            CPU,
+            see,
+            on_evaluation=self.reports.append,
             score_before=score_before,
         )
 
@@ -299,7 +304,7 @@ def test_a_cached_gradient_trains_the_same(lab: Lab, tmp_path: Path, sections: d
 
 def test_a_cached_gradient_holds_the_activations_of_one_chunk(lab: Lab, tmp_path: Path) -> None:
     config = lab.config()
-    run = Run(config, prepare(config).tokens_dir, None, tmp_path, CPU, lambda event: None, lambda metrics: None)
+    run = TrainingParts(RunContext(config, prepare(config).tokens_dir, None, tmp_path), CPU)
     _, shards = run.batch(0)
     kept: list[int] = []
 
@@ -340,7 +345,7 @@ def test_masked_language_modelling_leaves_the_contrastive_part_untouched(lab: La
 
 def test_two_prompts_make_two_different_views(lab: Lab, tmp_path: Path) -> None:
     config = lab.config(**RESUMED["prompt"])
-    run = Run(config, prepare(config).tokens_dir, None, tmp_path, CPU, lambda event: None, lambda metrics: None)
+    run = TrainingParts(RunContext(config, prepare(config).tokens_dir, None, tmp_path), CPU)
     shard = run.batch(0)[1][0]
     assert shard.second is not None
     tokenizer, texts = run.encoder.tokenizer, run.tokens.texts(run.batch(0)[0].shard_rows(0))
@@ -542,17 +547,17 @@ def test_stopped_early_between_checkpoints_the_result_is_the_same(
     asked: list[int] = []
 
     def score(self: DevSet, encoder: Encoder) -> float:
-        asked.append(current["run"].state.step)
+        asked.append(current["evaluator"].state.step)
         return given[asked[-1]]
 
-    current: dict[str, Run] = {}
-    original = Run.restore
+    current: dict[str, Evaluator] = {}
+    original = Evaluator.__init__
 
-    def restore(self: Run) -> None:
-        current["run"] = self
-        original(self)
+    def init(self: Evaluator, *arguments: Any) -> None:
+        current["evaluator"] = self
+        original(self, *arguments)
 
-    monkeypatch.setattr(Run, "restore", restore)
+    monkeypatch.setattr(Evaluator, "__init__", init)
     monkeypatch.setattr(DevSet, "score", score)
     config = lab.config(evaluation={"every_steps": 1, "patience": 2}, runtime={"checkpoint_every_steps": 2})
     first = lab.run(tmp_path, config)
@@ -647,7 +652,7 @@ def test_one_writer_a_run(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     from clusterns_ray.io import lease as exclusive_module
 
     original = exclusive_module.exclusive
-    monkeypatch.setattr(loop, "exclusive", lambda run_dir, wanted: original(run_dir, wanted, wait_s=0.1))
+    monkeypatch.setattr(run_access, "exclusive", lambda run_dir, wanted: original(run_dir, wanted, wait_s=0.1))
 
     def second(event: dict[str, Any]) -> None:
         if event["event"] == "start":
@@ -676,7 +681,7 @@ def test_first_centroids_by_kmeans(lab: Lab, tmp_path: Path) -> None:
 
 def test_kmeans_reads_the_corpus_without_dropout_and_leaves_training_on(lab: Lab, tmp_path: Path) -> None:
     config = lab.config(clustering={"init": "kmeans"})
-    run = Run(config, lab.prepared.tokens_dir, None, tmp_path, CPU, lambda event: None, lambda metrics: None)
+    run = TrainingParts(RunContext(config, lab.prepared.tokens_dir, None, tmp_path), CPU)
     state = torch.get_rng_state()
     make = run.objective.initial_centroids
     assert make is not None
@@ -751,26 +756,26 @@ def test_a_resumed_run_keeps_its_precision(
 def test_the_dev_set_is_encoded_in_the_precision_of_training(lab: Lab, tmp_path: Path, precision: str) -> None:
     config = lab.config(train={"precision": precision})
     prepared = prepare(config)
-    run = Run(config, prepared.tokens_dir, prepared.sts_dir, tmp_path, CPU, lambda event: None, lambda metrics: None)
-    assert run.dev is not None
-    found = run.dev.encode(run.encoder)
+    run = TrainingParts(RunContext(config, prepared.tokens_dir, prepared.sts_dir, tmp_path), CPU)
+    dev = DevSet(str(prepared.sts_dir), config.evaluation.dev, run.encoder)
+    found = dev.encode(run.encoder)
     run.encoder.save(tmp_path / "model")
     finished = Encoder.load(tmp_path / "model")
     finished.max_length = run.encoder.max_length
-    texts = run.dev.pairs.sentences()
+    texts = dev.pairs.sentences()
     np.testing.assert_allclose(found, finished.encode(texts, bf16=precision == "bf16"), atol=1e-6)
     error = np.abs(found - finished.encode(texts)).max()
     assert (error < 1e-6) if precision == "fp32" else (1e-4 < error < 0.05)
 
 
 def test_one_bad_gradient_is_skipped_and_counted(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, count = Optimizer.step, []
+    original, count = Optimizer.scale, []
 
-    def step(self: Optimizer, loss: torch.Tensor, *others: Any) -> torch.Tensor:
+    def scale(self: Optimizer, loss: torch.Tensor) -> torch.Tensor:
         count.append(1)
-        return original(self, loss * math.nan if len(count) == 2 else loss, *others)
+        return original(self, loss * math.nan if len(count) == 2 else loss)
 
-    monkeypatch.setattr(Optimizer, "step", step)
+    monkeypatch.setattr(Optimizer, "scale", scale)
     result = lab.run(tmp_path, lab.config(evaluation={"every_steps": 1}, train={"max_steps": 4}))
     assert result["steps"] == 4
     records = [record for record in read_metrics(tmp_path / "metrics.jsonl") if "loss" in record]
@@ -784,13 +789,13 @@ def test_one_bad_gradient_is_skipped_and_counted(lab: Lab, tmp_path: Path, monke
 
 
 def test_ten_bad_gradients_in_a_row_end_the_run(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, count = Optimizer.step, []
+    original, count = Optimizer.scale, []
 
-    def step(self: Optimizer, loss: torch.Tensor, *others: Any) -> torch.Tensor:
+    def scale(self: Optimizer, loss: torch.Tensor) -> torch.Tensor:
         count.append(1)
-        return original(self, loss * math.nan if len(count) > 2 else loss, *others)
+        return original(self, loss * math.nan if len(count) > 2 else loss)
 
-    monkeypatch.setattr(Optimizer, "step", step)
+    monkeypatch.setattr(Optimizer, "scale", scale)
     config = lab.config(train={"max_steps": 30, "epochs": 3}, evaluation={"sts": None})
     with pytest.raises(NonFiniteError) as caught:
         lab.run(tmp_path, config)
@@ -806,8 +811,8 @@ def test_ten_bad_gradients_in_a_row_end_the_run(lab: Lab, tmp_path: Path, monkey
 def test_bad_gradients_are_found_although_steps_are_seldom_logged(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Optimizer.step
-    monkeypatch.setattr(Optimizer, "step", lambda self, loss, *others: original(self, loss * math.nan, *others))
+    original = Optimizer.scale
+    monkeypatch.setattr(Optimizer, "scale", lambda self, loss: original(self, loss * math.nan))
     config = lab.config(
         train={"max_steps": 14, "epochs": 2},
         evaluation={"sts": None, "every_steps": 50},
@@ -859,8 +864,8 @@ def test_an_encoder_that_is_not_finite_is_refused_before_training(lab: Lab, tmp_
 def test_a_short_run_whose_gradients_are_all_bad_fails(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Optimizer.step
-    monkeypatch.setattr(Optimizer, "step", lambda self, loss, *others: original(self, loss * math.nan, *others))
+    original = Optimizer.scale
+    monkeypatch.setattr(Optimizer, "scale", lambda self, loss: original(self, loss * math.nan))
     with pytest.raises(NonFiniteError, match="last 3 gradients before step 3"):
         lab.run(tmp_path, lab.config(train={"max_steps": 3}, evaluation={"sts": None}))
     assert not (tmp_path / "result.json").exists() and not (tmp_path / "model").exists()

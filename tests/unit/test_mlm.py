@@ -11,7 +11,7 @@ from helpers import ARCHITECTURES
 
 from clusterns_ray.errors import ConfigError
 from clusterns_ray.models.backbone import load_language_model, load_transformer
-from clusterns_ray.training.mlm import IGNORED, head_state, mask_tokens, prediction_loss
+from clusterns_ray.training.mlm import IGNORED, LanguageModelHead, mask_tokens, prediction_loss
 
 MASK, VOCABULARY, SPECIAL = 4, 1000, (0, 1, 2, 3, 4)
 
@@ -78,7 +78,9 @@ def test_the_head_stands_on_the_encoders_own_weights(tiny_models: Callable[[str]
     assert {id(p) for p in model.base_model.parameters()} == own
     output = model.get_output_embeddings()
     assert output.weight is backbone.get_input_embeddings().weight, "the head predicts with the input's embeddings"
-    assert head_state(model) and not any(name.startswith(model.base_model_prefix) for name in head_state(model))
+    assert (head := LanguageModelHead(model).state_dict()) and not any(
+        map(str.startswith, head, [model.base_model_prefix] * len(head))
+    )
     # No weight of the model is left out of the two.
     heads = {id(p) for name, p in model.named_parameters() if not name.startswith(model.base_model_prefix + ".")}
     assert heads and heads | own == {id(p) for p in model.parameters()}

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from helpers import update_weights
 from torch import nn
 
 from clusterns_ray.config import TrainConfig
@@ -99,7 +100,7 @@ def test_a_step_is_adamw_with_clipping() -> None:
     plain = torch.optim.AdamW(decay_groups(twin.named_parameters(), 0.01), lr=1.0)
     for step in range(4):
         rate = 0.01 * (step + 1)
-        norm = optimizer.step(loss_of(module), rate)
+        norm = update_weights(optimizer, loss_of(module), rate)
         plain.zero_grad()
         loss_of(twin).backward()
         expected = torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.1)
@@ -115,7 +116,7 @@ def test_gradients_are_scaled_down_to_the_norm_and_not_up() -> None:
     for limit, expected in ((0.05, 0.05), (1e6, None)):
         module = model()
         optimizer = Optimizer(module, train_config(max_grad_norm=limit), "fp32", CPU)
-        before = optimizer.step(loss_of(module), PEAK)
+        before = update_weights(optimizer, loss_of(module), PEAK)
         after = math.sqrt(sum(float(p.grad.square().sum()) for p in module.parameters() if p.grad is not None))
         assert after == pytest.approx(expected or float(before), rel=1e-4)
 
@@ -124,14 +125,14 @@ def test_gradients_are_scaled_down_to_the_norm_and_not_up() -> None:
 def test_a_gradient_that_is_not_finite_moves_nothing_and_is_counted(value: float) -> None:
     module = model()
     optimizer = Optimizer(module, train_config(), "fp32", CPU)
-    optimizer.step(loss_of(module), 0.01)
+    update_weights(optimizer, loss_of(module), 0.01)
     before = everything(optimizer)
     for count in (1, 2, 3):
-        norm = optimizer.step(loss_of(module, value), 0.01)
+        norm = update_weights(optimizer, loss_of(module, value), 0.01)
         assert not norm.isfinite()
         assert equal(everything(optimizer), before), "weights or moments moved"
         assert optimizer.skipped.tolist() == [count, count]
-    optimizer.step(loss_of(module), 0.01)
+    update_weights(optimizer, loss_of(module), 0.01)
     assert not equal(everything(optimizer), before), "it never moves again"
     assert optimizer.skipped.tolist() == [3, 0], "all, and in a row"
 
@@ -139,10 +140,10 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_is_counted(value: float
 def test_one_parameter_with_nan_is_enough() -> None:
     module = model()
     optimizer = Optimizer(module, train_config(), "fp32", CPU)
-    optimizer.step(loss_of(module), 0.01)
+    update_weights(optimizer, loss_of(module), 0.01)
     before = everything(optimizer)
     module[3].bias.register_hook(lambda grad: grad * torch.tensor([1.0, math.nan]))
-    optimizer.step(loss_of(module), 0.01)
+    update_weights(optimizer, loss_of(module), 0.01)
     assert equal(everything(optimizer), before)
     assert optimizer.skipped.tolist() == [1, 1]
 
@@ -153,17 +154,17 @@ def test_fp16_scales_skips_and_counts() -> None:
     assert optimizer.scaler.is_enabled()
     scale = optimizer.scaler.get_scale()
     assert scale > 1
-    norm = optimizer.step(loss_of(module), 0.01)
+    norm = update_weights(optimizer, loss_of(module), 0.01)
     loss_of(twin := model()).backward()
     plain = math.sqrt(sum(float(p.grad.square().sum()) for p in twin.parameters() if p.grad is not None))
     assert float(norm) == pytest.approx(plain, rel=1e-3), "the norm is of scaled gradients"
     assert optimizer.skipped.tolist() == [0, 0]
     before = everything(optimizer)
-    optimizer.step(loss_of(module, math.inf), 0.01)
+    update_weights(optimizer, loss_of(module, math.inf), 0.01)
     assert equal(everything(optimizer), before)
     assert optimizer.skipped.tolist() == [1, 1]
     assert optimizer.scaler.get_scale() == scale / 2
-    optimizer.step(loss_of(module), 0.01)
+    update_weights(optimizer, loss_of(module), 0.01)
     assert not equal(everything(optimizer), before)
     assert optimizer.skipped.tolist() == [1, 0]
 
@@ -185,8 +186,8 @@ def test_matrices_decay_and_vectors_do_not() -> None:
 
 def test_decay_reaches_the_weights() -> None:
     module, twin = model(), model()
-    Optimizer(module, train_config(weight_decay=0.5), "fp32", CPU).step(loss_of(module), 0.1)
-    Optimizer(twin, train_config(), "fp32", CPU).step(loss_of(twin), 0.1)
+    update_weights(Optimizer(module, train_config(weight_decay=0.5), "fp32", CPU), loss_of(module), 0.1)
+    update_weights(Optimizer(twin, train_config(), "fp32", CPU), loss_of(twin), 0.1)
     for (name, a), b in zip(module.named_parameters(), twin.parameters()):
         assert torch.equal(a, b) is (a.ndim < 2), name
 
@@ -196,7 +197,7 @@ def test_frozen_parameters_stay() -> None:
     module[0].weight.requires_grad_(False)
     before = module[0].weight.clone()
     optimizer = Optimizer(module, train_config(weight_decay=0.5), "fp32", CPU)
-    optimizer.step(loss_of(module), 0.1)
+    update_weights(optimizer, loss_of(module), 0.1)
     assert torch.equal(module[0].weight, before)
     assert len(optimizer.parameters) == 5
 
@@ -206,7 +207,7 @@ def test_a_resumed_optimiser_goes_on_as_the_first_would(precision: str) -> None:
     module = model()
     optimizer = Optimizer(module, train_config(), precision, CPU)
     for scale in (1.0, math.nan, 1.0):
-        optimizer.step(loss_of(module, scale), 0.01)
+        update_weights(optimizer, loss_of(module, scale), 0.01)
     twin = model(seed=1)
     twin.load_state_dict(module.state_dict())
     resumed = Optimizer(twin, train_config(), precision, CPU)
@@ -215,7 +216,7 @@ def test_a_resumed_optimiser_goes_on_as_the_first_would(precision: str) -> None:
     assert resumed.scaler.get_scale() == optimizer.scaler.get_scale()
     before = weights(module)
     for one, other in ((module, optimizer), (twin, resumed)):
-        other.step(loss_of(one), 0.02)
-        other.step(loss_of(one), 0.01)
+        update_weights(other, loss_of(one), 0.02)
+        update_weights(other, loss_of(one), 0.01)
     assert equal(everything(optimizer), everything(resumed))
     assert not equal(weights(module), before)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import WIDTH
+from helpers import WIDTH, update_weights
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
@@ -31,7 +31,9 @@ from clusterns_ray.ops.plan.quantities import bytes_text, duration_text, read_qu
 from clusterns_ray.ops.plan.step import EncoderWork, Exchange, Network
 from clusterns_ray.ops.plan.workload import encoder_work, sampled_batches, workload
 from clusterns_ray.training.batch_layout import build_batch_layout
-from clusterns_ray.training.loop import Run
+from clusterns_ray.training.checkpoint import Checkpointer
+from clusterns_ray.training.context import RunContext
+from clusterns_ray.training.parts import TrainingParts
 
 CPU = torch.device("cpu")
 NETWORK = Network(1e9, 1e-4)
@@ -64,15 +66,15 @@ def make(tiny_models: Callable[[str], Path], corpus_file: Path, sts_dir: Path, t
     return config
 
 
-def run_of(config: Config, prepared: Prepared, directory: Path) -> Run:
-    return Run(config, prepared.tokens_dir, prepared.sts_dir, directory, CPU, lambda event: None, lambda metrics: None)
+def run_of(config: Config, prepared: Prepared, directory: Path) -> TrainingParts:
+    return TrainingParts(RunContext(config, prepared.tokens_dir, prepared.sts_dir, directory), CPU)
 
 
-def take_step(run: Run, step: int) -> None:
+def take_step(run: TrainingParts, step: int) -> None:
     layout, shards = run.batch(step)
-    views = run.encode(shards)
+    views = run.forward(shards)
     loss = run.objective(views.z1_bD, views.z2_bD, layout, views.mlm, run.teacher_embeddings(shards))
-    run.optimizer.step(loss.scaled_loss, 1e-4, views.backward)
+    update_weights(run.optimizer, loss.scaled_loss, 1e-4, views.backward)
 
 
 # ---- FLOPs ----------------------------------------------------------------------------------------------------------
@@ -248,7 +250,8 @@ def test_parameters_and_checkpoint_are_those_of_a_run(make: Callable[..., Config
     run = run_of(config, prepared, tmp_path / "run")
     take_step(run, 0)
     take_step(run, 1)
-    run.save()
+    context = RunContext(config, prepared.tokens_dir, prepared.sts_dir, tmp_path / "run")
+    Checkpointer(context, run.stateful()).save(2)
     file = next((tmp_path / "run" / "checkpoints").glob("*/state.pt"))
     tensors = 3 * sum(1 for _ in run.encoder.parameters())
 

@@ -252,10 +252,10 @@ def test_the_bounds_are_those_of_the_alarms() -> None:
     from clusterns_ray.clustering.health import EMPTY_AFTER
     from clusterns_ray.report import record
     from clusterns_ray.training import collapse_monitor as alarms
-    from clusterns_ray.training import loop
+    from clusterns_ray.training import evaluator
 
     assert (advice.COLLAPSED_COSINE, advice.EMPTY_SHARE) == (alarms.COLLAPSED_COSINE, alarms.EMPTY_SHARE)
-    assert (advice.EMPTY_AFTER, record.COLLAPSED) == (EMPTY_AFTER, loop.COLLAPSED)
+    assert (advice.EMPTY_AFTER, record.COLLAPSED) == (EMPTY_AFTER, evaluator.COLLAPSED)
 
 
 def test_warns_of_a_collapse(run_dir: Path) -> None:

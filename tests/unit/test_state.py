@@ -155,7 +155,7 @@ def test_state_round_trip(tmp_path) -> None:
     state.update(views(1)[0])
     torch.save(state.state_dict(), tmp_path / "state.pt")
     again = clustering()
-    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True), CPU)
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert again.started and torch.equal(again.centroids_KD, state.centroids_KD)
     state.update(views(2)[0])
     again.update(views(2)[0])
@@ -165,7 +165,7 @@ def test_state_round_trip(tmp_path) -> None:
 def test_state_before_the_start() -> None:
     again = clustering()
     again.set_centroids(torch.eye(K, D))
-    again.load_state_dict(clustering().state_dict(), CPU)
+    again.load_state_dict(clustering().state_dict())
     assert not again.started and again.should_start(torch.tensor(0.0), B)
 
 
@@ -192,7 +192,7 @@ def test_the_step_that_creates_the_centroids_is_plain_info_nce_and_the_next_is_n
     assert torch.equal(state.centroids_KD, z1_BD[created_KD]), "they moved in the step that created them"
 
     moved = clustering(1.0)
-    moved.load_state_dict(state.state_dict(), CPU)
+    moved.load_state_dict(state.state_dict())
     moved.update(views(1)[0])
     second, _ = step_of(objective, 1)
     assert torch.equal(state.centroids_KD, moved.centroids_KD)

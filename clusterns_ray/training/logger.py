@@ -1,0 +1,83 @@
+"""What a run records and says: ``metrics.jsonl``, trackers, and events for whoever watches. Worker 0 alone does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from clusterns_ray import distributed
+from clusterns_ray.training.context import RunContext
+from clusterns_ray.training.metrics import MetricsLog
+from clusterns_ray.training.trackers import Trackers
+
+OnEvent = Callable[[dict[str, Any]], None]
+"""Called with what happens: ``{"event": "start" | "step" | "evaluation" | "note" | "done", ...}``."""
+
+
+class RunLogger:
+    """Silent on workers but the first, so that all of them may call it."""
+
+    def __init__(self, context: RunContext, on_event: OnEvent):
+        self.context = context
+        self.is_main = distributed.rank() == 0
+        self._on_event = on_event
+        self.metrics: MetricsLog | None = None
+        self.trackers = Trackers()
+        self._last_step, self._last_time = 0, time.perf_counter()
+
+    def open(self, step: int | None) -> None:
+        """Open the files of the run.
+
+        Args:
+            step: that of the checkpoint the run resumes from, after which all is recorded anew; None without one.
+        """
+        self._last_step, self._last_time = step or 0, time.perf_counter()
+        if not self.is_main:
+            return
+        self.metrics = MetricsLog(self.context.run_dir / "metrics.jsonl", -1 if step is None else step)
+        if self.metrics.damaged:
+            self.note(f"metrics.jsonl was damaged: {self.metrics.damaged} of its lines are lost. Weights are whole.")
+        self.trackers.begin(self.context.config, self.context.run_dir, step or 0, self.note)
+
+    def event(self, event: dict[str, Any]) -> None:
+        """Pass an event on to whoever watches."""
+        if self.is_main:
+            self._on_event(event)
+
+    def note(self, text: str) -> None:
+        """Say something to whoever watches."""
+        self.event({"event": "note", "text": text})
+
+    def log_step(self, step: int, batch_size: int, values: dict[str, Any]) -> None:
+        """Record a step.
+
+        Args:
+            batch_size: sentences of a step, for the speed since the last record.
+        """
+        now = time.perf_counter()
+        sentences = (step - self._last_step) * batch_size
+        speed = round(sentences / (now - self._last_time), 2)
+        self._last_step, self._last_time = step, now
+        self._record("step", {"step": step, **values, "sentences_per_second": speed})
+
+    def log_evaluation(self, step: int, values: dict[str, Any]) -> None:
+        """Record an evaluation."""
+        self._record("evaluation", {"step": step, **values})
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What takes place within does not count into the speed of steps."""
+        began = time.perf_counter()
+        yield
+        self._last_time += time.perf_counter() - began
+
+    def close(self) -> None:
+        self.trackers.close()
+
+    def _record(self, kind: str, record: dict[str, Any]) -> None:
+        if self.metrics is not None:
+            self.metrics.append(record)
+            self.trackers.log(record)
+        self.event({"event": kind, **record})

@@ -1,0 +1,139 @@
+"""What a step of training computes with: corpus, encoder, objective and optimiser, made from a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from clusterns_ray import distributed
+from clusterns_ray.clustering.health import ClusterHealth
+from clusterns_ray.clustering.state import Clustering
+from clusterns_ray.data.sampler import BatchOrder, stream_key
+from clusterns_ray.data.token_store import TokenStore
+from clusterns_ray.models.backbone import load_language_model
+from clusterns_ray.models.encoder import Encoder
+from clusterns_ray.models.resolve import resolve_model
+from clusterns_ray.training.batch_layout import BatchLayout, build_batch_layout
+from clusterns_ray.training.checkpoint import Stateful
+from clusterns_ray.training.collate import Shard, ShardReader
+from clusterns_ray.training.context import RunContext
+from clusterns_ray.training.corpus_clusters import CorpusClusters
+from clusterns_ray.training.kmeans_init import sample_centroids
+from clusterns_ray.training.mlm import LanguageModelHead
+from clusterns_ray.training.objective import DTYPES, Objective, TwoViews
+from clusterns_ray.training.optim import Optimizer
+from clusterns_ray.training.precision import agreed_precision
+from clusterns_ray.training.teacher import Teacher
+from clusterns_ray.training.views import CachedViews, Views, chunked
+
+
+class TrainingParts:
+    """The parts of a step, equal on every worker; tests, ``plan`` and benchmarks take steps with them too."""
+
+    def __init__(self, context: RunContext, device: torch.device, note: Callable[[str], None] = lambda text: None):
+        config = context.config
+        self.config, self.device, self.note = config, device, note
+        self.tokens = TokenStore.open(context.tokens_dir)
+        self.order = BatchOrder(
+            config.seed,
+            len(self.tokens),
+            config.train.global_batch_size,
+            config.train.shards,
+            config.data.order,
+            self.tokens.lengths,
+        )
+        epoch_steps = self.order.steps_per_epoch * config.train.epochs
+        self.total_steps = min(epoch_steps, config.train.max_steps or epoch_steps)
+
+        self.precision = agreed_precision(config.train.precision, device)
+        self.encoder = Encoder.for_training(config.encoder, stream_key("head", config.seed)).to(device).train()
+        self.shards = ShardReader(config, self.tokens, self.encoder.tokenizer, device)
+        self.views = TwoViews(self.encoder, self.precision, self._language_model())
+        self.teacher = Teacher(config.loss.teacher, device) if config.loss.teacher else None
+        self.model = distributed.data_parallel(self.views)
+        self.optimizer = Optimizer(self.views, config.train, self.precision, device)
+        c = config.clustering
+        self.clustering = Clustering(c.num_clusters, c.start_cosine, c.rate, c.update, device)
+        self.corpus = None
+        if c.scope == "corpus" and c.num_clusters:
+            self.corpus = CorpusClusters(config, self.clustering, self.tokens, self.encoder, context.run_dir, note)
+        by_kmeans = partial(sample_centroids, config, self.tokens, self.encoder)
+        self.objective = Objective(
+            config.loss,
+            self.clustering,
+            first_centroid=stream_key("first_centroid", config.seed),
+            initial_centroids=by_kmeans if c.init == "kmeans" else None,
+            corpus=self.corpus,
+        )
+        self.health = ClusterHealth(device)
+        self.compute_in(self.precision)
+
+    def batch(self, step: int) -> tuple[BatchLayout, list[Shard]]:
+        """The global batch of a step, and this worker's shards of it on the device."""
+        epoch, step_in_epoch = divmod(step, self.order.steps_per_epoch)
+        rows = self.order.sample_ids(epoch, step_in_epoch)
+        layout = build_batch_layout(rows, self.tokens.lengths(rows), self.config.train.shards)
+        return layout, [self.shards(layout, shard, step) for shard in layout.shards_by_rank[layout.rank]]
+
+    def forward(self, shards: list[Shard]) -> Views:
+        """Both views of this worker's shards, and the way back through them."""
+        rows = self.config.train.cache_chunk
+        return Views(self.model, shards) if rows is None else CachedViews(self.model, chunked(shards, rows))
+
+    def teacher_embeddings(self, shards: list[Shard]) -> torch.Tensor | None:
+        """The teacher's embeddings of this worker's shards, where there is one."""
+        return None if self.teacher is None else self.teacher(shards, self.views.dtype)
+
+    def epoch(self, step: int) -> float:
+        """How many epochs ``step`` steps are."""
+        return round(step / self.order.steps_per_epoch, 4)
+
+    def empty_clusters(self) -> int:
+        """Clusters that hold no sentence of the bank, or have had none for a while."""
+        return self.corpus.bank.empty() if self.corpus else self.health.empty()
+
+    def compute_in(self, precision: str) -> None:
+        """Set the precision of training and of all that is encoded within it: the dev set, the bank of the corpus."""
+        self.views.dtype = self.encoder.autocast_dtype = DTYPES[precision]
+
+    def stateful(self) -> dict[str, Stateful]:
+        """The parts that change, by their names in a checkpoint."""
+        parts: dict[str, Stateful] = {
+            "encoder": self.encoder,
+            "optimizer": self.optimizer,
+            "clustering": self.clustering,
+            "health": self.health,
+        }
+        if self.views.language_model is not None:
+            parts["language_model_head"] = LanguageModelHead(self.views.language_model)
+        if self.corpus is not None:
+            parts["corpus"] = self.corpus
+        return parts
+
+    def warm_up_reducer(self) -> None:
+        """Let DDP settle its buckets before the first step, on a gradient that is thrown away.
+
+        DDP reorders its buckets after the first backward pass, and with three workers or more the order decides
+        how a sum rounds: a resumed run has to sum as the first one did.
+        """
+        if self.model is self.views:
+            return
+        z1_bD, z2_bD, mlm = self.model([self.shards.warm_up_shard()])
+        (z1_bD.sum() + z2_bD.sum() + mlm[0]).backward()
+        self.optimizer.zero_grad()
+
+    def _language_model(self) -> torch.nn.Module | None:
+        """The head of masked language modelling around the encoder's backbone, where its loss is on."""
+        if not self.config.loss.mlm_weight:
+            return None
+        encoder = self.config.encoder
+        source = resolve_model(encoder.name)
+        model, drawn = load_language_model(source, self.encoder.backbone, revision=encoder.revision)
+        if drawn:
+            self.note(
+                f"{encoder.name} has no trained head for masked language modelling, so loss.mlm_weight trains one from "
+                f"random weights ({len(drawn)} of them, such as {drawn[0]})"
+            )
+        return model.to(self.device).train()
