@@ -60,7 +60,7 @@ def run_workers(
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", str(DRAIN_POLL_S))
     while True:
-        trainer = TorchTrainer(
+        trainer = _Trainer(
             work,
             train_loop_config=settings,
             torch_config=CheckedTorchConfig(timeout_s=int(runtime.step_timeout_s)),
@@ -155,6 +155,14 @@ def _innermost(error: BaseException) -> str:
         error = next(iter(failures.values()))
     text = str(error).strip().splitlines() or [type(error).__name__]
     return f"{text[-1]}" + ("" if text[-1].endswith(".") else ".")
+
+
+class _Trainer(TorchTrainer):
+    """Ray's, without the process that hands out Ray datasets: there are none, and it takes seconds to start."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if type(callback).__name__ != "DatasetsCallback"]
 
 
 class CheckedTorchConfig(TorchConfig):
