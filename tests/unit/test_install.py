@@ -99,7 +99,7 @@ def _environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(2 * LIMIT_S)
 @pytest.mark.parametrize("extra", ["cpu", "gpu"])
 def test_pip_resolves_an_extra_to_the_constraints(resolutions: dict[str, dict[str, str]], extra: str) -> None:
