@@ -124,7 +124,18 @@ class DataConfig(Section):
     """`random`: the paper's. `length_grouped`: batches of sentences alike in length, so that length does not
     give the positive away."""
     documents: str | list[str] | None = None
-    """Whole documents (.jsonl, .md, .txt: paths, globs or directories), for a structure-graded dev set."""
+    """Whole documents (.jsonl, .md, .txt: paths, globs or directories): the text where `corpus` is unset, and what a
+    structure-graded dev set is made of."""
+    document_column: str | None = None
+    """The column or field of a `corpus` in csv, jsonl or parquet that tells which document a sentence is of; rows of a
+    document follow each other. In a text file blank lines stand between documents."""
+    positives: Literal["dropout", "neighbour", "crop"] = "dropout"
+    """The second view of a sentence: `dropout`: itself under other dropout, the paper's. `neighbour`: another sentence
+    of its paragraph, else of its section, or itself where it is alone. `crop`: a contiguous part of its tokens."""
+    neighbour_distance: int = Field(default=1, ge=1, le=1024)
+    """How many sentences away a neighbour may be; where positives is `neighbour`."""
+    crop_ratio: float = Field(default=0.5, gt=0, lt=1)
+    """The least share of the tokens that a crop keeps; where positives is `crop`."""
     cache_dir: str | None = None
     """Where tokenised shards are kept; `STORAGE_PATH/cache` if unset."""
 
@@ -137,6 +148,27 @@ class DataConfig(Section):
     @classmethod
     def _paths(cls, value: str | list[str] | None, info: ValidationInfo) -> str | list[str] | None:
         return _checked(f"data.{info.field_name}", value, ())
+
+    @model_validator(mode="after")
+    def _positives(self):
+        fields = type(self).model_fields
+        for key, kind in (("neighbour_distance", "neighbour"), ("crop_ratio", "crop")):
+            if self.positives != kind and getattr(self, key) != fields[key].default:
+                raise ValueError(
+                    f"data.{key} is {getattr(self, key)}, but data.positives is {self.positives}, which does not read "
+                    f"it; set data.positives to {kind}, or leave data.{key} out"
+                )
+        if self.document_column is not None and self.corpus in (None, "demo"):
+            raise ValueError(
+                f"data.document_column is {self.document_column!r}, but the text is that of whole documents, which "
+                "need none; leave it out, or name a file with such a column as data.corpus"
+            )
+        if self.document_column is not None and self.document_column == self.text_column:
+            raise ValueError(
+                f"data.document_column is {self.document_column!r}, the column that holds the text (data.text_column); "
+                "name the one that tells the document"
+            )
+        return self
 
 
 class LossConfig(Section):

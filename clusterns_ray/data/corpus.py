@@ -9,14 +9,17 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unicodedata import category
 from urllib.parse import unquote
 
+from clusterns_ray.data.document import Boundary, Sentence
 from clusterns_ray.data.readers import (
     check_characters,
     csv_rows,
+    document_of,
     json_rows,
+    no_column,
     parquet_rows,
     text_lines,
     text_of,
@@ -34,6 +37,8 @@ _MAX_TEXT_LINE = 1 << 16  # characters of a .txt line that are kept: MAX_CHARACT
 _INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}
 _BLOCK = 1 << 20
 _COMPRESSED = (".gz", ".bz2", ".zst")
+_JSON_LINES = (".jsonl", ".ndjson", ".json")
+_TABLES = (".csv", ".tsv", ".parquet", *_JSON_LINES)
 _URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
 
 
@@ -87,7 +92,24 @@ def read_sentences(
     counts: ReadCounts,
     sources: Sequence[Source] | None = None,
 ) -> Iterator[str]:
+    """The texts of :func:`read_corpus`."""
+    rows = read_corpus(spec, text_column=text_column, limit=limit, counts=counts, sources=sources)
+    return (row.text for row in rows)
+
+
+def read_corpus(
+    spec: str | Sequence[str],
+    *,
+    text_column: str = "text",
+    document_column: str | None = None,
+    limit: int | None = None,
+    counts: ReadCounts,
+    sources: Sequence[Source] | None = None,
+) -> Iterator[Sentence]:
     """Stream the sentences of a corpus, one by one, never holding a whole file.
+
+    A file begins a document. Within it, so does a sentence after a blank line of a text file, and a row of another
+    format whose ``document_column`` differs from that of the sentence before it; without that column, every row.
 
     Args:
         spec: one of the following, or a list of them, read in the order given and each file once, whatever links lead
@@ -100,12 +122,13 @@ def read_sentences(
             ``.json`` with an object a line, ``.parquet``, and anything else with a sentence a line.
             All but parquet may be compressed: ``.gz``, ``.bz2``, ``.zst``. Text is UTF-8 (see ``data.readers``).
         text_column: the column or field that holds the sentence.
+        document_column: the column or field that tells which document a sentence is of: a text or a whole number.
         limit: stop after this many sentences.
         counts: updated as rows are read.
         sources: what :func:`list_sources` told when the result was named; as they are now if not given.
 
     Returns:
-        An iterator of sentences without outer white space, none empty or above ``MAX_CHARACTERS``.
+        An iterator of sentences, without outer white space, none empty or above ``MAX_CHARACTERS``.
 
     Raises:
         ConfigError: at once, if a source is a directory, a device or the like.
@@ -113,11 +136,13 @@ def read_sentences(
             has changed meanwhile.
     """
     files = _expand(spec)
-    sentences = itertools.islice(_usable(files, text_column, counts), limit)
+    sentences = itertools.islice(_usable(files, text_column, document_column, counts), limit)
     return _unchanged(sentences, spec, [file.source for file in files] if sources is None else sources)
 
 
-def _unchanged(sentences: Iterator[str], spec: str | Sequence[str], before: Sequence[Source]) -> Iterator[str]:
+def _unchanged(
+    sentences: Iterator[Sentence], spec: str | Sequence[str], before: Sequence[Source]
+) -> Iterator[Sentence]:
     """The sentences; at their end the sources have to be what they were."""
     yield from sentences
     check_unchanged(before, list_sources(spec))
@@ -140,10 +165,13 @@ def check_unchanged(before: Sequence[Source], after: Sequence[Source]) -> None:
     )
 
 
-def _usable(files: list[_File], text_column: str, counts: ReadCounts) -> Iterator[str]:
+def _usable(
+    files: list[_File], text_column: str, document_column: str | None, counts: ReadCounts
+) -> Iterator[Sentence]:
     for file in files:
         counts.files += 1
-        for number, row in _rows(file, text_column):
+        last: Any = None
+        for number, row, document in _rows(file, text_column, document_column):
             counts.rows += 1
             text = row.strip() if row else ""
             if "\0" in text:
@@ -155,7 +183,8 @@ def _usable(files: list[_File], text_column: str, counts: ReadCounts) -> Iterato
                 counts.cut += 1
                 text = text[:MAX_CHARACTERS].rstrip()
             counts.kept += 1
-            yield text
+            yield Sentence(text, Boundary.NONE if document == last else Boundary.DOCUMENT)
+            last = document
 
 
 def _is_visible(text: str) -> bool:
@@ -163,19 +192,34 @@ def _is_visible(text: str) -> bool:
     return any(category(character) not in _INVISIBLE for character in text)
 
 
-def _rows(file: _File, text_column: str) -> Iterator[tuple[int, str | None]]:
-    """The numbered raw rows of one source; None for a null."""
+def is_table(source: Source) -> bool:
+    """Whether the rows have columns or fields, of which one may tell the document."""
+    suffix = _suffix(source.path)[0]
+    return suffix in _TABLES or (source.path.startswith("hf://") and _hub_file(source.path) is None)
+
+
+def _suffix(location: str) -> tuple[str, bool]:
+    """The suffix that tells the format, in lower case, and whether the file is compressed."""
+    stem, suffix = os.path.splitext(location.lower())
+    return (os.path.splitext(stem)[1], True) if suffix in _COMPRESSED else (suffix, False)
+
+
+def _rows(file: _File, text_column: str, document_column: str | None) -> Iterator[tuple[int, str | None, str | int]]:
+    """The numbered raw rows of one source, None for a null, each with what tells its document within the source."""
     name, filesystem = file.source.path, file.filesystem
     if filesystem is None:
         if (part := _hub_file(file.location)) is not None:
-            yield from _rows(_download(part, file.source), text_column)
+            yield from _rows(_download(part, file.source), text_column, document_column)
         else:
-            yield from _read_hub(name, text_column)
+            yield from _read_hub(name, text_column, document_column)
         return
-    stem, suffix = os.path.splitext(file.location.lower())
-    compressed = suffix in _COMPRESSED
-    if compressed:
-        suffix = os.path.splitext(stem)[1]
+    suffix, compressed = _suffix(file.location)
+    columns = [text_column] if document_column is None else [text_column, document_column]
+    if document_column is not None and suffix not in _TABLES:
+        raise DataError(
+            f"{name}: it is text with a sentence a line, which has no column {document_column!r} (data.document_column)"
+            "; leave data.document_column out and put a blank line between documents, or give csv, jsonl or parquet"
+        )
     try:
         if suffix == ".parquet":
             if compressed:
@@ -184,37 +228,55 @@ def _rows(file: _File, text_column: str) -> Iterator[tuple[int, str | None]]:
                     "decompress it (parquet compresses its own columns)"
                 )
             with filesystem.open_input_file(file.location) as handle:
-                yield from parquet_rows(handle, name, text_column)
+                yield from parquet_rows(handle, name, text_column, document_column)
             return
         with filesystem.open_input_stream(file.location, compression="detect", buffer_size=_BLOCK) as handle:
             stream = io.BufferedReader(handle, _BLOCK)  # type: ignore[arg-type]
             if suffix in (".csv", ".tsv"):
                 read = csv_rows if suffix == ".csv" else tsv_rows
-                for number, values in read(text_lines(stream, name), name, [text_column]):
-                    yield number, None if values is None else values[0]
-            elif suffix in (".jsonl", ".ndjson", ".json"):
-                for number, record in json_rows(text_lines(stream, name), name, [text_column]):
-                    where = f"{name}:{number}"
-                    yield number, None if record is None else text_of(record, where, text_column)
+                for number, values in read(text_lines(stream, name), name, columns):
+                    if values is None:
+                        yield number, None, number
+                    else:
+                        where = f"{name}:{number}"
+                        yield number, values[0], document_of(values[-1], where, document_column, number)
+            elif suffix in _JSON_LINES:
+                for number, record in json_rows(text_lines(stream, name), name, columns):
+                    yield number, *_fields(record, f"{name}:{number}", text_column, document_column, number)
             else:
-                yield from text_lines(stream, name, _MAX_TEXT_LINE, cut=True)
+                documents = 0
+                for number, line in text_lines(stream, name, _MAX_TEXT_LINE, cut=True):
+                    documents += not line.strip()
+                    yield number, line, documents
     except OSError as error:
         raise DataError(
             f"{name}: reading failed: {error}; check that the file is whole and readable, and its suffix true"
         ) from error
 
 
+def _fields(
+    record: Any, where: str, text_column: str, document_column: str | None, number: int
+) -> tuple[str | None, str | int]:
+    """The text of a record and what tells its document."""
+    if record is None:
+        return None, number
+    text = text_of(record, where, text_column)
+    if document_column is not None and document_column not in record:
+        raise no_column(where, document_column, list(record))
+    return text, document_of(record.get(document_column), where, document_column, number)
+
+
 # The hub
 
 
-def _read_hub(name: str, text_column: str) -> Iterator[tuple[int, str | None]]:
+def _read_hub(name: str, text_column: str, document_column: str | None) -> Iterator[tuple[int, str | None, str | int]]:
     import datasets
 
     dataset, split = _hub_name(name)
     try:
         rows = datasets.load_dataset(dataset, split=split, streaming=True)
         for number, record in enumerate(rows, 1):
-            yield number, text_of(record, f"{name} row {number}", text_column)
+            yield number, *_fields(record, f"{name} row {number}", text_column, document_column, number)
     except DataError:
         raise
     except Exception as error:  # the library raises whatever its readers and the network do

@@ -1,9 +1,27 @@
-"""A document as prose: its title, and the paragraphs of its sections."""
+"""A document as prose: its title, and the paragraphs of its sections; and where a sentence stands in it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 from itertools import groupby
+from typing import NamedTuple
+
+
+class Boundary(IntEnum):
+    """The largest part of a text that begins with a sentence."""
+
+    NONE = 0
+    PARAGRAPH = 1
+    SECTION = 2
+    DOCUMENT = 3
+
+
+class Sentence(NamedTuple):
+    """A sentence, and what begins with it."""
+
+    text: str
+    boundary: Boundary
 
 
 @dataclass(frozen=True)

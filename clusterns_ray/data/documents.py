@@ -10,7 +10,7 @@ from unicodedata import category
 
 from clusterns_ray.data.corpus import Source, find_local, walk
 from clusterns_ray.data.demo import demo_documents
-from clusterns_ray.data.document import Document, parse_document
+from clusterns_ray.data.document import Boundary, Document, Sentence, parse_document
 from clusterns_ray.data.readers import decode, json_rows, text_lines, text_of
 from clusterns_ray.errors import DataError
 from clusterns_ray.io.paths import check_regular_file
@@ -199,11 +199,16 @@ def is_usable(sentence: str) -> bool:
 
 def document_sentences(document: Document, language: str = "en") -> Iterator[str]:
     """Usable sentences of a document in reading order."""
-    return filter(is_usable, all_sentences(document, language))
+    return (sentence.text for sentence in all_sentences(document, language) if is_usable(sentence.text))
 
 
-def all_sentences(document: Document, language: str = "en") -> Iterator[str]:
-    """Sentences of a document in reading order, also those that are not usable."""
+def all_sentences(document: Document, language: str = "en") -> Iterator[Sentence]:
+    """Sentences of a document in reading order with their boundaries, also those that are not usable."""
+    boundary = Boundary.DOCUMENT
     for section in document.sections:
+        boundary = max(boundary, Boundary.SECTION)
         for paragraph in section.paragraphs:
-            yield from split_sentences(paragraph, language)
+            boundary = max(boundary, Boundary.PARAGRAPH)
+            for text in split_sentences(paragraph, language):
+                yield Sentence(text, boundary)
+                boundary = Boundary.NONE

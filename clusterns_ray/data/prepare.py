@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from clusterns_ray.config import Config
-from clusterns_ray.data.corpus import ReadCounts, Source, check_unchanged, list_sources, read_sentences
-from clusterns_ray.data.document import Document
+from clusterns_ray.data.corpus import ReadCounts, Source, check_unchanged, list_sources, read_corpus
+from clusterns_ray.data.document import Boundary, Document, Sentence
 from clusterns_ray.data.documents import all_sentences, document_sources, is_usable, read_documents
+from clusterns_ray.data.positives import check_columns, check_positives
 from clusterns_ray.data.structure import write_structure_dev
 from clusterns_ray.data.token_store import TokenStore, prepare_tokens, reuse_tokens
 from clusterns_ray.errors import ConfigError
@@ -85,6 +86,7 @@ def prepare(
         sts_dir = str(fetch_sts(cache / "sts-hub", [config.evaluation.dev], note))
     tokenizer = load_tokenizer(config)
     check_teacher(config, tokenizer)
+    check_columns(config)
     fingerprint = corpus_fingerprint(config, tokenizer)
     tokens_dir = cache / f"tokens-{_short_hash(fingerprint)}"
     store = reuse_tokens(tokens_dir, fingerprint)
@@ -96,9 +98,10 @@ def prepare(
             sentences = _usable_sentences(read(), counts, config.data.limit)
         else:
             assert config.data.corpus is not None
-            sentences = read_sentences(
+            sentences = read_corpus(
                 config.data.corpus,
                 text_column=config.data.text_column,
+                document_column=config.data.document_column,
                 limit=config.data.limit,
                 counts=counts,
                 sources=[Source(**source) for source in fingerprint["corpus"]],
@@ -113,6 +116,7 @@ def prepare(
             counts=counts,
             progress=progress,
         )
+    check_positives(config, store.manifest)
     if sts_dir == "structure":
         spec = documents_of(config)
         assert spec is not None
@@ -230,6 +234,7 @@ def corpus_fingerprint(config: Config, tokenizer: Any) -> dict[str, Any]:
     return {
         "corpus": [asdict(source) for source in sources],
         "text_column": config.data.text_column,
+        "document_column": config.data.document_column,
         "limit": config.data.limit,
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "max_length": config.encoder.max_length,
@@ -242,6 +247,8 @@ def describe(store: TokenStore | dict[str, Any]) -> str:
     manifest = store.manifest if isinstance(store, TokenStore) else store
     counts = manifest["counts"]
     parts = [f"{manifest['rows']:,} sentences, {manifest['tokens']:,} tokens (mean {manifest['mean_length']:.1f})"]
+    if 1 < manifest["documents"] < manifest["rows"]:
+        parts.append(f"{manifest['documents']:,} documents, {manifest['alone']:,} sentences alone in their section")
     for key, text in (
         ("empty", "{:,} empty rows skipped"),
         ("unusable", "{:,} sentences of documents skipped (not of 4 to 60 words, with markup, or unfinished)"),
@@ -254,15 +261,18 @@ def describe(store: TokenStore | dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _usable_sentences(documents: list[Document], counts: ReadCounts, limit: int | None) -> Iterator[str]:
+def _usable_sentences(documents: list[Document], counts: ReadCounts, limit: int | None) -> Iterator[Sentence]:
     for document in documents:
-        for sentence in all_sentences(document):
+        begins = Boundary.NONE  # with the next usable sentence: what skipped ones have begun is begun by it
+        for text, boundary in all_sentences(document):
             if limit is not None and counts.kept >= limit:
                 return
             counts.rows += 1
-            if is_usable(sentence):
+            begins = max(begins, boundary)
+            if is_usable(text):
                 counts.kept += 1
-                yield sentence
+                yield Sentence(text, begins)
+                begins = Boundary.NONE
             else:
                 counts.unusable += 1
 

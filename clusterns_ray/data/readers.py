@@ -21,7 +21,7 @@ from clusterns_ray.io.paths import check_regular_file
 LONGEST_RECORD = 1 << 26
 """Characters of a line of csv, tsv or JSON; a longer one is refused."""
 
-SET_COLUMN = "set text_column to one of them"
+SET_COLUMN = "set text_column (or document_column) to one of them"
 _PARQUET_ROWS = 8192
 _ENCODINGS = (
     (b"\xff\xfe\x00\x00", "UTF-32", "UTF-32"),
@@ -436,8 +436,27 @@ def text_of(record: Any, where: str, field: str) -> str | None:
 # Parquet
 
 
-def parquet_rows(handle: Any, name: str, column: str) -> Iterator[tuple[int, str | None]]:
-    """The values of a column of strings, also large or dictionary-encoded ones; None for a null.
+def document_of(value: Any, where: str, column: str | None, number: int) -> str | int:
+    """What tells the document of a row: the value of its column, or without a column the row's own number.
+
+    Raises:
+        DataError: the value is neither a text nor a whole number.
+    """
+    if column is None:
+        return number
+    if isinstance(value, str | int) and value != "":
+        return value
+    raise DataError(
+        f"{where}: column {column!r} holds {str(value)[:80]!r} of type {type(value).__name__}, but a document is named "
+        "by a text or a whole number; fill it in, convert it, or name another document_column"
+    )
+
+
+def parquet_rows(
+    handle: Any, name: str, column: str, document_column: str | None = None
+) -> Iterator[tuple[int, str | None, str | int]]:
+    """The values of a column of strings, also large or dictionary-encoded ones, None for a null; each with what
+    :func:`document_of` tells.
 
     Raises:
         DataError: it is no whole parquet file, or has no such column, several, or one of another type.
@@ -448,10 +467,12 @@ def parquet_rows(handle: Any, name: str, column: str) -> Iterator[tuple[int, str
     try:
         file = pq.ParquetFile(handle)
         names = file.schema_arrow.names
-        if column not in names:
-            raise no_column(name, column, names)
-        if names.count(column) > 1:
-            raise _twice(name, column, names)
+        columns = [column] if document_column is None else [column, document_column]
+        for each in columns:
+            if each not in names:
+                raise no_column(name, each, names)
+            if names.count(each) > 1:
+                raise _twice(name, each, names)
         kind = file.schema_arrow.field(column).type
         value = kind.value_type if pa.types.is_dictionary(kind) else kind
         if not (pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value)):
@@ -460,11 +481,12 @@ def parquet_rows(handle: Any, name: str, column: str) -> Iterator[tuple[int, str
                 "of strings as text_column, or convert it"
             )
         number = 0
-        for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[column]):
+        for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
             # By its name: "text" also selects "text.en".
-            for text in batch.column(batch.schema.get_field_index(column)).to_pylist():
+            values = [batch.column(batch.schema.get_field_index(each)).to_pylist() for each in columns]
+            for text, document in zip(values[0], values[-1], strict=True):
                 number += 1
-                yield number, text
+                yield number, text, document_of(document, f"{name} row {number}", document_column, number)
         if number != file.metadata.num_rows:
             raise DataError(f"{name}: {number} rows were read of {file.metadata.num_rows}; write the file again")
     except (DataError, GeneratorExit):

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clusterns_ray.data.corpus import ReadCounts
+from clusterns_ray.data.document import Boundary, Sentence
 from clusterns_ray.errors import DataError
 from clusterns_ray.io.files import flush, json_text, sha256
 from clusterns_ray.models.tokenization import tokenize
@@ -26,7 +27,7 @@ from clusterns_ray.models.tokenization import tokenize
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 
 _FILE_NAME = re.compile(r"tokens-\d{5,}\.arrow")
@@ -34,11 +35,18 @@ _TOKENIZE_ROWS = 4096  # the tokenizer's own records take far more memory than t
 _STALE_SECONDS = 24 * 3600
 
 
+def _schema() -> pa.Schema:
+    """Of every file: a row's token ids, its sentence, and the :class:`Boundary` that begins with it."""
+    import pyarrow as pa
+
+    return pa.schema([("input_ids", pa.list_(pa.int32())), ("text", pa.string()), ("boundary", pa.uint8())])
+
+
 # Writing
 
 
 def prepare_tokens(
-    sentences: Iterable[str],
+    sentences: Iterable[Sentence],
     tokenizer: Any,
     *,
     max_length: int,
@@ -56,7 +64,7 @@ def prepare_tokens(
     so that several processes may prepare the same one.
 
     Args:
-        sentences: as of :func:`~clusterns_ray.data.corpus.read_sentences`; those without tokens are skipped.
+        sentences: as of :func:`~clusterns_ray.data.corpus.read_corpus`; those without tokens are skipped.
         tokenizer, max_length, prompt: as of :func:`~clusterns_ray.models.tokenization.tokenize`.
         fingerprint: what the result depends on, as JSON; kept to tell whether the store can be used again.
         counts: the counts of the reader of ``sentences``, kept in the manifest.
@@ -95,6 +103,8 @@ def prepare_tokens(
                 "without_tokens": writer.without_tokens,
             },
             "rows": writer.rows,
+            "documents": writer.documents,
+            "alone": writer.alone + writer.ends_alone,
             "tokens": writer.tokens,
             "mean_length": writer.tokens / writer.rows,
             "longest": writer.longest,
@@ -125,11 +135,16 @@ class _Writer:
     """Writes shards one after the other, and counts."""
 
     def __init__(self, directory: Path, rows_per_shard: int, progress: Callable[[int], None] | None) -> None:
-        import pyarrow as pa
 
-        self.schema = pa.schema([("input_ids", pa.list_(pa.int32())), ("text", pa.string())])
+        self.schema = _schema()
         self.directory, self.rows_per_shard, self.progress = directory, rows_per_shard, progress
         self.rows = self.tokens = self.longest = self.truncated = self.without_tokens = self.done = 0
+        self.documents = self.alone = 0
+        """documents, and sentences that are the only ones of their section, without the last row"""
+        self._pending: int = Boundary.DOCUMENT
+        """what begins with the next row: as skipped ones may have begun something, too"""
+        self.ends_alone = False
+        """whether the last row is the only one of its section so far"""
         self.digest = hashlib.blake2b(digest_size=16)
         self.files: list[dict[str, Any]] = []
         self._shard: Any = None
@@ -140,18 +155,24 @@ class _Writer:
         """Rows that the open shard can still take."""
         return self.rows_per_shard - self._shard_rows
 
-    def write(self, chunk: list[str], tokenizer: Any, max_length: int, prompt: str | None) -> None:
+    def write(self, chunk: list[Sentence], tokenizer: Any, max_length: int, prompt: str | None) -> None:
         """Append the sentences of ``chunk`` as one record batch."""
         import pyarrow as pa
 
         texts: list[str] = []
+        boundaries: list[int] = []
         lengths: list[int] = []
         values: list[np.ndarray] = []
         for start in range(0, len(chunk), _TOKENIZE_ROWS):
             part = chunk[start : start + _TOKENIZE_ROWS]
-            rows, truncated = tokenize(part, tokenizer, max_length, prompt)
+            rows, truncated = tokenize([sentence.text for sentence in part], tokenizer, max_length, prompt)
             self.truncated += truncated
-            texts += [text for text, ids in zip(part, rows, strict=True) if ids]
+            for sentence, ids in zip(part, rows, strict=True):
+                self._pending = max(self._pending, sentence.boundary)
+                if ids:
+                    texts.append(sentence.text)
+                    boundaries.append(self._pending)
+                    self._pending = Boundary.NONE
             lengths += [len(ids) for ids in rows if ids]
             values.append(np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int32))
             self.done += len(part)
@@ -165,7 +186,9 @@ class _Writer:
             self.digest.update(len(data).to_bytes(8, "little") + data)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         input_ids = pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(values)))
-        batch = pa.record_batch([input_ids, pa.array(texts, pa.string())], schema=self.schema)
+        columns = [input_ids, pa.array(texts, pa.string()), pa.array(boundaries, pa.uint8())]
+        batch = pa.record_batch(columns, schema=self.schema)
+        self._count(np.array(boundaries))
         if self._shard is None:
             path = self.directory / f"tokens-{len(self.files):05d}.arrow"
             self._shard = pa.ipc.new_file(path, self.schema)
@@ -176,6 +199,13 @@ class _Writer:
         self._shard_rows += len(texts)
         if self._shard_rows == self.rows_per_shard:
             self.close_shard()
+
+    def _count(self, boundaries: np.ndarray) -> None:
+        """Count the documents and the sentences alone in their section, of rows that follow those before."""
+        self.documents += int((boundaries == Boundary.DOCUMENT).sum())
+        begins = np.concatenate([[self.ends_alone], boundaries >= Boundary.SECTION])
+        self.alone += int((begins[:-1] & begins[1:]).sum())
+        self.ends_alone = bool(begins[-1])
 
     def close_shard(self) -> None:
         """Bring the open shard to disk."""
@@ -252,13 +282,15 @@ class TokenStore:
         self._offsets: list[np.ndarray] = []
         self._values: list[np.ndarray] = []
         self._texts: list[pa.Array] = []
+        self._boundaries: list[np.ndarray] = []
         sizes = []
         for batch in batches:
-            input_ids, text = batch.columns
+            input_ids, text, boundary = batch.columns
             # Views, as to_numpy makes them; but that imports pandas, which takes longer than all else here.
             self._offsets.append(np.from_dlpack(input_ids.offsets))
             self._values.append(np.from_dlpack(input_ids.values))
             self._texts.append(text)
+            self._boundaries.append(np.from_dlpack(boundary))
             sizes.append(len(text))
         self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
@@ -320,6 +352,18 @@ class TokenStore:
         input_ids, attention_mask = np.empty_like(padded), np.empty_like(padded)
         input_ids[order], attention_mask[order] = padded, mask
         return input_ids, attention_mask
+
+    def boundaries(self, rows: np.ndarray) -> np.ndarray:
+        """The :class:`Boundary` that begins with each row: int64 ``(n,)`` to uint8 ``(n,)``.
+
+        Raises:
+            IndexError: a row that the store does not have.
+        """
+        order, local, groups = self._locate(rows)
+        result = np.empty(len(order), dtype=np.uint8)
+        for batch, start, stop in groups:
+            result[order[start:stop]] = self._boundaries[batch][local[start:stop]]
+        return result
 
     def texts(self, rows: np.ndarray) -> list[str]:
         """The sentence of each row, as it was before any prompt or truncation.
@@ -437,7 +481,7 @@ def _record_batches(directory: Path, manifest: dict[str, Any]) -> Iterator[pa.Re
     """The record batches of all files, zero-copy."""
     import pyarrow as pa
 
-    schema = pa.schema([("input_ids", pa.list_(pa.int32())), ("text", pa.string())])
+    schema = _schema()
     for entry in manifest["files"]:
         path = directory / entry["name"]
         try:

@@ -119,7 +119,7 @@ def model_size(config: Config) -> ModelSize:
             ids,
             ids,
             (0, 0, 0),
-            (ids, ids) if encoder.second_prompt else None,
+            (ids, ids) if encoder.second_prompt or config.data.positives != "dropout" else None,
             (ids, ids) if language_model is not None else None,
         )
         weights = list(views.parameters())

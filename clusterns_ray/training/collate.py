@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from clusterns_ray.config import Config
+from clusterns_ray.data.positives import Positives
 from clusterns_ray.data.sampler import stream_key
 from clusterns_ray.data.token_store import TokenStore
 from clusterns_ray.models.encoder import pad
@@ -29,7 +30,7 @@ class Shard(NamedTuple):
     """seed the dropout of both views (the first, where they are one batch) and of the masked copy, so that it does not
     depend on which worker computes the shard, nor after what"""
     second: tuple[Tensor, Tensor] | None = None
-    """ids and mask of the second view, where it has a prompt of its own"""
+    """ids and mask of the second view, where they are not those of the first"""
     masked: tuple[Tensor, Tensor] | None = None
     """ids with masked tokens and their labels, for masked language modelling"""
 
@@ -40,12 +41,16 @@ class ShardReader:
     def __init__(self, config: Config, tokens: TokenStore, tokenizer: Any, device: torch.device):
         self.config, self.tokens, self.tokenizer, self.device = config, tokens, tokenizer, device
         prompts = (config.encoder.prompt, config.encoder.second_prompt)
+        self.positives = Positives(config, tokens, tokenizer)
         self.prompt_affixes = [prompt_affixes(prompt, tokenizer) for prompt in prompts if prompt]
 
     def __call__(self, layout: BatchLayout, shard: int, step: int) -> Shard:
         seed = self.config.seed
-        input_ids, mask = self.tokens.tokens(layout.shard_rows(shard), self.tokenizer.pad_token_id or 0)
-        second = self.second_view(input_ids, mask) if self.config.encoder.second_prompt else None
+        rows = layout.shard_rows(shard)
+        input_ids, mask = self.tokens.tokens(rows, self.tokenizer.pad_token_id or 0)
+        second = self.positives(rows, input_ids, mask, step)
+        if self.config.encoder.second_prompt:
+            second = self.in_second_prompt(*(second or (input_ids, mask)))
         masked = None
         if self.config.loss.mlm_weight:
             masked = self.masked_copy(input_ids, stream_key("mlm", seed, step, shard))
@@ -54,16 +59,16 @@ class ShardReader:
             to_device(input_ids, self.device),
             to_device(mask, self.device),
             (stream_key(*dropout), stream_key(*dropout, "second"), stream_key(*dropout, "mlm")),
-            second,
+            None if second is None else (to_device(second[0], self.device), to_device(second[1], self.device)),
             masked,
         )
 
-    def second_view(self, input_ids: np.ndarray, mask: np.ndarray) -> tuple[Tensor, Tensor]:
+    def in_second_prompt(self, input_ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ids and mask of the same sentences in the second prompt."""
         rows = zip(input_ids.tolist(), mask.sum(axis=1).tolist())
         framed = [swap_prompt(row[:length], self.prompt_affixes[0], self.prompt_affixes[1]) for row, length in rows]
         ids_BT, mask_BT = pad(framed, self.tokenizer.pad_token_id)
-        return to_device(ids_BT.numpy(), self.device), to_device(mask_BT.numpy(), self.device)
+        return ids_BT.numpy(), mask_BT.numpy()
 
     def masked_copy(self, input_ids: np.ndarray, key: int) -> tuple[Tensor, Tensor]:
         """Ids with masked tokens, and their labels."""

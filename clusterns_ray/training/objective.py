@@ -35,8 +35,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TwoViews(nn.Module):
-    """Both views of every shard: two dropout draws of one forward pass, or a pass for each prompt. The part with
-    gradients, so DDP wraps it."""
+    """Both views of every shard: two dropout draws of one batch, or a batch of each where their tokens differ. The part
+    with gradients, so DDP wraps it."""
 
     def __init__(self, encoder: Encoder, precision: str, language_model: nn.Module | None = None):
         super().__init__()
@@ -73,7 +73,7 @@ class TwoViews(nn.Module):
         return [[next(parts).view(*part.shape, -1) for part in row] for row in ids]
 
     def _batches(self, shard: Shard, words: list[Tensor]) -> list[TokenBatch]:
-        """Both views as one batch, or one for each prompt."""
+        """Both views as one batch, or as one each."""
         ids_BT, mask_BT, keys = shard.input_ids_BT, shard.attention_mask_BT, shard.dropout_keys
         if shard.second is None:
             return [TokenBatch(ids_BT, mask_BT, 0, words[0], keys[0], draws=2)]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from helpers import sentences
 from spawn import RanksFailed, run_ranks, small_config
 
 from clusterns_ray.config import Config
@@ -63,12 +64,19 @@ RUNS = {
     "random_with_odd_last_batches": {"data": {"limit": 297, "order": "random"}},
     # 290 rows: two rows are too few for 4 shards, and join the batch before, which has 34; two epochs.
     "enlarged_last_batches": {"data": {"limit": 290}, "train": {"epochs": 2, "max_steps": None}},
+    "neighbours": {"data": {"positives": "neighbour", "neighbour_distance": 2}},
+    "crops": {"data": {"positives": "crop"}},
 }
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_1_2_and_4_workers_make_the_same_run(make_job, name: str):
-    job = make_job(**RUNS[name])
+def test_1_2_and_4_workers_make_the_same_run(make_job, name: str, tmp_path: Path):
+    sections = RUNS[name]
+    if name == "neighbours":  # documents of five sentences
+        lines, path = sentences(300), tmp_path / "documents.txt"
+        path.write_text("\n\n".join("\n".join(lines[i : i + 5]) for i in range(0, 300, 5)))
+        sections = {"data": {**sections["data"], "corpus": str(path)}}
+    job = make_job(**sections)
     jobs = {ranks: job.named(f"on-{ranks}") for ranks in (1, 2, 4)}
     results = {ranks: run_ranks(train_here, ranks, jobs[ranks]) for ranks in jobs}
 

@@ -337,6 +337,10 @@ OTHER_VALUES = {
     "data.text_column": "t",
     "data.limit": 5,
     "data.order": "random",
+    "data.document_column": "page",
+    "data.positives": "crop",
+    "data.neighbour_distance": 3,
+    "data.crop_ratio": 0.3,
     "data.documents": "docs",
     "data.cache_dir": "/cache",
     "loss.temperature": 0.1,
@@ -400,6 +404,9 @@ OTHER_VALUES = {
 NEEDS = {
     "encoder.second_prompt": ("encoder.prompt={sentence} means",),
     "encoder.denoise": ("encoder.prompt={sentence} means", "encoder.pooling=mask"),
+    "data.neighbour_distance": ("data.positives=neighbour",),
+    "data.crop_ratio": ("data.positives=crop",),
+    "data.document_column": ("data.corpus=a.csv",),
     **dict.fromkeys((f"{section}.{key}" for section, key in BANK_KEYS), ("clustering.scope=corpus",)),
 }
 """What must be set for the other value to mean anything."""

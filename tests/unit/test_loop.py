@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import WIDTH, make_tiny_model, write_corpus, write_pairs
+from helpers import WIDTH, make_tiny_model, sentences, write_corpus, write_pairs
 
 from clusterns_ray.config import Config, make_config
 from clusterns_ray.console.progress import outcome_lines
@@ -289,10 +289,19 @@ def test_the_run_is_a_function_of_its_seed(lab: Lab, tmp_path: Path) -> None:
     assert losses("c", 2) != first
 
 
-@pytest.mark.parametrize("sections", [{}, {"loss": {"mlm_weight": 0.5}}, {"clustering": {"scope": "corpus"}}])
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"loss": {"mlm_weight": 0.5}},
+        {"clustering": {"scope": "corpus"}},
+        {"clustering": {"scope": "corpus"}, "data": {"positives": "neighbour", "corpus": "DOCUMENTS"}},
+    ],
+)
 def test_a_cached_gradient_trains_the_same(lab: Lab, tmp_path: Path, sections: dict[str, dict[str, Any]]) -> None:
     """8 of 32 sentences at a time, with dropout replayed, over steps without and with clusters."""
     records = {}
+    sections = placed(sections, tmp_path)
     for name, chunk in (("whole", None), ("cached", 8)):
         lab.run(tmp_path / name, lab.config(**sections, train={"cache_chunk": chunk}))
         records[name] = [r for r in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in r]
@@ -474,16 +483,33 @@ RESUMED: dict[str, dict[str, dict[str, Any]]] = {
     "prompt": {"encoder": {"pooling": "mask", "prompt": PROMPT, "second_prompt": SECOND_PROMPT, "denoise": True}},
     "mlm": {"loss": {"mlm_weight": 0.1}},
     "teacher": {"loss": {"teacher": "TEACHER", "distillation_weight": 0.5}},
+    "neighbour": {"data": {"positives": "neighbour", "neighbour_distance": 2, "corpus": "DOCUMENTS"}},
+    "crop": {"data": {"positives": "crop"}},
 }
+
+
+def write_documents(path: Path) -> Path:
+    """Documents of five sentences each, blank lines between them."""
+    lines = sentences(300)
+    path.write_text("\n\n".join("\n".join(lines[i : i + 5]) for i in range(0, len(lines), 5)) + "\n")
+    return path
+
+
+def placed(sections: dict[str, dict[str, Any]], directory: Path) -> dict[str, dict[str, Any]]:
+    """The sections of a case, with the teacher or the documents that they name made in ``directory``."""
+    made = {
+        "TEACHER": lambda: make_tiny_model(directory / "teacher", layers=1),
+        "DOCUMENTS": lambda: write_documents(directory / "documents.txt"),
+    }
+    return {
+        name: {key: str(made[value]()) if value in list(made) else value for key, value in section.items()}
+        for name, section in sections.items()
+    }
 
 
 @pytest.mark.parametrize("case", RESUMED)
 def test_a_resumed_run_is_the_same_to_the_bit(lab: Lab, tmp_path: Path, case: str) -> None:
-    sections = RESUMED[case]
-    if case == "teacher":
-        teacher = make_tiny_model(tmp_path / "teacher", layers=1)
-        sections = {"loss": {**sections["loss"], "teacher": str(teacher)}}
-    config = lab.config(**sections)
+    config = lab.config(**placed(RESUMED[case], tmp_path))
     whole = lab.run(tmp_path / "whole", config)
     # Killed in step 4, after the checkpoint of step 2: steps 3 and 4 are done again.
     with pytest.raises(Killed):

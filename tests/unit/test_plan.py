@@ -89,6 +89,7 @@ STEPS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "corpus": ("bert", {"clustering": CORPUS, "loss": {"bank_negatives": 3}}),
     "masked words": ("bert", {"loss": {"mlm_weight": 0.1}}),
     "teacher": ("bert", {"encoder": {"num_layers": 1}, "loss": {"teacher": "TEACHER"}}),
+    "crops": ("bert", {"data": {"positives": "crop", "crop_ratio": 0.2}}),
     "cached": ("bert", {"train": {"cache_chunk": 8}}),
     "cached, masked": ("bert", {"train": {"cache_chunk": 8}, "loss": {"mlm_weight": 0.1}}),
     "roberta": ("roberta", {}),
@@ -112,17 +113,18 @@ def test_flops_of_a_step_are_those_that_torch_counts(
     if run.teacher is not None:
         run.teacher.encoder.packs = False
     take_step(run, 0)  # creates the centroids
-    layout, _ = run.batch(1)
+    layout, shards = run.batch(1)
     lengths = run.tokens.lengths(layout.rows_B)
     pieces = np.split(np.arange(layout.size), layout.starts[1:-1])
     rows_S = np.array([len(piece) for piece in pieces])
     tokens_S = np.array([lengths[piece].max() for piece in pieces])
+    second_S = np.array([s.second[0].shape[1] if s.second else n for s, n in zip(shards, tokens_S, strict=True)])
 
     # Torch does not count what its fused attention for CPUs computes, which the teacher takes.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         take_step(run, 1)
 
-    work = replace(workload(config), rows_NS=rows_S[None], tokens_NS=tokens_S[None])
+    work = replace(workload(config), rows_NS=rows_S[None], tokens_NS=tokens_S[None], second_NS=second_S[None])
     assert work.flops(1) == counter.get_total_flops()
 
 
@@ -150,7 +152,8 @@ def test_the_busiest_worker_is_that_of_the_layout(make: Callable[..., Config]):
     config = make()
     prepared = prepare(config)
     store = TokenStore.open(prepared.tokens_dir)
-    rows_NS, tokens_NS = sampled_batches(config, store)
+    rows_NS, tokens_NS, second_NS = sampled_batches(config, store)
+    assert (second_NS == tokens_NS).all(), "two dropout copies are alike in length"
     encoder = encoder_work(config)
     expected = []
     work = workload(config)
@@ -158,7 +161,7 @@ def test_the_busiest_worker_is_that_of_the_layout(make: Callable[..., Config]):
     for step, (rows_S, tokens_S) in enumerate(zip(rows_NS, tokens_NS)):
         ids = order.sample_ids(0, step)
         layout = build_batch_layout(ids, store.lengths(ids), 8, rank=0, workers=4)
-        flops_S = [encoder.shard(rows, tokens) for rows, tokens in zip(rows_S, tokens_S)]
+        flops_S = [encoder.shard(rows, tokens, tokens) for rows, tokens in zip(rows_S, tokens_S)]
         expected.append(max(sum(flops_S[shard] for shard in its_shards) for its_shards in layout.shards_by_rank))
     found = step_model.busiest_worker(work.shard_flops_NS, rows_NS * tokens_NS, 4)
     assert found == pytest.approx(np.mean(expected), rel=1e-12)

@@ -270,7 +270,7 @@ def test_text_that_changes_while_it_is_tokenised_is_refused(
     path = tmp_path / "a.txt"
     path.write_text(" ".join(sentences(30)) if kind == "documents" else "\n".join(sentences(30)))
     asked = config(data={"corpus": None, "documents": str(path)} if kind == "documents" else {"corpus": str(path)})
-    read = prepare_module.read_documents if kind == "documents" else prepare_module.read_sentences
+    read = prepare_module.read_documents if kind == "documents" else prepare_module.read_corpus
 
     def changed(*arguments: Any, **options: Any) -> Any:
         for item in read(*arguments, **options):

@@ -14,6 +14,7 @@ import pytest
 
 from clusterns_ray.data import token_store as tokens
 from clusterns_ray.data.corpus import ReadCounts, read_sentences
+from clusterns_ray.data.document import Boundary, Sentence
 from clusterns_ray.data.token_store import TokenStore, prepare_tokens, reuse_tokens
 from clusterns_ray.errors import ConfigError, DataError
 from clusterns_ray.models.tokenization import tokenize
@@ -67,7 +68,8 @@ def prepare(directory: Path, tokenizer: Any, sentences: Any = SENTENCES, **optio
         "rows_per_batch": 16,
         **options,
     }
-    return prepare_tokens(sentences, tokenizer, **arguments)
+    rows = (each if isinstance(each, Sentence) else Sentence(each, Boundary.NONE) for each in sentences)
+    return prepare_tokens(rows, tokenizer, **arguments)
 
 
 # tokenize
@@ -192,7 +194,7 @@ def test_the_manifest(tokenizer: Any, tmp_path: Path) -> None:
     assert store.manifest == manifest
     expected, truncated = tokenize(SENTENCES, tokenizer, 12)
     lengths = [len(ids) for ids in expected] + [3]  # the long word is one unknown token
-    assert manifest["format"] == 1
+    assert manifest["format"] == 2
     assert manifest["fingerprint"] == FINGERPRINT
     assert manifest["counts"] == {
         **{"files": 1, "rows": 106, "empty": 2, "cut": 1, "kept": 104},
@@ -371,9 +373,9 @@ def damage(directory: Path, how: str) -> None:
     elif how == "a list":
         (directory / "manifest.json").write_text("[]")
     elif how == "format":
-        edit(directory, format=2)
+        edit(directory, format=1)
     elif how == "no files":
-        (directory / "manifest.json").write_text(json.dumps({"format": 1, "fingerprint": {}}))
+        (directory / "manifest.json").write_text(json.dumps({"format": 2, "fingerprint": {}}))
     elif how == "no fingerprint":
         del manifest["fingerprint"]
         (directory / "manifest.json").write_text(json.dumps(manifest))
@@ -402,8 +404,8 @@ def damage(directory: Path, how: str) -> None:
         ("no manifest", "there is no such file, so .* is not a token store"),
         ("half a manifest", "the manifest cannot be read"),
         ("binary manifest", "the manifest cannot be read"),
-        ("a list", "has format None, but this version reads format 1"),
-        ("format", "has format 2, but this version reads format 1"),
+        ("a list", "has format None, but this version reads format 2"),
+        ("format", "has format 1, but this version reads format 2"),
         ("no files", "the manifest is damaged .KeyError: 'files'"),
         ("no fingerprint", "the manifest is damaged .KeyError: 'fingerprint'"),
         ("files are numbers", "the manifest is damaged .TypeError"),

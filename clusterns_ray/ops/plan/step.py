@@ -64,12 +64,13 @@ class EncoderWork:
         """FLOPs of embedding so many rows, without a gradient."""
         return self.forward(rows, length) + 2 * rows * self.pooler
 
-    def shard(self, rows, length):
-        """FLOPs of both views of a shard and their backward pass, and of its masked copy where there is one."""
+    def shard(self, rows, length, second):
+        """FLOPs of both views of a shard, padded to ``length`` and ``second`` tokens, and their backward pass; and of
+        its masked copy where there is one."""
         forwards = 2 if self.cached else 1
         passes = forwards + BACKWARD
         once = 2 * rows * (forwards * self.pooler + passes * self.head)
-        flops = 2 * (passes * self.forward(rows, length) + once)
+        flops = passes * (self.forward(rows, length) + self.forward(rows, second)) + 2 * once
         if self.prediction:
             flops = flops + passes * (self.forward(rows, length) + 2 * rows * length * self.prediction)
             flops = flops + 2 * rows * forwards * self.pooler

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from clusterns_ray.config import Config
+from clusterns_ray.data.positives import Positives
 from clusterns_ray.data.prepare import cache_directory, corpus_fingerprint, load_tokenizer
 from clusterns_ray.data.sampler import BatchOrder, cut_shards, steps_per_epoch
 from clusterns_ray.data.token_store import TokenStore, reuse_tokens
@@ -37,6 +38,8 @@ class Workload:
     """of each shard"""
     tokens_NS: np.ndarray
     """to which its rows are padded"""
+    second_NS: np.ndarray
+    """to which their second views are"""
     sentences: int | None
     """of the corpus; None where unknown"""
     assumptions: tuple[str, ...]
@@ -49,7 +52,7 @@ class Workload:
     @property
     def shard_flops_NS(self) -> np.ndarray:
         taught = 0 if self.teacher is None else self.teacher.encode(self.rows_NS, self.tokens_NS)
-        return self.encoder.shard(self.rows_NS, self.tokens_NS) + taught
+        return self.encoder.shard(self.rows_NS, self.tokens_NS, self.second_NS) + taught
 
     def flops(self, workers: int) -> float:
         """Of the busiest worker in a step."""
@@ -103,13 +106,13 @@ def workload(config: Config, sentences: int | None = None) -> Workload:
     assumptions = []
     if store is None:
         rows_NS = np.full((1, train.shards), train.global_batch_size // train.shards)
-        tokens_NS = np.full_like(rows_NS, size.tokens_a_row)
+        tokens_NS = second_NS = np.full_like(rows_NS, size.tokens_a_row)
         assumptions.append(
             f"Every row has {size.tokens_a_row} tokens, the most it may have, as the corpus is not prepared here: "
             "`clusterns prepare` it to count with its own lengths."
         )
     else:
-        rows_NS, tokens_NS = sampled_batches(config, store)
+        rows_NS, tokens_NS, second_NS = sampled_batches(config, store)
         mean = (rows_NS * tokens_NS).sum() / rows_NS.sum()
         assumptions.append(
             f"Rows are padded to {mean:.1f} tokens on average, as in {len(rows_NS)} batches of the prepared corpus."
@@ -128,7 +131,7 @@ def workload(config: Config, sentences: int | None = None) -> Workload:
     if config.encoder.denoise or config.encoder.second_prompt:
         assumptions.append("Left out: template denoising, and what a second prompt is longer than the first.")
     teacher = finished_work(config.loss.teacher) if config.loss.teacher else None
-    return Workload(config, size, encoder, teacher, rows_NS, tokens_NS, count, tuple(assumptions))
+    return Workload(config, size, encoder, teacher, rows_NS, tokens_NS, second_NS, count, tuple(assumptions))
 
 
 def check_reachable(config: Config) -> None:
@@ -194,15 +197,20 @@ def find_tokens(config: Config) -> TokenStore | None:
     return next(filter(None, stores), None)
 
 
-def sampled_batches(config: Config, store: TokenStore) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and padded length of the shards of batches spread over the first epoch: int64 (N, S) each."""
+def sampled_batches(config: Config, store: TokenStore) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of the shards of batches spread over the first epoch, and to how many tokens both views of them are padded:
+    int64 (N, S) each."""
     train = config.train
     order = BatchOrder(config.seed, len(store), train.global_batch_size, train.shards, config.data.order, store.lengths)
     steps = np.unique(np.linspace(0, order.steps_per_epoch - 1, SAMPLED_STEPS).astype(int))
-    rows, tokens = [], []
+    positives = Positives(config, store, load_tokenizer(config))
+    rows, tokens, second = [], [], []
     for step in steps.tolist():
-        lengths_B = store.lengths(order.sample_ids(0, step))
+        rows_B = order.sample_ids(0, step)
+        lengths_B = store.lengths(rows_B)
         pieces = cut_shards(lengths_B, train.shards)
         rows.append([len(piece) for piece in pieces])
         tokens.append([int(lengths_B[piece].max()) for piece in pieces])
-    return np.array(rows), np.array(tokens)
+        views = [positives(rows_B[piece], *store.tokens(rows_B[piece], 0), step) for piece in pieces]
+        second.append([own if view is None else view[0].shape[1] for own, view in zip(tokens[-1], views)])
+    return np.array(rows), np.array(tokens), np.array(second)
