@@ -144,7 +144,7 @@ def test_flops_of_a_plan_are_the_mean_of_those_of_its_batches(make: Callable[...
         counted.append(counter.get_total_flops())
 
     assert len(set(counted)) > 1, "batches differ"
-    whole = replace(work, rows_NS=work.rows_NS[full], tokens_NS=work.tokens_NS[full])
+    whole = replace(work, rows_NS=work.rows_NS[full], tokens_NS=work.tokens_NS[full], second_NS=work.second_NS[full])
     assert whole.flops(1) == pytest.approx(np.mean(counted), rel=1e-12)
 
 
