@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,8 @@ def commands_of(path: Path) -> Iterator[str]:
 
 
 COMMANDS = [
-    pytest.param(command, id=f"{path.name}: {command}")
-    for path in FILES
-    for command in dict.fromkeys(commands_of(path))
+    pytest.param(command, id=f"{name}: {command}")
+    for command, name in {command: path.name for path in FILES for command in commands_of(path)}.items()
 ]
 
 
@@ -86,7 +86,13 @@ def understand(command: str) -> None:
     file = ROOT / re.sub(r"^(~|/home/\w+)/clusterns/", "", str(name))
     if str(name) in NAMES:
         file = ROOT / "experiments/quickstart.yaml" if verb != "tune" else ROOT / "experiments/studies/smoke.yaml"
-    (load_study if "studies" in file.parts else load_config)(file, overrides)
+    read(load_study if "studies" in file.parts else load_config, file, tuple(overrides))
+
+
+@cache
+def read(load: Callable[..., Any], file: Path, overrides: tuple[str, ...]) -> None:
+    """Once, as a study tries thousands of combinations."""
+    load(file, overrides)
 
 
 @pytest.fixture(autouse=True)
