@@ -192,6 +192,8 @@ def api_page() -> str:
     ]
     for name in clusterns_ray.__all__:
         lines += ["", f"::: clusterns_ray.{name}"]
+        if name == "Encoder":
+            lines += ["    options: {members: [load, for_training, encode, encode_ids, save]}"]
     lines += ["", "## The method, as pure functions", ""]
     lines += ["Tensors in, tensors out, in any floating-point type: what the workers compute together."]
     for module in MATHEMATICS:
