@@ -170,8 +170,8 @@ def wants_gpu(use_gpu: bool | None, capacity: ClusterCapacity) -> bool:
     if offered is None:
         raise ConfigError(
             f"runtime.use_gpu is not set, and whether this cluster will have GPUs cannot be known: it has "
-            f"{capacity.describe()}. Add --set runtime.use_gpu=true where its workers have GPUs, else "
-            "--set runtime.use_gpu=false."
+            f"{capacity.describe()}.",
+            "Add --set runtime.use_gpu=true where its workers have GPUs, else --set runtime.use_gpu=false.",
         )
     return offered
 
@@ -203,7 +203,8 @@ def check_room(
     who, setting, outcome = _JOBS[job]
     raise ConfigError(
         f"{who} asks for {_count(count, 'worker')} with {each} each, but the cluster has room for {room:g}: it has "
-        f"{capacity.describe()}, so {outcome}. {_remedy(capacity, worker, count, setting)}"
+        f"{capacity.describe()}, so {outcome}.",
+        _remedy(capacity, worker, count, setting),
     )
 
 

@@ -34,7 +34,7 @@ def check_request(config: Config, note: Callable[[str], None] = lambda text: Non
     """Refuse what cannot work.
 
     Args:
-        note: told how the configuration differs from the model that it starts from.
+        note: called with how the configuration differs from the model that it starts from.
 
     Returns:
         ``config`` with what it leaves to that model.
@@ -60,8 +60,8 @@ def check_data(config: Config) -> None:
     sts = config.evaluation.sts
     if sts == "hf" and config.evaluation.dev not in HUB:
         raise ConfigError(
-            f"evaluation.dev is {config.evaluation.dev!r}, but with evaluation.sts hf it must be one of "
-            f"{', '.join(HUB)}."
+            f"evaluation.dev is {config.evaluation.dev!r}, but with evaluation.sts hf it must be one of those there.",
+            f"Choose one of {', '.join(HUB)}.",
         )
     if sts not in (None, "structure", "hf"):
         check_pairs_exist(Path(sts).expanduser(), config.evaluation.dev)
@@ -71,14 +71,14 @@ def check_encoder(config: Config, note: Callable[[str], None] = lambda text: Non
     """The encoder's directory, and the limits that its config.json tells without loading it.
 
     Returns:
-        ``config`` with the pooling and prompt that it leaves to the model; ``note`` is told where it differs from it.
+        ``config`` with the pooling and prompt that it leaves to the model; ``note`` is called where it differs from it.
     """
     model = local_model_config(resolve_model(config.encoder.name))
     layers = (model or {}).get("num_hidden_layers") or (model or {}).get("n_layers")
     if isinstance(layers, int) and 0 < layers < (config.encoder.num_layers or 0):
         raise ConfigError(
-            f"encoder.num_layers is {config.encoder.num_layers}, but {config.encoder.name} has {layers} layers. "
-            f"Use at most {layers}, or leave it unset."
+            f"encoder.num_layers is {config.encoder.num_layers}, but {config.encoder.name} has {layers} layers.",
+            f"Use at most {layers}, or leave it unset.",
         )
     if config.loss.teacher is not None:
         resolve_model(config.loss.teacher)
@@ -106,7 +106,7 @@ def check_storage(config: Config) -> None:
 
 def check_store(key: str, url: str) -> None:
     """Write an object, read it and remove it: the rights to each are given apart."""
-    outcome: list[str | None] = []
+    outcome: list[StorageError | None] = []
 
     def work() -> None:
         name = f".write-test-{uuid.uuid4().hex[:8]}"
@@ -115,21 +115,18 @@ def check_store(key: str, url: str) -> None:
             store.write(name, b"clusterns")
             same = store.read(name) == b"clusterns"
             store.delete(name)
-            outcome.append(None if same else f"{url!r} does not give back what was written.")
+            outcome.append(None if same else StorageError(f"{url!r} does not give back what was written."))
         except StorageError as error:
-            outcome.append(str(error))
+            outcome.append(error)
 
     # The clients of some clouds try for minutes where there is no network.
     thread = threading.Thread(target=work, daemon=True, name="check_store")
     thread.start()
     thread.join(STORE_TIMEOUT_S)
-    reason = (
-        outcome[0]
-        if outcome
-        else (f"{url!r} did not answer within {STORE_TIMEOUT_S:.0f} s. Check the network, the URL and the credentials.")
-    )
-    if reason:
-        raise ConfigError(f"{key}: {reason}")
+    silence = f"{url!r} did not answer within {STORE_TIMEOUT_S:.0f} s."
+    error = outcome[0] if outcome else StorageError(silence, "Check the network, the URL and the credentials.")
+    if error is not None:
+        raise ConfigError(f"{key}: {error.message}", error.remedy)
 
 
 def check_writable(key: str, path: str) -> None:
@@ -140,7 +137,8 @@ def check_writable(key: str, path: str) -> None:
         write_probe(directory / f".write-test-{uuid.uuid4().hex[:8]}")
     except OSError as error:
         raise ConfigError(
-            f"{key} is {path!r}, where nothing can be written ({error.strerror}). Choose a directory that can be."
+            f"{key} is {path!r}, where nothing can be written ({error.strerror}).",
+            "Choose a directory that can be.",
         ) from None
 
 
@@ -150,7 +148,8 @@ def check_name(config: Config) -> None:
     if run == cache or (run_url(config) and config.runtime.name in RESERVED):
         raise ConfigError(
             f"runtime.name is {config.runtime.name!r}, but {run_url(config) or str(run)!r} is where prepared data is "
-            "kept. Choose another runtime.name."
+            "kept.",
+            "Choose another runtime.name.",
         )
     saved = read_run_file(config, "config.yaml")
     if saved is not None:
@@ -161,8 +160,8 @@ def check_trackers(config: Config) -> None:
     missing = missing_packages(config.runtime.trackers)
     if missing:
         raise ConfigError(
-            f"runtime.trackers is {config.runtime.trackers!r}, but {', '.join(missing)} is not installed here. "
-            f"pip install {' '.join(missing)}, or leave it out."
+            f"runtime.trackers is {config.runtime.trackers!r}, but {', '.join(missing)} is not installed here.",
+            f"Run pip install {' '.join(missing)}, or leave it out.",
         )
 
 

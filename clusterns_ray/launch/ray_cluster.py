@@ -35,7 +35,7 @@ def connect(cpus: int, note: Callable[[str], None], *, dashboard: bool = False) 
     """Join the cluster that RAY_ADDRESS names, else start Ray on this machine; leave it as it was found.
 
     Args:
-        cpus: how many the job asks for; a Ray that is started here has at least so many, be they shared.
+        cpus: how many the job asks for; a Ray that is started here has at least that many, even where they are shared.
         dashboard: whether a Ray that is started here serves its State API.
 
     Raises:
@@ -78,7 +78,8 @@ def check_ray_directory() -> None:
     if length > SOCKET_BYTES:
         raise ConfigError(
             f"{variable} is {directory!r}, in which the paths of Ray's sockets would take {length} characters; Linux "
-            f"takes {SOCKET_BYTES}. Set the environment variable RAY_TMPDIR to a short directory: RAY_TMPDIR=/tmp/r"
+            f"takes {SOCKET_BYTES}.",
+            "Set the environment variable RAY_TMPDIR to a short directory: RAY_TMPDIR=/tmp/r",
         )
 
 
@@ -257,7 +258,7 @@ def _init(failure: str, remedy: str, **options: Any) -> None:
     except Exception as error:
         ray.shutdown()
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ClusterNSError(f"{failure}: {reason.rstrip('.')}. {remedy}") from error
+        raise ClusterNSError(f"{failure}: {reason.rstrip('.')}.", remedy) from error
 
 
 def on_this_node() -> dict[str, Any]:
@@ -280,13 +281,13 @@ def head_answers() -> bool:
 
 def _check_answers(address: str) -> None:
     """Whether anything listens there: Ray itself would try for a quarter of an hour."""
-    found = re.fullmatch(r"(?:ray://)?\[?(.+?)\]?:(\d+)", address)
-    if not found:  # "auto"
+    parts = re.fullmatch(r"(?:ray://)?\[?(.+?)\]?:(\d+)", address)
+    if not parts:  # "auto"
         return
     try:
-        socket.create_connection((found[1], int(found[2])), timeout=ANSWER_TIMEOUT_S).close()
+        socket.create_connection((parts[1], int(parts[2])), timeout=ANSWER_TIMEOUT_S).close()
     except (OSError, OverflowError) as error:
         raise ClusterNSError(
-            f"RAY_ADDRESS is {address!r}, where nothing answers ({error}). Mend it, or unset it to start Ray on this "
-            "machine."
+            f"RAY_ADDRESS is {address!r}, where nothing answers ({error}).",
+            "Correct it, or unset it to start Ray on this machine.",
         ) from error

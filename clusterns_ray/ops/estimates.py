@@ -232,46 +232,6 @@ def run_bytes(size: ModelSize, config: Config) -> int:
     return checkpoints + 2 * size.exported_bytes + banks
 
 
-@dataclass(frozen=True)
-class TextSample:
-    """The first rows of a corpus."""
-
-    rows: int
-    whole: bool
-    """whether these are all there are"""
-    mean_tokens: float
-    mean_bytes: float
-    """of UTF-8"""
-
-    @property
-    def row_bytes(self) -> float:
-        """Of a row in the token store: int32 ids and the text, each with a 4-byte offset."""
-        return FLOAT * self.mean_tokens + self.mean_bytes + 8
-
-
-def sample_text(
-    sentences: Sequence[str], whole: bool, tokenize: Callable[[Sequence[str]], list[list[int]]]
-) -> TextSample | None:
-    """What the first sentences of a corpus tell of the others; None without any.
-
-    Args:
-        whole: whether there are no others.
-    """
-    if not sentences:
-        return None
-    lengths = [len(ids) for ids in tokenize(sentences)]
-    sizes = [len(text.encode()) for text in sentences]
-    return TextSample(len(sentences), whole, sum(lengths) / len(lengths), sum(sizes) / len(sizes))
-
-
-def corpus_rows(sample: TextSample, corpus_bytes: int | None, limit: int | None) -> int | None:
-    """About how many rows a corpus has: its size over the bytes of a row and its line's end; None where unknown."""
-    if sample.whole:
-        return sample.rows
-    rows = None if corpus_bytes is None else max(sample.rows, round(corpus_bytes / (sample.mean_bytes + 1)))
-    return min(filter(None, (rows, limit)), default=None)
-
-
 def _saved_bytes(work: Callable[[], Any], weights: Sequence[Any]) -> int:
     """Bytes of the storages that autograd keeps for the backward pass of ``work()``, the weights' own left out."""
     from torch.autograd.graph import saved_tensors_hooks

@@ -3,12 +3,13 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import pickle
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,14 @@ from typer.testing import CliRunner, Result
 
 from clusterns_ray.cli import app
 from clusterns_ray.config import Config, make_config
-from clusterns_ray.errors import ConfigError
+from clusterns_ray.errors import ConfigError, DataError
 from clusterns_ray.io.files import write_atomic
 from clusterns_ray.launch.capacity import ClusterCapacity, NodeType
 from clusterns_ray.models.base_model import complete
 from clusterns_ray.ops.doctor import machines, node, request
 from clusterns_ray.ops.doctor.examine import as_json, examine, verdict
 from clusterns_ray.ops.doctor.findings import Check, Finding, from_error, size_text
-from clusterns_ray.ops.doctor.machines import Cluster, Machine
+from clusterns_ray.ops.doctor.machines import Cluster
 from clusterns_ray.ops.doctor.request import Request, Sizes
 from clusterns_ray.tuning.study import load_study
 
@@ -78,8 +79,12 @@ def doctor(
     return call
 
 
-def levels(findings: list[Finding]) -> list[str]:
+def levels(findings: Iterable[Finding]) -> list[str]:
     return [finding.level for finding in findings]
+
+
+def listed(check: Callable[..., Iterable[Finding]]) -> Callable[..., list[Finding]]:
+    return lambda *arguments: list(check(*arguments))
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -91,13 +96,13 @@ def test_a_sound_request(doctor: Callable[..., Any], tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert {finding.level for finding in found.values()} == {"ok"}, result.output
     assert set(found) == {
-        *("configuration", "name", "trackers", "corpus", "dev set", "encoder", "steps"),
+        *("configuration", "name", "trackers", "corpus", "dev set", "encoder"),
         *("versions", "GPU", "faiss", "storage", "memory", "disk"),
     }
     assert "batch 16 in 4 shards of 4 rows" in found["configuration"].value
-    assert "300 sentences" in found["steps"].value and "2 steps" in found["steps"].value
+    assert "the first 300 sentences were read" in found["corpus"].value
     assert f"python {sys.version.split()[0]}" in found["versions"].value
-    assert "0 problems, 0 warnings, 13 fine" in result.output.splitlines()[-2]
+    assert "0 problems, 0 warnings, 12 fine" in result.output.splitlines()[-2]
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == sorted([*before, "asked.yaml", "findings.json"]), "it left something behind"
 
@@ -120,7 +125,7 @@ def test_five_mistakes_at_once(
     assert result.exit_code == 1
     problems = {what for what, finding in found.items() if finding.level == "problem"}
     assert problems == {"corpus", "dev set", "memory", "storage", "faiss"}, result.output
-    assert all(found[what].remedy for what in problems)
+    assert all(found[what].remedy for what in ("memory", "storage", "faiss")), result.output
     assert "no such file" in found["corpus"].value
     assert "has no STSB/test.jsonl" in found["dev set"].value
     assert "activations" in found["memory"].value and "GiB" in found["memory"].value
@@ -146,7 +151,7 @@ def test_what_the_configuration_refuses_is_a_finding(
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(changed))
     finding = next(examine(tmp_path / "run.yaml", load_study=load_study))
     assert (finding.level, finding.what) == ("problem", "configuration")
-    assert says in finding.value and finding.remedy
+    assert says in finding.value
 
 
 @pytest.mark.slow
@@ -193,8 +198,8 @@ def test_verdict_and_json() -> None:
     assert verdict([ok, ok], 3.4) == "0 problems, 0 warnings, 2 fine, in 3 s. Nothing here stops a run."
     assert verdict([ok, warning], 1).endswith("Nothing here stops a run; read the warnings.")
     assert verdict([problem, warning], 1).startswith("1 problem, 1 warning, 0 fine")
-    told = json.loads(as_json([problem, ok], 2.04))
-    assert told["problems"] == 1 and told["findings"][0] == {
+    answer = json.loads(as_json([problem, ok], 2.04))
+    assert answer["problems"] == 1 and answer["findings"][0] == {
         "level": "problem",
         "what": "x",
         "value": "v",
@@ -205,15 +210,14 @@ def test_verdict_and_json() -> None:
 # ---- findings -------------------------------------------------------------------------------------------------------
 
 
-def test_refusals_become_findings() -> None:
-    found = from_error("x", ConfigError("a is 3 (why. Because.), and so. Use 4, or 5."))
-    assert found == [Finding("problem", "x", "a is 3 (why. Because.), and so.", "Use 4, or 5.")]
-    found = from_error("x", ConfigError("first is wrong; mend it\n  second is wrong. Mend that."))
-    assert [(each.value, each.remedy) for each in found] == [
-        ("first is wrong", "Mend it"),
-        ("second is wrong.", "Mend that."),
-    ]
-    assert from_error("x", RuntimeError())[0].value == "RuntimeError"
+def test_a_refusal_is_a_finding_with_its_remedy() -> None:
+    error = ConfigError("a is 3 (why. Because.), and so.", "Use 4, or 5.")
+    assert str(error) == "a is 3 (why. Because.), and so. Use 4, or 5."
+    assert from_error("x", error) == [Finding("problem", "x", "a is 3 (why. Because.), and so.", "Use 4, or 5.")]
+    found = from_error("x", ConfigError("first is wrong\n  second is wrong."))
+    assert [(each.value, each.remedy) for each in found] == [("first is wrong", ""), ("second is wrong.", "")]
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.message, again.remedy) == (str(error), error.message, error.remedy)
 
 
 def test_lines_of_a_finding() -> None:
@@ -250,56 +254,52 @@ def test_sizes() -> None:
 
 def test_a_name_in_use(values: Values, tmp_path: Path) -> None:
     config = complete(change(values))
-    assert levels(request.examine_name(config)) == ["ok"]
+    assert levels(listed(request.check_run_name)(config)) == ["ok"]
     run = tmp_path / "runs" / "first"
     run.mkdir(parents=True)
     write_atomic(run / "config.yaml", yaml.safe_dump(complete(change(values, train={"learning_rate": 0.5})).resolved()))
     with pytest.raises(ConfigError, match="holds already with another config"):
-        request.examine_name(config)
+        listed(request.check_run_name)(config)
     write_atomic(run / "config.yaml", yaml.safe_dump(config.resolved()))
-    assert "would go on" in request.examine_name(config)[0].value
+    assert "would go on" in listed(request.check_run_name)(config)[0].value
     write_atomic(run / "result.json", "{}")
-    assert levels(request.examine_name(config)) == ["warning"]
+    assert levels(listed(request.check_run_name)(config)) == ["warning"]
 
 
 def test_text_that_cannot_be_read(values: Values, tmp_path: Path) -> None:
+    def of(**data: Any) -> list[Finding]:
+        return list(request.check_corpus(change(values, data=data), Sizes()))
+
     table = tmp_path / "table.csv"
-    table.write_text("sentence,year\nSome text.,1999\n")
-    for corpus, says in ((str(table), "no column 'text'"), (str(tmp_path / "*.txt"), "no file matches")):
-        (finding,) = Check(
-            "corpus", lambda c=corpus: request.examine_corpus(change(values, data={"corpus": c})), time.monotonic() + 60
-        ).findings()
-        assert finding.level == "problem" and says in finding.value and finding.remedy
+    table.write_text("sentence,year\nSome text.,1999\n" + "More text.,2000\n" * 20)
     empty = tmp_path / "empty.txt"
     empty.write_text("\n\n")
-    with pytest.raises(ConfigError, match="holds no text"):
-        request.examine_corpus(change(values, data={"corpus": str(empty)}))
-    assert levels(request.examine_corpus(change(values, data={"corpus": str(table), "text_column": "sentence"}))) == [
-        "ok"
-    ]
+    for corpus, says in ((table, "no column 'text'"), (tmp_path / "*.txt2", "no file matches"), (empty, "no text")):
+        with pytest.raises((ConfigError, DataError), match=says):
+            of(corpus=str(corpus))
+    assert levels(of(corpus=str(table), text_column="sentence")) == ["ok"]
 
 
 def test_dev_sets(values: Values, sts_dir: Path, tmp_path: Path) -> None:
-    assert "40 graded pairs" in request.examine_dev_set(change(values))[0].value
-    assert levels(request.examine_dev_set(change(values, evaluation={"sts": None}))) == ["warning"]
+    assert "40 graded pairs" in listed(request.check_dev_set)(change(values))[0].value
+    assert levels(listed(request.check_dev_set)(change(values, evaluation={"sts": None}))) == ["warning"]
     broken = tmp_path / "STSB" / "dev.jsonl"
     broken.parent.mkdir()
     broken.write_text('{"sentence1": "a"}\n')
     (finding,) = Check(
         "dev set",
-        lambda: request.examine_dev_set(change(values, evaluation={"sts": str(tmp_path)})),
+        lambda: listed(request.check_dev_set)(change(values, evaluation={"sts": str(tmp_path)})),
         time.monotonic() + 60,
     ).findings()
     assert finding.level == "problem" and "is not a graded pair" in finding.value
     with pytest.raises(ConfigError, match="must be one of"):
-        request.examine_dev_set(change(values, evaluation={"sts": "hf", "dev": "STSB/else"}))
+        listed(request.check_dev_set)(change(values, evaluation={"sts": "hf", "dev": "STSB/else"}))
 
 
 def test_fewer_sentences_than_a_batch(values: Values, tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "few.txt", 10)
-    sizes = Sizes()
-    found = request.examine_encoder(change(values, data={"corpus": str(corpus)}), sizes)
-    assert levels(found) == ["ok", "problem"] and sizes.rows == 10
+    with pytest.raises(ConfigError, match="16, but the corpus has 10 sentences"):
+        list(request.check_corpus(change(values, data={"corpus": str(corpus)}), Sizes()))
 
 
 def test_an_encoder_without_weights(values: Values, tmp_path: Path, tiny_model: Path) -> None:
@@ -309,7 +309,7 @@ def test_an_encoder_without_weights(values: Values, tmp_path: Path, tiny_model: 
         if file.suffix != ".safetensors":
             (model / file.name).write_bytes(file.read_bytes())
     with pytest.raises(ConfigError, match="holds no weights"):
-        request.examine_encoder(change(values, encoder={"name": str(model)}), Sizes())
+        listed(request.check_model)(change(values, encoder={"name": str(model)}), Sizes())
 
 
 # ---- the hub --------------------------------------------------------------------------------------------------------
@@ -371,10 +371,10 @@ ASK = """
 import json, os, socket, sys
 called = []
 connect = socket.socket.connect
-def told(self, address):
+def answer(self, address):
     called.append(str(address))
     return connect(self, address)
-socket.socket.connect = told
+socket.socket.connect = answer
 from clusterns_ray.errors import ClusterNSError
 from clusterns_ray.ops.doctor import hub
 answers = []
@@ -400,8 +400,8 @@ def ask_hub(home: Path, questions: list[tuple[str, str]], **env: str) -> tuple[l
         timeout=100,
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    return told["answers"], told["called"]
+    answer = json.loads(done.stdout)
+    return answer["answers"], answer["called"]
 
 
 def cache_model(home: Path, name: str, *files: str) -> None:
@@ -476,15 +476,15 @@ def asked(tmp_path: Path) -> dict[str, Any]:
 def test_what_a_machine_tells(asked: dict[str, Any], tmp_path: Path, tiny_model: Path) -> None:
     (whole,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal:"))
     asked["model"] = {"name": str(tiny_model), "revision": None}
-    told = node.describe(asked)
-    assert json.loads(json.dumps(told)) == told
-    assert told["versions"]["python"] == sys.version.split()[0] and told["versions"]["ray"]
-    assert 0 < told["memory"]["free"] <= told["memory"]["total"] <= int(whole.split()[1]) << 10
-    place = told["directories"]["runtime.storage_path"]
+    answer = node.describe(asked)
+    assert json.loads(json.dumps(answer)) == answer
+    assert answer["versions"]["python"] == sys.version.split()[0] and answer["versions"]["ray"]
+    assert 0 < answer["memory"]["free"] <= answer["memory"]["total"] <= int(whole.split()[1]) << 10
+    place = answer["directories"]["runtime.storage_path"]
     assert (place["error"], place["shared"]) == (None, None) and place["free"] > 0
     assert list(tmp_path.iterdir()) == [], "it left something behind"
-    assert told["model"]["error"] is None
-    assert abs(told["time"] - time.time()) < 60
+    assert answer["model"]["error"] is None
+    assert abs(answer["time"] - time.time()) < 60
 
 
 def test_places_that_cannot_be_written(asked: dict[str, Any], tmp_path: Path) -> None:
@@ -504,18 +504,18 @@ def test_what_the_driver_wrote_is_seen(asked: dict[str, Any], tmp_path: Path) ->
 def test_a_store(asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLUSTERNS_LOCAL_PATH", str(tmp_path / "local"))
     asked |= {"store": f"file://{tmp_path}/store", "directories": {"runtime.local_path": None}}
-    told = node.describe(asked)
-    assert told["store"]["error"] is None
-    assert told["directories"]["runtime.local_path"]["path"].startswith(str(tmp_path / "local"))
+    answer = node.describe(asked)
+    assert answer["store"]["error"] is None
+    assert answer["directories"]["runtime.local_path"]["path"].startswith(str(tmp_path / "local"))
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
     (tmp_path / "file").touch()
     assert "file" in node.describe(asked | {"store": f"file://{tmp_path}/file"})["store"]["error"]
 
 
 def test_what_only_trying_tells() -> None:
-    told = node.compute()
-    assert told["faiss_conflict"] is None and told["kmeans"] == {"value": "faiss", "error": None}
-    assert told["torch"]["error"] is None
+    answer = node.compute()
+    assert answer["kmeans"] == {"value": "faiss", "error": None, "remedy": ""}
+    assert answer["torch"]["error"] is None
 
 
 def test_gpus_that_the_driver_sees(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -539,62 +539,60 @@ FIXED = ClusterCapacity(({"CPU": 4.0}, {"CPU": 4.0}))
 @pytest.fixture
 def two(asked: dict[str, Any]) -> Cluster:
     """Two nodes that tell what this machine tells, and nothing is wrong with them."""
-    facts, computed = node.describe(asked), {"faiss_conflict": None, "kmeans": {"value": "faiss", "error": None}}
-    computed["torch"] = {"value": {"cuda": None, "gpus": [], "nccl": None}, "error": None}
-    now = facts["time"]
+    facts = node.describe(asked)
+    computed = {"kmeans": {"value": "faiss", "error": None, "remedy": ""}}
+    computed["torch"] = {"value": {"cuda": None, "gpus": [], "nccl": None}, "error": None, "remedy": ""}
     nodes = [{"id": f"{number}abcdef01", "address": f"10.0.0.{number}", "resources": {"CPU": 4.0}} for number in (1, 2)]
     lines = [
         {"kind": "driver", **facts},
         {"kind": "cluster", "nodes": nodes, "capacity": FIXED.values(), "authenticated": True},
         {"kind": "state_api", "error": None},
-        *({"kind": "describe", "node": n["id"], "asked": now - 1, "answered": now + 1, **facts} for n in nodes),
-        *({"kind": "compute", "node": n["id"], **computed} for n in nodes),
+        *({"kind": "node", "node": n["id"], "ahead": 0.5, "doubt": 1.0, **facts} for n in nodes),
+        *({"kind": "node", "node": n["id"], **computed} for n in nodes),
     ]
     cluster = machines.read_facts(json.loads(json.dumps(lines)), joined=True)
     assert cluster is not None and len(cluster.machines) == 2
     return cluster
 
 
-def facts_of(machine: Machine) -> dict[str, Any]:
-    assert machine.facts is not None
-    return machine.facts
-
-
 def test_two_sound_nodes(two: Cluster, values: Values) -> None:
     asked = Request(change(values, runtime={"num_workers": 2}))
-    for found in (
-        machines.examine_answers(two),
-        machines.examine_versions(two),
-        machines.examine_security(two),
-        machines.examine_state_api(asked, two),
-        machines.examine_gpus(asked, two),
-        machines.examine_faiss(two),
-        machines.examine_storage(asked, two),
-        machines.examine_resources(asked, two),
+    for found in map(
+        list,
+        (
+            machines.check_answers(two),
+            machines.check_versions(two),
+            machines.check_security(two),
+            machines.check_state_api(asked, two),
+            machines.check_gpus(asked, two),
+            machines.check_faiss(two),
+            machines.check_storage(asked, two),
+            machines.check_resources(asked, two),
+        ),
     ):
         assert levels(found) == ["ok"], found
-    assert machines.examine_clocks(two) == machines.examine_model(two) == []
+    assert list(machines.check_clocks(two)) == machines.check_models(two) == []
 
 
 def test_nodes_that_do_not_answer(two: Cluster) -> None:
-    two.machines[0].facts = None
-    two.machines[1].computed = {"error": "The worker died."}
-    found = machines.examine_answers(two)
+    del two.machines[0].facts["torch"]
+    two.machines[1].failures.append("The worker died.")
+    found = list(machines.check_answers(two))
     assert levels(found) == ["problem", "problem"]
     assert "10.0.0.1" in found[0].value and "in time" in found[0].value and "The worker died." in found[1].value
 
 
 @pytest.mark.parametrize("version", ["0.0.1", None])
 def test_another_version_on_a_node(two: Cluster, version: str | None) -> None:
-    facts_of(two.machines[1])["versions"]["torch"] = version
-    (finding,) = machines.examine_versions(two)
+    two.machines[1].facts["versions"]["torch"] = version
+    (finding,) = machines.check_versions(two)
     assert finding.level == "problem" and "10.0.0.2" in finding.value and "torch" in finding.value
 
 
 def test_clocks(two: Cluster) -> None:
-    facts_of(two.machines[0])["time"] += 5.5  # within the second that the answer may have taken, and five
-    facts_of(two.machines[1])["time"] -= 90
-    (finding,) = machines.examine_clocks(two)
+    two.machines[0].facts["ahead"] = 5.9  # within the second that the answer may have taken, and five
+    two.machines[1].facts["ahead"] = -90.0
+    (finding,) = machines.check_clocks(two)
     assert finding.level == "warning" and "90 s behind" in finding.value and "10.0.0.2" in finding.value
 
 
@@ -605,33 +603,33 @@ def test_authentication(two: Cluster, address: str, on: bool, level: str) -> Non
     two.authenticated = on
     for machine in two.machines:
         machine.address = address
-    assert levels(machines.examine_security(two)) == [level]
+    assert levels(machines.check_security(two)) == [level]
 
 
 def test_state_api(two: Cluster, values: Values) -> None:
     two.state_api_error = "connection refused"
     study = Request(change(values, runtime={"num_workers": 1}), study=True)
-    assert levels(machines.examine_state_api(study, two)) == ["problem"]
-    assert levels(machines.examine_state_api(Request(study.config), two)) == ["warning"]
+    assert levels(machines.check_state_api(study, two)) == ["problem"]
+    assert levels(machines.check_state_api(Request(study.config), two)) == ["warning"]
     two.joined = False
-    assert machines.examine_state_api(Request(study.config), two) == []
+    assert list(machines.check_state_api(Request(study.config), two)) == []
 
 
 def test_storage_of_nodes(two: Cluster, values: Values) -> None:
     asked = Request(change(values, runtime={"num_workers": 2}))
-    place = facts_of(two.machines[1])["directories"]["runtime.storage_path"]
+    place = two.machines[1].facts["directories"]["runtime.storage_path"]
     place["shared"] = False
-    (finding,) = machines.examine_storage(asked, two)
+    (finding,) = machines.check_storage(asked, two)
     assert finding.level == "problem" and "does not see what the driver wrote" in finding.value
     assert "s3://" in finding.remedy
     place["error"] = "Read-only file system"
-    assert "Read-only file system" in machines.examine_storage(asked, two)[0].value
+    assert "Read-only file system" in machines.check_storage(asked, two)[0].value
     place.update(error=None, shared=True)
-    facts_of(two.machines[0])["store"] = {"value": None, "error": "s3://x: access denied. Check the rights."}
-    (finding,) = machines.examine_storage(asked, two)
+    two.machines[0].facts["store"] = {"value": None, "error": "access denied", "remedy": "Check the rights."}
+    (finding,) = machines.check_storage(asked, two)
     assert finding.remedy == "Check the rights." and "access denied" in finding.value
-    facts_of(two.machines[0])["model"] = {"value": None, "error": "no such model. Copy it."}
-    assert levels(machines.examine_model(two)) == ["problem"]
+    two.machines[0].facts["model"] = {"value": None, "error": "no such model", "remedy": "Copy it."}
+    assert levels(machines.check_models(two)) == ["problem"]
 
 
 def test_resources(two: Cluster, values: Values) -> None:
@@ -642,7 +640,7 @@ def test_resources(two: Cluster, values: Values) -> None:
         config = change(
             values, train={"shards": shards, "global_batch_size": batch}, runtime={"use_gpu": None} | runtime
         )
-        (finding,) = machines.examine_resources(Request(config, study, concurrent), two)
+        (finding,) = machines.check_resources(Request(config, study, concurrent), two)
         return finding
 
     def autoscaled(version: int, resources: dict[str, float], most: int) -> ClusterCapacity:
@@ -668,88 +666,92 @@ def test_resources(two: Cluster, values: Values) -> None:
         assert "runtime.use_gpu is not set" in finding.value and "--set runtime.use_gpu=true" in finding.remedy
         for use_gpu in (True, False):
             assert of(num_workers=2, use_gpu=use_gpu).level == "warning"
-            assert levels(machines.examine_gpus(asked_for(use_gpu), two)) == (["warning"] if use_gpu else ["ok"])
+            assert levels(machines.check_gpus(asked_for(use_gpu), two)) == (["warning"] if use_gpu else ["ok"])
     two.capacity = ClusterCapacity(FIXED.nodes)
     assert of(num_workers=2, study=True, concurrent=5).level == "warning"
     two.capacity = ClusterCapacity(FIXED.nodes[:1])
     assert of(num_workers=[4, 8], shards=840, batch=840).level == "warning", "elastic: the fewest fit"
-    assert machines.examine_resources(Request(change(values)), two) == []
+    assert machines.check_resources(Request(change(values)), two) == []
 
 
 def test_cpus_of_this_machine(two: Cluster, values: Values) -> None:
     asked = Request(change(values, runtime={"num_workers": 4, "cpus_per_worker": 2}))
-    assert machines.examine_cpus(asked, two, 2) == []
+    assert levels(machines.check_cpus(asked, two, 2)) == []
     two.joined = False
-    assert levels(machines.examine_cpus(asked, two, 7)) == ["warning"]
-    assert machines.examine_cpus(asked, two, 8) == []
+    assert levels(machines.check_cpus(asked, two, 7)) == ["warning"]
+    assert levels(machines.check_cpus(asked, two, 8)) == []
 
 
 def test_gpus(two: Cluster, values: Values) -> None:
     def of(use_gpu: bool | None, workers: int = 2) -> list[Finding]:
-        return machines.examine_gpus(Request(change(values, runtime={"num_workers": workers, "use_gpu": use_gpu})), two)
+        return machines.check_gpus(Request(change(values, runtime={"num_workers": workers, "use_gpu": use_gpu})), two)
 
-    torch_told = two.machines[1].computed["torch"]  # type: ignore[index]
+    torch = two.machines[1].facts["torch"]
     assert levels(of(True)) == ["problem"] and levels(of(None)) == ["ok"]
     two.capacity = ClusterCapacity(FIXED.nodes, 1, (NodeType("spot-gpu", {"GPU": 1}, 2),))
     assert levels(of(True)) == levels(of(None)) == ["ok"] and "spot-gpu" in of(True)[0].value
     assert "spot-gpu" not in of(False)[0].value
-    facts_of(two.machines[1])["gpus"] = [{"name": "A10G", "memory": 1 << 34, "driver": "570"}]
+    two.machines[1].facts["gpus"] = [{"name": "A10G", "memory": 1 << 34, "driver": "570"}]
     assert levels(of(None)) == ["warning"] and levels(of(True)) == ["problem"] and levels(of(False)) == ["ok"]
     assert "torch is built without CUDA" in of(True)[0].value
-    torch_told["value"] = {"cuda": "12.8", "gpus": ["A10G"], "nccl": "2.27"}
+    torch["value"] = {"cuda": "12.8", "gpus": ["A10G"], "nccl": "2.27"}
     assert levels(of(None)) == ["ok"] and "driver 570, CUDA 12.8, NCCL 2.27" in of(None)[0].value
-    torch_told["error"] = "NCCL adds up wrongly over 4 GPUs"
+    torch["error"] = "NCCL adds up wrongly over 4 GPUs"
     assert "NCCL adds up wrongly" in of(None)[0].value and levels(of(None)) == ["problem"]
 
 
 def test_faiss_of_nodes(two: Cluster) -> None:
-    two.machines[1].computed["kmeans"] = {"value": None, "error": "undefined symbol"}  # type: ignore[index]
-    (finding,) = machines.examine_faiss(two)
+    two.machines[1].facts["kmeans"] = {"value": None, "error": "undefined symbol", "remedy": ""}
+    (finding,) = machines.check_faiss(two)
     assert finding.level == "problem" and "undefined symbol" in finding.value
 
 
 @pytest.fixture
 def sized(values: Values) -> Sizes:
     sizes = Sizes()
-    request.examine_encoder(change(values), sizes)
+    listed(request.check_model)(change(values), sizes)
     return sizes
 
 
 def test_memory_of_nodes(two: Cluster, values: Values, sized: Sizes) -> None:
     asked = Request(change(values, runtime={"num_workers": 4}))
-    assert levels(machines.examine_memory(asked, two, sized)) == ["ok"]
-    facts_of(two.machines[1])["memory"] = {"total": 4 << 30, "free": 3 << 30}
-    found = machines.examine_memory(asked, two, sized)
+    assert levels(machines.check_memory(asked, two, sized)) == ["ok"]
+    two.machines[1].facts["memory"] = {"total": 4 << 30, "free": 3 << 30}
+    found = machines.check_memory(asked, two, sized)
     assert levels(found) == ["warning"] and "4 of them" in found[0].value, "4 workers of 0.7 GiB"
-    facts_of(two.machines[1])["memory"] = {"total": 2 << 30, "free": 2 << 30}
-    assert levels(machines.examine_memory(asked, two, sized)) == ["problem"]
+    two.machines[1].facts["memory"] = {"total": 2 << 30, "free": 2 << 30}
+    assert levels(machines.check_memory(asked, two, sized)) == ["problem"]
     two.machines[1].resources = {"CPU": 1.0}
-    assert levels(machines.examine_memory(asked, two, sized)) == ["ok"], "one worker is there"
+    assert levels(machines.check_memory(asked, two, sized)) == ["ok"], "one worker is there"
 
 
 def test_memory_of_gpus(two: Cluster, values: Values, sized: Sizes) -> None:
     asked = Request(change(values, runtime={"num_workers": 2, "use_gpu": True}))
-    assert "no GPU is up" in machines.examine_memory(asked, two, sized)[0].value
-    facts_of(two.machines[0])["gpus"] = [{"name": "A10G", "memory": 24 << 30, "driver": "570"}]
-    assert levels(machines.examine_memory(asked, two, sized)) == ["ok"]
-    facts_of(two.machines[1])["gpus"] = [{"name": "MX", "memory": 1 << 29, "driver": "570"}]
-    (finding,) = machines.examine_memory(asked, two, sized)
+    assert "no GPU is up" in machines.check_memory(asked, two, sized)[0].value
+    two.machines[0].facts["gpus"] = [{"name": "A10G", "memory": 24 << 30, "driver": "570"}]
+    assert levels(machines.check_memory(asked, two, sized)) == ["ok"]
+    two.machines[1].facts["gpus"] = [{"name": "MX", "memory": 1 << 29, "driver": "570"}]
+    (finding,) = machines.check_memory(asked, two, sized)
     assert finding.level == "problem" and "of GPU memory" in finding.value
 
 
 def test_disk_of_nodes(two: Cluster, values: Values, sized: Sizes) -> None:
     asked = Request(change(values))
-    assert levels(machines.examine_disk(asked, two, sized)) == ["ok"]
-    assert sized.model is not None and sized.rows == 300
+    assert levels(machines.check_disk(asked, two, sized)) == ["ok"]
+    assert sized.model is not None
     much = Request(change(values, runtime={"keep": 10**9}))
-    (finding,) = machines.examine_disk(much, two, sized)[:1]
+    (finding,) = machines.check_disk(much, two, sized)[:1]
     assert (
         finding.level == "problem"
         and "1000000000 + 1 checkpoints" in finding.value
         and "runtime.keep" in finding.remedy
     )
-    facts_of(two.machines[0])["directories"]["runtime.storage_path"]["free"] = 1000
-    assert levels(machines.examine_disk(asked, two, sized)) == ["problem"]
+    sized.text_bytes = 1 << 40
+    (finding,) = machines.check_disk(asked, two, sized)[:1]
+    assert finding.level == "problem" and "2,560.0 GiB of prepared text" in finding.value
+    sized.text_bytes = None
+    two.machines[0].facts["directories"]["runtime.storage_path"]["free"] = 1000
+    assert levels(machines.check_disk(asked, two, sized)) == ["problem"]
 
 
 def test_a_study(tmp_path: Path, values: Values) -> None:

@@ -12,22 +12,17 @@ from torch.utils._pytree import tree_leaves
 
 from clusterns_ray.clustering.bank import Bank
 from clusterns_ray.config import Config, make_config
-from clusterns_ray.data.prepare import prepare
 from clusterns_ray.errors import ConfigError
 from clusterns_ray.launch.trainer import train
 from clusterns_ray.models.encoder import Encoder
-from clusterns_ray.models.tokenization import load_tokenizer, tokenize
 from clusterns_ray.ops.estimates import (
     FLOAT,
     ModelSize,
-    TextSample,
     bank_bytes,
     checkpoint_bytes,
-    corpus_rows,
     held_shards,
     model_size,
     run_bytes,
-    sample_text,
     worker_memory,
 )
 from clusterns_ray.training.collate import Shard
@@ -212,30 +207,6 @@ def test_the_loss_counts_where_the_batch_is_large(tiny_model: Path) -> None:
     )
     assert large.loss_bytes / small.loss_bytes == pytest.approx(4, rel=0.05)
     assert small.loss_bytes > 4 * FLOAT * (1 << 28) / 2
-
-
-def test_tokens_on_disk(tiny_model: Path, corpus_file: Path, tmp_path: Path) -> None:
-    config = config_of(tiny_model, str(corpus_file), data={"cache_dir": str(tmp_path)})
-    prepared = prepare(config)
-    written = sum(file.stat().st_size for file in prepared.tokens_dir.glob("*.arrow"))
-    tokenizer = load_tokenizer(str(tiny_model))
-    first = corpus_file.read_text().splitlines()[:100]
-    sample = sample_text(first, False, lambda texts: tokenize(texts, tokenizer, 32)[0])
-    assert sample is not None
-    rows = corpus_rows(sample, corpus_file.stat().st_size, None)
-    assert rows == pytest.approx(300, rel=0.1)
-    assert rows is not None and rows * sample.row_bytes == pytest.approx(written, rel=0.15)
-    assert sample.mean_tokens == pytest.approx(prepared.manifest["mean_length"], rel=0.1)
-
-
-def test_rows_of_a_corpus() -> None:
-    sample = TextSample(rows=100, whole=False, mean_tokens=10, mean_bytes=49)
-    assert corpus_rows(sample, 50_000, None) == 1000
-    assert corpus_rows(sample, 50_000, 700) == 700
-    assert corpus_rows(sample, None, None) is None
-    assert corpus_rows(sample, None, 700) == 700
-    assert corpus_rows(TextSample(60, True, 10, 49), 50_000, None) == 60
-    assert sample_text([], True, lambda texts: []) is None
 
 
 @pytest.mark.parametrize(

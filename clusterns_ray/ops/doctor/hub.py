@@ -15,9 +15,9 @@ from clusterns_ray.errors import ConfigError
 from clusterns_ray.models.resolve import resolve_model
 
 TIMEOUT_S = 8.0
-"""In which the hub has to answer."""
+"""Seconds in which the hub has to answer."""
 
-AWAY = "on the hub, to be downloaded"
+ON_THE_HUB = "on the hub, to be downloaded"
 """What :func:`find_model` says of a model that is not here."""
 
 
@@ -31,7 +31,7 @@ def find_model(name: str, revision: str | None = None) -> str:
     if os.path.isdir(source):
         lacking = _lacking(Path(source))
         if lacking:
-            raise ConfigError(f"encoder {name!r}: {source!r} holds {lacking}. Copy or download it again.")
+            raise ConfigError(f"encoder {name!r}: {source!r} holds {lacking}.", "Copy or download it again.")
         return f"the directory {source}"
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
@@ -48,12 +48,11 @@ def find_model(name: str, revision: str | None = None) -> str:
     try:
         HfApi().model_info(source, revision=revision, timeout=TIMEOUT_S)
     except (RepositoryNotFoundError, RevisionNotFoundError):
-        raise ConfigError(
-            f"encoder {name!r}: the hub has no such model, or none of revision {revision!r}. Mend encoder.name."
-        ) from None
+        value = f"encoder {name!r}: the hub has no such model, or none of revision {revision!r}."
+        raise ConfigError(value, "Correct encoder.name.") from None
     except Exception as error:  # whatever the HTTP library of this version raises
         raise _elsewhere(name, f"{reason}, and {constants.ENDPOINT} does not answer ({_first_line(error)})") from None
-    return AWAY
+    return ON_THE_HUB
 
 
 @contextmanager
@@ -95,18 +94,18 @@ def find_dataset(url: str) -> str | None:
         if not file:
             return None  # the `datasets` library keeps a cache of its own
         raise ConfigError(
-            f"{url}: it is not in the hub's cache here, and HF_HUB_OFFLINE is set. Give data.corpus files of this "
-            f"machine, or fetch it where there is a network (hf download --repo-type dataset {dataset} {file}) and "
-            "copy the hub's cache here (HF_HOME)."
+            f"{url}: it is not in the hub's cache here, and HF_HUB_OFFLINE is set.",
+            "Give data.corpus files of this machine, or fetch it where there is a network (hf download --repo-type "
+            f"dataset {dataset} {file}) and copy the hub's cache here (HF_HOME).",
         )
     try:
         HfApi().dataset_info(dataset, timeout=TIMEOUT_S)
     except RepositoryNotFoundError:
-        raise ConfigError(f"{url}: the hub has no data set {dataset!r}. Mend data.corpus.") from None
+        raise ConfigError(f"{url}: the hub has no data set {dataset!r}.", "Correct data.corpus.") from None
     except Exception as error:  # whatever the HTTP library of this version raises
         raise ConfigError(
-            f"{url}: {constants.ENDPOINT} does not answer ({_first_line(error)}). Open the network, or give "
-            "data.corpus files of this machine."
+            f"{url}: {constants.ENDPOINT} does not answer ({_first_line(error)}).",
+            "Open the network, or give data.corpus files of this machine.",
         ) from None
     return f"{dataset} is on the hub, to be downloaded"
 
@@ -124,8 +123,9 @@ def _lacking(directory: Path) -> str:
 
 def _elsewhere(name: str, reason: str) -> ConfigError:
     return ConfigError(
-        f"encoder {name!r}: {reason}. Give encoder.name a directory, or fetch it where there is a network "
-        f"(hf download {name}) and copy the hub's cache here (HF_HOME)."
+        f"encoder {name!r}: {reason}.",
+        f"Give encoder.name a directory, or fetch it where there is a network (hf download {name}) and copy the hub's "
+        "cache here (HF_HOME).",
     )
 
 

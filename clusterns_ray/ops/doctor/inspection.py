@@ -1,7 +1,7 @@
 """The process that looks at this machine and at the Ray cluster, apart from the one that waits for it.
 
-Ray tries for minutes where nothing answers, and may end its process; so may a broken GPU or faiss. What is found is
-told line by line, as JSON, so that what was found before is known whatever comes.
+Ray tries for minutes where nothing answers, and may end its process; so may a broken GPU or faiss. Each answer is
+written as a line of JSON, so that what is known by then is known whatever comes.
 """
 
 from __future__ import annotations
@@ -20,16 +20,11 @@ Tell = Callable[[dict[str, Any]], None]
 
 
 def main() -> None:
-    """Read a request from stdin and tell on stdout; see :func:`inspect`."""
+    """Read a request from stdin and write to stdout; see :func:`inspect`."""
     request = json.load(sys.stdin)
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # Ray prints
-
-    def tell(fact: dict[str, Any]) -> None:
-        print(json.dumps(fact), file=out, flush=True)
-
-    inspect(request, tell)
-    tell({"kind": "end"})
+    inspect(request, lambda fact: print(json.dumps(fact), file=out, flush=True))
 
 
 def inspect(request: dict[str, Any], tell: Tell) -> None:
@@ -38,12 +33,12 @@ def inspect(request: dict[str, Any], tell: Tell) -> None:
     Args:
         request: ``node``: as of :func:`node.describe`; ``ray``: whether to join or start Ray; ``cpus``: that
             a Ray started here has at least; ``state_api``: whether it is needed; ``seconds``: for the nodes to answer.
-        tell: given ``{"kind": ...}``: ``driver``, ``cluster`` or ``cluster_error``, then ``describe`` and ``compute``
-            of each node.
+        tell: called with ``{"kind": ...}``: ``driver``, ``cluster`` or ``cluster_error``, then ``node``, twice for each
+            node: what ``describe`` returns, and what ``compute`` does.
     """
     tell({"kind": "driver", **one_node.describe(request["node"])})
     if not request["ray"]:
-        tell({"kind": "compute", "node": "driver", **one_node.compute()})
+        tell({"kind": "node", "node": "driver", **one_node.compute()})
         return
     from clusterns_ray.launch.ray_cluster import connect
 
@@ -51,56 +46,49 @@ def inspect(request: dict[str, Any], tell: Tell) -> None:
         with connect(request["cpus"], lambda text: None, dashboard=request["state_api"]):
             _inspect_nodes(request, tell)
     except (ClusterNSError, ConnectionError, RuntimeError, ValueError, OSError) as error:
-        tell({"kind": "cluster_error", "error": " ".join(str(error).split())[:600]})
+        text = " ".join(str(getattr(error, "message", error)).split())[:600]
+        tell({"kind": "cluster_error", "error": text, "remedy": getattr(error, "remedy", "")})
 
 
 def _inspect_nodes(request: dict[str, Any], tell: Tell) -> None:
     import ray
     import ray.cloudpickle
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
     from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from clusterns_ray.launch.ray_cluster import cluster_capacity
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
+    keys = {"id": "NodeID", "address": "NodeManagerAddress", "resources": "Resources"}
     tell(
         {
             "kind": "cluster",
-            "nodes": [
-                {"id": node["NodeID"], "address": node["NodeManagerAddress"], "resources": node["Resources"]}
-                for node in nodes
-            ],
+            "nodes": [{name: node[key] for name, key in keys.items()} for node in nodes],
             "capacity": cluster_capacity().values(),
-            "authenticated": _authenticated(),
+            "authenticated": is_token_auth_enabled(),
         }
     )
     ray.cloudpickle.register_pickle_by_value(one_node)
-    waiting: dict[Any, tuple[str, str, float]] = {}
+    waiting: dict[Any, tuple[str, float]] = {}
     for node in nodes:
         # No CPU, so that it runs beside whatever the node does; there and nowhere else.
-        here = {
-            "num_cpus": 0,
-            "max_retries": 0,
-            "scheduling_strategy": NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
-        }
-        describe = ray.remote(**here)(one_node.describe).remote(request["node"])
-        waiting[describe] = "describe", node["NodeID"], time.time()
-        waiting[ray.remote(**here)(one_node.compute).remote()] = "compute", node["NodeID"], time.time()
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        remote = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)
+        waiting[remote(one_node.describe).remote(request["node"])] = node["NodeID"], time.time()
+        waiting[remote(one_node.compute).remote()] = node["NodeID"], time.time()
     deadline = time.monotonic() + request["seconds"]
     tell({"kind": "state_api", "error": _state_api_error(min(request["seconds"], 20.0))})
     while waiting and time.monotonic() < deadline:
         for task in ray.wait(list(waiting), num_returns=1, timeout=1.0)[0]:
-            kind, node, asked = waiting.pop(task)
+            node, asked = waiting.pop(task)
             try:
-                tell({"kind": kind, "node": node, "asked": asked, "answered": time.time(), **ray.get(task)})
+                answer, now = ray.get(task), time.time()
+                if "time" in answer:  # of its clock, beside the middle of the question's way and the answer's
+                    answer |= {"ahead": answer["time"] - (asked + now) / 2, "doubt": (now - asked) / 2}
             except RayError as error:
-                tell({"kind": kind, "node": node, "error": str(error).strip().splitlines()[-1][:500]})
-
-
-def _authenticated() -> bool:
-    from ray._private.authentication.authentication_utils import is_token_auth_enabled
-
-    return is_token_auth_enabled()
+                answer = {"error": str(error).strip().splitlines()[-1][:500]}
+            tell({"kind": "node", "node": node, **answer})
 
 
 def _state_api_error(timeout_s: float) -> str | None:

@@ -1,7 +1,7 @@
-"""What one machine tells of itself: versions, memory, storage, model, GPUs. Plain values in, plain values out.
+"""What one machine says of itself: versions, memory, storage, model, GPUs. Plain values in, plain values out.
 
 It is sent to every node by value and needs nothing but Python there, so that a node which lacks the package, or has
-another version of it, can say so. What needs the package is looked for, and told of where it is missing.
+another version of it, can say so.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -25,7 +24,7 @@ PROBE = ".clusterns-doctor-"
 
 
 def describe(request: dict[str, Any]) -> dict[str, Any]:
-    """What is told at once.
+    """What is known at once.
 
     Args:
         request: ``directories``: key to absolute path, or None for what this machine itself chooses as the local copy
@@ -33,23 +32,19 @@ def describe(request: dict[str, Any]) -> dict[str, Any]:
             ``model``: ``{"name", "revision"}`` or None.
     """
     return {
-        "host": socket.gethostname(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "memory": memory(),
         "gpus": nvidia_smi(),
         "directories": {key: _directory(key, path, request) for key, path in request["directories"].items()},
-        "store": _told(_store, request["store"]) if request["store"] else None,
-        "model": _told(_model, **request["model"]) if request["model"] else None,
+        "store": outcome(_store, request["store"]) if request["store"] else None,
+        "model": outcome(_model, **request["model"]) if request["model"] else None,
         "time": time.time(),
     }
 
 
 def compute() -> dict[str, Any]:
-    """What only trying tells: whether torch computes, on each GPU and over NCCL between them, and faiss clusters."""
-    conflict = _told(_faiss_conflict)
-    # Of two faiss wheels the one that is broken may end the process.
-    kmeans = _told(_kmeans) if conflict["value"] is None else None
-    return {"faiss_conflict": conflict["value"], "torch": _told(_torch), "kmeans": kmeans}
+    """What only trying shows: whether torch computes, on each GPU and over NCCL between them, and K-means runs."""
+    return {"torch": outcome(_torch), "kmeans": outcome(_kmeans)}
 
 
 def memory() -> dict[str, int]:
@@ -74,12 +69,10 @@ def nvidia_smi() -> list[dict[str, Any]]:
     """GPUs that the driver sees: name, bytes of memory, version of the driver; whether or not torch can use them."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
         return []
-    if said.returncode:
-        return []
-    rows = [[part.strip() for part in line.split(",")] for line in said.stdout.splitlines()]
+    rows = [[part.strip() for part in line.split(",")] for line in lines]
     return [
         {"name": name, "memory": int(size) << 20 if size.isdigit() else None, "driver": driver}
         for name, size, driver in (row for row in rows if len(row) == 3)
@@ -88,36 +81,31 @@ def nvidia_smi() -> list[dict[str, Any]]:
 
 def nearest_directory(path: str) -> Path:
     """``path``, or the nearest directory above it that is there: where it would be made."""
-    found = Path(path)
-    while not found.exists() and found != found.parent:
-        found = found.parent
-    return found
+    place = Path(path)
+    return next((each for each in (place, *place.parents) if each.exists()), place)
 
 
 def _directory(key: str, path: str | None, request: dict[str, Any]) -> dict[str, Any]:
     """Whether files can be written and read there, the bytes that are free, and whether the driver's file is seen."""
-    if path is None:
-        try:
+    place: dict[str, Any] = {"path": path, "error": None, "free": None, "shared": None}
+    try:
+        if path is None:
             from clusterns_ray.io.object_store import local_copy
 
-            path = str(local_copy(request["store"], request["local_path"]))
-        except ImportError as error:
-            return {"path": None, "error": str(error), "free": None, "shared": None}
-    where = nearest_directory(path)
-    told: dict[str, Any] = {"path": path, "error": None, "free": None, "shared": None}
-    try:
-        told["free"] = shutil.disk_usage(where).free
+            place["path"] = path = str(local_copy(request["store"], request["local_path"]))
+        where = nearest_directory(path)
+        place["free"] = shutil.disk_usage(where).free
         with tempfile.NamedTemporaryFile(prefix=PROBE, dir=where) as file:
             file.write(b"clusterns")
             file.flush()
             if Path(file.name).read_bytes() != b"clusterns":
-                told["error"] = "what is read is not what was written"
-    except OSError as error:
-        told["error"] = error.strerror or str(error)
+                place["error"] = "what is read is not what was written"
+    except (OSError, ImportError) as error:
+        place["error"] = getattr(error, "strerror", None) or str(error)
     token = request["tokens"].get(key)
     if token is not None:
-        told["shared"] = os.path.isfile(token)
-    return told
+        place["shared"] = os.path.isfile(token)
+    return place
 
 
 def _store(url: str) -> None:
@@ -136,26 +124,20 @@ def _torch() -> dict[str, Any]:
     import torch
     from torch.cuda import nccl
 
-    told: dict[str, Any] = {"cuda": torch.version.cuda, "gpus": [], "nccl": None}
+    found: dict[str, Any] = {"cuda": torch.version.cuda, "gpus": [], "nccl": None}
     if not torch.cuda.is_available():
-        return told
+        return found
     count = torch.cuda.device_count()
     tensors = [torch.ones(256, 256, device=f"cuda:{number}") for number in range(count)]
     for number, tensor in enumerate(tensors):
         if float((tensor @ tensor)[0, 0]) != 256.0:
             raise RuntimeError(f"GPU {number} multiplies wrongly")
-        told["gpus"].append(torch.cuda.get_device_name(number))
+        found["gpus"].append(torch.cuda.get_device_name(number))
     nccl.all_reduce(tensors)
     if any(float(tensor[0, 0]) != count for tensor in tensors):
         raise RuntimeError(f"NCCL adds up wrongly over {count} GPUs")
-    told["nccl"] = ".".join(map(str, nccl.version()))
-    return told
-
-
-def _faiss_conflict() -> str | None:
-    from clusterns_ray.clustering.backend import faiss_conflict
-
-    return faiss_conflict()
+    found["nccl"] = ".".join(map(str, nccl.version()))
+    return found
 
 
 def _kmeans() -> str:
@@ -163,8 +145,11 @@ def _kmeans() -> str:
 
     import numpy as np
 
-    from clusterns_ray.clustering.backend import spherical_kmeans
+    from clusterns_ray.clustering.backend import faiss_conflict, spherical_kmeans
 
+    conflict = faiss_conflict()
+    if conflict:  # of two faiss wheels the one that is broken may end the process
+        raise RuntimeError(conflict)
     rows = np.random.default_rng(0).standard_normal((64, 8), dtype=np.float32)
     lengths = np.linalg.norm(spherical_kmeans(rows, 4, seed=0), axis=1)
     if not np.allclose(lengths, 1.0, atol=1e-4):
@@ -172,12 +157,13 @@ def _kmeans() -> str:
     return "faiss" if importlib.util.find_spec("faiss") is not None else "torch"
 
 
-def _told(work: Any, *arguments: Any, **named: Any) -> dict[str, Any]:
-    """``{"value"}``, or ``{"error"}`` in words: a node answers whatever is wrong with it."""
+def outcome(work: Any, *arguments: Any, **named: Any) -> dict[str, Any]:
+    """``value``, or ``error`` and ``remedy`` in words: a node answers whatever is wrong with it."""
     try:
-        return {"value": work(*arguments, **named), "error": None}
+        return {"value": work(*arguments, **named), "error": None, "remedy": ""}
     except Exception as error:
-        return {"value": None, "error": " ".join(str(error).split())[:500] or type(error).__name__}
+        text = " ".join(str(getattr(error, "message", error)).split())[:500] or type(error).__name__
+        return {"value": None, "error": text, "remedy": getattr(error, "remedy", "")}
 
 
 def _version(package: str) -> str | None:
