@@ -1,4 +1,4 @@
-"""The ``clusterns`` command: one verb a job, no logic.
+"""The ``clusterns`` command: one verb for each job, and no logic.
 
 Exit codes: 0 done, 1 the job failed, 2 the request was wrong.
 """
@@ -28,6 +28,10 @@ app = typer.Typer(
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, such as experiments/quickstart.yaml.")]
 Overrides = Annotated[
     Optional[list[str]], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one value; may be repeated.")
+]
+PoolingOption = Annotated[Optional[str], typer.Option(help="Pooling, in place of the model's own.")]
+MaxLengthOption = Annotated[
+    Optional[int], typer.Option(max=2**20, help="Tokens a sentence is cut to, in place of the model's own limit.")
 ]
 
 
@@ -126,7 +130,11 @@ def tune(
         bool, typer.Option("--finalize", help="Score the winner on the seven STS tests: once, at the end.")
     ] = False,
 ) -> None:
-    """Search the study's space against the dev set, or go on with a study of that name."""
+    """Search a space of settings against the dev set, or go on with a study of that name.
+
+    What a study file may say: `sampler` tpe, random, grid or gp; `scheduler` asha, median or none; for each key of
+    `space` a `role`: scientific (what the study is about), nuisance (tuned for each of its values), or fixed.
+    """
     with readable_errors("with the trials that are left"):
         from clusterns_ray.tuning.study import load_study
 
@@ -176,31 +184,40 @@ def evaluate(
     suite: Annotated[
         Optional[list[str]],
         typer.Option(
-            help="sts, transfer, clustering, geometry or all; also with commas. By default what data is given for."
+            help="sts, transfer, clustering, geometry or all, separated by commas; by default those with data."
         ),
     ] = None,
     sts: Annotated[
         Optional[str],
-        typer.Option(help="A directory of TASK/SUBSET.jsonl files, hf, or structure: pairs graded by documents."),
+        typer.Option(
+            help="A directory of TASK/SUBSET.jsonl files, hf (the public sets), or structure (graded by documents)."
+        ),
     ] = None,
     documents: Annotated[
         Optional[list[str]],
-        typer.Option(metavar="FILE", help="Of --sts structure, if not those of the model's run; may be repeated."),
+        typer.Option(
+            metavar="FILE", help="For --sts structure: documents, if not those of the model's run; may be repeated."
+        ),
     ] = None,
-    transfer: Annotated[Optional[Path], typer.Option(help="A directory of MR.tsv, TREC-train.tsv and so on.")] = None,
+    transfer: Annotated[
+        Optional[Path], typer.Option(help="A directory with MR.tsv, TREC-train.tsv and the like.")
+    ] = None,
     clusters: Annotated[
         Optional[list[Path]],
         typer.Option(help="A file of label<TAB>sentence, or a directory of short-text sets; may be repeated."),
     ] = None,
-    dev: Annotated[Optional[list[str]], typer.Option(help="A further TASK/SUBSET, such as STSB/dev.")] = None,
+    dev: Annotated[Optional[list[str]], typer.Option(help="Another TASK/SUBSET to score, such as STSB/dev.")] = None,
     against: Annotated[
-        Optional[str], typer.Option(metavar="MODEL", help="Differences to this model, with 95 % intervals.")
+        Optional[str], typer.Option(metavar="MODEL", help="Compare with this model: differences with 95 % intervals.")
     ] = None,
-    pooling: Annotated[Optional[str], typer.Option(help="Replaces the models' own.")] = None,
-    max_length: Annotated[Optional[int], typer.Option(max=2**20, help="Replaces the models' own.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Of folds, K-means and resampling.")] = 1111,
+    pooling: PoolingOption = None,
+    max_length: MaxLengthOption = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**31, help="Seed of the folds, of K-means and of resampling.")
+    ] = 1111,
     json_file: Annotated[
-        Optional[str], typer.Option("--json", metavar="FILE", help="Also write every figure here; also s3:// or gs://.")
+        Optional[str],
+        typer.Option("--json", metavar="FILE", help="Write every figure to this file too; also s3:// or gs://."),
     ] = None,
 ) -> None:
     """Score encoders: the seven STS tests, transfer tasks, clustering, geometry; several models give one table."""
@@ -245,22 +262,20 @@ def evaluate(
 
 @app.command()
 def encode(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="As of `evaluate`.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The encoder, named as for `evaluate`.")],
     files: Annotated[
         list[str], typer.Argument(metavar="FILE...", help="Text, csv, jsonl, parquet; globs, s3://, gs:// or hf://.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT.parquet", help="The file to write.")],
     text_column: Annotated[str, typer.Option(help="The column or field that holds the sentence.")] = "text",
-    limit: Annotated[Optional[int], typer.Option(max=2**53, help="Only so many sentences.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
-    workers: Annotated[int, typer.Option(help="Ray workers; 0 works in this process.")] = 0,
+    limit: Annotated[Optional[int], typer.Option(max=2**53, help="At most this many sentences.")] = None,
+    dtype: Annotated[str, typer.Option(help="Type of the values that are written: float32 or float16.")] = "float32",
+    workers: Annotated[int, typer.Option(help="Number of Ray workers; 0 works in this process.")] = 0,
     batch_size: Annotated[int, typer.Option(max=2**20, help="Sentences encoded at once.")] = 64,
-    pooling: Annotated[Optional[str], typer.Option(help="Replaces the model's own.")] = None,
-    max_length: Annotated[Optional[int], typer.Option(max=2**20, help="Replaces the model's own.")] = None,
+    pooling: PoolingOption = None,
+    max_length: MaxLengthOption = None,
     normalize: Annotated[bool, typer.Option("--normalize", help="Scale embeddings to length 1.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a file, or parts, of another request.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file of another request.")] = False,
 ) -> None:
     """Write sentences and their embeddings to a parquet file, or go on with it where a killed command was."""
     with readable_errors("behind the parts that are done"):
@@ -297,17 +312,17 @@ def encode(
 
 @app.command()
 def search(
-    model: Annotated[str, typer.Argument(help="The model that reads the corpus and the queries, as of `encode`.")],
-    corpus: Annotated[str, typer.Argument(help="Text, as of `encode`, or a file that `encode` wrote.")],
+    model: Annotated[str, typer.Argument(help="The encoder of corpus and queries, named as for `evaluate`.")],
+    corpus: Annotated[str, typer.Argument(help="Text, named as for `encode`, or a file that `encode` wrote.")],
     queries: Annotated[list[str], typer.Argument(metavar="QUERY...", help="Sentences to look for.")],
-    k: Annotated[int, typer.Option("-k", max=2**31, help="Answers to each.")] = 10,
+    k: Annotated[int, typer.Option("-k", max=2**31, help="Number of answers to each query.")] = 10,
     index: Annotated[
-        Optional[Path], typer.Option(metavar="DIR", help="Where the index is kept; FILE.index beside the corpus.")
+        Optional[Path], typer.Option(metavar="DIR", help="Where the index is kept; by default CORPUS.index.")
     ] = None,
     text_column: Annotated[str, typer.Option(help="The column or field that holds the sentence.")] = "text",
-    limit: Annotated[Optional[int], typer.Option(max=2**53, help="Only so many sentences of the corpus.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a query.")] = False,
-    rebuild: Annotated[bool, typer.Option("--rebuild", help="Build the index anew.")] = False,
+    limit: Annotated[Optional[int], typer.Option(max=2**53, help="At most this many sentences of the corpus.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each query.")] = False,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Build the index again.")] = False,
 ) -> None:
     """Find the sentences of a corpus most similar to a query; the first time, index it."""
     with readable_errors("behind the parts that are done"):
@@ -339,7 +354,8 @@ def report(
         typer.Argument(metavar="RUN...", help="STORAGE_PATH/NAME of runs, or of one study; also s3:// or gs://."),
     ],
     output: Annotated[
-        Optional[str], typer.Option("--output", "-o", metavar="FILE.html", help="RUN/report.html if not given.")
+        Optional[str],
+        typer.Option("--output", "-o", metavar="FILE.html", help="The page to write; by default RUN/report.html."),
     ] = None,
 ) -> None:
     """Write one HTML page about a run or a study; several runs are compared, with mean and deviation over seeds."""
@@ -361,17 +377,21 @@ def report(
 def plan(
     config: ConfigFile,
     set: Overrides = None,
-    workers: Annotated[str, typer.Option(help="Numbers of workers, with commas.")] = "1,8,64,512",
-    bandwidth: Annotated[Optional[str], typer.Option(help="Between two workers, such as 25Gbit/s or 3GB/s.")] = None,
-    latency: Annotated[str, typer.Option(help="Of a message between two workers, such as 50us.")] = "50us",
+    workers: Annotated[str, typer.Option(help="Numbers of workers, separated by commas.")] = "1,8,64,512",
+    bandwidth: Annotated[
+        Optional[str], typer.Option(help="Bandwidth between two workers, such as 25Gbit/s or 3GB/s.")
+    ] = None,
+    latency: Annotated[str, typer.Option(help="Latency of a message between two workers, such as 50us.")] = "50us",
     tflops: Annotated[
-        Optional[float], typer.Option(help="What one worker gets done: matrix products, in 10^12 FLOPs a second.")
+        Optional[float], typer.Option(help="Matrix products that one worker gets done, in 10^12 FLOPs a second.")
     ] = None,
     sentences: Annotated[
-        Optional[int], typer.Option(min=1, max=2**53, help="Of the corpus, in place of how many there are.")
+        Optional[int], typer.Option(min=1, max=2**53, help="Sentences of the corpus, in place of how many there are.")
     ] = None,
-    price: Annotated[Optional[float], typer.Option(min=0, help="Of a worker for an hour; any currency.")] = None,
-    json_file: Annotated[Optional[Path], typer.Option("--json", help="Also write every figure here.")] = None,
+    price: Annotated[
+        Optional[float], typer.Option(min=0, help="Price of one worker for an hour, in any currency.")
+    ] = None,
+    json_file: Annotated[Optional[Path], typer.Option("--json", help="Write every figure to this file too.")] = None,
 ) -> None:
     """Show what a run needs on given numbers of workers: memory, exchanges, time, efficiency and cost."""
     with readable_errors():
@@ -397,17 +417,17 @@ def plan(
 def doctor(
     config: Annotated[
         Optional[Path],
-        typer.Argument(metavar="CONFIG", help="A configuration or a study; if none, the machines alone."),
+        typer.Argument(metavar="CONFIG", help="A configuration or a study; without one only the machines are checked."),
     ] = None,
     set: Overrides = None,
     cluster: Annotated[
         Optional[Path], typer.Option(metavar="FILE", help="Also check a cluster file, such as cluster.yaml.")
     ] = None,
     json_file: Annotated[
-        Optional[Path], typer.Option("--json", metavar="FILE", help="Also write the findings here.")
+        Optional[Path], typer.Option("--json", metavar="FILE", help="Write the findings to this file too.")
     ] = None,
 ) -> None:
-    """Find what would go wrong, on the cluster of RAY_ADDRESS or on this machine, within a minute; change nothing."""
+    """Find what would go wrong, on the cluster of RAY_ADDRESS or on this machine, within a minute; nothing changes."""
     with readable_errors():
         import shutil
         import time
@@ -420,16 +440,16 @@ def doctor(
         json_file = json_file and Path(check_path("--json", json_file, ()))
         if json_file is not None:
             check_writable(json_file, "--json")
-        began, found = time.monotonic(), []
+        began, findings = time.monotonic(), []
         typer.echo("Looking at the request and the machines, for a minute at most.")
         for finding in examine(config, set or (), load_study=load_study, cluster_file=cluster):
-            found.append(finding)
+            findings.append(finding)
             typer.echo(finding.text(shutil.get_terminal_size().columns))
-        typer.echo(verdict(found, time.monotonic() - began))
+        typer.echo(verdict(findings, time.monotonic() - began))
         if json_file is not None:
-            write_atomic(json_file, as_json(found, time.monotonic() - began))
+            write_atomic(json_file, as_json(findings, time.monotonic() - began))
             typer.echo(f"Wrote {json_file}")
-        if any(finding.level == "problem" for finding in found):
+        if any(finding.level == "problem" for finding in findings):
             raise typer.Exit(1)
 
 

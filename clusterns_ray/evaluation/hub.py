@@ -75,8 +75,8 @@ def fetch_sts(
             write_json(directory / MANIFEST, manifest)
         except OSError as error:
             raise ConfigError(
-                f"{str(directory)!r} cannot be written ({error.strerror}), where the STS data of the hub is kept. Set "
-                "XDG_CACHE_HOME (or data.cache_dir of a run) to a place that can."
+                f"{str(directory)!r} cannot be written ({error.strerror}), where the STS data of the hub is kept.",
+                "Set XDG_CACHE_HOME (or data.cache_dir of a run) to a place that can.",
             ) from None
     return directory
 
@@ -107,8 +107,8 @@ def _load(dataset: str, split: str) -> list[dict[str, Any]]:
         missing = [field for field in FIELDS if field not in table.column_names]
         if missing:
             raise ConfigError(
-                f"data set {dataset!r} ({split}) has no column {missing[0]!r}; STS data has {', '.join(FIELDS)}. Give "
-                "a directory of TASK/SUBSET.jsonl files in place of hf."
+                f"data set {dataset!r} ({split}) has no column {missing[0]!r}; STS data has {', '.join(FIELDS)}.",
+                "Give a directory of TASK/SUBSET.jsonl files in place of hf.",
             )
         where = f"data set {dataset!r} ({split})"
         pairs = [graded_pair(row, f"{where} row {number}") for number, row in enumerate(table, start=1)]
@@ -121,8 +121,8 @@ def _load(dataset: str, split: str) -> list[dict[str, Any]]:
 
 def _unreachable(what: str) -> ConfigError:
     return ConfigError(
-        f"STS data 'hf': {what}. Without the hub give a directory of TASK/SUBSET.jsonl files (--sts DIR, or "
-        "evaluation.sts)."
+        f"STS data 'hf': {what}.",
+        "Without the hub give a directory of TASK/SUBSET.jsonl files (--sts DIR, or evaluation.sts).",
     )
 
 

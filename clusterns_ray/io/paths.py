@@ -59,11 +59,11 @@ def check_path(key: str, value: str | Path, schemes: tuple[str, ...] = STORES) -
     """
     text = os.fspath(value)
     if not text.strip():
-        raise ConfigError(f"{key} is {text!r}, which names nothing. Give a path.")
+        raise ConfigError(f"{key} is {text!r}, which names nothing.", "Give a path.")
     odd = next((character for character in text if unicodedata.category(character) in ("Cc", "Cs")), None)
     if odd is not None:
         kind = "a byte that is not UTF-8" if unicodedata.category(odd) == "Cs" else "a control character"
-        raise ConfigError(f"{_shown(key, text)} holds {kind}, {odd!a}. Rename what it names, or correct the text.")
+        raise ConfigError(f"{_shown(key, text)} holds {kind}, {odd!a}.", "Rename what it names, or correct the text.")
     found = _SCHEME.match(text)
     scheme = found[1].lower() if found else ""
     if found is None or not (found[2] == "://" or (scheme in _KNOWN and (scheme not in _WEB or found[2] != ":"))):
@@ -73,7 +73,7 @@ def check_path(key: str, value: str | Path, schemes: tuple[str, ...] = STORES) -
     if scheme == "file":
         return check_path(key, _local_of(_shown(key, text), text, found[2], rest), schemes)
     if scheme in _WEB:
-        raise ConfigError(f"{_shown(key, text)} is on the web. Download it, and give the path of the file.")
+        raise ConfigError(f"{_shown(key, text)} is on the web.", "Download it, and give the path of the file.")
     if scheme not in _KNOWN or _OTHER_NAMES.get(scheme, scheme) not in schemes:
         allowed = ", ".join(f"{name}://" for name in schemes)
         raise ConfigError(
@@ -83,16 +83,16 @@ def check_path(key: str, value: str | Path, schemes: tuple[str, ...] = STORES) -
     right = _OTHER_NAMES.get(scheme, scheme)
     if right != "hf" and _has_credentials(right, rest):
         raise ConfigError(
-            f"{key} is a URL of {right}:// that holds credentials, which would be written to logs and results. Take "
-            f"them out of the URL, and set {_CREDENTIALS[right.removesuffix('s') if right == 'abfss' else right]} in "
-            "the environment."
+            f"{key} is a URL of {right}:// that holds credentials, which would be written to logs and results.",
+            f"Take them out of the URL, and set {_CREDENTIALS[right.removesuffix('s') if right == 'abfss' else right]} in "
+            "the environment.",
         )
     if text.startswith(f"{right}:///"):
-        raise ConfigError(f"{_shown(key, text)} names no bucket. Write {right}://BUCKET/PATH.")
+        raise ConfigError(f"{_shown(key, text)} names no bucket.", f"Write {right}://BUCKET/PATH.")
     if not text.startswith(f"{right}://"):
         raise ConfigError(
-            f"{_shown(key, text)} is not a well-formed URL. Write {_short(f'{right}://{rest}')!r}, or put ./ before it "
-            "if it is a file here."
+            f"{_shown(key, text)} is not a well-formed URL.",
+            f"Write {_short(f'{right}://{rest}')!r}, or put ./ before it if it is a file here.",
         )
     if right == "hf":
         _check_lengths(_shown(key, text), rest.split("/"), rest)
@@ -139,8 +139,9 @@ def check_outlasts_job(key: str, path: str | Path) -> None:
         raise ConfigError(
             f"{_shown(key, str(path))} is in {package!r}, Ray's copy of the job's working directory: it has another "
             "path as soon as any file changes, and Ray removes it after the job, so that the results would be lost and "
-            "nothing could be resumed. Give an absolute path on a disk that stays, or in an object store "
-            "(s3://BUCKET/PREFIX) where that is possible."
+            "nothing could be resumed.",
+            "Give an absolute path on a disk that stays, or in an object store "
+            "(s3://BUCKET/PREFIX) where that is possible.",
         )
 
 
@@ -168,7 +169,7 @@ def _local_of(shown: str, text: str, separator: str, rest: str) -> str:
         return "/" + unquote(rest)
     if separator == "://" and rest.startswith("localhost/"):
         return unquote(rest.removeprefix("localhost"))
-    raise ConfigError(f"{shown} is not file:///ABSOLUTE/PATH. Write the path itself.")
+    raise ConfigError(f"{shown} is not file:///ABSOLUTE/PATH.", "Write the path itself.")
 
 
 def _has_credentials(scheme: str, rest: str) -> bool:
@@ -188,18 +189,20 @@ def _check_store(shown: str, scheme: str, text: str) -> str:
     parts = address.partition("://")[2].rstrip("/").split("/")
     host = parts[0].rpartition("@")[2]
     if not host:
-        raise ConfigError(f"{shown} names no bucket. Write {scheme}://BUCKET/PATH.")
+        raise ConfigError(f"{shown} names no bucket.", f"Write {scheme}://BUCKET/PATH.")
     if ":" in host:
         raise ConfigError(
-            f"{shown}: {host!r} is no bucket. The address of a store of your own goes into the environment, for s3:// "
-            "as AWS_ENDPOINT_URL."
+            f"{shown}: {host!r} is no bucket.",
+            "The address of a store of your own goes into the environment, for s3:// as AWS_ENDPOINT_URL.",
         )
     if any(part in ("", ".", "..") for part in parts):
-        raise ConfigError(f"{shown} has an empty part, `.` or `..`, which object stores do not have. Take it out.")
+        raise ConfigError(f"{shown} has an empty part, `.` or `..`, which object stores do not have.", "Take it out.")
     if not re.fullmatch(rf"[A-Za-z0-9{re.escape(_URL_CHARACTERS)}]*", text):
-        raise ConfigError(f"{shown} holds characters that a URL cannot. Write {quote(text, safe=_URL_CHARACTERS)!r}.")
+        raise ConfigError(
+            f"{shown} holds characters that a URL cannot.", f"Write {quote(text, safe=_URL_CHARACTERS)!r}."
+        )
     if any(unicodedata.category(character) == "Cc" for character in unquote(text)):
-        raise ConfigError(f"{shown} holds a control character, written with %. Rename what it names.")
+        raise ConfigError(f"{shown} holds a control character, written with %.", "Rename what it names.")
     _check_lengths(shown, [unquote(part) for part in parts], unquote(address))
     return address.rstrip("/") + mark + options
 
@@ -209,7 +212,9 @@ def _check_local(shown: str, text: str) -> None:
         user, full = text[1:].partition("/")[0], os.path.expanduser(text)
         if full == text:
             reason = f"there is no user {user!r} on this machine" if user else "your home directory is not known"
-            raise ConfigError(f"{shown}: {reason}. Write the path in full; for a file of that name, put ./ before it.")
+            raise ConfigError(
+                f"{shown}: {reason}.", "Write the path in full; for a file of that name, put ./ before it."
+            )
         text = full
     _check_lengths(shown, text.split("/"), os.path.join(os.getcwd(), text))
 
@@ -218,7 +223,7 @@ def _check_lengths(shown: str, parts: list[str], whole: str) -> None:
     longest, length = max(len(part.encode()) for part in parts), len(whole.encode())
     if longest > MAX_NAME_BYTES:
         raise ConfigError(
-            f"{shown} has a part of {longest:,} bytes; a name takes at most {MAX_NAME_BYTES}. Give a shorter path."
+            f"{shown} has a part of {longest:,} bytes; a name takes at most {MAX_NAME_BYTES}.", "Give a shorter path."
         )
     if length > MAX_PATH_BYTES:
-        raise ConfigError(f"{shown} is {length:,} bytes long; a path takes at most {MAX_PATH_BYTES:,}. Shorten it.")
+        raise ConfigError(f"{shown} is {length:,} bytes long; a path takes at most {MAX_PATH_BYTES:,}.", "Shorten it.")

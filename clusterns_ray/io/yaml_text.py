@@ -76,16 +76,16 @@ def read_yaml_text(key: str, path: str | Path, remedy: str = "Give a YAML file."
         with Path(path).expanduser().open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise ConfigError(f"{key} {str(path)!r} cannot be read: {error.strerror}. Make it readable.") from None
+        raise ConfigError(f"{key} {str(path)!r} cannot be read: {error.strerror}.", "Make it readable.") from None
     if len(raw) > MAX_BYTES:
         raise ConfigError(
-            f"{key} {str(path)!r} is larger than {MAX_BYTES // 1024} KiB, so it is no YAML file of settings. Check the "
-            "path."
+            f"{key} {str(path)!r} is larger than {MAX_BYTES // 1024} KiB, so it is no YAML file of settings.",
+            "Check the path.",
         )
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{key} {str(path)!r} is not UTF-8 ({error}). Save it as UTF-8.") from None
+        raise ConfigError(f"{key} {str(path)!r} is not UTF-8 ({error}).", "Save it as UTF-8.") from None
 
 
 def dump_yaml(value: Any) -> str:
@@ -187,7 +187,7 @@ YamlDumper.yaml_implicit_resolvers = YamlLoader.yaml_implicit_resolvers
 
 def _load(text: str, source: str, kind: type[LimitedLoader], refused: type[yaml.YAMLError] = yaml.YAMLError) -> list:
     if len(text) > MAX_BYTES:
-        raise ConfigError(f"{source} is YAML of more than {MAX_BYTES // 1024} KiB. Shorten it.")
+        raise ConfigError(f"{source} is YAML of more than {MAX_BYTES // 1024} KiB.", "Shorten it.")
     try:
         loader = kind(text)
         try:
@@ -197,7 +197,7 @@ def _load(text: str, source: str, kind: type[LimitedLoader], refused: type[yaml.
         finally:
             loader.dispose()
     except refused as error:
-        raise ConfigError(f"{source} is not YAML that can be read: {_reason(error)}. Correct that place.") from None
+        raise ConfigError(f"{source} is not YAML that can be read: {_reason(error)}.", "Correct that place.") from None
     except (ValueError, OverflowError, TypeError, AttributeError, LookupError) as error:
         # PyYAML lets some of Python's own errors through, such as for "\U00FFFFFF" and `!!int x`.
         reason = " ".join(str(error).split())[:300]

@@ -96,7 +96,8 @@ def _try(source: str, backbone: Any, tokenizer: Any) -> None:
         reason = f"its token states have {width} values, and its hidden_size is {stated}"
     raise ConfigError(
         f"encoder {source!r} cannot be used, as a {backbone.config.model_type} makes no token states of a sentence "
-        f"alone ({reason}). Name an encoder such as BERT, or a decoder such as GPT-2."
+        f"alone ({reason}).",
+        "Name an encoder such as BERT, or a decoder such as GPT-2.",
     )
 
 
@@ -111,7 +112,8 @@ def masked_language_model_class(config: Any, source: str) -> Any:
     if type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
         raise ConfigError(
             f"loss.mlm_weight is not 0, but {source!r} is a {config.model_type}, of which transformers has no "
-            "masked language model. Set it to 0, or train an encoder that has one."
+            "masked language model.",
+            "Set it to 0, or train an encoder that has one.",
         )
     return AutoModelForMaskedLM
 
@@ -138,19 +140,20 @@ def _shorten(config: Any, num_layers: int | None, source: str) -> None:
     if not isinstance(getattr(config, "num_hidden_layers", None), int):
         raise ConfigError(
             f"encoder.num_layers is {num_layers}, but the layers of a {config.model_type} such as {source} cannot be "
-            "counted. Leave it unset."
+            "counted.",
+            "Leave it unset.",
         )
     if num_layers > config.num_hidden_layers:
         raise ConfigError(
-            f"encoder.num_layers is {num_layers}, but {source} has {config.num_hidden_layers} layers. "
-            f"Use at most {config.num_hidden_layers}, or leave it unset."
+            f"encoder.num_layers is {num_layers}, but {source} has {config.num_hidden_layers} layers.",
+            f"Use at most {config.num_hidden_layers}, or leave it unset.",
         )
     try:
         config.num_hidden_layers = num_layers
     except NotImplementedError:
         raise ConfigError(
-            f"encoder.num_layers is {num_layers}, but a {config.model_type} such as {source} cannot be shortened. "
-            "Leave it unset."
+            f"encoder.num_layers is {num_layers}, but a {config.model_type} such as {source} cannot be shortened.",
+            "Leave it unset.",
         ) from None
     if hasattr(config, "decoder_layers"):
         config.decoder_layers = min(num_layers, config.decoder_layers)
@@ -205,7 +208,8 @@ def sample_model(config: Any) -> Any:
             reason = "its decoder wants a text of its own" if config.is_encoder_decoder else one_line(error)
             raise ConfigError(
                 f"the architecture {config.model_type!r} cannot be used as an encoder: transformers makes no token "
-                f"states of a sentence alone ({reason}). Name another model, such as a BERT, a T5 or a GPT-2."
+                f"states of a sentence alone ({reason}).",
+                "Name another model, such as a BERT, a T5 or a GPT-2.",
             ) from error
     return model
 

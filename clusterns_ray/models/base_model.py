@@ -27,7 +27,8 @@ def choose_pooling(chosen: str | None, own: str | None, default: str, is_causal:
         return "last"
     raise ConfigError(
         f"encoder {name!r}: pooling is cls, but the model is causal: its first token is read before the rest, so all "
-        "sentences that begin alike would have one embedding. Use last or mean."
+        "sentences that begin alike would have one embedding.",
+        "Use last or mean.",
     )
 
 

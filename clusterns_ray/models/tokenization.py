@@ -69,8 +69,9 @@ def _check_files(source: str, tokenizer: Any) -> None:
     else:
         return
     raise ConfigError(
-        f"encoder {source!r} cannot be loaded: {reason}. Copy the tokenizer's files from the model that it was trained "
-        "from, or save them there with tokenizer.save_pretrained."
+        f"encoder {source!r} cannot be loaded: {reason}.",
+        "Copy the tokenizer's files from the model that it was trained "
+        "from, or save them there with tokenizer.save_pretrained.",
     )
 
 

@@ -39,8 +39,9 @@ def check_config(text: str, config: Config, where: str) -> None:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"{where}/config.yaml, which says with what configuration the run was begun, cannot be read ({reason}), so "
-            "it is damaged. Restore it from a copy. If you are sure of the configuration, remove that file and give "
-            "the same command: checkpoints of another configuration are refused."
+            "it is damaged. Restore it from a copy.",
+            "If you are sure of the configuration, remove that file and give "
+            "the same command: checkpoints of another configuration are refused.",
         ) from None
     if saved.fingerprint() == config.fingerprint():
         return
@@ -80,7 +81,8 @@ def read_result(text: str, config: Config, where: str, note: Callable[[str], Non
     if result["fingerprint"] != config.fingerprint():
         raise ConfigError(
             f"runtime.name is {config.runtime.name!r}, but {where}/result.json is that of another config "
-            f"({result['fingerprint']}, not {config.fingerprint()}). Choose another runtime.name."
+            f"({result['fingerprint']}, not {config.fingerprint()}).",
+            "Choose another runtime.name.",
         )
     return result
 
