@@ -84,8 +84,8 @@ def check_path(key: str, value: str | Path, schemes: tuple[str, ...] = STORES) -
     if right != "hf" and _has_credentials(right, rest):
         raise ConfigError(
             f"{key} is a URL of {right}:// that holds credentials, which would be written to logs and results.",
-            f"Take them out of the URL, and set {_CREDENTIALS[right.removesuffix('s') if right == 'abfss' else right]} in "
-            "the environment.",
+            f"Take them out of the URL, and set {_CREDENTIALS[right.removesuffix('s') if right == 'abfss' else right]} "
+            "in the environment.",
         )
     if text.startswith(f"{right}:///"):
         raise ConfigError(f"{_shown(key, text)} names no bucket.", f"Write {right}://BUCKET/PATH.")
