@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -454,7 +455,11 @@ def doctor(
 
 
 def main() -> None:
-    """Entry point of the ``clusterns`` command."""
+    """Entry point of the ``clusterns`` command. Files and pipes get UTF-8 whatever the locale; a terminal that cannot
+    show a character shows its number."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="backslashreplace")
     sys.exit(app())
 
 

@@ -255,6 +255,8 @@ def describe(store: TokenStore | dict[str, Any]) -> str:
         ("cut", "{:,} over-long rows cut"),
         ("truncated", "{:,} sentences cut to max_length"),
         ("without_tokens", "{:,} rows without tokens skipped"),
+        ("unknown", "{:,} sentences of which the tokenizer knows no token, so that they look alike"),
+        ("repeated", "{:,} sentences repeat an earlier one"),
     ):
         if counts.get(key):
             parts.append(text.format(counts[key]))

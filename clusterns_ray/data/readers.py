@@ -203,11 +203,12 @@ def csv_rows(
         remedy: what to do where a column is missing.
 
     Raises:
-        DataError: a column is missing or there twice, a row has more or fewer fields than the header, or its quotes do
-            not close.
+        DataError: a column is missing or there twice, a row has more or fewer fields than the header, its quotes do not
+            close, or it may be one row or two.
     """
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST_RECORD))
-    rows = csv.reader((line for _, line in lines), strict=True)
+    ends = _LineEnds(lines)
+    rows = csv.reader((line for _, line in ends), strict=True)
     began = 1
     try:
         header = next((row for row in rows if row), [])
@@ -219,12 +220,38 @@ def csv_rows(
                 return
             if row and len(row) != len(header):
                 raise _ragged(name, began, len(row), len(header), ",")
+            if len(row) == 1:
+                ends.check(name, began)
             yield began, [row[place] for place in places] if row else None
     except csv.Error as error:
         raise DataError(
             f"{name}:{began}: the row that begins here is malformed ({error}), so it cannot be split into "
             'fields; close its quotes, and double quotes within quotes ("")'
         ) from None
+
+
+class _LineEnds:
+    """Numbered lines, and by what those that are a row of one field ended: in such a file a stray CR would cut a row in
+    two, which no count of fields tells."""
+
+    def __init__(self, lines: Iterator[tuple[int, str]]):
+        self._lines, self._line, self._first = lines, "", ""
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        for number, line in self._lines:
+            self._line = line
+            yield number, line
+
+    def check(self, name: str, began: int) -> None:
+        """Refuse a row that ends in CR where rows before it end in LF, or the other way round."""
+        end = self._line[-1:] if self._line.endswith(("\n", "\r")) else self._first
+        self._first = self._first or end
+        if end != self._first:
+            raise DataError(
+                f"{name}:{began}: some rows end in LF, and others in CR alone, so a CR within a row cannot be told "
+                "from the end of one; put fields that hold CR in quotes, or make all ends alike: "
+                "tr '\\r' '\\n' < FILE > NEW"
+            )
 
 
 def tsv_rows(
@@ -242,7 +269,8 @@ def tsv_rows(
     header: list[str] | None = None
     places: list[int] = []
     opened, before = 0, 0
-    for number, raw in lines:
+    ends = _LineEnds(lines)
+    for number, raw in ends:
         line = _without_end(raw)
         if not line.strip():
             if header is not None:
@@ -268,6 +296,8 @@ def tsv_rows(
             raise _ragged(name, number, len(fields), len(header), "\t", opened)
         if left_open is not None and not opened:
             opened, before = number, left_open
+        if len(fields) == 1:
+            ends.check(name, number)
         yield number, [fields[place] for place in places]
     if header is None:
         _places([], name, columns, "\t")

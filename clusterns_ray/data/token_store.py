@@ -33,6 +33,8 @@ MANIFEST = "manifest.json"
 _FILE_NAME = re.compile(r"tokens-\d{5,}\.arrow")
 _TOKENIZE_ROWS = 4096  # the tokenizer's own records take far more memory than the tokens
 _STALE_SECONDS = 24 * 3600
+_COMPARED_ROWS = 1_000_000
+"""Sentences that are looked at for repetitions: what tells of a corpus, in a bounded amount of memory."""
 
 
 def _schema() -> pa.Schema:
@@ -101,6 +103,8 @@ def prepare_tokens(
                 **{name: count for name, count in asdict(counts).items() if count or name != "unusable"},
                 "truncated": writer.truncated,
                 "without_tokens": writer.without_tokens,
+                "repeated": writer.repeated(),
+                "unknown": writer.unknown,
             },
             "rows": writer.rows,
             "documents": writer.documents,
@@ -147,8 +151,16 @@ class _Writer:
         """whether the last row is the only one of its section so far"""
         self.digest = hashlib.blake2b(digest_size=16)
         self.files: list[dict[str, Any]] = []
+        self.unknown = 0
+        """sentences without a single token that the tokenizer knows"""
+        self._hashes = bytearray()
         self._shard: Any = None
         self._shard_rows = 0
+
+    def repeated(self) -> int:
+        """How many of the first :data:`_COMPARED_ROWS` sentences were there before."""
+        hashes = np.frombuffer(self._hashes, dtype=np.uint64)
+        return len(hashes) - len(np.unique(hashes))
 
     @property
     def room(self) -> int:
@@ -163,6 +175,7 @@ class _Writer:
         boundaries: list[int] = []
         lengths: list[int] = []
         values: list[np.ndarray] = []
+        unknown = _unknown_id(tokenizer)
         for start in range(0, len(chunk), _TOKENIZE_ROWS):
             part = chunk[start : start + _TOKENIZE_ROWS]
             rows, truncated = tokenize([sentence.text for sentence in part], tokenizer, max_length, prompt)
@@ -175,6 +188,9 @@ class _Writer:
                     self._pending = Boundary.NONE
             lengths += [len(ids) for ids in rows if ids]
             values.append(np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int32))
+            if unknown is not None and prompt is None:
+                special = {*tokenizer.all_special_ids}
+                self.unknown += sum(unknown in ids and special.issuperset(ids) for ids in rows)
             self.done += len(part)
             if self.progress:
                 self.progress(self.done)
@@ -184,6 +200,8 @@ class _Writer:
         for text in texts:
             data = text.encode("utf-8")
             self.digest.update(len(data).to_bytes(8, "little") + data)
+            if len(self._hashes) < 8 * _COMPARED_ROWS:
+                self._hashes += hashlib.blake2b(data, digest_size=8).digest()
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         input_ids = pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(values)))
         columns = [input_ids, pa.array(texts, pa.string()), pa.array(boundaries, pa.uint8())]
@@ -223,6 +241,12 @@ class _Writer:
             }
         )
         self._shard, self._shard_rows = None, 0
+
+
+def _unknown_id(tokenizer: Any) -> int | None:
+    """The id of the token for what is not in the vocabulary; None where that is also a mark that every text has."""
+    marks = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id)
+    return None if tokenizer.unk_token_id in marks else tokenizer.unk_token_id
 
 
 def _nothing_usable(counts: ReadCounts, without_tokens: int) -> str:

@@ -60,7 +60,7 @@ def read_pairs(directory: str | Path, name: str) -> Pairs:
 
     Raises:
         ConfigError: there is no such file, or it is not a regular one.
-        DataError: a line is not a graded pair, or all grades are the same.
+        DataError: a line is not a graded pair, all grades are the same, or each sentence is paired with itself.
     """
     path = Path(directory).expanduser() / f"{name}.jsonl"
     check_pairs_exist(directory, name)
@@ -74,6 +74,11 @@ def read_pairs(directory: str | Path, name: str) -> Pairs:
         raise DataError(
             f"{path}: {len(scores)} pairs with {len(set(scores))} different grades; a correlation needs at least two. "
             "Give a set whose scores differ."
+        )
+    if first == second:
+        raise DataError(
+            f"{path}: in each of its {len(first)} pairs both sentences are the same, so their cosines are all 1 and "
+            "have no correlation with the grades. Give pairs of different sentences."
         )
     return Pairs(name, first, second, np.asarray(scores, dtype=np.float64))
 

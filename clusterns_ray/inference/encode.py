@@ -370,7 +370,13 @@ def _encode(
         "request": request,
     }
     schema = embedding_schema(width, request["dtype"], info)
-    sentences = read_sentences(files, text_column=request["text_column"], limit=request["limit"], counts=ReadCounts())
+    sentences = read_sentences(
+        files,
+        text_column=request["text_column"],
+        limit=request["limit"],
+        counts=ReadCounts(),
+        sources=[Source(**source) for source in request["sources"]],
+    )
     progress = _Progress(total, on_event)
     parts = 0
 

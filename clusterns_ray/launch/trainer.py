@@ -85,7 +85,9 @@ def finished_result(config: Config, note: Callable[[str], None]) -> dict[str, An
     if damage:
         note(f"{config.runtime.name!r} was finished, but {damage}.")
         return None
-    return result
+    # Not where it was when it was trained: a directory may have been moved since.
+    place = store.address if store is not None else run_directory(config).resolve()
+    return {**result, "model": f"{place}/model"}
 
 
 def command_line() -> list[str]:

@@ -157,6 +157,10 @@ class Encoder(nn.Module):
     ) -> Encoder:
         """:meth:`load` of a backbone that is loaded already."""
         limit = longest_text(backbone, tokenizer, settings.prompt)
+        if max_length is not None and limit is not None and max_length > limit:
+            raise ConfigError(
+                f"max_length is {max_length}, but {name} reads at most {limit} tokens. Use at most {limit}."
+            )
         length = max_length or own_length(settings, tokenizer, name) or 128
         return cls(
             backbone,

@@ -80,10 +80,15 @@ def _in_package(name: str) -> Path:
 def _check_directory(name: str, path: Path) -> None:
     """Refuse what is not a directory of a transformer, and one in which a read could wait for ever."""
     if not os.path.lexists(path / "config.json"):
-        raise ConfigError(
-            f"encoder {name!r}: {str(path)!r} holds no config.json, so it is not a transformer. Name the directory "
-            "that a save_pretrained wrote, a hub id, or package:PYTHON_PACKAGE/SUBDIR."
-        )
+        remedy = "Name the directory that a save_pretrained wrote, a hub id, or package:PYTHON_PACKAGE/SUBDIR."
+        if (path / "model" / "config.json").is_file():
+            remedy = f"It is a run: give {name.rstrip('/')}/model."
+        elif (path / "adapter_config.json").is_file():
+            remedy = (
+                "It is an adapter: merge it into its model (merge_and_unload of the peft library), and save the model "
+                "that comes out with save_pretrained."
+            )
+        raise ConfigError(f"encoder {name!r}: {str(path)!r} holds no config.json, so it is not a transformer. {remedy}")
     try:
         files = [entry.name for entry in os.scandir(path) if entry.name.endswith(_READ)]
     except OSError as error:

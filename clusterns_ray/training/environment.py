@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +36,21 @@ def describe_environment(device: torch.device, command: Sequence[str], num_worke
         },
         "num_workers": num_workers,
     }
+
+
+def changed_versions(path: Path, environment: dict[str, Any]) -> str | None:
+    """What to say where a run goes on with other versions than those of its ``environment.json`` so far."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))["versions"]
+        pairs = [(name, before[name], environment["versions"][name]) for name in ("torch", "transformers")]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    changes = [f"{name} {old} and goes on with {new}" for name, old, new in pairs if old != new]
+    if not changes:
+        return None
+    return (
+        f"The run was begun with {', '.join(changes)}: it may differ in its last digits from one that was not changed."
+    )
 
 
 def _version(package: str) -> str | None:

@@ -23,7 +23,7 @@ from clusterns_ray.io.files import with_checksum
 from clusterns_ray.training.checkpoint import Checkpointer, list_checkpoints
 from clusterns_ray.training.collapse_monitor import Alarms
 from clusterns_ray.training.context import RunContext
-from clusterns_ray.training.environment import describe_environment
+from clusterns_ray.training.environment import changed_versions, describe_environment
 from clusterns_ray.training.evaluator import Evaluator
 from clusterns_ray.training.export import Exporter
 from clusterns_ray.training.finite import FiniteChecks
@@ -120,7 +120,10 @@ def _train(
     logger.open(None if checkpoint is None else state.step)
     # Only now is the name taken: nothing of a request that is refused stays.
     context.write_text("config.yaml", dump_config(config))
-    context.write_json("environment.json", describe_environment(device, context.command, distributed.world_size()))
+    environment = describe_environment(device, context.command, distributed.world_size())
+    if checkpoint is not None and (change := changed_versions(context.run_dir / "environment.json", environment)):
+        logger.note(change)
+    context.write_json("environment.json", environment)
 
     parts.warm_up_reducer()
     total_steps = parts.total_steps

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import os
 import stat
+import sys
 import tempfile
 from pathlib import Path
 
@@ -139,6 +141,24 @@ def test_the_folder_for_temporary_files_is_the_users_own(tmp_path: Path, monkeyp
     path.rename(tmp_path / f"clusterns-{os.getuid()}")
     with pytest.raises(ConfigError, match="another user's"):
         storage.local_copy("s3://b/x")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_text_that_the_locale_cannot_show(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    """As under LC_ALL=C or latin-1: sentences of a corpus are printed, and JSON for a file stays JSON."""
+
+    class Raw(io.BytesIO):
+        def isatty(self) -> bool:
+            return terminal
+
+    raw = Raw()
+    stream = io.TextIOWrapper(raw, encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(cli, "app", lambda: print("caf\u00e9"))
+    with pytest.raises(SystemExit):
+        cli.main()
+    stream.flush()
+    assert raw.getvalue() == (b"caf\\xe9\n" if terminal else "caf\u00e9\n".encode())
 
 
 def test_version_and_names() -> None:

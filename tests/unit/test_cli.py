@@ -339,6 +339,9 @@ def test_train_then_the_finished_name_is_left_as_it_is(
     assert second.exit_code == 0
     assert "'first' is finished, and left as it is" in second.stdout and "another runtime.name" in second.stdout
     assert stamps == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    run.rename(tmp_path / "runs" / "moved")
+    moved = clusterns("train", config_file, *options, "--set", "runtime.name=moved")
+    assert moved.stdout.rstrip().endswith(f"Wrote {tmp_path}/runs/moved/model"), "it names the place before"
 
 
 def test_prepare_writes_once(clusterns: Callable[..., Result], config_file: Path, tmp_path: Path) -> None:

@@ -266,6 +266,19 @@ def test_a_record_too_long_to_hold_is_told(tmp_path: Path, monkeypatch: pytest.M
     assert f"{path}:2: the line has more than 100 characters" in refusal(str(path))
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_a_stray_carriage_return_in_one_column_is_refused(tmp_path: Path, name: str) -> None:
+    """It would make two rows of one, with no count of fields to tell."""
+    message = refusal(str(write(tmp_path / name, "text\none\ntwo\rhalf\nthree\n")))
+    assert f"{name}:3: some rows end in LF, and others in CR alone" in message
+    write(tmp_path / name, message.count("tr '") * "text\none\ntwo\nhalf\nthree")
+    assert read(str(tmp_path / name)) == ["one", "two", "half", "three"]
+    assert read(str(write(tmp_path / name, "text\rone\rtwo"))) == ["one", "two"]
+    assert read(str(write(tmp_path / name, "text\r\n\r\none\r\n\rtwo"))) == ["one", "two"]
+    if name == "a.csv":
+        assert read(str(write(tmp_path / name, 'text\none\n"two\rhalf"\n'))) == ["one", "two\rhalf"]
+
+
 def test_headers(tmp_path: Path) -> None:
     assert read(str(write(tmp_path / "a.csv", "\n\ntext\none\n"))) == ["one"]
     assert read(str(write(tmp_path / "b.tsv", "\n\ntext\none\n"))) == ["one"]

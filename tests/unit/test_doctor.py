@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -243,6 +244,19 @@ def test_a_check_that_breaks_is_a_finding() -> None:
 
     (finding,) = Check("x", broken, time.monotonic() + 5).findings()
     assert finding.level == "problem" and "ZeroDivisionError: no" in finding.value
+
+
+def test_a_temporary_directory_too_long_for_rays_sockets(
+    doctor: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where Ray would be started; a run in this process has no sockets."""
+    monkeypatch.setattr("clusterns_ray.ops.doctor.examine._inspection", lambda *given: contextlib.nullcontext([]))
+    monkeypatch.setenv("RAY_TMPDIR", "/scratch/" + "n" * 60)
+    result, found = doctor("--set", "runtime.num_workers=1")
+    finding = found["Ray's directory"]
+    assert result.exit_code == 1 and finding.level == "problem"
+    assert "takes 107" in finding.value and finding.remedy.endswith("RAY_TMPDIR=/tmp/r")
+    assert "Ray's directory" not in doctor("--set", "runtime.num_workers=0")[1]
 
 
 def test_sizes() -> None:

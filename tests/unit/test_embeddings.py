@@ -540,6 +540,37 @@ def test_rows_are_found_wherever_they_are(tmp_path: Path) -> None:
             file.vectors(np.array([wrong]))
 
 
+def test_a_damaged_file_is_read_right_or_refused(whole: Path, tmp_path: Path) -> None:
+    """Bits that turn, zeros and a cut, all over the file: every reader gives what was written, or a DataError."""
+
+    def read(path: Path) -> list[Any]:
+        file = EmbeddingFile(path)
+        rows = np.arange(0, len(file), 3)
+        found = [file.info, np.concatenate(list(file.blocks(32))), file.vectors(rows), file.texts(rows)]
+        file.verify()
+        return found
+
+    right, content = read(whole), whole.read_bytes()
+    draw, refused = np.random.default_rng(0), 0
+    for trial in range(120):
+        at = int(draw.integers(len(content))) if trial % 3 else len(content) - 1 - int(draw.integers(4000))
+        damaged = [
+            content[:at] + bytes([content[at] ^ 1 << int(draw.integers(8))]) + content[at + 1 :],
+            content[:at] + bytes(len(content[at : at + 64])) + content[at + 64 :],
+            content[:at],
+        ][trial % 7 % 3]
+        (tmp_path / "x.parquet").write_bytes(damaged)
+        try:
+            found = read(tmp_path / "x.parquet")
+        except DataError as error:
+            assert "x.parquet: " in str(error)
+            refused += 1
+        else:
+            for one, other in zip(found, right, strict=True):
+                np.testing.assert_array_equal(one, other)
+    assert refused > 90
+
+
 def test_unit_rows() -> None:
     z = np.array([[3, 4], [0, 0], [1e-3, 0]], dtype=np.float64)
     np.testing.assert_allclose(unit_rows(z), [[0.6, 0.8], [0, 0], [1, 0]], rtol=1e-6)

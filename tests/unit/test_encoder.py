@@ -131,7 +131,9 @@ def test_longer_text_is_cut_to_max_length(tiny_model: Path) -> None:
 
 def test_a_model_is_never_asked_for_more_than_it_reads(tiny_models: Models) -> None:
     for kind in ARCHITECTURES:
-        encoder = Encoder.load(tiny_models(kind), max_length=5000)
+        with pytest.raises(ConfigError, match=r"max_length is 65, but .* reads at most 64 tokens"):
+            Encoder.load(tiny_models(kind), max_length=65)
+        encoder = Encoder.load(tiny_models(kind))
         assert encoder.max_length == longest_input(encoder.backbone, encoder.tokenizer) == 64
         assert np.isfinite(encoder.encode([" ".join(TEXTS * 4)])).all(), kind
 

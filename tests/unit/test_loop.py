@@ -388,6 +388,26 @@ def test_a_better_score_renews_the_patience(lab: Lab, tmp_path: Path, monkeypatc
     assert (result["steps"], result["stopped_early"], result["best_step"]) == (6, False, 5)
 
 
+def test_both_scores_before_training_where_pooling_is_not_the_models_own(
+    lab: Lab, tmp_path: Path, tiny_model: Path
+) -> None:
+    """The model's own encoding may be the better one, which a run with another would hide."""
+    own = Encoder.load(tiny_model, pooling="mean")
+    own.save(tmp_path / "own")
+    sections: dict[str, Any] = {
+        "train": {"max_steps": 1},
+        "encoder": {"name": str(tmp_path / "own"), "num_layers": None},
+    }
+    lab.run(tmp_path / "mean", lab.config(**{**sections, "encoder": {**sections["encoder"], "pooling": "mean"}}))
+    expected = lab.seen("evaluation")[0]["sts_dev"]
+    assert not any("by its own settings" in note["text"] for note in lab.seen("note"))
+    lab.run(tmp_path / "cls", lab.config(**{**sections, "encoder": {**sections["encoder"], "pooling": "cls"}}))
+    before = lab.seen("evaluation")[0]["sts_dev"]
+    (text,) = [note["text"] for note in lab.seen("note") if "by its own settings" in note["text"]]
+    assert f"(pooling mean) scores {expected:.2f} before training" in text
+    assert text.endswith(f"with encoder.pooling cls it scores {before:.2f}.")
+
+
 def test_where_no_step_is_better_the_untrained_encoder_is_exported(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Path
 ) -> None:
@@ -545,6 +565,18 @@ def test_killed_before_the_first_checkpoint_it_starts_anew(lab: Lab, tmp_path: P
     assert lab.seen("start")[0]["step"] == 0
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [record["step"] for record in records] == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
+
+
+def test_going_on_with_another_torch_is_said(lab: Lab, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        lab.run(tmp_path, lab.config(), kill_at(4))
+    path = tmp_path / "environment.json"
+    environment = json.loads(path.read_text())
+    environment["versions"]["torch"] = "1.0"
+    path.write_text(json.dumps(environment))
+    lab.run(tmp_path, lab.config())
+    (text,) = [note["text"] for note in lab.seen("note") if "was begun with" in note["text"]]
+    assert text.startswith(f"The run was begun with torch 1.0 and goes on with {torch.__version__}: it may differ")
 
 
 def test_killed_after_the_last_step_it_only_finishes(lab: Lab, tmp_path: Path) -> None:

@@ -69,6 +69,11 @@ def test_package_without_that_directory(package: Path) -> None:
 def test_directory_without_config(tmp_path: Path) -> None:
     text = refused(str(tmp_path))
     assert "holds no config.json" in text and "not a transformer" in text and "hub id" in text
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "It is an adapter: merge it into its model" in refused(str(tmp_path))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert f"It is a run: give {tmp_path}/model." in refused(f"{tmp_path}/")
 
 
 @pytest.mark.parametrize("name", ["/no/such/dir", "./none", "~/none-of-this", "../none"])

@@ -2,6 +2,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers import sentences
+from typer.testing import CliRunner
 
+from clusterns_ray.cli import app
 from clusterns_ray.config import Config, make_config
 from clusterns_ray.data import prepare as prepare_module
 from clusterns_ray.data.prepare import Prepared, cache_directory, describe, most_rows, prepare
@@ -19,6 +25,7 @@ from clusterns_ray.data.token_store import TokenStore
 from clusterns_ray.errors import ConfigError, DataError
 from clusterns_ray.evaluation import hub
 from clusterns_ray.evaluation.sts import read_pairs
+from clusterns_ray.io.files import PROBE_BYTES
 from clusterns_ray.launch.trainer import train
 
 
@@ -333,3 +340,26 @@ def test_a_hub_out_of_reach_is_told_before_the_corpus_is_tokenised(
     with pytest.raises(ConfigError, match=r"evaluation\.sts"):
         prepare(settings)
     assert not list(cache_directory(settings).glob("tokens-*"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_FSIZE")
+def test_a_disk_that_fills_while_tokens_are_written(tmp_path: Path, tiny_model: Path) -> None:
+    """One line and exit code 1; nothing half written stays, and with room the same command does it."""
+    (tmp_path / "many.txt").write_text("\n".join(sentences(200) * 100) + "\n")
+    values = {
+        "encoder": {"name": str(tiny_model)},
+        "data": {"corpus": str(tmp_path / "many.txt")},
+        "runtime": {"storage_path": str(tmp_path / "runs")},
+    }
+    (tmp_path / "c.yaml").write_text(json.dumps(values))
+    old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (PROBE_BYTES + 1000, old[1]))
+    try:
+        result = CliRunner().invoke(app, ["prepare", str(tmp_path / "c.yaml")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.exception
+    assert re.search(r"^failed: .*File too large", result.stderr, re.MULTILINE), result.stderr
+    assert list((tmp_path / "runs" / "cache").iterdir()) == []
+    assert CliRunner().invoke(app, ["prepare", str(tmp_path / "c.yaml")]).exit_code == 0

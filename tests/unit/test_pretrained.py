@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import http.server
 import json
 import os
 import pickle
 import random
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -464,6 +466,48 @@ def test_the_hubs_cache_is_read_where_the_hub_does_not_answer(
     began = time.monotonic()
     assert Encoder.load("somebody/tiny").encode(["a lamp"]).shape == (1, 32)
     assert time.monotonic() - began < 15
+
+
+def test_a_download_that_stalls_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The hub answers at first, and then sends a part of a file and no more; its client tries again a few times."""
+    from huggingface_hub import constants, file_download
+
+    over = threading.Event()
+    asked: list[str] = []
+
+    class Stalls(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(200)
+            for name, value in (("ETag", '"1"'), ("X-Repo-Commit", "0" * 40), ("Content-Length", "100")):
+                self.send_header(name, value)
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            self.do_HEAD()
+            asked.append(self.path)
+            over.wait(30)
+
+        def log_message(self, *given: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stalls) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
+        monkeypatch.setattr(file_download.time, "sleep", lambda seconds: None)
+        pretrained._hub_is_silent.cache_clear()
+        try:
+            with pytest.raises(ConfigError, match=r"'somebody/tiny' cannot be loaded: its config.json cannot be had"):
+                Encoder.load("somebody/tiny")
+        finally:
+            over.set()
+            server.shutdown()
+            pretrained._hub_is_silent.cache_clear()
+    assert 1 < asked.count("/somebody/tiny/config.json") < 10
 
 
 def test_a_directory_asks_no_hub(silent_hub: str, tiny_model: Path) -> None:

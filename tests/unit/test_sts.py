@@ -176,6 +176,13 @@ def test_constant_grades_are_refused(tmp_path: Path, rows: list[tuple[str, str, 
     assert f"{len(rows)} pairs with {min(len(rows), 1)} different grades" in str(caught.value)
 
 
+def test_pairs_of_a_sentence_with_itself_are_refused(tmp_path: Path) -> None:
+    """Their cosines are all 1, which was once told as embeddings that are all alike."""
+    write(tmp_path, "STSB/dev", [("a", "a", 1), ("b", "b", 2)])
+    with pytest.raises(DataError, match="each of its 2 pairs both sentences are the same"):
+        read_pairs(tmp_path, "STSB/dev")
+
+
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is not there.*TASK/SUBSET"):
         read_pairs(tmp_path / "none", "STSB/dev")

@@ -198,7 +198,7 @@ def test_the_manifest(tokenizer: Any, tmp_path: Path) -> None:
     assert manifest["fingerprint"] == FINGERPRINT
     assert manifest["counts"] == {
         **{"files": 1, "rows": 106, "empty": 2, "cut": 1, "kept": 104},
-        **{"truncated": truncated, "without_tokens": 0},
+        **{"truncated": truncated, "without_tokens": 0, "repeated": 0, "unknown": 1},
     }
     assert (manifest["rows"], manifest["tokens"], manifest["longest"]) == (104, sum(lengths), 12)
     assert manifest["mean_length"] == pytest.approx(np.mean(lengths))
@@ -234,6 +234,11 @@ def test_a_prompt_is_stored_in_tokens_and_not_in_texts(tokenizer: Any, tmp_path:
     assert [row[mask == 1].tolist() for row, mask in zip(*store.tokens(rows, PAD), strict=True)] == expected
     assert store.texts(rows) == SENTENCES
     assert store.manifest["counts"]["truncated"] == truncated
+
+
+def test_repeated_sentences_and_unknown_words_are_counted(tokenizer: Any, tmp_path: Path) -> None:
+    store = prepare(tmp_path / "store", tokenizer, ["w1 w2", "日本", "w1 w2", "日本 w1", "w1 w2"], rows_per_batch=2)
+    assert (store.manifest["counts"]["repeated"], store.manifest["counts"]["unknown"]) == (2, 1)
 
 
 def test_sentences_without_tokens_are_skipped(byte_tokenizer: Any, tmp_path: Path) -> None:
