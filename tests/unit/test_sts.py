@@ -177,8 +177,8 @@ def test_constant_grades_are_refused(tmp_path: Path, rows: list[tuple[str, str, 
 
 
 def test_pairs_of_a_sentence_with_itself_are_refused(tmp_path: Path) -> None:
-    """Their cosines are all 1, which was once told as embeddings that are all alike."""
-    write(tmp_path, "STSB/dev", [("a", "a", 1), ("b", "b", 2)])
+    """Their cosines are all 1, which is no fault of the model."""
+    write(tmp_path / "STSB" / "dev.jsonl", [("a", "a", 1), ("b", "b", 2)])
     with pytest.raises(DataError, match="each of its 2 pairs both sentences are the same"):
         read_pairs(tmp_path, "STSB/dev")
 
