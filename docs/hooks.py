@@ -92,7 +92,7 @@ def study_page() -> str:
     titles = {
         "budget": [study.BudgetConfig],
         "confirmation": [study.ConfirmationConfig],
-        "sampler": [study.TPESampler, study.GPSampler, study.RandomSampler, study.GridSampler],
+        "sampler": [study.ModelSampler, study.PlainSampler],
         "scheduler": [study.ASHAScheduler, study.MedianScheduler, study.NoScheduler],
         "space.KEY": [space.IntParameter, space.FloatParameter, space.ChoiceParameter, space.FixedParameter],
     }
@@ -101,7 +101,8 @@ def study_page() -> str:
         for model in models:
             kind = next((name for name in ("name", "type", "role") if name in model.model_fields), None)
             if len(models) > 1 and kind:
-                lines += ["", f"### {kind}: {get_args(model.model_fields[kind].annotation)[0]}", ""]
+                lines += ["", f"### {kind}: {', '.join(get_args(model.model_fields[kind].annotation))}", ""]
+                lines += [" ".join(model.__doc__.split()), ""] if model.__doc__ else []
             for key, field in model.model_fields.items():
                 if len(models) == 1 or key != kind:
                     lines += key_entry(f"{title}.{key}" if len(models) == 1 else key, field, len(models) == 1)

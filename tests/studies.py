@@ -13,7 +13,7 @@ import optuna
 from optuna.trial import FrozenTrial
 from ray_runs import Command, Outcome, start_command
 
-from clusterns_ray.tuning.optuna_study import read_optuna_study
+from clusterns_ray.tuning.study_file import read_optuna_study
 
 
 @dataclass

@@ -53,6 +53,8 @@ class Progress:
     """by the mean trial so far; None before the first has ended, and for budgets without end"""
     before: float | None
     """dev score of the untrained encoder; the best, where the space has several"""
+    confirms: bool
+    """whether the best configurations are run again with other seeds"""
 
     @property
     def best(self) -> Row | None:
@@ -88,7 +90,7 @@ def read_progress(study: Study, optuna_study: optuna.Study) -> Progress:
         spent = sum(row.seconds for row in rows) * workers
         left.append(max(budget.worker_hours * 3600 - spent, 0.0) / workers / concurrent)
     before = max(attrs.get("scores_before", {}).values(), default=None)
-    return Progress(study.config.name, rows, budget.trials, seconds, min(left, default=None), before)
+    return Progress(study.config.name, rows, budget.trials, seconds, min(left, default=None), before, study.confirms)
 
 
 def render(progress: Progress) -> RenderableType:
@@ -134,7 +136,8 @@ def summary_line(progress: Progress) -> str:
         parts.append(f"best {best.score:.2f} of trial {best.number}{_beside_untrained(best.score, progress.before)}")
     parts.append(f"{clock(progress.seconds)} spent")
     if progress.seconds_left:
-        parts.append(f"about {clock(progress.seconds_left)} left, before confirmation")
+        then = ", before confirmation" if progress.confirms else ""
+        parts.append(f"about {clock(progress.seconds_left)} left{then}")
     return ", ".join(parts)
 
 
@@ -232,14 +235,13 @@ def show_status(study: Study) -> None:
     from rich.console import Console
 
     from clusterns_ray.io.object_store import reading_place
-    from clusterns_ray.tuning.optuna_study import read_optuna_study
-    from clusterns_ray.tuning.snapshot import FILES
+    from clusterns_ray.tuning.study_file import FILES, read_optuna_study
 
     console, store = Console(highlight=False), study.home.store
     here, names = study.home, []
     if store is None:
-        found = [*here.local.glob("*.json"), *here.local.glob("confirmation/*/result.json")]
-        names = [path.relative_to(here.local).as_posix() for path in found]
+        files = [*here.local.glob("*.json"), *here.local.glob("confirmation/*/result.json")]
+        names = [path.relative_to(here.local).as_posix() for path in files]
     else:
         times = store.times()
         names, here = list(times), reading_place(store.url)

@@ -16,7 +16,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from clusterns_ray.errors import ConfigError, DataError
 from clusterns_ray.io.yaml_text import load_yaml, read_yaml_text
-from clusterns_ray.tuning.optuna_study import begun, read_optuna_study
+from clusterns_ray.tuning.optuna_study import begun
+from clusterns_ray.tuning.study_file import read_optuna_study
 
 RESAMPLES = 20
 MIN_TRIALS = 5

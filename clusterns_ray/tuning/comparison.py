@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,42 +19,41 @@ from clusterns_ray.evaluation.compare import LEVEL, compare_sts
 from clusterns_ray.evaluation.sts import StsTests, cosines_of
 
 SEED = 1111
-"""Of the resampling: the same models give the same intervals."""
+"""The seed of the resampling: the same models give the same intervals."""
 
 NAMES = {"untrained": "the untrained encoder", "base": "the base configuration"}
 
 
 def seed_interval(scores: Sequence[float]) -> dict[str, float] | None:
     """The 95 % interval of the mean over seeds, by Student's t; None for fewer than two."""
-    if len(scores) < 2:
-        return None
-    mean, error = statistics.fmean(scores), statistics.stdev(scores) / math.sqrt(len(scores))
-    from scipy.stats import t
+    from scipy.stats import ttest_1samp
 
-    half = float(t.ppf((1 + LEVEL) / 2, len(scores) - 1)) * error
-    return {"low": mean - half, "high": mean + half}
+    return _interval(lambda: ttest_1samp(scores, 0), statistics.fmean(scores)) if len(scores) > 1 else None
 
 
 def difference_over_seeds(first: Sequence[float], second: Sequence[float]) -> dict[str, float] | None:
     """The 95 % interval of the difference of two means over seeds, by Welch's t; None for fewer than two seeds.
 
     Args:
-        second: one score alone stands for what does not depend on seeds.
+        second: A single score stands for something that does not depend on seeds.
     """
     if len(second) == 1:
-        own = seed_interval(first)
-        return own and {"low": own["low"] - second[0], "high": own["high"] - second[0]}
+        return seed_interval([score - second[0] for score in first])
     if len(first) < 2 or len(second) < 2:
         return None
-    difference = statistics.fmean(first) - statistics.fmean(second)
-    a, b = (statistics.variance(scores) / len(scores) for scores in (first, second))
-    if a + b == 0:
-        return {"low": difference, "high": difference}
-    from scipy.stats import t
+    from scipy.stats import ttest_ind
 
-    freedom = (a + b) ** 2 / (a**2 / (len(first) - 1) + b**2 / (len(second) - 1))
-    half = float(t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(a + b)
-    return {"low": difference - half, "high": difference + half}
+    return _interval(
+        lambda: ttest_ind(first, second, equal_var=False), statistics.fmean(first) - statistics.fmean(second)
+    )
+
+
+def _interval(test: Callable[[], Any], estimate: float) -> dict[str, float]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # scores that are all equal
+        interval = test().confidence_interval(LEVEL)
+    low, high = (estimate if math.isnan(bound) else float(bound) for bound in (interval.low, interval.high))
+    return {"low": low, "high": high}
 
 
 def encode_tests(encoder: Any, tests: StsTests) -> dict[str, np.ndarray]:
@@ -109,22 +109,22 @@ def sentence(name: str, against: Mapping[str, Any]) -> str:
 
 def sentences(result: Mapping[str, Any]) -> list[str]:
     """What has to be said of a study's winner beside the untrained encoder and the base configuration."""
-    found = []
+    lines = []
     for name, other in NAMES.items():
         against = (result.get("against") or {}).get(name)
         if against is None:
-            found.append(f"{other[0].upper()}{other[1:]} has no score, so nothing tells whether the winner beats it.")
+            lines.append(f"{other[0].upper()}{other[1:]} has no score, so nothing tells whether the winner beats it.")
         else:
-            found.append(sentence(name, against))
+            lines.append(sentence(name, against))
     untrained = (result.get("against") or {}).get("untrained")
     if untrained is not None and untrained["difference"] <= 0:
-        found.append(
+        lines.append(
             "No configuration of this study improves the untrained encoder on this dev set: use that, or other text, "
             "a lower learning rate or more steps."
         )
     if result.get("model_is_trained") is False:
-        found.append("model/ is the untrained encoder itself, as no step of that run was better on the dev set.")
-    return found
+        lines.append("model/ is the untrained encoder itself, as no step of that run was better on the dev set.")
+    return lines
 
 
 def show_value(value: Any) -> str:

@@ -1,76 +1,82 @@
-"""A trial on Ray Train workers of its own, which hear after every evaluation whether to go on."""
+"""A trial on Ray Train workers of its own, which are told after every evaluation whether to go on."""
 
 from __future__ import annotations
 
-import asyncio
+import uuid
 from collections.abc import Callable
 from typing import Any
 
-import ray
+from ray.util.queue import Empty, Queue
 
 from clusterns_ray import distributed
-from clusterns_ray.config import Config, make_config
 from clusterns_ray.errors import ClusterNSError
 from clusterns_ray.launch.ray_cluster import on_this_node
 from clusterns_ray.launch.staging import run_place
 from clusterns_ray.launch.workers import PreemptionWatcher, answer, run_workers, worker_device
 from clusterns_ray.training.loop import train_worker
-from clusterns_ray.tuning.job import Job, Listener, Result, Stopped, run_context
+from clusterns_ray.tuning.job import Evaluation, Job, Stopped
+from clusterns_ray.tuning.reporting import Reporter, run_context
 
-DESK_TIMEOUT_S = 60.0
 
-
-class Desk:
-    """An actor between the first worker and the trial: results one way, verdicts the other, in order."""
+class Channel:
+    """Evaluations from the first worker to the trial's process, and verdicts back, in two of Ray's queues."""
 
     def __init__(self) -> None:
-        self.results: asyncio.Queue[Result] = asyncio.Queue()
-        self.verdicts: asyncio.Queue[bool] = asyncio.Queue()
+        options = on_this_node()
+        self.evaluations, self.verdicts = Queue(actor_options=options), Queue(actor_options=options)
 
-    async def tell(self, result: Result) -> bool:
-        await self.results.put(result)
-        return await self.verdicts.get()
+    def ask(self, evaluation: Evaluation) -> bool:
+        """Called on the worker: whether to go on."""
+        question = uuid.uuid4().hex
+        self.evaluations.put((question, evaluation))
+        while True:
+            # A worker that died may have left an answer unread.
+            answered, go_on = self.verdicts.get()
+            if answered == question:
+                return go_on
 
-    async def alive(self) -> None:
-        await self.results.put({})
+    def sign_of_life(self) -> None:
+        """Called on the worker: it is training."""
+        self.evaluations.put(None)
 
-    async def take(self, timeout_s: float) -> Result | None:
+    def listen(self, verdict: Callable[[Evaluation], bool]) -> bool:
+        """Called in the trial's process: answer one evaluation; whether there was any message."""
         try:
-            return await asyncio.wait_for(self.results.get(), timeout_s)
-        except TimeoutError:
-            return None
-
-    async def answer(self, go_on: bool) -> None:
-        await self.verdicts.put(go_on)
-
-
-def fit(job: Job, config: Config, tell: Callable[[Result], None]) -> dict[str, Any]:
-    """Train on ``config.runtime.num_workers`` workers; restarted from their checkpoint when one dies."""
-    desk: Any = ray.remote(Desk).options(**on_this_node()).remote()
-    stopped = False
-
-    def listen() -> bool:
-        nonlocal stopped
-        result: Any = ray.get(desk.take.remote(0.3), timeout=DESK_TIMEOUT_S)
-        if result is None:
+            message = self.evaluations.get(timeout=0.3)
+        except Empty:
             return False
-        if "score" in result:
-            try:
-                tell(result)
-            except Stopped:
-                stopped = True
-            ray.get(desk.answer.remote(not stopped), timeout=DESK_TIMEOUT_S)
+        if message is not None:
+            question, evaluation = message
+            self.verdicts.put((question, verdict(evaluation)))
         return True
+
+
+def train_on_workers(job: Job, report: Callable[[Evaluation], None]) -> dict[str, Any]:
+    """Train on ``runtime.num_workers`` workers, which are begun again from their checkpoint when one dies.
+
+    Args:
+        report: Raises :class:`Stopped` when the job is not to go on.
+    """
+    channel, stopped = Channel(), False
+
+    def verdict(evaluation: Evaluation) -> bool:
+        nonlocal stopped
+        try:
+            if not stopped:
+                report(evaluation)
+        except Stopped:
+            stopped = True
+        return not stopped
 
     try:
         return run_workers(
             _work,
-            {"job": job, "desk": desk},
-            config.runtime,
-            use_gpu=job["use_gpu"],
-            name=job["id"],
-            storage_path=(run_place(config) / "ray").path,
-            listen=listen,
+            {"job": job, "channel": channel},
+            job.config.runtime,
+            use_gpu=job.use_gpu,
+            name=job.name,
+            storage_path=(run_place(job.config) / "ray").path,
+            listen=lambda: channel.listen(verdict),
         )
     except ClusterNSError:
         if stopped:
@@ -80,29 +86,25 @@ def fit(job: Job, config: Config, tell: Callable[[Result], None]) -> dict[str, A
 
 def _work(settings: dict[str, Any]) -> dict[str, Any]:
     """What each worker runs."""
-    job, desk = settings["job"], settings["desk"]
-    config = make_config(job["config"])
-    # Only reports are answered: there all workers stop together.
-    listener = Listener(lambda result: ray.get(desk.tell.remote(result)), config, job["heard"])
+    job, channel = settings["job"], settings["channel"]
+    # Only reports are obeyed: there all workers stop together.
+    reporter = Reporter(job, channel.ask)
 
     def report(metrics: dict[str, Any]) -> None:
-        go_on = True
-        if distributed.rank() == 0:
-            last = metrics["step"] >= listener.total_steps
-            go_on = ray.get(desk.tell.remote({"step": metrics["step"], "score": metrics["sts_dev"], "last": last}))
+        go_on = channel.ask(reporter.evaluation(metrics)) if distributed.rank() == 0 else True
         if not distributed.broadcast_object(go_on):
             raise Stopped
 
     def train() -> dict[str, Any]:
         try:
-            with run_context(job, config) as context:
+            with run_context(job) as context:
                 return train_worker(
                     context,
-                    worker_device(config),
-                    listener.on_event,
+                    worker_device(job.config),
+                    reporter.on_event,
                     on_evaluation=report,
-                    should_stop=PreemptionWatcher(lambda: desk.alive.remote() if distributed.rank() == 0 else None),
-                    score_before=job["score_before"],
+                    should_stop=PreemptionWatcher(lambda: channel.sign_of_life() if distributed.rank() == 0 else None),
+                    score_before=job.score_before,
                 )
         except Stopped:
             raise ClusterNSError("it was stopped.") from None

@@ -17,19 +17,12 @@ from clusterns_ray.evaluation.sts import StsTests, read_tests, score_tests
 from clusterns_ray.io.files import json_text
 from clusterns_ray.tuning.comparison import NAMES, model_cosines, over_pairs, untrained_cosines
 from clusterns_ray.tuning.optuna_study import OptunaStudy
+from clusterns_ray.tuning.outcome import Outcome, decide, models_of, read_final
+from clusterns_ray.tuning.runs import is_finished, was_trained
 from clusterns_ray.tuning.selection import summary
-from clusterns_ray.tuning.snapshot import FILES
 from clusterns_ray.tuning.study import Study
-from clusterns_ray.tuning.sweep import (
-    Outcome,
-    decide,
-    is_finished,
-    models_of,
-    owner,
-    read_final,
-    readable_faults,
-    was_trained,
-)
+from clusterns_ray.tuning.study_file import FILES, readable_study_errors
+from clusterns_ray.tuning.sweep import owner
 
 Cosines = dict[str, np.ndarray]
 
@@ -63,33 +56,25 @@ def finalize(study: Study) -> tuple[dict[str, Any], str]:
     there = home.store is not None or (study.directory / FILES[study.config.storage]).is_file()
     if not there or not home.has("result.json"):
         raise unfinished
-    with readable_faults(study), owner(study):
-        ledger = OptunaStudy(study)
-        if not is_finished(study, ledger):
+    with readable_study_errors(study), owner(study):
+        optuna_study = OptunaStudy(study)
+        if not is_finished(study, optuna_study):
             raise unfinished
-        outcome = decide(study, ledger)
+        outcome = decide(study, optuna_study)
         _check_result(study, outcome)
         config = study.space.config(outcome.winner.overrides)
         tests = read_final_tests(str(config.evaluation.sts), config.evaluation.dev)
-        found: dict[str, list[Cosines]] = {
-            "winner": model_cosines([run.fetch("model") for run in models_of(study, outcome.winner)], tests),
-            "untrained": [untrained_cosines(config, tests)],
-            "base": model_cosines([run.fetch("model") for run in models_of(study, outcome.base)], tests)
-            if outcome.base
-            else [],
-        }
-        others = {name: models for name, models in found.items() if name != "winner"}
+        runs = {"winner": models_of(study, outcome.winner), "base": models_of(study, outcome.base)}
+        winner, base = (model_cosines([run.fetch("model") for run in runs[name]], tests) for name in runs)
+        others = {"untrained": [untrained_cosines(config, tests)], "base": base}
         value = {
             "when": datetime.now(UTC).isoformat(timespec="seconds"),
             "trial": outcome.winner.number,
             "seeds": sorted(outcome.winner.scores),
-            "untrained_models": {
-                "winner": sum(not was_trained(run) for run in models_of(study, outcome.winner)),
-                "base": sum(not was_trained(run) for run in models_of(study, outcome.base)) if outcome.base else 0,
-            },
-            **scores_of(tests, found["winner"]),
+            "untrained_models": {name: sum(not was_trained(run) for run in runs[name]) for name in runs},
+            **scores_of(tests, winner),
             **{name: scores_of(tests, models) if models else None for name, models in others.items()},
-            "differences": over_pairs(tests, found["winner"], others),
+            "differences": over_pairs(tests, winner, others),
         }
         home.write("final.json", json_text(value))
     return value, where
@@ -172,27 +157,23 @@ def render_final(final: dict[str, Any]) -> None:
 
 def final_sentences(final: dict[str, Any]) -> list[str]:
     """What the differences mean, in words."""
-    found = []
-    for name, number in (final.get("untrained_models") or {}).items():
-        if number:
-            found.append(
-                f"{number} of the models scored for the {name} are the untrained encoder, as no step of their runs was "
-                "better on the dev set."
-            )
+    lines = [
+        f"{count} of the models scored for the {name} are the untrained encoder, as no step of their runs was "
+        "better on the dev set."
+        for name, count in (final.get("untrained_models") or {}).items()
+        if count
+    ]
     for name, other in NAMES.items():
         differences = (final.get("differences") or {}).get(name)
         if not differences:
-            found.append(f"{other[0].upper()}{other[1:]} was not scored, so nothing tells whether the winner beats it.")
-            continue
-        if "average" not in differences and len(differences) > 1:
-            continue
-        (what, found_one) = (
-            ("average", differences["average"]) if "average" in differences else next(iter(differences.items()))
-        )
-        side = "above" if found_one["difference"] > 0 else "BELOW"
-        noise = ", inside the noise of the pairs" if found_one["inside_noise"] else ""
-        found.append(f"The winner is {abs(found_one['difference']):.2f} {side} {other} ({what}){noise}.")
-    return found
+            lines.append(f"{other[0].upper()}{other[1:]} was not scored, so nothing tells whether the winner beats it.")
+        elif "average" in differences or len(differences) == 1:
+            task = "average" if "average" in differences else next(iter(differences))
+            difference = differences[task]["difference"]
+            noise = ", inside the noise of the pairs" if differences[task]["inside_noise"] else ""
+            side = "above" if difference > 0 else "BELOW"
+            lines.append(f"The winner is {abs(difference):.2f} {side} {other} ({task}){noise}.")
+    return lines
 
 
 def _cell(scores: dict[str, Any], task: str) -> str:
@@ -202,5 +183,5 @@ def _cell(scores: dict[str, Any], task: str) -> str:
     return f"{value['mean']:.2f}" + ("" if value["deviation"] is None else f" +- {value['deviation']:.2f}")
 
 
-def _difference(found: dict[str, Any] | None) -> str:
-    return "-" if found is None else f"{found['difference']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f})"
+def _difference(value: dict[str, Any] | None) -> str:
+    return "-" if value is None else f"{value['difference']:+.2f} ({value['low']:+.2f} to {value['high']:+.2f})"

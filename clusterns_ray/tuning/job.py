@@ -1,71 +1,71 @@
-"""What a trial is told and what it tells, wherever it trains: in its own process or on workers."""
+"""The jobs of a sweep and their results. Nothing heavy is imported here: Ray's queue actors read these classes."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from clusterns_ray import distributed
-from clusterns_ray.config import Config
-from clusterns_ray.io.uploader import uploader_for
-from clusterns_ray.launch.staging import run_directory, run_url, unstage
-from clusterns_ray.training.context import RunContext
-from clusterns_ray.training.metrics import read_metrics
+if TYPE_CHECKING:
+    from clusterns_ray.config import Config
+    from clusterns_ray.tuning.space import Overrides
 
-Job = dict[str, Any]
-"""Plain values: `id, config, staged, score_before, heard, use_gpu`."""
 
-Result = dict[str, Any]
-"""Of an evaluation: `step, score, last, seconds`, the untrained encoder's at step 0. At the end: `outcome`, either
-``finished`` (with `score, steps, curve`), ``failed`` (with `reason`) or ``storage`` (with `reason`: what it did could
-not be kept, which is no fault of its values), and `seconds`."""
+@dataclass(frozen=True)
+class Job:
+    """One run of a study, as the process that trains it receives it."""
+
+    name: str
+    """The name of the run's directory: ``0003`` for a trial, ``0003-seed1`` for a run that confirms it."""
+    number: int | None
+    """The number of the trial; None for a run that confirms."""
+    overrides: Overrides
+    config: Config
+    staged: dict[str, Any]
+    """Where the tokens and the STS pairs are (see ``clusterns_ray.launch.staging``)."""
+    use_gpu: bool = False
+    score_before: float | None = None
+    """The dev score of the untrained encoder; None if this job is to measure it."""
+    known_step: int | None = None
+    """The newest step whose score the study holds. A resumed trial repeats later ones in order, because the study may
+    be a snapshot from before them. None if the study does not keep this job's evaluations."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A dev score during a job; the job waits until it is told whether to go on."""
+
+    step: int
+    """0 for the untrained encoder."""
+    score: float
+    last: bool
+    """Whether the job has no further step."""
+    seconds: float = 0.0
+    """How long this attempt of the job has taken so far."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A job reached its last step."""
+
+    score: float
+    steps: int
+    curve: tuple[tuple[int, float], ...]
+    """All (step, dev score) pairs, those of earlier attempts included."""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A job ended without a score."""
+
+    reason: str
+    seconds: float = 0.0
+    storage: bool = False
+    """Whether its files could not be kept, which says nothing about its values."""
+
+
+Result = Evaluation | Finished | Failed
 
 
 class Stopped(Exception):
-    """The trial was told to stop."""
-
-
-@contextmanager
-def run_context(job: Job, config: Config) -> Iterator[RunContext]:
-    """Where a trial's files are on this machine. In the end a copy of what is in an object store is removed: a sweep
-    has many runs."""
-    tokens_dir, sts_dir = unstage(config, job["staged"])
-    run_dir, url = run_directory(config), run_url(config)
-    try:
-        yield RunContext(config, tokens_dir, sts_dir, run_dir, uploader_for(url, run_dir))
-    finally:
-        if url and distributed.rank() == 0:
-            shutil.rmtree(run_dir, ignore_errors=True)
-
-
-class Listener:
-    """The hooks of a training loop on its first worker, turned into results.
-
-    Args:
-        heard: the newest step whose score the study knows. Those that a resumed run has behind it are told again, in
-            order: the study may be a snapshot from before them. None if they do not matter.
-    """
-
-    def __init__(self, tell: Callable[[Result], Any], config: Config | None = None, heard: int | None = None):
-        self.tell, self.total_steps = tell, 0
-        self.config, self.heard = config, heard
-
-    def on_event(self, event: dict[str, Any]) -> None:
-        if event["event"] == "start":
-            self.total_steps = event["total_steps"]
-            for metrics in self._missed(event["step"]):
-                self.report(metrics)
-        if event["event"] == "evaluation" and event["step"] == 0:
-            self.report(event)
-
-    def report(self, metrics: dict[str, Any]) -> None:
-        last = metrics["step"] >= self.total_steps
-        self.tell({"step": metrics["step"], "score": metrics["sts_dev"], "last": last})
-
-    def _missed(self, step: int) -> list[dict[str, Any]]:
-        if self.config is None or self.heard is None or self.heard >= step:
-            return []
-        records = read_metrics(run_directory(self.config) / "metrics.jsonl")
-        return [r for r in records if r.get("sts_dev") is not None and self.heard < r["step"] <= step]
+    """The job was told to stop at an evaluation."""

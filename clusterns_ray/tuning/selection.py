@@ -44,13 +44,13 @@ class Candidate:
         return statistics.stdev(self.scores.values()) if len(self.scores) > 1 else None
 
 
-def top_trials(trials: Sequence[FrozenTrial], count: int) -> list[FrozenTrial]:
-    """The best finished trials, the earlier first where they are equal, each set of values once."""
+def top_trials(trials: Sequence[FrozenTrial], count: int | None = None) -> list[FrozenTrial]:
+    """The best finished trials, the earlier first if they are equal, each set of values once; all without a count."""
     finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    found: dict[str, FrozenTrial] = {}
+    by_values: dict[str, FrozenTrial] = {}
     for trial in sorted(finished, key=lambda trial: (-(trial.value or 0.0), trial.number)):
-        found.setdefault(str(sorted(trial.params.items())), trial)
-    return list(found.values())[:count]
+        by_values.setdefault(str(sorted(trial.params.items())), trial)
+    return list(by_values.values())[:count]
 
 
 def choose(candidates: Sequence[Candidate], seeds: int) -> tuple[Candidate, list[Candidate]]:

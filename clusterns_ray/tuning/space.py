@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
-from clusterns_ray.config import Config, Section, make_config
+from clusterns_ray.config import NO_BOOLEANS, Config, Section, check_plain_values, make_config
+from clusterns_ray.errors import ConfigError
 
 Scalar = bool | int | float | str | None
 Overrides = dict[str, Scalar]
@@ -64,8 +65,9 @@ Condition = Annotated[
 
 
 class _Varied(Section):
-    role: Literal["scientific", "nuisance"]
-    """`scientific`: what the study asks about. `nuisance`: what has to be tuned along to compare fairly."""
+    role: Literal["scientific", "nuisance"] = "scientific"
+    """A label for the report. `scientific`: what the study asks about. `nuisance`: what has to be tuned along, for a
+    fair comparison."""
     when: dict[str, Condition] = Field(default_factory=dict)
     """Other keys of the configuration, and what they must be for this one to matter; all must hold."""
 
@@ -204,7 +206,7 @@ Varied = IntParameter | FloatParameter | ChoiceParameter
 
 
 class Suggests(Protocol):
-    """What is needed of an ``optuna.trial.Trial``."""
+    """The methods of an ``optuna.trial.Trial`` that a space calls."""
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int, log: bool) -> int: ...
     def suggest_float(self, name: str, low: float, high: float, *, step: float | None, log: bool) -> float: ...
@@ -219,8 +221,8 @@ class Space:
     """
 
     def __init__(self, parameters: Mapping[str, Varied], base: Config):
-        self.base = base
-        self._base_values = flatten(base.resolved())
+        self.base, self._base = base, base.resolved()
+        self._base_values = flatten(self._base)
         for name, parameter in parameters.items():
             for key in parameter.when:
                 if key not in self._base_values:
@@ -262,8 +264,14 @@ class Space:
         return self.points({name: parameter.grid() or [] for name, parameter in self.parameters.items()})
 
     def config(self, overrides: Mapping[str, Any], source: str = "trial") -> Config:
-        """The base configuration with these values; ConfigError where they cannot be."""
-        return make_config(with_values(self.base.resolved(), overrides), source)
+        """The base configuration with these values; ConfigError if they cannot be."""
+        values = with_values(self._base, overrides)
+        try:
+            # Thousands of combinations are tried before a study starts, so only what may be new is checked again.
+            check_plain_values(overrides, source, NO_BOOLEANS)
+            return Config.model_validate(values)
+        except (ConfigError, ValidationError):
+            return make_config(values, source)  # the same error in the words of the configuration
 
 
 def with_values(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -291,9 +299,9 @@ def same(a: Any, b: Any) -> bool:
     return a == b and isinstance(a, bool) == isinstance(b, bool)
 
 
-def point_key(point: Mapping[str, Scalar]) -> frozenset[tuple[str, Scalar]]:
-    """A point as something that sets hold."""
-    return frozenset(point.items())
+def point_key(point: Mapping[str, Scalar]) -> frozenset[tuple[str, bool, Scalar]]:
+    """A point as something that sets hold, with true and 1 kept apart."""
+    return frozenset((key, isinstance(value, bool), value) for key, value in point.items())
 
 
 def _holds(condition: Condition, value: Any) -> bool:

@@ -1,17 +1,18 @@
-"""Ray Tune as a pool of processes: it asks for jobs, runs each where there is room, and says what became of it.
+"""Ray Tune as a pool of processes that run the jobs of a sweep.
 
-What is proposed, stopped and counted is decided elsewhere (a :class:`Source`); Tune keeps nothing that matters. Its own
+The sweep decides what is proposed, stopped and counted. Tune runs in a thread and keeps nothing that matters; its own
 resumption is not used.
 """
 
 from __future__ import annotations
 
 import logging
+import queue
 import shutil
 import threading
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ray import tune
 from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, TuneConfig
@@ -20,61 +21,39 @@ from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
 from clusterns_ray.errors import ClusterNSError
-from clusterns_ray.tuning.job import Job, Result
+from clusterns_ray.tuning.job import Failed, Job, Result
 from clusterns_ray.tuning.trial import TrialProcess
 
-
-class Source(Protocol):
-    """Where jobs come from. Called from one thread."""
-
-    def next(self) -> Job | None:
-        """A job to begin now; None if it has to wait for one that runs, or if there is no more."""
-        ...
-
-    def exhausted(self) -> bool:
-        """Whether there will be no more jobs, whatever becomes of those that run."""
-        ...
-
-    def evaluated(self, job: Job, result: Result) -> bool:
-        """Hear of an evaluation; whether the job ends here."""
-        ...
-
-    def ended(self, job: Job, result: Result) -> None:
-        """Hear of a job's own end."""
-        ...
+STOP_S = 60.0
+"""How long jobs are given to end when the pool closes."""
 
 
 class Pool:
-    """Run the jobs of ``source``, at most ``concurrent`` at a time.
+    """Begins jobs and hands their results over, all from the thread that opened it (``with Pool(...) as pool``).
 
     Args:
-        resources: of one job's process, as Ray counts them.
-        max_failures: how often a job whose process dies is begun again, from its own checkpoint.
-        directory: for what Tune writes; removed afterwards.
-        start_timeout_s: how long no job may run before there is an error.
+        resources: What the process of one job needs, as Ray counts it.
+        max_failures: How often a job whose process dies is begun again, from its own checkpoint.
+        directory: For what Tune writes; removed afterwards.
+        start_timeout_s: How long no job may run before there is an error.
     """
 
     def __init__(
-        self,
-        source: Source,
-        *,
-        concurrent: int,
-        resources: dict[str, float],
-        max_failures: int,
-        directory: Path,
-        start_timeout_s: float,
-    ):
-        self.source, self.concurrent, self.start_timeout_s = source, concurrent, start_timeout_s
+        self, *, resources: dict[str, float], max_failures: int, directory: Path, start_timeout_s: float
+    ) -> None:
+        self.start_timeout_s, self._directory = start_timeout_s, directory
+        self.jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self.results: queue.SimpleQueue[tuple[Job, Result]] = queue.SimpleQueue()
+        self.verdicts: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self.live: dict[str, Job] = {}
-        self.begun: set[str] = set()
-        self.closed: set[str] = set()
-        """stopped at an evaluation: whatever Tune still has to say of them"""
-        self.stopping = False
-        self.error: BaseException | None = None
+        """By Tune's trial id."""
+        self.started: set[str] = set()
+        self.stopped: set[str] = set()
+        self.closing = False
+        self._error: BaseException | None = None
         self._idle_since = time.monotonic()
-        self._directory = directory
         shutil.rmtree(directory, ignore_errors=True)
-        logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it warns that what nobody reads is not there
+        logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it warns of missing files that nobody reads
         self._tuner = tune.Tuner(
             tune.with_resources(TrialProcess, resources),
             tune_config=TuneConfig(
@@ -91,101 +70,104 @@ class Pool:
             ),
         )
         self._thread = threading.Thread(target=self._fit, daemon=True, name="tune")
-        # Not Thread.join: interrupted by Control-C it takes a thread that runs for one that has ended (Python 3.11).
-        self._done = threading.Event()
+        # Not Thread.join: after Control-C it takes a running thread for one that has ended (Python 3.11).
+        self._ended = threading.Event()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune writes itself down with all it holds, for a resumption that is not used."""
+        """Tune pickles its search algorithm for a resumption that is not used."""
         return {}
 
-    def start(self) -> None:
+    def __enter__(self) -> Pool:
         self._thread.start()
+        return self
 
-    def wait(self, timeout_s: float) -> bool:
-        """Whether all is done; raises what went wrong."""
-        if not self._done.wait(timeout_s):
-            self._check_start()
-            return False
-        if self.error is not None:
-            raise self.error
-        return True
-
-    def stop(self, timeout_s: float = 60.0) -> None:
+    def __exit__(self, *error: object) -> None:
         """Let no job go on. Each keeps its newest checkpoint."""
-        self.stopping = True
-        self._done.wait(timeout_s)
+        self.closing = True
+        self.jobs.put(None)
+        self.verdicts.put(False)
+        self._ended.wait(STOP_S)
+
+    def begin(self, job: Job) -> None:
+        """Run a job as soon as there is room for it."""
+        self.jobs.put(job)
+
+    def wait(self, timeout_s: float) -> tuple[Job, Result] | None:
+        """The next result of any job; None if none came in time. An evaluation has to be answered.
+
+        Raises:
+            ClusterNSError: No job starts, or Tune ended by itself.
+        """
+        try:
+            return self.results.get(timeout=timeout_s)
+        except queue.Empty:
+            pass
+        if self._ended.is_set():
+            raise self._error or ClusterNSError(
+                "Ray Tune ended before the study did. Finished trials are kept; the same command goes on."
+            )
+        if self.started or not self.live:
+            self._idle_since = time.monotonic()
+        elif time.monotonic() - self._idle_since > self.start_timeout_s:
+            raise ClusterNSError(
+                f"No trial started within runtime.start_timeout_s ({self.start_timeout_s:.0f} s). Is the cluster busy, "
+                "or are its nodes not coming up? Finished trials are kept; the same command goes on."
+            )
+        return None
+
+    def answer(self, go_on: bool) -> None:
+        """Whether the job of the evaluation that :meth:`wait` returned goes on."""
+        self.verdicts.put(go_on)
 
     def _fit(self) -> None:
         try:
             self._tuner.fit()
         except BaseException as error:
-            self.error = self.error or error
+            self._error = error
         finally:
             shutil.rmtree(self._directory, ignore_errors=True)
-            self._done.set()
-
-    def _check_start(self) -> None:
-        if self.begun or not self.live or self.stopping:
-            self._idle_since = time.monotonic()
-        elif time.monotonic() - self._idle_since > self.start_timeout_s:
-            self.stopping = True
-            raise ClusterNSError(
-                f"No trial started within runtime.start_timeout_s ({self.start_timeout_s:.0f} s). Is the cluster busy, "
-                "or are its nodes not coming up? Finished trials are kept; the same command goes on."
-            )
-
-    def guard(self, call: Any, *arguments: Any) -> Any:
-        """A call into the source; its error ends the pool and is raised by :meth:`wait` as it is."""
-        if self.stopping:
-            return None
-        try:
-            return call(*arguments)
-        except BaseException as error:
-            self.error, self.stopping = error, True
-            return None
+            self._ended.set()
 
 
 class _Feed(Searcher):
-    """Tune's questions for jobs, passed on."""
+    """Gives Tune the jobs that were begun, and takes their ends."""
 
     def __init__(self, pool: Pool):
         super().__init__()
         self.pool = pool
 
     def suggest(self, trial_id: str) -> Any:
-        pool = self.pool
-        if pool.stopping or pool.guard(pool.source.exhausted):
+        try:
+            # Without a live job Tune would sleep a second before it asks again, so it waits here.
+            job = None if self.pool.closing else self.pool.jobs.get(block=not self.pool.live)
+        except queue.Empty:
+            return None
+        if job is None:
             return Searcher.FINISHED
-        job = pool.guard(pool.source.next) if len(pool.live) < pool.concurrent else None
-        if job is not None:
-            pool.live[trial_id] = job
-        return job
+        self.pool.live[trial_id] = job
+        return {"job": job}
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        pool, job = self.pool, self.pool.live.get(trial_id)
-        if pool.stopping or job is None:
+        job = self.pool.live.pop(trial_id, None)
+        self.pool.started.discard(trial_id)
+        if self.pool.closing or job is None or trial_id in self.pool.stopped:
             return
         if error:
-            result = {
-                "outcome": "failed",
-                "reason": "its process died, again after each retry; see Ray's logs (out of memory?)",
-                "seconds": 0.0,
-            }
-        assert result is not None
-        if trial_id not in pool.closed:
-            pool.guard(pool.source.ended, job, result)
-        pool.live.pop(trial_id)
-        pool.begun.discard(trial_id)
+            died = Failed("its process died, again after each retry; see Ray's logs (out of memory?)")
+            self.pool.results.put((job, died))
+        else:
+            assert result is not None
+            self.pool.results.put((job, result["result"]))
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the source keeps what matters."""
+        """Nothing is saved: the study on disk has what matters."""
 
     def restore(self, checkpoint_path: str) -> None:
         raise NotImplementedError("a sweep goes on from its Optuna study")
 
 
 class _Verdicts(FIFOScheduler):
-    """Asks after every evaluation whether the job ends there."""
+    """Waits after every evaluation for the sweep's verdict."""
 
     def __init__(self, pool: Pool):
         super().__init__()
@@ -193,16 +175,20 @@ class _Verdicts(FIFOScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
         pool, trial_id = self.pool, trial.trial_id
-        if trial_id not in pool.closed and pool.guard(pool.source.evaluated, pool.live[trial_id], result):
-            pool.closed.add(trial_id)
-        return TrialScheduler.STOP if trial_id in pool.closed else TrialScheduler.CONTINUE
+        if pool.closing or trial_id in pool.stopped:
+            return TrialScheduler.STOP
+        pool.results.put((pool.live[trial_id], result["result"]))
+        if pool.verdicts.get():
+            return TrialScheduler.CONTINUE
+        pool.stopped.add(trial_id)
+        return TrialScheduler.STOP
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        self.pool.begun.discard(trial.trial_id)
+        self.pool.started.discard(trial.trial_id)
 
 
 class _Stop(Stopper):
-    """Ends the whole pool when it is told to."""
+    """Ends all jobs when the pool closes."""
 
     def __init__(self, pool: Pool):
         self.pool = pool
@@ -211,12 +197,14 @@ class _Stop(Stopper):
         return False
 
     def stop_all(self) -> bool:
-        return self.pool.stopping
+        return self.pool.closing
 
 
 class _Starts(Callback):
+    """Notes which jobs have a process."""
+
     def __init__(self, pool: Pool):
         self.pool = pool
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        self.pool.begun.add(trial.trial_id)
+        self.pool.started.add(trial.trial_id)

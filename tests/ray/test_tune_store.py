@@ -16,7 +16,7 @@ from studies import StudyRun
 from test_tune import make_study, whole  # noqa: F401  fixtures
 
 from clusterns_ray.io.object_store import Store, reading_place
-from clusterns_ray.tuning.optuna_study import read_optuna_study
+from clusterns_ray.tuning.study_file import read_optuna_study
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

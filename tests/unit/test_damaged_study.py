@@ -14,12 +14,13 @@ from clusterns_ray.config import Config, dump_config, make_config
 from clusterns_ray.errors import ClusterNSError, ConfigError, DataError, DiskError
 from clusterns_ray.io.files import disk_fault, with_checksum
 from clusterns_ray.io.object_store import Place
-from clusterns_ray.tuning import optuna_study as ledger
+from clusterns_ray.tuning import study_file
 from clusterns_ray.tuning.analysis import read_study_file
 from clusterns_ray.tuning.comparison import difference_over_seeds, seed_interval, sentences, show_value
-from clusterns_ray.tuning.optuna_study import file_error, open_storage, read_optuna_study, study_file
+from clusterns_ray.tuning.runs import is_run_of, run_score
 from clusterns_ray.tuning.selection import check_result
-from clusterns_ray.tuning.sweep import full_disk, is_run_of, run_score
+from clusterns_ray.tuning.study_file import file_error, open_storage, read_optuna_study, readable_file_errors
+from clusterns_ray.tuning.sweep import full_disk
 
 
 @pytest.fixture
@@ -42,14 +43,14 @@ def test_a_damaged_database_is_refused_with_a_remedy_that_works(database: Path, 
     with pytest.raises(ClusterNSError, match=r"is damaged .* move it away, and `clusterns tune` begins") as error:
         read_optuna_study(database)
     assert "\n" not in str(error.value)
-    with pytest.raises(ClusterNSError, match="is damaged"), study_file(path):
+    with pytest.raises(ClusterNSError, match="is damaged"), readable_file_errors(path):
         open_storage(database, "sqlite", writing=True)
     path.rename(database / "aside")
     open_storage(database, "sqlite", writing=True)
 
 
 def test_a_locked_database_is_told(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger, "LOOK_WAIT_S", 0.1)
+    monkeypatch.setattr(study_file, "LOOK_WAIT_S", 0.1)
     other = sqlite3.connect(database / "study.db", isolation_level=None)
     other.execute("begin exclusive")
     with pytest.raises(ClusterNSError, match="is locked by another process"):
@@ -66,7 +67,7 @@ def test_a_database_of_another_study_is_refused(database: Path) -> None:
 @pytest.mark.parametrize("content", [bytes(200), b'{"a": 1}\nnonsense', b"nonsense"])
 def test_a_damaged_journal_is_not_emptied(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "study.journal").write_bytes(content)
-    with pytest.raises(ClusterNSError, match="is damaged"), study_file(tmp_path / "study.journal"):
+    with pytest.raises(ClusterNSError, match="is damaged"), readable_file_errors(tmp_path / "study.journal"):
         open_storage(tmp_path, "journal", writing=True)
     assert (tmp_path / "study.journal").read_bytes() == content
 

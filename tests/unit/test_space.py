@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
@@ -153,6 +153,7 @@ def test_the_grid_is_every_point_that_matters_once() -> None:
     assert {"clustering.num_clusters": 32, "loss.bml_weight": 0.0} in points
 
 
+@settings(deadline=None)
 @given(low=st.integers(-50, 50), steps=st.integers(1, 30), step=st.integers(1, 7), seed=st.integers(0, 100))
 def test_integers_stay_on_their_grid(low: int, steps: int, step: int, seed: int) -> None:
     p = parameter(type="int", low=low, high=low + steps * step, step=step)
@@ -163,6 +164,7 @@ def test_integers_stay_on_their_grid(low: int, steps: int, step: int, seed: int)
     assert step == 1 or not p.contains(low + 1)
 
 
+@settings(deadline=None)
 @given(low=st.integers(0, 50), steps=st.integers(1, 30), step=st.sampled_from([0.1, 0.05, 0.3, 0.25]))
 def test_stepped_floats_are_the_numbers_that_people_write(low: int, steps: int, step: float) -> None:
     low_ = round(low * 0.1, 1)

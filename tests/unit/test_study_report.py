@@ -17,6 +17,7 @@ from clusterns_ray.report import study_charts as charts
 from clusterns_ray.report.page import Table, color
 from clusterns_ray.report.study import advise, read_result, study_page, write_study_report
 from clusterns_ray.tuning.analysis import StudyRecord, Trial, at_the_edge, read_study, rungs
+from clusterns_ray.tuning.job import Evaluation, Finished
 from clusterns_ray.tuning.optuna_study import OptunaStudy
 from clusterns_ray.tuning.selection import Candidate, choose, summary
 from clusterns_ray.tuning.study import Study, check_study, dump_study
@@ -44,28 +45,28 @@ def final_score(overrides: dict[str, Any]) -> float:
 
 
 def run_trials(study: Study) -> OptunaStudy:
-    ledger = OptunaStudy(study)
-    while not ledger.spent():
-        proposal = ledger.propose()
+    optuna_study = OptunaStudy(study)
+    while not optuna_study.budget_spent():
+        proposal = optuna_study.propose()
         if proposal.number == 5:
-            ledger.fail(5, "out of <memory>", 3.0)
+            optuna_study.fail(5, "out of <memory>", 3.0)
             continue
         score = final_score(proposal.overrides)
         curve = [(step, score - (8 - step) / 2) for step in STEPS]
         for step, value in curve:
-            if ledger.evaluated(proposal.number, step, value, step * 1.5, step == 8):
+            if optuna_study.report(proposal.number, Evaluation(step, value, step == 8, step * 1.5)):
                 break
         else:
-            ledger.complete(proposal.number, score, 8, 12.0, curve)
-    ledger.remember("scores_before", {"x": 55.0})
-    return ledger
+            optuna_study.complete(proposal.number, Finished(score, 8, tuple(curve), 12.0))
+    optuna_study.remember("scores_before", {"x": 55.0})
+    return optuna_study
 
 
 def write_result(
-    study: Study, ledger: OptunaStudy, scores: dict[int, dict[int, float]] | None = None
+    study: Study, optuna_study: OptunaStudy, scores: dict[int, dict[int, float]] | None = None
 ) -> dict[str, Any]:
     """A result as ``tune`` writes it; by default of three seeds around each trial's score."""
-    finished = sorted((t for t in ledger.trials() if t.state.name == "COMPLETE"), key=lambda t: -t.value)[:3]
+    finished = sorted((t for t in optuna_study.trials() if t.state.name == "COMPLETE"), key=lambda t: -t.value)[:3]
     found = [
         Candidate(
             t.number,
@@ -97,9 +98,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     values: dict[str, Any] = {"name": "pages", "base": "base.yaml", "space": SPACE, "budget": {"trials": 40}}
     values |= {"scheduler": {"name": "asha", "min_steps": 2, "reduction_factor": 2}, "storage": "journal"}
     made = check_study({**values, "sampler": {"name": "tpe", "startup_trials": 8}}, path / "study.yaml")
-    ledger = run_trials(made)
+    optuna_study = run_trials(made)
     write_atomic(made.directory / "study.yaml", dump_study(made))
-    write_result(made, ledger)
+    write_result(made, optuna_study)
     return made
 
 

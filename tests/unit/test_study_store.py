@@ -9,19 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_tune_cli import drive, refused, write_study  # noqa: F401  a fixture
-from typer.testing import CliRunner, Result
+from local_jobs import LocalJobs, drive
+from test_tune_cli import refused, sweep_of
+from typer.testing import Result
 
-from clusterns_ray.cli import app
-from clusterns_ray.console.study import Lines
 from clusterns_ray.errors import StorageError
 from clusterns_ray.evaluation.sts import TASKS
 from clusterns_ray.io.object_store import Store
 from clusterns_ray.models import resolve as models
-from clusterns_ray.tuning import snapshot
-from clusterns_ray.tuning.optuna_study import OptunaStudy, read_optuna_study
+from clusterns_ray.tuning import study_file
+from clusterns_ray.tuning.job import Evaluation, Finished
+from clusterns_ray.tuning.optuna_study import OptunaStudy
+from clusterns_ray.tuning.outcome import write_outcome
 from clusterns_ray.tuning.study import Study, dump_study, load_study
-from clusterns_ray.tuning.sweep import Sweep, owner, write_outcome
+from clusterns_ray.tuning.study_file import read_optuna_study
+from clusterns_ray.tuning.sweep import owner
 from clusterns_ray.tuning.trial import TrialRun
 
 ASHA = {"name": "asha", "min_steps": 1, "reduction_factor": 2}
@@ -44,67 +46,31 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], Non
     return another
 
 
-@pytest.fixture
-def clusterns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Result]:
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.chdir(tmp_path)
-    return lambda *arguments: CliRunner().invoke(app, list(map(str, arguments)))
-
-
 def story(study: Study) -> list[tuple[Any, ...]]:
     """What has to be the same, whatever happened to machines."""
     trials = read_optuna_study(study.directory).get_trials(deepcopy=False)
     return [(t.number, t.state.name, t.params, t.value, t.intermediate_values) for t in trials]
 
 
-class Lost(Exception):
-    """The machine is gone."""
-
-
-class Losing(Sweep):
-    """A driver whose machine is lost after so many of its evaluations, the untrained encoder's counted."""
-
-    def __init__(self, study: Study, evaluations: int):
-        super().__init__(study, OptunaStudy(study), Lines())
-        self.left = evaluations
-
-    def evaluated(self, job: dict[str, Any], result: dict[str, Any]) -> bool:
-        pruned = super().evaluated(job, result)
-        self.left -= 1
-        if self.left == 0:
-            raise Lost
-        return pruned
-
-
 def lose(study: Study, evaluations: int) -> None:
     """Run real trials until the machine is lost; what they had copied by then is in the store."""
-    begun: list[TrialRun] = []
-
-    def kind(job: dict[str, Any]) -> TrialRun:
-        begun.append(TrialRun(job))
-        return begun[-1]
-
-    with pytest.raises(Lost):
-        drive(Losing(study, evaluations), kind=kind)  # type: ignore[arg-type]
-    begun[-1].stop()
+    drive(sweep_of(study), TrialRun, lose_after=evaluations)
 
 
-def finish(study: Study) -> tuple[list[str], dict[str, Any]]:
-    ledger = OptunaStudy(study)
+def finish(study: Study) -> tuple[LocalJobs, dict[str, Any]]:
+    sweep = sweep_of(study)
     study.home.write("study.yaml", dump_study(study))
-    begun = drive(Sweep(study, ledger, Lines()), kind=TrialRun)
-    return begun, write_outcome(study, ledger)
+    return drive(sweep, TrialRun), write_outcome(study, sweep.optuna_study)
 
 
-def told(result: dict[str, Any]) -> dict[str, Any]:
+def outcome_of(result: dict[str, Any]) -> dict[str, Any]:
     return {key: result[key] for key in ("trials", "winner", "candidates", "not_told_apart", "sts_dev_before")}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sqlite", "journal"])
 def test_a_study_whose_machines_are_lost_is_the_undisturbed_one(
-    write_study: Callable[..., Path],  # noqa: F811
+    write_study: Callable[..., Path],
     store: Store,
     machine: Callable[[], None],
     kind: str,
@@ -121,8 +87,9 @@ def test_a_study_whose_machines_are_lost_is_the_undisturbed_one(
         lose(load_study(file, where), evaluations)
         machine()
     study = load_study(file, where)
-    begun, result = finish(study)
-    assert story(study) == story(whole) and told(result) == told(expected)
+    jobs, result = finish(study)
+    begun = jobs.names
+    assert story(study) == story(whole) and outcome_of(result) == outcome_of(expected)
     assert begun[-1] == f"{result['winner']['trial']:04d}-seed2" and len(begun) < 8, "what was finished was kept"
 
     # What is there in the end.
@@ -133,7 +100,7 @@ def test_a_study_whose_machines_are_lost_is_the_undisturbed_one(
         "trials.parquet",
         "result.json",
         "model.manifest.json",
-        snapshot.FILES[kind],
+        study_file.FILES[kind],
     ):
         assert name in names, name
     assert not [name for name in names if "/checkpoints/" in name]
@@ -150,67 +117,57 @@ def test_a_study_whose_machines_are_lost_is_the_undisturbed_one(
 
 
 def test_evaluations_that_no_snapshot_has_are_told_again(
-    write_study: Callable[..., Path],  # noqa: F811
-    store: Store,
-    machine: Callable[[], None],
+    write_study: Callable[..., Path], store: Store, machine: Callable[[], None]
 ) -> None:
     file = write_study(budget={"trials": 1})
     where = [OFTEN, f"runtime.storage_path={store.url}"]
     lose(load_study(file, where), 4)  # with the score of step 3; there is a checkpoint of step 2
     machine()
     study = load_study(file, where)
-    ledger = OptunaStudy(study)
-    assert ledger.heard(0) == 1 and ledger.recall("scores_before"), "the test shows nothing otherwise"
-    heard: list[tuple[int, bool]] = []
-
-    class Listening(Sweep):
-        def evaluated(self, job: dict[str, Any], result: dict[str, Any]) -> bool:
-            heard.append((result["step"], result["last"]))
-            return super().evaluated(job, result)
-
-    drive(Listening(study, ledger, Lines()), kind=TrialRun)
-    assert heard[:3] == [(2, False), (3, False), (4, True)], "each once, and the untrained encoder's not again"
-    assert sorted(ledger.trials()[0].intermediate_values) == [1, 2, 3, 4]
+    optuna_study = OptunaStudy(study)
+    assert optuna_study.known_step(0) == 1 and optuna_study.recall("scores_before"), "the test shows nothing otherwise"
+    jobs, _ = finish(study)
+    repeated = [(evaluation.step, evaluation.last) for evaluation in jobs.evaluations[:3]]
+    assert repeated == [(2, False), (3, False), (4, True)], "each once, and the untrained encoder's not again"
+    assert sorted(OptunaStudy(study).trials()[0].intermediate_values) == [1, 2, 3, 4]
 
 
 def test_snapshots_come_with_a_trials_beginning_and_end_and_meanwhile_in_time(
-    write_study: Callable[..., Path],  # noqa: F811
+    write_study: Callable[..., Path],
     store: Store,
     machine: Callable[[], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     study = load_study(write_study(), [f"runtime.storage_path={store.url}"])
-    ledger = OptunaStudy(study)
+    optuna_study = OptunaStudy(study)
 
     def elsewhere() -> list[tuple[str, int]]:
-        place = snapshot.Place(study.directory / "elsewhere", study.home.store)
-        snapshot.pull_snapshot(place, "sqlite")
+        place = study_file.Place(study.directory / "elsewhere", study.home.store)
+        study_file.pull_snapshot(place, "sqlite")
         return [(t.state.name, len(t.intermediate_values)) for t in read_optuna_study(place.local).trials]
 
     assert elsewhere() == []
-    first = ledger.propose().number
+    first = optuna_study.propose().number
     assert elsewhere() == [("RUNNING", 0)]
-    ledger.evaluated(first, 1, 50.0, 1.0, False)
+    optuna_study.report(first, Evaluation(1, 50.0, False, 1.0))
     assert elsewhere() == [("RUNNING", 1)], "the first, as its attempt was not in vain"
-    ledger.evaluated(first, 2, 50.0, 1.0, False)
-    ledger.save_if_due()
+    optuna_study.report(first, Evaluation(2, 50.0, False, 1.0))
+    optuna_study.save_if_due()
     assert elsewhere() == [("RUNNING", 1)], "the last one is not long ago"
     monkeypatch.setattr("clusterns_ray.tuning.optuna_study.SNAPSHOT_S", 0.0)
-    ledger.save_if_due()
+    optuna_study.save_if_due()
     assert elsewhere() == [("RUNNING", 2)]
     pushes: list[str] = []
     monkeypatch.setattr(Store, "upload", lambda self, path, name: pushes.append(name))
-    ledger.save_if_due()
+    optuna_study.save_if_due()
     assert pushes == [], "nothing has changed"
     monkeypatch.undo()
-    ledger.complete(first, 51.0, 4, 2.0, [])
+    optuna_study.complete(first, Finished(51.0, 4, (), 2.0))
     assert elsewhere() == [("COMPLETE", 2)]
 
 
 def test_nothing_is_written_once_another_process_has_taken_over(
-    write_study: Callable[..., Path],  # noqa: F811
-    store: Store,
-    machine: Callable[[], None],
+    write_study: Callable[..., Path], store: Store, machine: Callable[[], None]
 ) -> None:
     study = load_study(write_study(), [f"runtime.storage_path={store.url}"])
 
@@ -224,12 +181,12 @@ def test_nothing_is_written_once_another_process_has_taken_over(
 
 def test_a_journal_is_copied_without_a_line_that_is_half_there(tmp_path: Path) -> None:
     (tmp_path / "study.journal").write_bytes(b'{"a": 1}\n{"b"')
-    snapshot._copy_journal(tmp_path / "study.journal", tmp_path / "copy")
+    study_file._copy_journal(tmp_path / "study.journal", tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == b'{"a": 1}\n'
 
 
 def test_one_driver_among_all_machines(
-    write_study: Callable[..., Path],  # noqa: F811
+    write_study: Callable[..., Path],
     store: Store,
     machine: Callable[[], None],
     clusterns: Callable[..., Result],
@@ -245,15 +202,15 @@ def test_one_driver_among_all_machines(
 
 
 def test_a_trial_that_a_store_fails_is_begun_again_and_not_failed(
-    write_study: Callable[..., Path],  # noqa: F811
+    write_study: Callable[..., Path],
     store: Store,
     machine: Callable[[], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     study = load_study(write_study(budget={"trials": 1}), [f"runtime.storage_path={store.url}"])
-    sweep = Sweep(study, OptunaStudy(study), Lines())
+    sweep = sweep_of(study)
     sweep.prepare()
-    job = sweep.next()
+    job = sweep.next_job()
     assert job is not None
     original = Store.push_directory
 
@@ -264,13 +221,13 @@ def test_a_trial_that_a_store_fails_is_begun_again_and_not_failed(
     run = TrialRun(job)
     with pytest.raises(StorageError, match="the network is down"):
         while True:
-            assert "outcome" not in run.next()
+            assert isinstance(run.next(), Evaluation)
     run.stop()
     monkeypatch.setattr(Store, "push_directory", original)
     run = TrialRun(job)  # as Ray does
-    while "outcome" not in (result := run.next()):
+    while isinstance(result := run.next(), Evaluation):
         pass
-    assert result["outcome"] == "finished" and [step for step, _ in result["curve"]] == [2, 4]
+    assert isinstance(result, Finished) and [step for step, _ in result.curve] == [2, 4]
 
 
 # ---- what others see ------------------------------------------------------------------------------------------------
@@ -278,7 +235,7 @@ def test_a_trial_that_a_store_fails_is_begun_again_and_not_failed(
 
 @pytest.mark.slow
 def test_a_study_is_looked_at_from_another_machine(
-    write_study: Callable[..., Path],  # noqa: F811
+    write_study: Callable[..., Path],
     store: Store,
     machine: Callable[[], None],
     clusterns: Callable[..., Result],
@@ -328,7 +285,7 @@ def test_a_study_is_looked_at_from_another_machine(
 def run_url(
     store: Store,
     machine: Callable[[], None],
-    write_study: Callable[..., Path],  # noqa: F811
+    write_study: Callable[..., Path],
 ) -> str:
     """A finished run in the store, and this another machine."""
     from clusterns_ray import load_config, train
@@ -344,7 +301,7 @@ def test_a_model_in_the_store(
     run_url: str,
     clusterns: Callable[..., Result],
     machine: Callable[[], None],
-    write_study: Callable[..., Path],  # noqa: F811
+    write_study: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -383,7 +340,7 @@ def test_models_that_are_not_there(
     run_url: str,
     clusterns: Callable[..., Result],
     store: Store,
-    write_study: Callable[..., Path],  # noqa: F811
+    write_study: Callable[..., Path],
 ) -> None:
     sts_dir = write_study().parent / "sts"
     refused(clusterns("evaluate", run_url, "--sts", sts_dir), "is no whole directory", f"give {run_url}/model")

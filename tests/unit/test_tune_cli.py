@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import queue
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,62 +17,23 @@ from typing import Any
 import pytest
 import yaml
 from helpers import write_pairs
+from local_jobs import drive
 from rich.console import Console
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from clusterns_ray.cli import app
 from clusterns_ray.console.study import Lines, clock, read_progress, render, render_result, summary_line
 from clusterns_ray.errors import ClusterNSError, ConfigError, DataError
 from clusterns_ray.evaluation.sts import TASKS
 from clusterns_ray.io.object_store import Place
-from clusterns_ray.tuning.optuna_study import OptunaStudy, read_optuna_study
+from clusterns_ray.launch.staging import run_directory
+from clusterns_ray.tuning import distributed_trial
+from clusterns_ray.tuning.job import Evaluation, Failed, Finished, Job
+from clusterns_ray.tuning.optuna_study import OptunaStudy
+from clusterns_ray.tuning.outcome import write_outcome
 from clusterns_ray.tuning.study import Study, check_study, load_study
-from clusterns_ray.tuning.sweep import Sweep, owner, tune, write_outcome
+from clusterns_ray.tuning.study_file import read_optuna_study
+from clusterns_ray.tuning.sweep import Sweep, owner, tune
 from clusterns_ray.tuning.trial import TrialRun, failure
-
-SPACE = {
-    "clustering.num_clusters": {"type": "choice", "choices": [0, 4], "role": "scientific"},
-    "train.learning_rate": {"type": "float", "low": 1e-4, "high": 1e-2, "log": True, "role": "nuisance"},
-}
-
-
-@pytest.fixture(scope="module")
-def write_study(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, corpus_file: Path) -> Callable[..., Path]:
-    """A study file that would take no time, in a directory of its own."""
-
-    def write(**changes: Any) -> Path:
-        directory = tmp_path_factory.mktemp("study")
-        for name in ("STSB/dev", *(f"{task}/{subset or 'one'}" for task, subset in TASKS.items())):
-            write_pairs(directory / f"sts/{name}.jsonl", count=20)
-        base = {
-            "encoder": {"name": str(tiny_model), "num_layers": 1},
-            "data": {"corpus": str(corpus_file), "limit": 64},
-            "clustering": {"num_clusters": 4, "start_cosine": 1.0},
-            "train": {"global_batch_size": 16, "shards": 4, "max_steps": 4},
-            "evaluation": {"sts": str(directory / "sts"), "every_steps": 2},
-            "runtime": {"storage_path": str(directory / "runs"), "use_gpu": False},
-        }
-        study = {
-            "name": "tiny",
-            "base": "base.yaml",
-            "space": SPACE,
-            "budget": {"trials": 3},
-            "confirmation": {"top": 2, "seeds": [1, 2]},
-        }
-        (directory / "base.yaml").write_text(yaml.safe_dump(base))
-        (directory / "study.yaml").write_text(yaml.safe_dump({**study, **changes}))
-        return directory / "study.yaml"
-
-    return write
-
-
-@pytest.fixture
-def clusterns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Result]:
-    """The command, in this process."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.chdir(tmp_path)
-    return lambda *arguments: CliRunner().invoke(app, ["tune", *map(str, arguments)])
 
 
 def refused(result: Result, *parts: str) -> None:
@@ -114,12 +77,8 @@ def test_wrong_requests(
     clusterns: Callable[..., Result], write_study: Callable[..., Path], arguments: list[str], message: str
 ) -> None:
     study = write_study()
-    refused(clusterns(study, *arguments), message)
+    refused(clusterns("tune", study, *arguments), message)
     assert not (study.parent / "runs" / "tiny" / "study.db").exists()
-
-
-def test_no_such_file(clusterns: Callable[..., Result]) -> None:
-    refused(clusterns("none.yaml"), "none.yaml", "No such file")
 
 
 def test_an_encoder_of_the_space_is_looked_at_before_anything_starts(write_study: Callable[..., Path]) -> None:
@@ -131,78 +90,65 @@ def test_an_encoder_of_the_space_is_looked_at_before_anything_starts(write_study
 def test_one_process_a_study(clusterns: Callable[..., Result], write_study: Callable[..., Path]) -> None:
     file = write_study()
     with owner(load_study(file)):
-        result = clusterns(file)
+        result = clusterns("tune", file)
     refused(result, "The study 'tiny' is being run by another process", "--status")
 
 
 def test_a_study_does_not_compare_trials_over_different_data(write_study: Callable[..., Path]) -> None:
     file = write_study()
-    first = load_study(file)
-    Sweep(first, OptunaStudy(first), Lines()).prepare()
-    Sweep(first, OptunaStudy(first), Lines()).prepare()
+    for _ in range(2):
+        sweep_of(load_study(file)).prepare()
     write_pairs(file.parent / "sts/STSB/dev.jsonl", count=20, seed=9)
-    again = load_study(file)
     with pytest.raises(DataError, match=r"study 'tiny' was begun with other data: the digest of the dev set was"):
-        Sweep(again, OptunaStudy(again), Lines()).prepare()
+        sweep_of(load_study(file)).prepare()
 
 
 # ---- which run is next, on a pool of this process -------------------------------------------------------------------
 
 
-class Made(TrialRun):
-    """A run whose scores are made up from its values, with the files that a run leaves."""
+class Invented(TrialRun):
+    """A run whose scores are invented from its values, with the files that a run leaves."""
 
     def _run(self) -> None:
-        rate, seed = self.config.train.learning_rate, self.config.seed
-        curve = [(step, 60 - abs(rate - 1e-3) * 1e3 + seed % 7 / 10 + step / 100) for step in (2, 4)]
-        directory = Path(self.job["run_dir"])
+        config, directory = self.job.config, run_directory(self.job.config)
+        curve = [
+            (step, 60 - abs(config.train.learning_rate - 1e-3) * 1e3 + config.seed % 7 / 10 + step / 100)
+            for step in (2, 4)
+        ]
         (directory / "model").mkdir(exist_ok=True)
         (directory / "result.json").write_text(json.dumps({"sts_dev": curve[-1][1]}))
         for step, score in [(0, 50.0), *curve]:
-            self.results.put({"step": step, "score": score, "last": step == 4})
+            self.results.put(Evaluation(step, score, last=step == 4))
             if not self.verdicts.get():
                 return
-        self.results.put({"outcome": "finished", "score": curve[-1][1], "steps": 4, "curve": curve})
+        self.results.put(Finished(curve[-1][1], 4, tuple(curve)))
 
 
-def drive(sweep: Sweep, stop_after: int | None = None, kind: type[TrialRun] = Made) -> list[str]:
-    """A pool of one: the jobs' names in the order they were begun."""
-    sweep.prepare()
-    begun = []
-    while not sweep.exhausted():
-        job = sweep.next()
-        assert job is not None, "nothing runs, and nothing is to be begun"
-        begun.append(job["id"])
-        if stop_after is not None and len(begun) > stop_after:
-            return begun
-        run = kind(job)
-        while True:
-            result = run.next()
-            if "outcome" in result:
-                sweep.ended(job, result)
-                break
-            if sweep.evaluated(job, result):
-                run.stop()
-                break
-    return begun
+def sweep_of(study: Study) -> Sweep:
+    """What a new process makes of the study on disk."""
+    return Sweep(study, OptunaStudy(study), Lines())
+
+
+def begun(sweep: Sweep, stop_after: int | None = None) -> list[str]:
+    """Run a sweep with invented scores; the names of its runs in the order they were begun."""
+    return drive(sweep, Invented, stop_after).names
 
 
 @pytest.fixture(scope="module")
 def done(write_study: Callable[..., Path]) -> tuple[Path, Study, list[str], dict[str, Any]]:
     """A finished study: its file, itself, the order of its runs, its result."""
     file = write_study()
-    study = load_study(file)
-    ledger = OptunaStudy(study)
-    begun = drive(Sweep(study, ledger, Lines()), kind=TrialRun)
-    return file, study, begun, write_outcome(study, ledger)
+    sweep = sweep_of(load_study(file))
+    names = drive(sweep, TrialRun).names
+    return file, sweep.study, names, write_outcome(sweep.study, sweep.optuna_study)
 
 
 def test_trials_then_the_best_again_with_new_seeds(done: Any) -> None:
-    _, study, begun, result = done
-    assert begun[:3] == ["0000", "0001", "0002"]
-    best = sorted(read_optuna_study(study.directory).trials, key=lambda trial: (-trial.value, trial.number))[:2]
+    _, study, names, result = done
+    assert names[:3] == ["0000", "0001", "0002"]
+    best = sorted(read_optuna_study(study.directory).trials, key=lambda trial: (-(trial.value or 0), trial.number))[:2]
     again = [f"{trial.number:04d}-seed{seed}" for trial in best for seed in (1, 2)]
-    assert begun[3:] == ["base-seed1", "base-seed2", *again]
+    assert names[3:] == ["base-seed1", "base-seed2", *again]
     assert result["trials"] == {"COMPLETE": 3, "PRUNED": 0, "FAIL": 0}
     for trial in best:
         config = yaml.safe_load((study.directory / f"confirmation/{trial.number:04d}-seed2/config.yaml").read_text())
@@ -219,78 +165,101 @@ def test_the_untrained_encoder_is_scored_once(done: Any) -> None:
     assert sum(len(record) > 3 for record in first) == 1
 
 
-def test_a_pool_of_two_waits_for_that_score(write_study: Callable[..., Path]) -> None:
-    study = load_study(write_study(concurrent_trials=2))
-    sweep = Sweep(study, OptunaStudy(study), Lines())
+def first_job(sweep: Sweep) -> Job:
     sweep.prepare()
-    first = sweep.next()
-    assert first is not None and first["score_before"] is None and sweep.next() is None
-    sweep.evaluated(first, {"step": 0, "score": 55.5, "seconds": 1.0, "last": False})
-    second = sweep.next()
-    assert second is not None and second["score_before"] == 55.5
+    job = sweep.next_job()
+    assert job is not None and job.score_before is None
+    assert sweep.next_job() is None, "it scores the untrained encoder, for all"
+    assert not sweep.prunes(job, Evaluation(0, 55.5, last=False))
+    return job
+
+
+def test_a_pool_of_two_waits_for_the_score_of_the_untrained_encoder(write_study: Callable[..., Path]) -> None:
+    sweep = sweep_of(load_study(write_study(concurrent_trials=2)))
+    first_job(sweep)
+    second = sweep.next_job()
+    assert second is not None and second.score_before == 55.5 and sweep.next_job() is None
 
 
 def test_confirmations_wait_for_the_last_trial(write_study: Callable[..., Path]) -> None:
-    study = load_study(write_study(budget={"trials": 1}))
-    sweep = Sweep(study, OptunaStudy(study), Lines())
-    sweep.prepare()
-    job = sweep.next()
-    assert job is not None
-    sweep.evaluated(job, {"step": 0, "score": 55.5, "seconds": 1.0, "last": False})
-    assert not sweep.exhausted() and sweep.next() is None
-    sweep.ended(job, {"outcome": "failed", "reason": "why not", "seconds": 1.0})
-    assert sweep.exhausted(), "nothing to confirm"
+    sweep = sweep_of(load_study(write_study(budget={"trials": 1}, concurrent_trials=2)))
+    job = first_job(sweep)
+    assert not sweep.is_complete() and sweep.next_job() is None
+    sweep.close(job, Failed("why not", 1.0))
+    assert sweep.is_complete(), "nothing to confirm"
     with pytest.raises(ClusterNSError, match="None of the 1 trials of 'tiny' finished; the last: why not"):
-        write_outcome(study, sweep.ledger)
+        write_outcome(sweep.study, sweep.optuna_study)
 
 
 def test_a_half_done_trial_comes_first_and_with_the_same_values(write_study: Callable[..., Path]) -> None:
     study = load_study(write_study())
-    assert drive(Sweep(study, OptunaStudy(study), Lines()), stop_after=1) == ["0000", "0001"]
+    assert begun(sweep_of(study), stop_after=1) == ["0000", "0001"]
     params = read_optuna_study(study.directory).trials[1].params
-    again = Sweep(study, OptunaStudy(study), Lines())
-    assert drive(again)[:2] == ["0001", "0002"]
-    assert again.ledger.trials()[1].params == params and len(again.ledger.trials()) == 3
+    again = sweep_of(study)
+    assert begun(again)[:2] == ["0001", "0002"]
+    assert again.optuna_study.trials()[1].params == params and len(again.optuna_study.trials()) == 3
 
 
 def test_a_trial_that_always_takes_the_sweep_down_is_given_up(write_study: Callable[..., Path]) -> None:
     study = load_study(write_study())
     for attempt in range(5):
-        assert drive(Sweep(study, OptunaStudy(study), Lines()), stop_after=0) == ["0000"], attempt
-    sweep = Sweep(study, OptunaStudy(study), Lines())
-    assert drive(sweep)[:2] == ["0001", "0002"]
-    failed = sweep.ledger.trials()[0]
+        assert begun(sweep_of(study), stop_after=0) == ["0000"], attempt
+    sweep = sweep_of(study)
+    assert begun(sweep)[:2] == ["0001", "0002"]
+    failed = sweep.optuna_study.trials()[0]
     assert failed.state.name == "FAIL" and failed.user_attrs["reason"].startswith("was begun 5 times")
 
 
 def test_a_confirmation_that_fails_is_not_tried_for_ever(write_study: Callable[..., Path]) -> None:
-    study = load_study(write_study(budget={"trials": 1}, confirmation={"top": 1, "seeds": [1, 2]}))
-    sweep = Sweep(study, OptunaStudy(study), Lines())
-    assert drive(sweep, stop_after=3)[-1] == "0000-seed1"
-    job = {"id": "0000-seed1", "number": None, "values": {}, "run_dir": str(study.directory / "x")}
-    sweep.ended(job, {"outcome": "failed", "reason": "why not", "seconds": 1.0})
-    again = Sweep(study, OptunaStudy(study), Lines())
-    assert drive(again) == ["0000-seed2"]
-    result = write_outcome(study, again.ledger)
+    sweep = sweep_of(load_study(write_study(budget={"trials": 1}, confirmation={"top": 1, "seeds": [1, 2]})))
+
+    class Failing(Invented):
+        def _run(self) -> None:
+            self.results.put(Failed("why not")) if self.job.name == "0000-seed1" else super()._run()
+
+    assert drive(sweep, Failing).names == ["0000", "base-seed1", "base-seed2", "0000-seed1", "0000-seed2"]
+    again = sweep_of(sweep.study)
+    assert begun(again) == []
+    result = write_outcome(again.study, again.optuna_study)
     assert result["confirmation_failures"] == {"0000-seed1": "why not"}
     assert list(result["winner"]["scores"]) == ["2"]
 
 
 def test_a_killed_study_ends_as_the_whole_one(write_study: Callable[..., Path]) -> None:
-    """Given up after each number of runs, and begun anew."""
+    """Its driver is lost after each number of runs."""
 
-    def end(*stops: int) -> dict[str, Any]:
+    def end(*stops: int) -> list[Any]:
         study = load_study(write_study())
         for stop_after in stops:
-            drive(Sweep(study, OptunaStudy(study), Lines()), stop_after)
-        ledger = OptunaStudy(study)
-        drive(Sweep(study, ledger, Lines()))
-        return write_outcome(study, ledger)
+            begun(sweep_of(study), stop_after)
+        sweep = sweep_of(study)
+        begun(sweep)
+        result = write_outcome(study, sweep.optuna_study)
+        return [result[key] for key in ("winner", "candidates", "trials")]
 
-    mine, other = end(0, 1, 2, 1), end()
-    assert {key: mine[key] for key in ("winner", "candidates", "trials")} == {
-        key: other[key] for key in ("winner", "candidates", "trials")
-    }
+    assert end(0, 1, 2, 1) == end()
+
+
+def test_a_larger_budget_goes_on_and_confirms_anew(write_study: Callable[..., Path]) -> None:
+    file = write_study(budget={"trials": 1}, confirmation={"top": 1, "seeds": [1]})
+    assert begun(sweep_of(load_study(file))) == ["0000", "base-seed1", "0000-seed1"]
+    more = sweep_of(load_study(file, ["budget.trials=3"]))
+    names = begun(more)
+    best = max(more.optuna_study.trials(), key=lambda trial: trial.value or 0).number
+    assert names == ["0001", "0002", *([f"{best:04d}-seed1"] if best else [])]
+
+
+def test_a_worker_gets_the_verdict_on_its_own_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that died may have left the answer to another one."""
+    monkeypatch.setattr(distributed_trial, "Queue", lambda actor_options: queue.SimpleQueue())
+    monkeypatch.setattr(distributed_trial, "on_this_node", dict)
+    channel, verdicts = distributed_trial.Channel(), []
+    channel.verdicts.put(("another question", False))
+    worker = threading.Thread(target=lambda: verdicts.append(channel.ask(Evaluation(2, 60.0, last=False))))
+    worker.start()
+    assert channel.listen(lambda evaluation: evaluation.score == 60.0)
+    worker.join(5)
+    assert verdicts == [True]
 
 
 def test_why_a_trial_failed(tmp_path: Path) -> None:
@@ -312,14 +281,14 @@ def test_the_table(write_study: Callable[..., Path]) -> None:
     study = load_study(
         write_study(budget={"trials": 9}, scheduler="asha", sampler={"name": "tpe", "startup_trials": 1})
     )
-    ledger = OptunaStudy(study)
-    ledger.remember("scores_before", {"x": 50.0})
-    numbers = [ledger.propose().number for _ in range(4)]
-    ledger.evaluated(numbers[0], 2, 60.0, 65.0, False)
-    ledger.complete(numbers[0], 61.5, 4, 130.0, [])
-    assert ledger.evaluated(numbers[1], 2, 55.25, 30.0, False)
-    ledger.fail(numbers[2], "out of memory", 20.0)
-    ledger.evaluated(numbers[3], 2, 70.0, 40.0, False)
+    optuna_study = OptunaStudy(study)
+    optuna_study.remember("scores_before", {"x": 50.0})
+    numbers = [optuna_study.propose().number for _ in range(4)]
+    optuna_study.report(numbers[0], Evaluation(2, 60.0, False, 65.0))
+    optuna_study.complete(numbers[0], Finished(61.5, 4, (), 130.0))
+    assert optuna_study.report(numbers[1], Evaluation(2, 55.25, False, 30.0))
+    optuna_study.fail(numbers[2], "out of memory", 20.0)
+    optuna_study.report(numbers[3], Evaluation(2, 70.0, False, 40.0))
     progress = read_progress(study, read_optuna_study(study.directory))
     assert progress.best is not None and (progress.best.number, progress.best.score) == (0, 61.5)
     # three ended in 180 s: 60 s each; six to go, one of which has run for 40 s
@@ -336,8 +305,8 @@ def test_the_table(write_study: Callable[..., Path]) -> None:
 
 def test_the_time_left_of_other_budgets(write_study: Callable[..., Path]) -> None:
     study = load_study(write_study(budget={"worker_hours": 1.0}, workers_per_trial=2, concurrent_trials=2))
-    ledger = OptunaStudy(study)
-    ledger.complete(ledger.propose().number, 60.0, 4, 600.0, [])
+    optuna_study = OptunaStudy(study)
+    optuna_study.complete(optuna_study.propose().number, Finished(60.0, 4, (), 600.0))
     progress = read_progress(study, read_optuna_study(study.directory))
     # 1200 worker seconds are spent; 2400 are left for two trials of two workers
     assert progress.seconds_left == pytest.approx(600.0) and progress.planned is None
@@ -345,18 +314,13 @@ def test_the_time_left_of_other_budgets(write_study: Callable[..., Path]) -> Non
 
 
 def test_clock() -> None:
-    assert [clock(seconds) for seconds in (0, 59.9, 61, 3600, 36_061)] == [
-        "0:00",
-        "0:59",
-        "1:01",
-        "1:00:00",
-        "10:01:01",
-    ]
+    shown = "0:00 0:59 1:01 1:00:00 10:01:01"
+    assert [clock(seconds) for seconds in (0, 59.9, 61, 3600, 36_061)] == shown.split()
 
 
 def test_status_of_a_finished_study(done: Any, clusterns: Callable[..., Result]) -> None:
     file, study, _, result = done
-    said = clusterns(file, "--status")
+    said = clusterns("tune", file, "--status")
     assert said.exit_code == 0, said.output
     assert (
         "3 of 3 trials, 3 finished" in said.stdout
@@ -386,7 +350,7 @@ def test_the_result_in_words(done: Any) -> None:
 
 def test_a_finished_study_is_left_as_it_is(done: Any, clusterns: Callable[..., Result]) -> None:
     file, study, _, result = done
-    said = clusterns(file)
+    said = clusterns("tune", file)
     assert said.exit_code == 0, said.output
     assert "'tiny' is finished; raise the budget to go on with it." in said.stdout
     names = [f"{study.directory}/{name}" for name in ("best.yaml", "model", "report.html")]
@@ -396,7 +360,7 @@ def test_a_finished_study_is_left_as_it_is(done: Any, clusterns: Callable[..., R
 
 def test_tests_are_scored_once_and_nothing_is_chosen_after_that(done: Any, clusterns: Callable[..., Result]) -> None:
     file, study, _, result = done
-    first = clusterns(file, "--finalize")
+    first = clusterns("tune", file, "--finalize")
     assert first.exit_code == 0, first.output
     final = json.loads((study.directory / "final.json").read_text())
     assert (
@@ -408,13 +372,13 @@ def test_tests_are_scored_once_and_nothing_is_chosen_after_that(done: Any, clust
     assert final["when"] in first.stdout and "STS12" in first.stdout and "average" in first.stdout
 
     written = (study.directory / "final.json").stat().st_mtime_ns
-    again = clusterns(file, "--finalize")
+    again = clusterns("tune", file, "--finalize")
     assert again.exit_code == 0 and final["when"] in again.stdout
     assert (study.directory / "final.json").stat().st_mtime_ns == written
 
-    refused(clusterns(file, "--set", "budget.trials=9"), "was finalized at", "nothing more may be chosen")
-    assert clusterns(file).exit_code == 0, "to look at it again is no choice"
-    assert "Finalized: " in clusterns(file, "--status").stdout
+    refused(clusterns("tune", file, "--set", "budget.trials=9"), "was finalized at", "nothing more may be chosen")
+    assert clusterns("tune", file).exit_code == 0, "to look at it again is no choice"
+    assert "Finalized: " in clusterns("tune", file, "--status").stdout
 
 
 def test_graded_by_structure_there_are_no_tests(write_study: Callable[..., Path], tmp_path: Path) -> None:

@@ -14,8 +14,10 @@ import yaml
 from optuna.trial import TrialState
 
 from clusterns_ray.errors import ClusterNSError, ConfigError
-from clusterns_ray.tuning.optuna_study import OptunaStudy, Proposal, read_optuna_study
+from clusterns_ray.tuning.job import Evaluation, Finished
+from clusterns_ray.tuning.optuna_study import OptunaStudy, Proposal
 from clusterns_ray.tuning.study import Study, check_study
+from clusterns_ray.tuning.study_file import read_optuna_study
 
 STEPS = (2, 4, 6, 8)
 SPACE = {
@@ -57,33 +59,33 @@ def score(overrides: dict[str, Any], step: int) -> float:
     return 60 + clusters - away + step / 10
 
 
-def run(ledger: OptunaStudy, proposal: Proposal) -> None:
+def run(optuna_study: OptunaStudy, proposal: Proposal) -> None:
     for step in STEPS:
         value = score(proposal.overrides, step)
-        if ledger.evaluated(proposal.number, step, value, seconds=float(step), last=step == STEPS[-1]):
+        if optuna_study.report(proposal.number, Evaluation(step, value, step == STEPS[-1], float(step))):
             return
     curve = [(step, score(proposal.overrides, step)) for step in STEPS]
-    ledger.complete(proposal.number, curve[-1][1], STEPS[-1], float(STEPS[-1]), curve)
+    optuna_study.complete(proposal.number, Finished(curve[-1][1], STEPS[-1], tuple(curve), float(STEPS[-1])))
 
 
-def drive(ledger: OptunaStudy) -> None:
-    for trial in ledger.running():
-        run(ledger, ledger.resume(trial.number))
-    while not ledger.spent():
-        run(ledger, ledger.propose())
+def drive(optuna_study: OptunaStudy) -> None:
+    for trial in optuna_study.running():
+        run(optuna_study, optuna_study.resume(trial.number))
+    while not optuna_study.budget_spent():
+        run(optuna_study, optuna_study.propose())
 
 
-def story(ledger: OptunaStudy) -> list[tuple[Any, ...]]:
-    return [(t.number, t.state.name, t.params, t.value, t.intermediate_values) for t in ledger.trials()]
+def story(optuna_study: OptunaStudy) -> list[tuple[Any, ...]]:
+    return [(t.number, t.state.name, t.params, t.value, t.intermediate_values) for t in optuna_study.trials()]
 
 
 def test_a_study_prunes_completes_and_is_spent(make: Any) -> None:
-    ledger = OptunaStudy(make())
-    drive(ledger)
-    states = [trial.state for trial in ledger.trials()]
+    optuna_study = OptunaStudy(make())
+    drive(optuna_study)
+    states = [trial.state for trial in optuna_study.trials()]
     assert len(states) == 12 and set(states) == {TrialState.COMPLETE, TrialState.PRUNED}
     assert states[0] == TrialState.COMPLETE, "nothing to compare with"
-    for trial in ledger.trials():
+    for trial in optuna_study.trials():
         reached = sorted(trial.intermediate_values)
         assert trial.user_attrs["steps"] == reached[-1]
         if trial.state == TrialState.PRUNED:
@@ -96,31 +98,31 @@ def test_a_study_prunes_completes_and_is_spent(make: Any) -> None:
 
 def test_a_trial_is_pruned_on_its_own_steps_if_the_better_part_at_that_rung_is_better(make: Any) -> None:
     """Rungs at 2, 4, 8 steps; of two at a rung one goes on."""
-    ledger = OptunaStudy(make())
-    first, second, third = (ledger.propose().number for _ in range(3))
-    assert not ledger.evaluated(first, 2, 60.0, 1, False)
-    assert ledger.evaluated(second, 2, 59.0, 1, False)
-    assert not ledger.evaluated(third, 3, 61.0, 1, False), "rung 2 at its step 3"
-    assert ledger.evaluated(first, 4, 60.5, 1, False) is False, "the first at rung 4"
-    assert ledger.evaluated(third, 4, 60.4, 1, False)
+    optuna_study = OptunaStudy(make())
+    first, second, third = (optuna_study.propose().number for _ in range(3))
+    assert not optuna_study.report(first, Evaluation(2, 60.0, False, 1))
+    assert optuna_study.report(second, Evaluation(2, 59.0, False, 1))
+    assert not optuna_study.report(third, Evaluation(3, 61.0, False, 1)), "rung 2 at its step 3"
+    assert optuna_study.report(first, Evaluation(4, 60.5, False, 1)) is False, "the first at rung 4"
+    assert optuna_study.report(third, Evaluation(4, 60.4, False, 1))
 
 
 @pytest.mark.parametrize("scheduler", ["none", {"name": "median", "startup_trials": 2, "warmup_steps": 4}])
 def test_other_schedulers(make: Any, scheduler: Any) -> None:
-    ledger = OptunaStudy(make(scheduler=scheduler))
-    drive(ledger)
-    pruned = [max(t.intermediate_values) for t in ledger.trials() if t.state == TrialState.PRUNED]
+    optuna_study = OptunaStudy(make(scheduler=scheduler))
+    drive(optuna_study)
+    pruned = [max(t.intermediate_values) for t in optuna_study.trials() if t.state == TrialState.PRUNED]
     assert (scheduler == "none") == (pruned == [])
     assert all(step >= 4 for step in pruned), "before the warm-up"
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "gp"])
+@pytest.mark.parametrize("sampler", ["tpe", "random", "gp", "qmc"])
 def test_the_same_seed_proposes_the_same(make: Any, sampler: str) -> None:
     def params(name: str, seed: int) -> list[dict[str, Any]]:
-        settings = {"name": sampler, "seed": seed} | ({} if sampler == "random" else {"startup_trials": 3})
-        ledger = OptunaStudy(make(name, sampler=settings, budget={"trials": 6}))
-        drive(ledger)
-        return [trial.params for trial in ledger.trials()]
+        settings = {"name": sampler, "seed": seed} | ({"startup_trials": 3} if sampler in ("tpe", "gp") else {})
+        optuna_study = OptunaStudy(make(name, sampler=settings, budget={"trials": 6}))
+        drive(optuna_study)
+        return [trial.params for trial in optuna_study.trials()]
 
     first = params("a", 0)
     assert first == params("b", 0)
@@ -134,9 +136,9 @@ def test_tpe_proposes_better_points_than_chance(make: Any) -> None:
         study = make(
             f"{sampler}{seed}", budget={"trials": 30}, scheduler="none", sampler={"name": sampler, "seed": seed}
         )
-        ledger = OptunaStudy(study)
-        drive(ledger)
-        return sum(trial.value or 0.0 for trial in ledger.trials()[15:]) / 15
+        optuna_study = OptunaStudy(study)
+        drive(optuna_study)
+        return sum(trial.value or 0.0 for trial in optuna_study.trials()[15:]) / 15
 
     gains = [late_mean("tpe", seed) - late_mean("random", seed) for seed in range(3)]
     assert sum(gains) / 3 > 0.2, gains
@@ -146,11 +148,11 @@ def test_the_grid_is_visited_once_first_points_first(make: Any) -> None:
     space = {name: SPACE[name] for name in ("clustering.num_clusters", "clustering.start_cosine")}
     first = [{"clustering.num_clusters": 32, "clustering.start_cosine": 0.5}, {"clustering.num_clusters": 0}]
     study = make(space=space, sampler="grid", budget={}, first_points=first)
-    ledger, seen = OptunaStudy(study), []
-    while not ledger.spent():
-        proposal = ledger.propose()
+    optuna_study, seen = OptunaStudy(study), []
+    while not optuna_study.budget_spent():
+        proposal = optuna_study.propose()
         seen.append(proposal.overrides)
-        ledger.complete(proposal.number, 1.0, 8, 1.0, [])
+        optuna_study.complete(proposal.number, Finished(1.0, 8, (), 1.0))
     assert seen[:2] == first
     assert len(seen) == 1 + 2 * 5
     assert sorted(map(str, seen)) == sorted(map(str, study.space.grid()))
@@ -158,11 +160,31 @@ def test_the_grid_is_visited_once_first_points_first(make: Any) -> None:
 
 def test_first_points_come_first_and_whole(make: Any) -> None:
     points = [{"clustering.num_clusters": 16, "clustering.start_cosine": 0.4}, {"train.learning_rate": 2e-4}]
-    ledger = OptunaStudy(make(first_points=points))
-    a, b, c = (ledger.propose().overrides for _ in range(3))
+    optuna_study = OptunaStudy(make(first_points=points))
+    a, b, c = (optuna_study.propose().overrides for _ in range(3))
     assert points[0].items() <= a.items() and "train.learning_rate" in a
     assert b["train.learning_rate"] == 2e-4 and "clustering.num_clusters" in b
     assert c["train.learning_rate"] != 2e-4
+
+    # More of them may come later, and role is a label: the study goes on with what was not tried.
+    points = [{"train.learning_rate": 3e-4}, *points, {"train.learning_rate": 5e-4}]
+    space = {key: {name: value for name, value in p.items() if name != "role"} for key, p in SPACE.items()}
+    later = OptunaStudy(make(first_points=points, space=space))
+    assert [later.propose().overrides["train.learning_rate"] for _ in range(2)] == [3e-4, 5e-4]
+    assert later.trials()[2].params == c
+
+
+def test_a_study_of_an_earlier_version_is_read(make: Any) -> None:
+    """Its identity holds the roles and the first points."""
+    study = make(first_points=[{"train.learning_rate": 2e-4}])
+    optuna_study = OptunaStudy(study)
+    first = optuna_study.propose().overrides
+    old = {**study.identity(), "first_points": study.config.first_points, "space": SPACE}
+    optuna_study.remember("identity", old)
+    again = OptunaStudy(study)
+    assert first["train.learning_rate"] == 2e-4 != again.propose().overrides["train.learning_rate"]
+    with pytest.raises(ConfigError, match=r"space\.train\.learning_rate\.high was 0\.001 and is now 0\.002"):
+        OptunaStudy(make(space={**SPACE, "train.learning_rate": {**SPACE["train.learning_rate"], "high": 2e-3}}))
 
 
 # ---- kills ----------------------------------------------------------------------------------------------------------
@@ -223,26 +245,26 @@ def test_killed_after_every_few_writes_it_comes_to_the_same_end(
 
 
 def test_a_trial_that_was_noted_and_not_judged_is_judged_when_it_comes_back(make: Any) -> None:
-    ledger = OptunaStudy(make())
-    first, second = ledger.propose(), ledger.propose()
-    ledger.evaluated(first.number, 2, 60.0, 1, False)
-    ledger._live[second.number].report(50.0, 2)
+    optuna_study = OptunaStudy(make())
+    first, second = optuna_study.propose(), optuna_study.propose()
+    optuna_study.report(first.number, Evaluation(2, 60.0, False, 1))
+    optuna_study._live[second.number].report(50.0, 2)
     again = OptunaStudy(make())
     assert [trial.number for trial in again.running()] == [0, 1]
     assert again.resume(1) == second
-    assert again.evaluated(1, 2, 50.0, 1, False)
+    assert again.report(1, Evaluation(2, 50.0, False, 1))
 
 
 def test_a_resumed_trial_is_not_judged_again_at_steps_it_had_passed(make: Any) -> None:
-    ledger = OptunaStudy(make())
-    number = ledger.propose().number
+    optuna_study = OptunaStudy(make())
+    number = optuna_study.propose().number
     for step in (2, 4):
-        assert not ledger.evaluated(number, step, 60.0 + step, 1, False)
+        assert not optuna_study.report(number, Evaluation(step, 60.0 + step, False, 1))
     again = OptunaStudy(make())
     again.resume(number)
     other = again.propose().number
-    assert not again.evaluated(other, 2, 70.0, 1, False)
-    assert not again.evaluated(number, 2, 62.0, 1, False), "it would be the worse of two now"
+    assert not again.report(other, Evaluation(2, 70.0, False, 1))
+    assert not again.report(number, Evaluation(2, 62.0, False, 1)), "it would be the worse of two now"
     assert again.trials()[number].intermediate_values == {2: 62.0, 4: 64.0}
 
 
@@ -253,7 +275,7 @@ def test_a_process_killed_while_it_writes(make: Any, tmp_path: Path, storage: st
     values = {"storage": storage, "budget": {"trials": 200}, "scheduler": "none"}
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "import test_ledger as t, yaml\nfrom pathlib import Path\n"
+        "import test_optuna_study as t, yaml\nfrom pathlib import Path\n"
         "from clusterns_ray.tuning.study import check_study\n"
         "study = check_study(yaml.safe_load(Path(sys.argv[2]).read_text()), Path(sys.argv[2]))\n"
         "print('begun', flush=True); t.drive(t.OptunaStudy(study))\n"
@@ -275,13 +297,15 @@ def test_a_process_killed_while_it_writes(make: Any, tmp_path: Path, storage: st
             process.kill()
         counts.append(len(begun_trials(study)))
     assert 5 < counts[0] < counts[1] < counts[2] < 200
-    ledger = OptunaStudy(study)
-    assert len(ledger.running()) <= 1
-    for trial in ledger.running():
-        run(ledger, ledger.resume(trial.number))
-    assert [trial.number for trial in ledger.trials()] == list(range(counts[2]))
-    assert all(trial.state == TrialState.COMPLETE and len(trial.intermediate_values) == 4 for trial in ledger.trials())
-    assert len({str(trial.params) for trial in ledger.trials()}) == counts[2], "a point was proposed twice"
+    optuna_study = OptunaStudy(study)
+    assert len(optuna_study.running()) <= 1
+    for trial in optuna_study.running():
+        run(optuna_study, optuna_study.resume(trial.number))
+    assert [trial.number for trial in optuna_study.trials()] == list(range(counts[2]))
+    assert all(
+        trial.state == TrialState.COMPLETE and len(trial.intermediate_values) == 4 for trial in optuna_study.trials()
+    )
+    assert len({str(trial.params) for trial in optuna_study.trials()}) == counts[2], "a point was proposed twice"
 
 
 def begun_trials(study: Study) -> list[Any]:
@@ -311,36 +335,36 @@ def test_hours_are_those_of_all_sessions(make: Any) -> None:
     first = OptunaStudy(make(**values), clock=lambda: now[0])
     proposal = first.propose()
     now[0] = 2000.0
-    first.complete(proposal.number, 60.0, 8, 1.0, [])
-    assert not first.spent()
+    first.complete(proposal.number, Finished(60.0, 8, (), 1.0))
+    assert not first.budget_spent()
     now[0] = 100_000.0  # between two sessions no time is counted
     second = OptunaStudy(make(**values), clock=lambda: now[0])
-    assert second.recall("seconds") == 2000.0 and not second.spent()
+    assert second.recall("seconds") == 2000.0 and not second.budget_spent()
     now[0] += 1600.0
-    second.tick()
-    assert second.spent()
+    second.add_elapsed_time()
+    assert second.budget_spent()
 
 
 def test_worker_hours_count_every_worker(make: Any) -> None:
     def spent(workers: int, seconds: float) -> bool:
         study = make(f"w{workers}-{seconds}", budget={"worker_hours": 1.0}, workers_per_trial=workers)
-        ledger = OptunaStudy(study)
-        ledger.fail(ledger.propose().number, "why not", seconds)
-        return ledger.spent()
+        optuna_study = OptunaStudy(study)
+        optuna_study.fail(optuna_study.propose().number, "why not", seconds)
+        return optuna_study.budget_spent()
 
     assert not spent(1, 3599.0) and spent(1, 3600.0)
     assert not spent(0, 3599.0) and spent(2, 1800.0) and not spent(2, 1799.0)
 
 
 def test_seconds_of_a_resumed_trial_add_up(make: Any) -> None:
-    ledger = OptunaStudy(make())
-    number = ledger.propose().number
-    ledger.evaluated(number, 2, 60.0, 5.0, False)
+    optuna_study = OptunaStudy(make())
+    number = optuna_study.propose().number
+    optuna_study.report(number, Evaluation(2, 60.0, False, 5.0))
     again = OptunaStudy(make())
     again.resume(number)
-    again.evaluated(number, 4, 60.0, 3.0, False)
+    again.report(number, Evaluation(4, 60.0, False, 3.0))
     assert again.trials()[number].user_attrs["seconds"] == 8.0
-    again.evaluated(number, 6, 60.0, 2.0, False)  # a process that took over from one that died after 3 s
+    again.report(number, Evaluation(6, 60.0, False, 2.0))  # a process that took over from one that died after 3 s
     assert again.trials()[number].user_attrs["seconds"] == 10.0
     again.fail(number, "died again")
     assert again.trials()[number].user_attrs["seconds"] == 10.0
@@ -349,37 +373,24 @@ def test_seconds_of_a_resumed_trial_add_up(make: Any) -> None:
 def test_a_larger_budget_goes_on_and_another_space_is_refused(make: Any) -> None:
     drive(OptunaStudy(make(budget={"trials": 2})))
     more = OptunaStudy(make(budget={"trials": 3}))
-    assert not more.spent() and len(more.trials()) == 2
+    assert not more.budget_spent() and len(more.trials()) == 2
     with pytest.raises(ConfigError, match=r"sampler\.seed was 0 and is now 5") as error:
         OptunaStudy(make(sampler={"name": "tpe", "seed": 5, "startup_trials": 4}))
     assert "Choose another name" in str(error.value)
 
 
 def test_failed_trials_count_and_say_why(make: Any) -> None:
-    ledger = OptunaStudy(make(budget={"trials": 2}))
-    ledger.fail(ledger.propose().number, "out of memory", 3.0)
-    run(ledger, ledger.propose())
-    failed = ledger.trials()[0]
+    optuna_study = OptunaStudy(make(budget={"trials": 2}))
+    optuna_study.fail(optuna_study.propose().number, "out of memory", 3.0)
+    run(optuna_study, optuna_study.propose())
+    failed = optuna_study.trials()[0]
     assert (failed.state, failed.value, failed.user_attrs["reason"]) == (TrialState.FAIL, None, "out of memory")
-    assert ledger.spent() and ledger.trials()[1].state == TrialState.COMPLETE
+    assert optuna_study.budget_spent() and optuna_study.trials()[1].state == TrialState.COMPLETE
 
 
-def test_evaluations_that_nobody_heard_of_are_filled_in(make: Any) -> None:
-    ledger = OptunaStudy(make())
-    number = ledger.propose().number
-    ledger.evaluated(number, 2, 60.0, 1.0, False)
-    ledger.complete(number, 63.0, 6, 9.0, [(2, 60.0), (4, 61.0), (6, 63.0)])
-    assert ledger.trials()[number].intermediate_values == {2: 60.0, 4: 61.0, 6: 63.0}
-
-
-def test_a_damaged_file_is_named(make: Any) -> None:
-    study = make(storage="sqlite")
-    study.directory.mkdir(parents=True)
-    (study.directory / "study.db").write_bytes(b"this is no database, but it is long enough to look at" * 40)
-    with pytest.raises(ClusterNSError, match=r"study\.db"):
-        OptunaStudy(study)
-
-
-def test_no_study(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds no study yet"):
-        read_optuna_study(tmp_path)
+def test_evaluations_that_the_study_lacks_are_added_at_the_end(make: Any) -> None:
+    optuna_study = OptunaStudy(make())
+    number = optuna_study.propose().number
+    optuna_study.report(number, Evaluation(2, 60.0, False, 1.0))
+    optuna_study.complete(number, Finished(63.0, 6, ((2, 60.0), (4, 61.0), (6, 63.0)), 9.0))
+    assert optuna_study.trials()[number].intermediate_values == {2: 60.0, 4: 61.0, 6: 63.0}

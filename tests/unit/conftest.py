@@ -1,0 +1,58 @@
+"""Fixtures for the tests of studies: a study file that takes no time, and the command line in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers import write_pairs
+from typer.testing import CliRunner, Result
+
+from clusterns_ray.cli import app
+from clusterns_ray.evaluation.sts import TASKS
+
+STUDY: dict[str, Any] = {
+    "name": "tiny",
+    "base": "base.yaml",
+    "space": {
+        "clustering.num_clusters": {"type": "choice", "choices": [0, 4], "role": "scientific"},
+        "train.learning_rate": {"type": "float", "low": 1e-4, "high": 1e-2, "log": True, "role": "nuisance"},
+    },
+    "budget": {"trials": 3},
+    "confirmation": {"top": 2, "seeds": [1, 2]},
+}
+
+
+@pytest.fixture(scope="session")
+def write_study(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, corpus_file: Path) -> Callable[..., Path]:
+    """A study file, with these changes, in a directory of its own that also holds its base and STS data."""
+
+    def write(**changes: Any) -> Path:
+        directory = tmp_path_factory.mktemp("study")
+        for name in ("STSB/dev", *(f"{task}/{subset or 'one'}" for task, subset in TASKS.items())):
+            write_pairs(directory / f"sts/{name}.jsonl", count=20)
+        base = {
+            "encoder": {"name": str(tiny_model), "num_layers": 1},
+            "data": {"corpus": str(corpus_file), "limit": 64},
+            "clustering": {"num_clusters": 4, "start_cosine": 1.0},
+            "train": {"global_batch_size": 16, "shards": 4, "max_steps": 4},
+            "evaluation": {"sts": str(directory / "sts"), "every_steps": 2},
+            "runtime": {"storage_path": str(directory / "runs"), "use_gpu": False},
+        }
+        (directory / "base.yaml").write_text(yaml.safe_dump(base))
+        (directory / "study.yaml").write_text(yaml.safe_dump({**STUDY, **changes}))
+        return directory / "study.yaml"
+
+    return write
+
+
+@pytest.fixture
+def clusterns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Result]:
+    """The command, in this process and an empty directory."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: CliRunner().invoke(app, list(map(str, arguments)))
