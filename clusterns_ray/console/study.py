@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import optuna
     from rich.console import RenderableType
 
+    from clusterns_ray.tuning.analysis import Trial
     from clusterns_ray.tuning.study import Study
 
 ROWS = 12
@@ -27,24 +28,11 @@ WORDS = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed", "RUNNING"
 
 
 @dataclass(frozen=True)
-class Row:
-    number: int
-    state: str
-    """COMPLETE, PRUNED, FAIL or RUNNING"""
-    score: float | None
-    """final, or the newest evaluation of one that runs or was pruned"""
-    steps: int | None
-    seconds: float
-    values: Mapping[str, Any]
-    reason: str | None
-
-
-@dataclass(frozen=True)
 class Progress:
     """A study at one moment, read from its storage alone."""
 
     name: str
-    rows: list[Row]
+    rows: list[Trial]
     planned: int | None
     """trials the budget allows; None where it is in hours"""
     seconds: float
@@ -57,7 +45,7 @@ class Progress:
     """whether the best configurations are run again with other seeds"""
 
     @property
-    def best(self) -> Row | None:
+    def best(self) -> Trial | None:
         return max((row for row in self.rows if row.state == "COMPLETE"), key=lambda row: row.score or 0, default=None)
 
     def count(self, state: str) -> int:
@@ -65,16 +53,11 @@ class Progress:
 
 
 def read_progress(study: Study, optuna_study: optuna.Study) -> Progress:
+    """How a study stands, with the time that its budget leaves by the mean trial so far."""
+    from clusterns_ray.tuning.analysis import read_trial
     from clusterns_ray.tuning.optuna_study import begun
 
-    rows = []
-    for trial in begun(optuna_study):
-        curve, attrs = trial.intermediate_values, trial.user_attrs
-        score = trial.value if trial.value is not None else (curve[max(curve)] if curve else None)
-        rows.append(
-            Row(trial.number, trial.state.name, score, attrs.get("steps"), attrs.get("seconds", 0.0), trial.params,
-                attrs.get("reason"))
-        )  # fmt: skip
+    rows = list(map(read_trial, begun(optuna_study)))
     attrs, budget, concurrent = optuna_study.user_attrs, study.config.budget, study.config.concurrent_trials
     seconds = attrs.get("seconds", 0.0)
     ended = [row.seconds for row in rows if row.state != "RUNNING"]

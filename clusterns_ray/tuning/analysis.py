@@ -27,14 +27,20 @@ TREES = 16
 
 @dataclass(frozen=True)
 class Trial:
+    """A trial as tables and charts show it."""
+
     number: int
     state: str
+    """COMPLETE, PRUNED, FAIL or RUNNING"""
     score: float | None
+    """the final one, or that of the newest evaluation"""
     values: dict[str, Any]
     curve: list[tuple[int, float]]
     """dev scores by own step"""
     seconds: float
     reason: str | None
+    """why it failed or was pruned"""
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ def read_study(directory: Path) -> StudyRecord:
     return StudyRecord(
         directory,
         config,
-        [_trial(trial) for trial in frozen],
+        list(map(read_trial, frozen)),
         max(study.user_attrs.get("scores_before", {}).values(), default=None),
         study.user_attrs.get("seconds", 0.0),
         importances(frozen),
@@ -123,12 +129,19 @@ def read_study_file(path: Path) -> dict[str, Any]:
     )
 
 
-def _trial(trial: FrozenTrial) -> Trial:
-    curve = sorted(trial.intermediate_values.items())
+def read_trial(trial: FrozenTrial) -> Trial:
+    """What a study holds of one trial."""
+    curve, attrs = sorted(trial.intermediate_values.items()), trial.user_attrs
     score = trial.value if trial.value is not None else (curve[-1][1] if curve else None)
-    attrs = trial.user_attrs
     return Trial(
-        trial.number, trial.state.name, score, trial.params, curve, attrs.get("seconds", 0.0), attrs.get("reason")
+        trial.number,
+        trial.state.name,
+        score,
+        trial.params,
+        curve,
+        attrs.get("seconds", 0.0),
+        attrs.get("reason"),
+        attrs.get("steps"),
     )
 
 
@@ -139,7 +152,7 @@ def importances(trials: Sequence[FrozenTrial]) -> list[Importance]:
     """
     finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     keys = list(dict.fromkeys(key for trial in finished for key in trial.params))
-    found = []
+    importances = []
     for key in keys:
         having = [trial for trial in finished if key in trial.params]
         common = [other for other in keys if all(other in trial.params for trial in having)]
@@ -150,8 +163,8 @@ def importances(trials: Sequence[FrozenTrial]) -> list[Importance]:
         shares += [_share(draw.choices(having, k=len(having)), common, key) for _ in range(RESAMPLES)]
         known = [share for share in shares[1:] if share is not None]
         if shares[0] is not None and len(known) > 1:
-            found.append(Importance(key, shares[0], statistics.stdev(known), len(having)))
-    return sorted(found, key=lambda importance: -importance.share)
+            importances.append(Importance(key, shares[0], statistics.stdev(known), len(having)))
+    return sorted(importances, key=lambda importance: -importance.share)
 
 
 def _share(trials: Sequence[FrozenTrial], keys: Sequence[str], key: str) -> float | None:
@@ -171,8 +184,8 @@ def _share(trials: Sequence[FrozenTrial], keys: Sequence[str], key: str) -> floa
     evaluator = optuna.importance.FanovaImportanceEvaluator(n_trees=TREES, seed=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        found = optuna.importance.get_param_importances(study, evaluator=evaluator, params=list(keys), normalize=False)
-    share = found[key]
+        shares = optuna.importance.get_param_importances(study, evaluator=evaluator, params=list(keys), normalize=False)
+    share = shares[key]
     return share if math.isfinite(share) else None
 
 

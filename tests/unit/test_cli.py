@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import yaml
 from helpers import sentences, write_pairs
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from clusterns_ray.cli import app
 from clusterns_ray.config import load_config
 from clusterns_ray.evaluation.sts import TASKS
 from clusterns_ray.io.files import with_checksum, write_json, write_manifest
@@ -36,19 +35,6 @@ def config_file(tmp_path: Path, tiny_model: Path, corpus_file: Path) -> Path:
     }
     path.write_text(yaml.safe_dump(values))
     return path
-
-
-@pytest.fixture
-def clusterns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Result]:
-    """The command, in this process."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str | Path) -> Result:
-        return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-    return call
 
 
 def run_command(*arguments: str | Path, cwd: Path) -> tuple[subprocess.CompletedProcess[str], float]:

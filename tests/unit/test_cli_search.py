@@ -17,25 +17,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from helpers import sentences, write_corpus
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from clusterns_ray.cli import app
 from clusterns_ray.console import progress
 from clusterns_ray.models.encoder import Encoder
 
 
 @pytest.fixture
-def clusterns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Result]:
+def clusterns(clusterns: Callable[..., Result], tmp_path: Path) -> Callable[..., Result]:
     """The command, in this process, beside ``corpus.txt``."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.chdir(tmp_path)
     write_corpus(tmp_path / "corpus.txt")
-
-    def call(*arguments: str | Path) -> Result:
-        return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-    return call
+    return clusterns
 
 
 def refused(result: Result, *parts: str) -> None:
