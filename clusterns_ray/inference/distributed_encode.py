@@ -15,6 +15,8 @@ from clusterns_ray.errors import ClusterNSError, ConfigError
 from clusterns_ray.inference.encode import Encoded, OnEvent, Part, Tell, encode_files
 from clusterns_ray.launch.capacity import check_room
 from clusterns_ray.launch.ray_cluster import check_ray_directory, cluster_capacity, connect
+from clusterns_ray.models.resolve import resolve_model
+from clusterns_ray.models.settings import read_settings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,21 +54,19 @@ def encode(
     """
     if not 0 <= workers <= MAX_WORKERS:
         raise ConfigError(f"--workers is {workers}; it must be 0, for this process, or up to {MAX_WORKERS:,}.")
-    if workers == 0:
-        return encode_files(model, files, out, on_event=on_event, **settings)
-    check_ray_directory()
 
     def note(text: str) -> None:
         on_event({"event": "note", "text": text})
 
-    return encode_files(
-        model,
-        files,
-        out,
-        on_event=on_event,
-        encode_parts=partial(encode_on_ray, workers=workers, note=note),
-        **settings,
-    )
+    encode_parts = None
+    if workers:
+        check_ray_directory()
+        encode_parts = partial(encode_on_ray, workers=workers, note=note)
+    result = encode_files(model, files, out, on_event=on_event, encode_parts=encode_parts, **settings)
+    if similarity := read_settings(resolve_model(model)).other_similarity:
+        with_cosine = "--normalize made that the cosine" if settings.get("normalize") else "compare these so, too"
+        note(f"{model} is meant to be compared by {similarity}; {with_cosine}.")
+    return result
 
 
 def encode_on_ray(

@@ -7,16 +7,14 @@ Shape suffixes: N sentences, D width.
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import itertools
 import json
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +32,7 @@ from clusterns_ray.inference.embedding_file import (
     read_info,
     write_tables,
 )
-from clusterns_ray.io.files import check_writable, flush, write_json
+from clusterns_ray.io.files import check_writable, file_lock, replacing, write_json
 from clusterns_ray.models.resolve import resolve_model
 
 if TYPE_CHECKING:
@@ -156,7 +154,7 @@ def encode_files(
     # Before anything is written: what refuses the request leaves nothing behind.
     encoder = Encoder.load(model, pooling=pooling, max_length=max_length)
     try:
-        with locked(parts_dir, f"-o {str(out)!r}"):
+        with writer_lock(parts_dir, f"-o {str(out)!r}"):
             finished = found()  # another process may have been quicker
             if finished:
                 return finished
@@ -174,6 +172,18 @@ def encode_files(
             f"{str(out)!r} cannot be written: {error.strerror or error}. Make room or give the rights, then give the "
             f"same command: it goes on from the parts in {str(parts_dir)!r}."
         ) from error
+
+
+def writer_lock(directory: Path, what: str) -> AbstractContextManager[None]:
+    """Hold ``directory`` as the one process that writes ``what``.
+
+    Raises:
+        ClusterNSError: another process holds it.
+    """
+    refusal = ClusterNSError(
+        f"{what} is being written by another process. Let it finish, or end it; then give the same command."
+    )
+    return file_lock(directory / ".lock", refusal)
 
 
 def encode_here(
@@ -481,46 +491,3 @@ class _Progress:
         left = (self.total - rows) / speed if self.total and speed else None
         event = {"rows": rows, "total": self.total, "sentences_per_second": speed, "seconds_left": left}
         self.on_event({"event": "encoded", **event})
-
-
-@contextmanager
-def replacing(path: Path, folder: Path | None = None) -> Iterator[Path]:
-    """A path to write to, which takes the place of ``path`` in one step, flushed to disk first.
-
-    Args:
-        folder: where it is meanwhile, on the same file system; beside ``path`` if not given.
-    """
-    temporary = (folder or path.parent) / f".{path.name}.{uuid.uuid4().hex[:8]}"
-    try:
-        yield temporary
-        flush(temporary)
-        os.replace(temporary, path)
-        flush(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def locked(directory: Path, what: str) -> Iterator[None]:
-    """Hold ``directory``, which is made if it is not there, for one process; the system lets go of it when that dies.
-
-    Raises:
-        ClusterNSError: another process holds it.
-    """
-    while True:
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / ".lock"
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ClusterNSError(
-                    f"{what} is being written by another process. Let it finish, or end it; then give the same command."
-                ) from None
-            # The one before may have removed the directory between our opening and our locking.
-            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
-                yield
-                return
-        finally:
-            os.close(handle)

@@ -19,8 +19,8 @@ import numpy as np
 
 from clusterns_ray.errors import ConfigError
 from clusterns_ray.inference.embedding_file import EmbeddingFile
-from clusterns_ray.inference.encode import OnEvent, replacing, unit_rows
-from clusterns_ray.io.files import sha256
+from clusterns_ray.inference.encode import OnEvent, unit_rows
+from clusterns_ray.io.files import replacing, sha256
 
 FLAT_ROWS = 100_000
 """Up to here every embedding is looked at: at width 384 a query reads 150 MB, which takes about 12 ms on two cores."""

@@ -29,8 +29,8 @@ from clusterns_ray.inference.encode import (
     describe_changes,
     encode_files,
     encode_request,
-    locked,
     unit_rows,
+    writer_lock,
 )
 from clusterns_ray.inference.faiss_index import RECALL_K, build_index, load_faiss, nearest, open_index, stamp_of
 from clusterns_ray.io.files import (
@@ -45,6 +45,7 @@ from clusterns_ray.io.files import (
 from clusterns_ray.io.paths import check_outlasts_job, job_package
 from clusterns_ray.io.terminal import printable
 from clusterns_ray.models.resolve import resolve_model
+from clusterns_ray.models.settings import read_settings
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -151,8 +152,9 @@ class SemanticIndex:
                 )
             return saved is not None and not rebuild and not _outdated(folder, saved, request)
 
+        built = False
         if not up_to_date():
-            with locked(_made(folder), f"The index in {str(folder)!r}"):
+            with writer_lock(_made(folder), f"The index in {str(folder)!r}"):
                 if not up_to_date():  # another process may have been quicker
                     note(_why(folder, request))
                     try:
@@ -160,9 +162,11 @@ class SemanticIndex:
                     except OSError as error:
                         remedy = "Then give the same command again: it goes on."
                         raise storage_error(error, folder, remedy) or error from error
-                    note(f"Built: {_describe(_read_manifest(folder))}")
-                    return cls(folder, model=model)
-        note(f"The index in {folder} is up to date: {_describe(_read_manifest(folder))}")
+                    built = True
+        state = "Built:" if built else f"The index in {folder} is up to date:"
+        note(f"{state} {_describe(_read_manifest(folder))}")
+        if similarity := read_settings(resolve_model(model)).other_similarity:
+            note(f"{model} is meant to be compared by {similarity}; search ranks by the cosine.")
         return cls(folder, model=model)
 
     @classmethod

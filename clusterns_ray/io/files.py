@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import math
 import os
 import re
 import stat
+import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from clusterns_ray.errors import ConfigError, StorageError
+from clusterns_ray.errors import ClusterNSError, ConfigError, StorageError
 from clusterns_ray.io.paths import check_outlasts_job
 
 PROBE_BYTES = 1 << 20
@@ -27,17 +30,53 @@ UNCHECKED = {DIRECTORY_MANIFEST, "README.md"}
 """Files without a checksum: people write in a model card."""
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a UTF-8 text file in one step, flushed to disk first."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+@contextmanager
+def replacing(path: Path, folder: Path | None = None) -> Iterator[Path]:
+    """A path to write to, which takes the place of the file ``path`` in one step, flushed to disk first.
+
+    Args:
+        folder: where it is meanwhile, on the same file system; beside ``path`` if not given.
+    """
+    temporary = (folder or path.parent) / f".{path.name}.{uuid.uuid4().hex[:8]}"
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        flush(temporary)
         os.replace(temporary, path)
+        flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a UTF-8 text file in one step, flushed to disk first."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def file_lock(lock: Path, refusal: ClusterNSError, wait_s: float = 0.0) -> Iterator[None]:
+    """Hold a lock among the processes of this machine; the system lets go of it when the process ends, however it ends.
+
+    Args:
+        lock: a file, which is made with its directory where it is not there.
+        refusal: raised where another process still holds the lock after ``wait_s`` seconds.
+    """
+    deadline = time.monotonic() + wait_s
+    while True:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("w") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= deadline:
+                        raise refusal from None
+                    time.sleep(0.1)
+            # The one before may have removed the file between our opening and our locking.
+            if lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                yield
+                return
 
 
 def json_text(value: Any, indent: int | None = 2) -> str:

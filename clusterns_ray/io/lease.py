@@ -11,7 +11,6 @@ another has taken over. No later one begins.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import random
@@ -20,14 +19,14 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from clusterns_ray.errors import ClusterNSError, StorageError
-from clusterns_ray.io.files import storage_error
+from clusterns_ray.io.files import file_lock, storage_error
 from clusterns_ray.io.object_store import Store
 
 HEARTBEAT_S = 4.0
@@ -60,25 +59,16 @@ def exclusive(run_dir: Path, wanted: bool, wait_s: float = 30.0) -> Iterator[Non
     if not wanted:
         yield
         return
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        opened = (run_dir / ".lock").open("w")
-    except OSError as error:
-        remedy = "Then give the same command again, or choose another runtime.name."
-        raise storage_error(error, run_dir, remedy) or error from error
-    with opened as lock:
-        deadline = time.monotonic() + wait_s
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise ClusterNSError(
-                        f"{str(run_dir)!r} is being written by another process (waited {wait_s:.0f} s). Let it finish, "
-                        "end it, or choose another runtime.name."
-                    ) from None
-                time.sleep(0.2)
+    refusal = ClusterNSError(
+        f"{str(run_dir)!r} is being written by another process (waited {wait_s:.0f} s). Let it finish, end it, or "
+        "choose another runtime.name."
+    )
+    with ExitStack() as held:
+        try:
+            held.enter_context(file_lock(run_dir / ".lock", refusal, wait_s))
+        except OSError as error:
+            remedy = "Then give the same command again, or choose another runtime.name."
+            raise storage_error(error, run_dir, remedy) or error from error
         yield
 
 

@@ -7,7 +7,6 @@ study, wherever it is.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -17,14 +16,14 @@ import stat
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from clusterns_ray.errors import ConfigError, DamagedError, StorageError
-from clusterns_ray.io.files import json_text, sha256, write_atomic
+from clusterns_ray.io.files import file_lock, json_text, replacing, sha256, write_atomic
 from clusterns_ray.io.paths import check_path
 
 MANIFEST = ".manifest.json"
@@ -244,7 +243,7 @@ class Store:
         if files is None:
             return False
         local.parent.mkdir(parents=True, exist_ok=True)
-        with file_lock(local.parent / f".{local.name}.lock"):
+        with download_lock(local.parent / f".{local.name}.lock"):
             if local.is_dir() and _matches(local, files):
                 return True
             for _ in range(REPLACED):
@@ -398,12 +397,8 @@ class Place:
         """Copy one file that is there to this machine, in one step."""
         assert self.store is not None
         self.local.mkdir(parents=True, exist_ok=True)
-        temporary = self.local / f".{name}.{uuid.uuid4().hex[:8]}"
-        try:
+        with replacing(self.local / name) as temporary:
             self.store.download(name, temporary)
-            temporary.replace(self.local / name)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def remove_file(self, name: str) -> None:
         """Remove a small file, if it is there."""
@@ -447,20 +442,9 @@ def write_text(where: str | Path, text: str) -> None:
     Store(holder).write(name, text.encode("utf-8"))
 
 
-@contextmanager
-def file_lock(lock: Path, timeout_s: float = 1800.0) -> Iterator[None]:
-    """Hold a lock among the processes of this machine; it is let go of when the process ends, however it ends."""
-    deadline = time.monotonic() + timeout_s
-    with lock.open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise StorageError(f"{str(lock)!r} was held by another process for {timeout_s:.0f} s.") from None
-                time.sleep(0.1)
-        yield
+def download_lock(lock: Path) -> AbstractContextManager[None]:
+    """Hold ``lock`` as the one process of this machine that downloads; others wait for half an hour."""
+    return file_lock(lock, StorageError(f"{str(lock)!r} was held by another process for 1800 s."), wait_s=1800)
 
 
 def _decoded(raw: bytes, address: str) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from clusterns_ray.errors import StorageError
 from clusterns_ray.io.lease import Lease, leased
-from clusterns_ray.io.object_store import Place, Store, file_lock, is_url
+from clusterns_ray.io.object_store import Place, Store, download_lock, is_url
 
 Warn = Callable[[str], None]
 
@@ -108,7 +108,7 @@ class Uploader(LocalFiles):
 
     def pull(self, *, files: bool) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        with file_lock(self.run_dir.parent / f".{self.run_dir.name}.pull"):
+        with download_lock(self.run_dir.parent / f".{self.run_dir.name}.pull"):
             if files:
                 Place(self.run_dir, self.store).fetch_files()
                 self._pull_model()

@@ -13,10 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from clusterns_ray.config import RuntimeConfig
 from clusterns_ray.errors import ClusterNSError, ConfigError
+from clusterns_ray.io.yaml_text import load_foreign_yaml
 from clusterns_ray.launch.capacity import HEAD, ClusterCapacity, check_room, node_types, wants_gpu, worker_resources
 
 log = logging.getLogger("cluster")
@@ -175,8 +174,8 @@ def _monitor_process() -> tuple[int, Path | None] | None:
 def _read_yaml(path: Path) -> Mapping[str, Any] | None:
     """The autoscaler's own file, which Ray has read already; None where it cannot be read."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        (values,) = load_foreign_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, ValueError):
         return None
     return values if isinstance(values, dict) else None
 

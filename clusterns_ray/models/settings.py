@@ -33,6 +33,11 @@ class ModelSettings:
     """whether the tokens of the prompt are among those of ``max_length``"""
     similarity: str = "cosine"
 
+    @property
+    def other_similarity(self) -> str | None:
+        """By what embeddings are meant to be compared, where that is not the cosine nor, by unit length, as good as."""
+        return None if self.similarity == "cosine" or self.normalize else self.similarity
+
 
 SAVED = ("pooling", "max_length", "prompt", "normalize", "denoise", "lower_case")
 """The keys of :data:`SETTINGS_FILE`."""

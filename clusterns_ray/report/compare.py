@@ -22,12 +22,19 @@ from clusterns_ray.report.words import (
     duration,
     fixed,
     listing,
-    mean_and_deviation,
     plain_value,
     signed,
     spread,
 )
+from clusterns_ray.tuning.comparison import difference_over_seeds
+from clusterns_ray.tuning.space import flatten
 
+SCORES: tuple[tuple[str, Callable[[RunRecord], float | None]], ...] = (
+    ("before", lambda run: run.before),
+    ("best step", lambda run: run.best[1] if run.best else None),
+    ("last step", lambda run: run.last),
+    ("STS average", lambda run: run.sts_average),
+)
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 
 
@@ -52,15 +59,15 @@ class Group:
 
 def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
     """Runs by configuration but for the seed, in the order of their first run."""
-    flat = [_flatten({key: value for key, value in run.config.identity().items() if key != "seed"}) for run in runs]
-    found: dict[str, list[int]] = {}
+    flat = [flatten({key: value for key, value in run.config.identity().items() if key != "seed"}) for run in runs]
+    alike: dict[str, list[int]] = {}
     for at, values in enumerate(flat):
-        found.setdefault(json.dumps(values, sort_keys=True), []).append(at)
-    firsts = [flat[members[0]] for members in found.values()]
+        alike.setdefault(json.dumps(values, sort_keys=True), []).append(at)
+    firsts = [flat[members[0]] for members in alike.values()]
     differing = [key for key in firsts[0] if len({json.dumps(values.get(key)) for values in firsts}) > 1]
     return [
         Group(_letter(at), [runs[member] for member in members], {key: firsts[at].get(key) for key in differing})
-        for at, members in enumerate(found.values())
+        for at, members in enumerate(alike.values())
     ]
 
 
@@ -97,15 +104,10 @@ def compare_page(runs: Sequence[RunRecord], where: Path) -> Page:
 
 def _headline(groups: Sequence[Group]) -> list[str]:
     total = sum(len(group.runs) for group in groups)
-    if len(groups) == 1:
-        text = f"{count(total, 'run')} of one configuration, which differ in their seed alone."
-    else:
-        text = (
-            f"{count(total, 'run')} of {len(groups)} configurations (runs that differ in their seed alone are of one)."
-        )
-    best = sorted(
-        (group for group in groups if _last(group)), key=lambda group: -statistics.fmean(_last(group) or [0.0])
-    )
+    text = f"{count(total, 'run')} of one configuration, which differ in their seed alone."
+    if len(groups) > 1:
+        text = f"{count(total, 'run')} of {len(groups)} configurations (runs that differ in their seed alone are one)."
+    best = sorted(filter(_last, groups), key=lambda group: -statistics.fmean(_last(group) or [0.0]))
     if not best or len({run.dev for group in groups for run in group.runs}) > 1:
         return [text]
     first = best[0]
@@ -122,33 +124,28 @@ def difference_in_words(first: Group, second: Group) -> str:
     assert a and b
     gap = statistics.fmean(a) - statistics.fmean(b)
     text = f"That is {signed(gap)} to {second.label}"
-    if min(len(a), len(b)) < 2 or len({*a}) == len({*b}) == 1:
+    interval = difference_over_seeds(a, b)
+    if interval is None or len(b) < 2 or len({*a}) == len({*b}) == 1:
         return f"{text}; without several seeds of both, nobody can tell whether that is noise."
-    low, high = welch_interval(a, b)
+    low, high = interval["low"], interval["high"]
     verdict = "which includes 0, so these seeds do not tell them apart" if low <= 0 <= high else "which excludes 0"
     return f"{text}, with a 95\u00a0% interval from {signed(low)} to {signed(high)}, {verdict}."
-
-
-def welch_interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
-    """95 % confidence interval of mean(a) - mean(b), for unequal variances (Welch 1947)."""
-    from scipy.stats import ttest_ind
-
-    interval = ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
-    return float(interval.low), float(interval.high)
 
 
 def _facts(groups: Sequence[Group]) -> list[Fact]:
     if len(groups) > 1:
         return []
-    group = groups[0]
-    dev = group.runs[0].dev or ""
-    found = [
-        Fact("Dev, before training", spread(group.values(lambda run: run.before)), dev),
-        Fact("Dev, best step", spread(group.values(lambda run: run.best[1] if run.best else None)), "chosen on it"),
-        Fact("Dev, last step", spread(group.values(lambda run: run.last)), dev),
-        Fact("Average of the STS tests", spread(group.values(lambda run: run.sts_average)), "of all seven"),
+    dev = groups[0].runs[0].dev or ""
+    labels = (
+        ("Dev, before training", dev),
+        ("Dev, best step", "chosen on it"),
+        ("Dev, last step", dev),
+        ("Average of the STS tests", "of all seven"),
+    )
+    facts = [
+        Fact(label, spread(groups[0].values(of)), note) for (label, note), (_, of) in zip(labels, SCORES, strict=True)
     ]
-    return [fact for fact in found if fact.value != NONE]
+    return [fact for fact in facts if fact.value != NONE]
 
 
 def _warnings(groups: Sequence[Group], names: Sequence[str]) -> list[Warning]:
@@ -190,23 +187,21 @@ def _warnings(groups: Sequence[Group], names: Sequence[str]) -> list[Warning]:
 
 
 def group_section(groups: Sequence[Group]) -> Section:
-    columns: list[tuple[str, Callable[[RunRecord], float | None]]] = [
-        ("before", lambda run: run.before),
-        ("best step", lambda run: run.best[1] if run.best else None),
-        ("last step", lambda run: run.last),
-        ("STS average", lambda run: run.sts_average),
-    ]
-    columns = [(name, of) for name, of in columns if any(v is not None for group in groups for v in group.values(of))]
-    rows: list[list[Cell]] = [
-        [
-            group.label,
-            ", ".join(str(run.config.seed) for run in group.runs),
-            *(spread(group.values(of)) for _, of in columns),
-            " – ".join(f"{step:,}" for step in sorted({min(_steps(group)), max(_steps(group))})),
-            duration(_mean([number(run.result or {}, "seconds") for run in group.runs])),
-        ]
-        for group in groups
-    ]
+    columns = [(name, of) for name, of in SCORES if any(v is not None for group in groups for v in group.values(of))]
+    rows: list[list[Cell]] = []
+    for group in groups:
+        steps = [run.last_step for run in group.runs]
+        seconds = [number(run.result or {}, "seconds") for run in group.runs]
+        known = [value for value in seconds if value is not None]
+        rows.append(
+            [
+                group.label,
+                ", ".join(str(run.config.seed) for run in group.runs),
+                *(spread(group.values(of)) for _, of in columns),
+                " – ".join(f"{step:,}" for step in sorted({min(steps), max(steps)})),
+                duration(statistics.fmean(known) if known else None),
+            ]
+        )
     return Section(
         "Mean and deviation over seeds",
         words=[
@@ -270,12 +265,9 @@ def curve_section(groups: Sequence[Group]) -> Section | None:
 def _curves(group: Group, at: int, key: str, evaluated: bool) -> list[Line]:
     """The runs of a group, thin, and their mean."""
     hue, dash = HUES[at % len(HUES)], DASHES[at % len(DASHES)]
-    curves = []
-    for run in group.runs:
-        if key == "sts_dev":
-            curves.append(dict(run.dev_scores))
-        else:
-            curves.append(dict(zip(*run.curve(key, evaluated), strict=True)))
+    curves = [
+        dict(run.dev_scores if key == "sts_dev" else zip(*run.curve(key, evaluated), strict=True)) for run in group.runs
+    ]
     curves = [curve for curve in curves if any(value is not None for value in curve.values())]
     if not curves:
         return []
@@ -343,15 +335,6 @@ def _last(group: Group) -> list[float] | None:
     return known if len(known) == len(values) else None
 
 
-def _steps(group: Group) -> list[int]:
-    return [run.last_step for run in group.runs]
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return mean_and_deviation(known)[0] if known else None
-
-
 def _letter(at: int) -> str:
     return chr(ord("A") + at) if at < 26 else f"G{at + 1}"
 
@@ -367,10 +350,3 @@ def _relative(path: Path, where: Path) -> str:
     from urllib.parse import quote
 
     return quote(Path(os.path.relpath(path.resolve(), where.resolve())).as_posix())
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

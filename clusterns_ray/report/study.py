@@ -87,23 +87,26 @@ def headline(study: StudyRecord, result: dict[str, Any] | None) -> list[str]:
 
 
 def facts(study: StudyRecord, result: dict[str, Any] | None) -> list[Fact]:
-    found = []
-    if result is not None:
-        winner = result["winner"]
-        spread = "" if winner["deviation"] is None else f" ± {fixed(winner['deviation'])}"
-        note = f"mean over {count(len(winner['scores']), 'seed')}" if winner["scores"] else "one run"
-        found.append(Fact("Winner on the dev set", fixed(winner["mean"]) + spread, note))
-    found.append(Fact("Untrained encoder", fixed(study.before), "the same set"))
-    base = (result or {}).get("base")
-    if base:
-        spread = "" if base["deviation"] is None else f" ± {fixed(base['deviation'])}"
-        note = f"mean over {count(len(base['scores']), 'seed')}" if base["scores"] else "one run"
-        found.append(Fact("Base configuration", fixed(base["mean"]) + spread, note))
+    outcome = result or {}
     states = {name: sum(trial.state == state for trial in study.trials) for state, name in STATES.items()}
-    said = ", ".join(f"{number} {name}" for name, number in states.items() if number)
-    found.append(Fact("Trials", str(len(study.trials)), said))
-    found.append(Fact("Time", duration(study.seconds), "of the study, over all its sessions"))
-    return found
+    return [
+        *_score_fact("Winner on the dev set", outcome.get("winner")),
+        Fact("Untrained encoder", fixed(study.before), "the same set"),
+        *_score_fact("Base configuration", outcome.get("base")),
+        Fact(
+            "Trials", str(len(study.trials)), ", ".join(f"{number} {name}" for name, number in states.items() if number)
+        ),
+        Fact("Time", duration(study.seconds), "of the study, over all its sessions"),
+    ]
+
+
+def _score_fact(label: str, runs: dict[str, Any] | None) -> list[Fact]:
+    """Mean and deviation of runs that differ in their seed; nothing where there are none."""
+    if not runs:
+        return []
+    deviation = "" if runs["deviation"] is None else f" ± {fixed(runs['deviation'])}"
+    note = f"mean over {count(len(runs['scores']), 'seed')}" if runs["scores"] else "one run"
+    return [Fact(label, fixed(runs["mean"]) + deviation, note)]
 
 
 # ---- warnings ---------------------------------------------------------------------------------------------------

@@ -27,7 +27,8 @@ from clusterns_ray.inference.embedding_file import (
     read_info,
     write_tables,
 )
-from clusterns_ray.inference.encode import Encoded, describe_changes, encode_files, encode_here, locked, unit_rows
+from clusterns_ray.inference.encode import Encoded, describe_changes, encode_files, encode_here, unit_rows, writer_lock
+from clusterns_ray.io import files
 from clusterns_ray.models.encoder import Encoder
 from clusterns_ray.models.serialization import model_digest
 
@@ -235,8 +236,8 @@ def while_encoding(monkeypatch: Any) -> dict[str, Any]:
 
 
 def while_a_part_is_written(monkeypatch: Any) -> dict[str, Any]:
-    original = embeddings.flush
-    monkeypatch.setattr(embeddings, "flush", lambda path: kill_me() if "part-000004" in path.name else original(path))
+    original = files.flush
+    monkeypatch.setattr(files, "flush", lambda path: kill_me() if "part-000004" in path.name else original(path))
     return {}
 
 
@@ -353,7 +354,7 @@ def test_a_full_disk_keeps_what_is_done(encode: Callable[..., Encoded], monkeypa
 
 
 def test_one_writer_at_a_time(encode: Callable[..., Encoded], tmp_path: Path) -> None:
-    with locked(tmp_path / "out.parquet.parts", "it"), pytest.raises(ClusterNSError, match="another process"):
+    with writer_lock(tmp_path / "out.parquet.parts", "it"), pytest.raises(ClusterNSError, match="another process"):
         encode()
     assert encode().rows == ROWS
 

@@ -6,7 +6,6 @@ import base64
 import gzip
 import hashlib
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -28,13 +27,14 @@ from clusterns_ray.evaluation.sts import TASKS
 from clusterns_ray.report import advice, write_report
 from clusterns_ray.report.advice import advise
 from clusterns_ray.report.charts import MAX_POINTS, Line, line_chart, size_bands, thin
-from clusterns_ray.report.compare import compare_page, group_runs, mean_curve, welch_interval
+from clusterns_ray.report.compare import compare_page, group_runs, mean_curve
 from clusterns_ray.report.page import COLORS, HUES, Examples, Figure, Link, Page, Section, Table, render_page
 from clusterns_ray.report.places import default_output
 from clusterns_ray.report.record import RunRecord, read_records, read_run
 from clusterns_ray.report.run import changed_keys, run_page
 from clusterns_ray.report.sts_table import PUBLISHED
 from clusterns_ray.report.words import duration, mean_and_deviation, spread
+from clusterns_ray.tuning.comparison import difference_over_seeds
 
 HOSTILE = """</script><script>hacked = 1</script><!-- "quoted" & 'so' <img src=x onerror="hacked = 1">"""
 
@@ -136,17 +136,6 @@ def test_thinned_curves_keep_their_mean_and_their_gaps() -> None:
     y[8:12] = [None] * 4
     assert thin(range(len(y)), y)[1][2] is None
     assert thin([1, 2], [3.0, None]) == ([1, 2], [3.0, None])
-
-
-def test_welch_interval_by_its_formula() -> None:
-    from scipy.stats import t
-
-    a, b = [73.1, 73.9, 73.4], [72.0, 73.5, 72.2, 71.9]
-    va, vb = statistics.variance(a) / 3, statistics.variance(b) / 4
-    freedom = (va + vb) ** 2 / (va**2 / 2 + vb**2 / 3)
-    half = t.ppf(0.975, freedom) * math.sqrt(va + vb)
-    gap = statistics.fmean(a) - statistics.fmean(b)
-    assert welch_interval(a, b) == pytest.approx((gap - half, gap + half))
 
 
 def test_mean_curve_where_all_have_a_value() -> None:
@@ -258,41 +247,64 @@ def test_the_bounds_are_those_of_the_alarms() -> None:
     assert (advice.EMPTY_AFTER, record.COLLAPSED) == (EMPTY_AFTER, evaluator.COLLAPSED)
 
 
-def test_warns_of_a_collapse(run_dir: Path) -> None:
-    def collapse(record: dict[str, Any]) -> None:
-        if record["step"] >= 300 and "loss" in record:
-            record["mean_cosine"] = 0.93
+Change = Callable[[int, Any], Any]
+SAID: dict[str, tuple[dict[str, Change], list[str]]] = {
+    "collapse": ({"mean_cosine": lambda step, v: 0.93 if step >= 300 else v}, ["Collapse: from step 300 | (0.93)"]),
+    "a score that is none": (
+        {"sts_dev": lambda step, v: None if step > 300 else v}, ["at steps 325, 350, 375 and 1 more"]
+    ),
+    "a score of a collapse": ({"sts_dev": lambda step, v: -100.0 if step == 350 else v}, ["computed at step 350: "]),
+    "a score that fell": (
+        {"sts_dev": lambda step, v: v - 8 if step > 350 else v}, ["fell from 73.17 at step 300 to 64.77"]
+    ),
+    "dead clusters": (
+        {"empty_clusters": lambda step, v: 10}, ["10 of 32 clusters had no sentence in the last 50 steps"]
+    ),
+    "few or early empty ones": ({"empty_clusters": lambda step, v: 20 if step < 80 else 9}, []),
+    "dead ones that came back": (
+        {"empty_clusters": lambda step, v: 12 if step == 200 else 1}, ["at step 200 12 of 32 | and at step 400 1."]
+    ),
+    "an oversized cluster": (
+        {"cluster_sizes": lambda step, v: [320] + [10] * 31},
+        ["held 50.8\u00a0% of the sentences before the evaluation at step 400"],
+    ),
+    "a large cluster": ({"cluster_sizes": lambda step, v: [300] + [10] * 31}, []),
+    "an oversized one in the batch": (
+        {"cluster_sizes": lambda step, v: None, "largest_cluster": lambda step, v: 96},
+        ["held 75.0\u00a0% of the sentences of the batch of step 400"],
+    ),
+    "skipped steps, and a loss that is none": (
+        {"skipped_steps": lambda step, v: 3 if step >= 390 else v, "loss": lambda step, v: None if step == 390 else v},
+        ["not finite at step 390.", "3 steps moved nothing"],
+    ),
+}  # fmt: skip
 
-    (text,) = warnings_of(change_records(run_dir, collapse))
-    assert "Collapse: from step 300 " in text and "(0.93)" in text
 
-    def never_spread(record: dict[str, Any]) -> None:
+@pytest.mark.parametrize("case", SAID)
+def test_what_is_said_of_a_run(run_dir: Path, case: str) -> None:
+    changes, expected = SAID[case]
+
+    def change(record: dict[str, Any]) -> None:
         if "loss" in record:
-            record["mean_cosine"] = 0.95
+            record.setdefault("skipped_steps", 0)
+        record.update({key: of(record["step"], record[key]) for key, of in changes.items() if key in record})
 
-    assert not any("Collapse" in text for text in warnings_of(change_records(run_dir, never_spread)))
-
-
-@pytest.mark.parametrize("value", [None, -100.0])
-def test_warns_of_a_dev_score_that_is_none(run_dir: Path, value: float | None) -> None:
-    def lose(record: dict[str, Any]) -> None:
-        if "sts_dev" in record and record["step"] in (325, 350, 375, 400):
-            record["sts_dev"] = value
-
-    run = change_records(run_dir, lose)
-    (text,) = warnings_of(run)
-    assert "at steps 325, 350, 375 and 1 more" in text
-    assert run.last is None and "at the last evaluation there was none" in page_text(run_page(run))
-    assert None not in run_page(run).sections[0].figures[0].figure["data"][0]["y"][:13]
+    texts = warnings_of(change_records(run_dir, change))
+    assert len(texts) == len(expected)
+    for text, parts in zip(texts, expected):
+        assert all(part in text for part in parts.split(" | ")), text
 
 
-def test_warns_of_a_dev_score_that_fell(run_dir: Path) -> None:
-    def fall(record: dict[str, Any]) -> None:
-        if "sts_dev" in record and record["step"] > 350:
-            record["sts_dev"] -= 8
+def test_embeddings_that_never_spread_have_not_collapsed(run_dir: Path) -> None:
+    run = change_records(run_dir, lambda record: record.update(mean_cosine=0.95))
+    assert not any("Collapse" in text for text in warnings_of(run))
 
-    (text,) = warnings_of(change_records(run_dir, fall))
-    assert "fell from 73.17 at step 300 to 64.77" in text
+
+def test_a_last_score_that_is_none(run_dir: Path) -> None:
+    run = change_records(run_dir, lambda record: record.update({"sts_dev": None} if record["step"] == 400 else {}))
+    page = run_page(run)
+    assert run.last is None and "at the last evaluation there was none" in page_text(page)
+    assert None not in page.sections[0].figures[0].figure["data"][0]["y"][:16]
 
 
 def test_warns_where_training_did_not_help(tmp_path: Path) -> None:
@@ -328,47 +340,6 @@ def test_warns_where_clustering_never_started(run_dir: Path) -> None:
     assert "Cluster health" not in [section.title for section in run_page(run).sections]
 
 
-def test_warns_of_dead_clusters(run_dir: Path) -> None:
-    def many(record: dict[str, Any]) -> None:
-        if "empty_clusters" in record:
-            record["empty_clusters"] = 10
-
-    (text,) = warnings_of(change_records(run_dir, many))
-    assert "10 of 32 clusters had no sentence in the last 50 steps" in text
-
-    def early(record: dict[str, Any]) -> None:
-        if "empty_clusters" in record:
-            record["empty_clusters"] = 20 if record["step"] < 80 else 9
-
-    assert warnings_of(change_records(run_dir, early)) == [], "50 steps have not passed, and 9 of 32 are below 30 %"
-
-    def recovered(record: dict[str, Any]) -> None:
-        if "empty_clusters" in record:
-            record["empty_clusters"] = 12 if record["step"] == 200 else 1
-
-    (text,) = warnings_of(change_records(run_dir, recovered))
-    assert "at step 200 12 of 32" in text and "at step 400 1." in text
-
-
-def test_warns_of_an_oversized_cluster(run_dir: Path) -> None:
-    def one(record: dict[str, Any]) -> None:
-        if "cluster_sizes" in record:
-            record["cluster_sizes"] = [320] + [10] * 31
-
-    (text,) = warnings_of(change_records(run_dir, one))
-    assert "held 50.8\u00a0% of the sentences before the evaluation at step 400" in text
-    run = change_records(run_dir, lambda record: record.update(cluster_sizes=[300] + [10] * 31))
-    assert warnings_of(run) == []
-
-    def by_batch(record: dict[str, Any]) -> None:
-        record.pop("cluster_sizes", None)
-        if "largest_cluster" in record:
-            record["largest_cluster"] = 96
-
-    (text,) = warnings_of(change_records(run_dir, by_batch))
-    assert "held 75.0\u00a0% of the sentences of the batch of step 400" in text
-
-
 def test_notes_a_score_that_still_rises(run_dir: Path) -> None:
     def rise(record: dict[str, Any]) -> None:
         if "sts_dev" in record:
@@ -382,16 +353,6 @@ def test_notes_a_score_that_still_rises(run_dir: Path) -> None:
     assert [warning.level for warning in advise(read_run(run_dir))] == ["problem"], (
         "it goes on, so rising is as it should"
     )
-
-
-def test_warns_of_skipped_steps_and_of_a_loss_that_is_none(run_dir: Path) -> None:
-    def skip(record: dict[str, Any]) -> None:
-        if "loss" in record and record["step"] >= 390:
-            record["skipped_steps"] = 3
-            record["loss"] = None if record["step"] == 390 else record["loss"]
-
-    texts = warnings_of(change_records(run_dir, skip))
-    assert len(texts) == 2 and "not finite at step 390." in texts[0] and texts[1].startswith("3 steps moved nothing")
 
 
 def test_says_what_the_dev_set_is(tmp_path: Path) -> None:
@@ -621,9 +582,13 @@ def test_what_a_comparison_holds(six: list[RunRecord], tmp_path: Path) -> None:
         ):
             assert len(values) == 3
             assert f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" in text.replace("\u202f", " ")
-    assert page.title == "6 runs compared" and "(runs that differ in their seed alone are of one)" in page.headline[0]
-    low, high = welch_interval(*([run.last or 0.0 for run in runs] for runs in groups))
-    assert low <= 0 <= high and "these seeds do not tell them apart" in page.headline[1]
+    assert page.title == "6 runs compared" and "(runs that differ in their seed alone are one)" in page.headline[0]
+    interval = difference_over_seeds(*([run.last or 0.0 for run in runs] for runs in groups))
+    assert (
+        interval
+        and interval["low"] <= 0 <= interval["high"]
+        and "these seeds do not tell them apart" in page.headline[1]
+    )
     assert "clustering.num_clusters" in text and "k0-seed2" in text
     assert html.loads.count("k32-seed1/report.html") == 1 and "k0-seed2/report.html" not in html.loads
     dev = html.plots()[0]["data"]

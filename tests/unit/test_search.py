@@ -20,9 +20,10 @@ from clusterns_ray.errors import ClusterNSError, ConfigError, DataError
 from clusterns_ray.inference import faiss_index as vectors
 from clusterns_ray.inference import search as semantic
 from clusterns_ray.inference.embedding_file import EmbeddingFile, embedding_schema, embedding_table, write_tables
-from clusterns_ray.inference.encode import encode_files, locked, unit_rows
+from clusterns_ray.inference.encode import encode_files, unit_rows, writer_lock
 from clusterns_ray.inference.faiss_index import build_index, fewest, good_neighbours, nearest, open_index
 from clusterns_ray.inference.search import Hit, SemanticIndex, default_directory
+from clusterns_ray.io.files import write_json
 from clusterns_ray.models.encoder import Encoder
 
 QUERIES = ["The baker sells bread.", "an iron key behind a wall", "Two horses"]
@@ -364,9 +365,31 @@ def test_an_index_of_another_model_that_was_named_is_refused(
     assert build(directory=folder, model=other, rebuild=True).search(["a lamp"], k=1)
 
 
+def test_another_similarity_than_the_cosine_is_said(
+    tiny_model: Path, corpus_file: Path, build: Callable[..., SemanticIndex], tmp_path: Path
+) -> None:
+    from clusterns_ray.inference.distributed_encode import encode
+
+    model = tmp_path / "dot"
+    shutil.copytree(tiny_model, model)
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in
+               (("", "Transformer"), ("1_Pooling", "Pooling"))]  # fmt: skip
+    (model / "1_Pooling").mkdir()
+    write_json(model / "1_Pooling/config.json", {"pooling_mode": "mean"})
+    write_json(model / "modules.json", modules)
+    write_json(model / "config_sentence_transformers.json", {"similarity_fn_name": "dot"})
+    for _ in range(2):  # built, then found
+        said = Said()
+        build(model=str(model), on_event=said)
+        assert said.has("dot is meant to be compared by dot; search ranks by the cosine.")
+    said = Said()
+    encode(str(model), str(corpus_file), tmp_path / "out.parquet", limit=3, on_event=said)
+    assert said.has("meant to be compared by dot; compare these so, too.")
+
+
 def test_an_up_to_date_index_is_searched_while_another_process_holds_it(build: Callable[..., SemanticIndex]) -> None:
     folder = build().directory
-    with locked(folder, "it"):
+    with writer_lock(folder, "it"):
         assert build().search(["a lamp"], k=1)
         with pytest.raises(ClusterNSError, match="another process"):
             build(rebuild=True)
