@@ -250,6 +250,11 @@ class ClusteringConfig(Section):
     """Batch mates of one cluster are false negatives if the cosine of their views is above this; where scope is
     corpus."""
 
+    @property
+    def enabled(self) -> bool:
+        """Whether there are clusters at all; without them a run is plain SimCSE."""
+        return self.num_clusters > 0
+
     @field_validator("num_clusters")
     @classmethod
     def _second_nearest(cls, value: int) -> int:

@@ -168,63 +168,30 @@ def bidirectional_margin_share(
     raise ConfigError(f"loss.bml_reduction is {reduction!r}; it must be all_pairs or false_negatives.")
 
 
-def clusterns_loss_share(
-    cos_bB: Tensor,
-    cos_bK: Tensor,
-    positive_b: Tensor,
-    clusters: Clusters,
-    *,
-    temperature: float,
-    hard_negatives: bool = True,
-    hard_negative_columns: HardNegativeColumns = "batch",
-    hard_negative_weight: float = 0.0,
-    bml_weight: float,
-    bml_alpha: float,
-    bml_beta: float,
-    bml_reduction: BMLReduction = "all_pairs",
-) -> ClusterNSLoss:
-    """This worker's share of the ClusterNS loss; the shares of all workers add up to the global loss.
-
-    Args:
-        cos_bB: ``cos(z1_i, z2_j)``, local rows against all columns.
-        cos_bK: ``cos(z1_i, c_k)`` with the *updated*, detached centroids.
-        positive_b: int64 column of each row's positive.
-        clusters: assignment of the rows to the updated centroids.
-    """
-    hard_logits_bK = None
-    if hard_negatives:
-        hard_logits_bK = hard_negative_logits(
-            cos_bK, clusters, temperature, hard_negative_columns, hard_negative_weight
-        )
-    mask_bB, pairs = None, 0.0
-    if bml_weight:
-        mask_bB = false_negative_mask(clusters.nearest_b, clusters.nearest_B, positive_b)
-        sizes_K = cluster_sizes(clusters.nearest_B, cos_bK.shape[1])
-        pairs = (sizes_K * (sizes_K - 1)).sum()
-    margins = (bml_weight, bml_alpha, bml_beta, bml_reduction)
-    return weighed_share(cos_bB, hard_logits_bK, positive_b, mask_bB, pairs, temperature, *margins)
-
-
 def false_negative_mask(nearest_b: Tensor, nearest_B: Tensor, positive_b: Tensor) -> Tensor:
     """``m_ij`` (b x B, bool): different rows that share a cluster, and so may mean the same."""
     return (nearest_b[:, None] == nearest_B[None, :]).scatter(1, positive_b[:, None], False)
 
 
-def weighed_share(
+def clusterns_loss_share(
     cos_bB: Tensor,
     hard_logits_bH: Tensor | None,
     positive_b: Tensor,
     mask_bB: Tensor | None,
     pairs: Tensor | float,
+    *,
     temperature: float,
     bml_weight: float,
     bml_alpha: float,
     bml_beta: float,
     bml_reduction: BMLReduction = "all_pairs",
 ) -> ClusterNSLoss:
-    """InfoNCE and the Bidirectional Margin Loss together, whatever clusters their terms are of.
+    """This worker's share of the ClusterNS loss, whatever clusters its terms are of; the shares of all workers add up
+    to the global loss.
 
     Args:
+        cos_bB: ``cos(z1_i, z2_j)``, local rows against all columns.
+        positive_b: int64 column of each row's positive.
         hard_logits_bH: further logits of the denominator, of centroids or of sentences; None without hard negatives.
         mask_bB: false negatives; see :func:`bidirectional_margin_share`. Not read where ``bml_weight`` is 0.
         pairs: how many false negatives there are in the global batch.
@@ -296,15 +263,18 @@ def clusterns_loss(
     cos_BK = cosine_matrix(z1_BD, centroids_KD.detach())
     nearest_B, second_B = nearest_two(cos_BK.detach())
     counts_K = cluster_sizes(second_B, len(centroids_KD))
+    clusters = Clusters(nearest_B, second_B, nearest_B, counts_K)
+    logits_BK = None
+    if hard_negatives:
+        logits_BK = hard_negative_logits(cos_BK, clusters, temperature, hard_negative_columns, hard_negative_weight)
+    mask_BB = false_negative_mask(nearest_B, nearest_B, _diagonal(z1_BD)) if bml_weight else None
     return clusterns_loss_share(
         cosine_matrix(z1_BD, z2_BD),
-        cos_BK,
+        logits_BK,
         _diagonal(z1_BD),
-        Clusters(nearest_B, second_B, nearest_B, counts_K),
+        mask_BB,
+        0.0 if mask_BB is None else mask_BB.sum(),
         temperature=temperature,
-        hard_negatives=hard_negatives,
-        hard_negative_columns=hard_negative_columns,
-        hard_negative_weight=hard_negative_weight,
         bml_weight=bml_weight,
         bml_alpha=bml_alpha,
         bml_beta=bml_beta,

@@ -213,7 +213,7 @@ def worker_memory(size: ModelSize, shards: int, workers: int, *, gpu: bool) -> W
 def bank_bytes(size: ModelSize, config: Config) -> int:
     """Of the bank of the corpus, on each worker and in each checkpoint: an embedding and an int64 a row, at most."""
     clustering = config.clustering
-    if clustering.scope == "batch" or not clustering.num_clusters:
+    if clustering.scope == "batch" or not clustering.enabled:
         return 0
     return min(clustering.bank_rows, config.data.limit or clustering.bank_rows) * (FLOAT * size.width + 8)
 

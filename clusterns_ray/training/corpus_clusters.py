@@ -15,23 +15,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clusterns_ray import distributed
 from clusterns_ray.clustering.bank import Bank, draw_negatives
-from clusterns_ray.clustering.kmeans import cosine_matrix
+from clusterns_ray.clustering.kmeans import cluster_sizes, cosine_matrix
 from clusterns_ray.clustering.state import Clustering
 from clusterns_ray.config import Config
 from clusterns_ray.data.sampler import permute, stream_key
 from clusterns_ray.data.token_store import TokenStore
 from clusterns_ray.errors import ConfigError
-from clusterns_ray.losses import BankNegatives
+from clusterns_ray.losses import BankNegatives, bank_negative_logits, similar_mask
 from clusterns_ray.models.encoder import Encoder
 from clusterns_ray.training.batch_layout import BatchLayout, to_device
+from clusterns_ray.training.hard_negatives import StepNegatives
 from clusterns_ray.training.kmeans_init import sample_rows, token_ids
 from clusterns_ray.training.validation import encode_together
 
 FILLED_AT_ONCE = 4096
 """Rows that are encoded between two looks at the clock."""
 
-TELL_EVERY_S = 5.0
+NOTE_EVERY_S = 5.0
 
 DRAWS = 2**62
 """Different numbers that a draw may be: so many that ``draw % rows`` favours none."""
@@ -63,7 +65,7 @@ class CorpusClusters:
                 f"clustering.num_clusters is {c.num_clusters}, but the corpus has {len(rows)} sentences, and each "
                 f"cluster needs one. Use at most {len(rows)} clusters, or more text."
             )
-        self.seed, self.settings, self.negatives_a_row = config.seed, c, config.loss.bank_negatives
+        self.seed, self.settings, self.loss = config.seed, c, config.loss
         self.clustering, self.tokens, self.encoder, self.note = clustering, tokens, encoder, note
         self.bank = Bank(rows, encoder.width, c.num_clusters, directory, encoder.device)
         self.age = 0
@@ -73,13 +75,38 @@ class CorpusClusters:
         """Fill the bank and cluster it, on all workers together."""
         self.bank.allocate()
         self.note(f"Filling the bank of the corpus: {len(self.bank):,} sentences")
-        told = time.monotonic()
+        noted = time.monotonic()
         for first in range(0, len(self.bank), FILLED_AT_ONCE):
             self._encode(np.arange(first, min(first + FILLED_AT_ONCE, len(self.bank))))
-            if time.monotonic() - told > TELL_EVERY_S:
-                told = time.monotonic()
+            if time.monotonic() - noted > NOTE_EVERY_S:
+                noted = time.monotonic()
                 self.note(f"  {min(first + FILLED_AT_ONCE, len(self.bank)):,} sentences")
         self._cluster()
+
+    def start_if_due(self, mean_cosine: Tensor, z1_bD: Tensor, z2_BD: Tensor, layout: BatchLayout) -> None:
+        if self.clustering.should_start(mean_cosine, len(self.bank)):
+            self.start()
+
+    def of_batch(self, z1_bD: Tensor, cos_bB: Tensor, positive_b: Tensor, layout: BatchLayout) -> StepNegatives:
+        """Terms from sentences that are drawn from the bank; then the batch goes into the bank."""
+        loss = self.loss
+        negatives = self.draw(z1_bD.detach(), layout)
+        cos_bn = cosine_matrix(z1_bD, negatives.z_nD)
+        logits_bn = None
+        if loss.hard_negatives:
+            columns, weight = loss.hard_negative_columns, loss.hard_negative_weight
+            logits_bn = bank_negative_logits(cos_bn, positive_b, negatives, loss.temperature, columns, weight)
+        lowest = self.settings.false_negative_cosine
+        mask_bB = similar_mask(cos_bB, negatives.nearest_b, negatives.nearest_B, positive_b, lowest)
+        own_pairs = mask_bB.sum()
+        pairs = own_pairs
+        if loss.bml_reduction == "false_negatives":
+            pairs = distributed.all_reduce_sum(own_pairs.clone())
+        own_bn = (negatives.row_n == positive_b[:, None]) & (negatives.slot_n >= 0)
+        hard_negative_cosine = (cos_bn.detach() * own_bn).sum() / len(negatives.row_n)
+        counts_K = cluster_sizes(negatives.nearest_B, self.clustering.num_clusters)
+        self.refresh(z1_bD.detach(), layout)
+        return StepNegatives(logits_bn, mask_bB, pairs, counts_K, hard_negative_cosine, own_pairs)
 
     def draw(self, z1_bD: Tensor, layout: BatchLayout) -> BankNegatives:
         """Cluster this worker's rows and draw the hard negatives of the whole batch; every ``recluster_every_steps``
@@ -96,12 +123,12 @@ class CorpusClusters:
         own_b = to_device(bank.slots(layout.rows_B[canonical_b]), z1_bD.device)
         drawn_bM = draw_negatives(cos_bK, own_b, to_device(self._draws(canonical_b), z1_bD.device), bank.members)
         nearest_b = cos_bK.argmax(dim=1)
-        found_BX = layout.gather(torch.cat([nearest_b[:, None], drawn_bM], dim=1))
-        slot_n = found_BX[:, 1:].flatten()
-        row_n = torch.arange(layout.size, device=slot_n.device).repeat_interleave(self.negatives_a_row)
+        gathered_BX = layout.gather(torch.cat([nearest_b[:, None], drawn_bM], dim=1))
+        slot_n = gathered_BX[:, 1:].flatten()
+        row_n = torch.arange(layout.size, device=slot_n.device).repeat_interleave(self.loss.bank_negatives)
         there_n = slot_n.clamp(min=0)
         return BankNegatives(
-            nearest_b, found_BX[:, 0], own_b, bank.z_ND[there_n], slot_n, row_n, bank.members.cluster_N[there_n]
+            nearest_b, gathered_BX[:, 0], own_b, bank.z_ND[there_n], slot_n, row_n, bank.members.cluster_N[there_n]
         )
 
     def refresh(self, z1_bD: Tensor, layout: BatchLayout) -> None:
@@ -120,7 +147,7 @@ class CorpusClusters:
 
     def _draws(self, canonical_b: np.ndarray) -> np.ndarray:
         """int64 (b, M): a pure function of the seed, the step and the row's place in the global batch."""
-        counters_bM = canonical_b[:, None] * self.negatives_a_row + np.arange(self.negatives_a_row)
+        counters_bM = canonical_b[:, None] * self.loss.bank_negatives + np.arange(self.loss.bank_negatives)
         return permute(counters_bM, DRAWS, stream_key("bank_negatives", self.seed, self.age))
 
     def _encode(self, slots: np.ndarray) -> None:

@@ -11,7 +11,7 @@ def model_card(config: Config, state: TrainState) -> str:
     method = (
         f"ClusterNS with {config.clustering.num_clusters} clusters"
         + (" of the whole corpus" if config.clustering.scope == "corpus" else "")
-        if config.clustering.num_clusters
+        if config.clustering.enabled
         else "SimCSE (ClusterNS with num_clusters 0)"
     )
     if config.loss.teacher is not None:

@@ -20,6 +20,7 @@ from clusterns_ray.training.checkpoint import Stateful
 from clusterns_ray.training.collate import Shard, ShardReader
 from clusterns_ray.training.context import RunContext
 from clusterns_ray.training.corpus_clusters import CorpusClusters
+from clusterns_ray.training.hard_negatives import CentroidNegatives, HardNegatives
 from clusterns_ray.training.kmeans_init import sample_centroids
 from clusterns_ray.training.mlm import LanguageModelHead
 from clusterns_ray.training.objective import DTYPES, Objective, TwoViews
@@ -57,16 +58,9 @@ class TrainingParts:
         c = config.clustering
         self.clustering = Clustering(c.num_clusters, c.start_cosine, c.rate, c.update, device)
         self.corpus = None
-        if c.scope == "corpus" and c.num_clusters:
+        if c.enabled and c.scope == "corpus":
             self.corpus = CorpusClusters(config, self.clustering, self.tokens, self.encoder, context.run_dir, note)
-        by_kmeans = partial(sample_centroids, config, self.tokens, self.encoder)
-        self.objective = Objective(
-            config.loss,
-            self.clustering,
-            first_centroid=stream_key("first_centroid", config.seed),
-            initial_centroids=by_kmeans if c.init == "kmeans" else None,
-            corpus=self.corpus,
-        )
+        self.objective = Objective(config.loss, self._hard_negatives())
         self.health = ClusterHealth(device)
         self.compute_in(self.precision)
 
@@ -123,6 +117,19 @@ class TrainingParts:
         z1_bD, z2_bD, mlm = self.model([self.shards.warm_up_shard()])
         (z1_bD.sum() + z2_bD.sum() + mlm[0]).backward()
         self.optimizer.zero_grad()
+
+    def _hard_negatives(self) -> HardNegatives | None:
+        """Where hard negatives come from; None for plain SimCSE."""
+        config = self.config
+        if not config.clustering.enabled or self.corpus is not None:
+            return self.corpus
+        by_kmeans = partial(sample_centroids, config, self.tokens, self.encoder)
+        return CentroidNegatives(
+            config.loss,
+            self.clustering,
+            first_centroid=stream_key("first_centroid", config.seed),
+            initial_centroids=by_kmeans if config.clustering.init == "kmeans" else None,
+        )
 
     def _language_model(self) -> torch.nn.Module | None:
         """The head of masked language modelling around the encoder's backbone, where its loss is on."""

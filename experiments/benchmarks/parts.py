@@ -57,7 +57,13 @@ from clusterns_ray.errors import ClusterNSError
 from clusterns_ray.evaluation.sts import TASKS, cosines_of, read_tests, score_tests
 from clusterns_ray.kernels.dropout import LEVELS, Streams, drop, dropped_levels
 from clusterns_ray.kernels.packed_attention import VECTOR_BYTES, Packing, UnpackIndex, packed_attention
-from clusterns_ray.losses import Clusters, clusterns_loss_share, info_nce_share
+from clusterns_ray.losses import (
+    Clusters,
+    clusterns_loss_share,
+    false_negative_mask,
+    hard_negative_logits,
+    info_nce_share,
+)
 from clusterns_ray.models.encoder import Encoder
 from clusterns_ray.models.packed_bert import multiply, onednn_multiplies
 from clusterns_ray.models.resolve import resolve_model
@@ -149,7 +155,15 @@ def loss(z1_bD: Tensor, z2_BD: Tensor, centroids_KD: Tensor | None) -> Tensor:
     nearest_B, second_B = nearest_b.repeat(len(z2_BD) // b), second_b.repeat(len(z2_BD) // b)
     clusters = Clusters(nearest_b, second_b, nearest_B, cluster_sizes(second_B, len(centroids_KD)))
     return clusterns_loss_share(
-        cos_bB, cos_bK, positive_b, clusters, temperature=0.05, bml_weight=1e-3, bml_alpha=0.0, bml_beta=0.3
+        cos_bB,
+        hard_negative_logits(cos_bK, clusters, 0.05, "batch", 0.0),
+        positive_b,
+        false_negative_mask(nearest_b, nearest_B, positive_b),
+        0.0,
+        temperature=0.05,
+        bml_weight=1e-3,
+        bml_alpha=0.0,
+        bml_beta=0.3,
     ).loss
 
 

@@ -23,6 +23,7 @@ from clusterns_ray.config import Config, LossConfig
 from clusterns_ray.data.prepare import prepare
 from clusterns_ray.losses import clusterns_loss, info_nce
 from clusterns_ray.training.context import RunContext
+from clusterns_ray.training.hard_negatives import CentroidNegatives
 from clusterns_ray.training.objective import Objective
 from clusterns_ray.training.parts import TrainingParts
 from clusterns_ray.training.views import CachedViews, chunked
@@ -121,16 +122,25 @@ def all_cases(config: Config, tokens_dir: Path, run_dir: Path) -> dict[str, Any]
     return found
 
 
+def clustered_objective(case: Case, update: Any = "mean") -> Objective:
+    return Objective(case.loss(), CentroidNegatives(case.loss(), Clustering(K, 1.0, RATE, update), FIRST))
+
+
+def clustering_of(objective: Objective) -> Clustering:
+    assert objective.hard_negatives is not None
+    return objective.hard_negatives.clustering
+
+
 def objective_of(run: TrainingParts, name: str) -> Objective:
     """The objective of a case; where it clusters, batch 0 has created the centroids."""
     if name in ("plain", "taught"):
-        return Objective({"plain": PLAIN, "taught": TAUGHT}[name], Clustering(0, 1.0, RATE, "mean"), FIRST)
+        return Objective({"plain": PLAIN, "taught": TAUGHT}[name])
     case = CLUSTERED[name]
-    objective = Objective(case.loss(), Clustering(K, 1.0, RATE, case.update), FIRST)
+    objective = clustered_objective(case, case.update)
     layout, shards = run.batch(0)
     with torch.no_grad():
         objective(*run.views(shards)[:2], layout)
-    assert objective.clustering.started
+    assert clustering_of(objective).started
     return objective
 
 
@@ -172,7 +182,7 @@ def pure_gradients(run: TrainingParts, name: str, step: int) -> Gradients:
     if name == "taught":
         return gradients_of(run, info_nce(z1_BD, z2_BD, TAUGHT.temperature) + 2 * divergence(z1_BD, z2_BD))
     case, loss = CLUSTERED[name], CLUSTERED[name].loss()
-    centroids_KD = objective_of(run, name).clustering.centroids_KD
+    centroids_KD = clustering_of(objective_of(run, name)).centroids_KD
     assert centroids_KD is not None
     centroids_KD, members_BD = centroids_KD.double(), z1_BD.detach()
     statistics = member_statistics(members_BD, assign(members_BD, centroids_KD)[0], K)
@@ -278,13 +288,13 @@ def test_the_cases_test_what_they_say(by_ranks):
 def five_steps(config: Config, tokens_dir: Path, run_dir: Path) -> dict[str, Any]:
     run = make_run(config, tokens_dir, run_dir)
     run.warm_up_reducer()
-    objective = Objective(CLUSTERED["batch-all_pairs-mean"].loss(), Clustering(K, 1.0, RATE, "mean"), FIRST)
+    objective = clustered_objective(CLUSTERED["batch-all_pairs-mean"])
     centroids = []
     for step in range(6):
         layout, shards = run.batch(step)
         update_weights(run.optimizer, objective(*run.model(shards)[:2], layout).scaled_loss, 1e-3)
-        assert objective.clustering.centroids_KD is not None
-        centroids.append(objective.clustering.centroids_KD.clone())
+        assert clustering_of(objective).centroids_KD is not None
+        centroids.append(clustering_of(objective).centroids_KD.clone())
     return {"centroids": centroids, "weights": [p.detach().clone() for p in run.views.parameters()]}
 
 
@@ -318,12 +328,12 @@ class Shapes(TorchDispatchMode):
 def shapes_of_two_steps(config: Config, tokens_dir: Path, run_dir: Path) -> set[tuple[int, ...]]:
     """Of a step that creates the centroids, and of one that uses them."""
     run = make_run(config, tokens_dir, run_dir)
-    objective = Objective(CLUSTERED["not_own_cluster-false_negatives-mean"].loss(), Clustering(K, 1.0, RATE, "mean"), 0)
+    objective = clustered_objective(CLUSTERED["not_own_cluster-false_negatives-mean"])
     with Shapes() as shapes:
         for step in range(2):
             layout, shards = run.batch(step)
             update_weights(run.optimizer, objective(*run.model(shards)[:2], layout).scaled_loss, 1e-3)
-    assert objective.clustering.started
+    assert clustering_of(objective).started
     return shapes.seen
 
 

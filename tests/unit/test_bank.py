@@ -21,7 +21,7 @@ from clusterns_ray.config import Config, make_config
 from clusterns_ray.data.prepare import prepare
 from clusterns_ray.data.sampler import permute, stream_key
 from clusterns_ray.errors import ClusterNSError, ConfigError
-from clusterns_ray.losses import BankNegatives, bank_negative_logits, similar_mask, weighed_share
+from clusterns_ray.losses import BankNegatives, bank_negative_logits, clusterns_loss_share, similar_mask
 from clusterns_ray.training.context import RunContext
 from clusterns_ray.training.metrics import step_metrics
 from clusterns_ray.training.objective import SHARE_NAMES, StepLoss
@@ -226,7 +226,7 @@ def test_gradients_are_those_of_finite_differences(columns: Any) -> None:
         logits = bank_negative_logits(cosine_matrix(z1_BD, drawn), positive_b, negatives, 0.5, columns, 0.7)
         mask_BB = similar_mask(cos_BB, nearest_b, nearest_b, positive_b, -1.0)
         margins = {"bml_weight": 0.5, "bml_alpha": 0.05, "bml_beta": 0.2}
-        return weighed_share(cos_BB, logits, positive_b, mask_BB, mask_BB.sum(), temperature=0.5, **margins).loss
+        return clusterns_loss_share(cos_BB, logits, positive_b, mask_BB, mask_BB.sum(), temperature=0.5, **margins).loss
 
     views = [
         (torch.rand(4, 5, generator=generator(seed), dtype=torch.float64) - 0.5).requires_grad_() for seed in (2, 3)

@@ -30,6 +30,7 @@ from clusterns_ray.training import run_access
 from clusterns_ray.training.checkpoint import list_checkpoints
 from clusterns_ray.training.context import RunContext
 from clusterns_ray.training.evaluator import COLLAPSED, Evaluator
+from clusterns_ray.training.hard_negatives import CentroidNegatives
 from clusterns_ray.training.loop import train_worker
 from clusterns_ray.training.metrics import read_metrics
 from clusterns_ray.training.optim import Optimizer
@@ -741,7 +742,8 @@ def test_kmeans_reads_the_corpus_without_dropout_and_leaves_training_on(lab: Lab
     config = lab.config(clustering={"init": "kmeans"})
     run = TrainingParts(RunContext(config, lab.prepared.tokens_dir, None, tmp_path), CPU)
     state = torch.get_rng_state()
-    make = run.objective.initial_centroids
+    assert isinstance(run.objective.hard_negatives, CentroidNegatives)
+    make = run.objective.hard_negatives.initial_centroids
     assert make is not None
     first, second = make(), make()
     assert torch.equal(first, second) and first.shape == (6, WIDTH)

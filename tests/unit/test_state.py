@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from clusterns_ray.clustering.state import Clustering
 from clusterns_ray.config import LossConfig
 from clusterns_ray.losses import clusterns_loss, info_nce
 from clusterns_ray.training.batch_layout import BatchLayout, build_batch_layout
+from clusterns_ray.training.hard_negatives import CentroidNegatives
 from clusterns_ray.training.objective import SHARE_NAMES, Objective, StepLoss
 
 K, B, D = 4, 16, 6
@@ -30,6 +32,11 @@ def layout() -> BatchLayout:
     import numpy as np
 
     return build_batch_layout(np.arange(B), np.arange(B) % 5 + 3, 4)
+
+
+def objective_with(state: Clustering, loss: LossConfig | None = None, **settings: Any) -> Objective:
+    loss = loss or LossConfig()
+    return Objective(loss, CentroidNegatives(loss, state, first_centroid=3, **settings))
 
 
 # ---- the gate -----------------------------------------------------------------------------------------------------
@@ -64,7 +71,7 @@ def test_the_threshold_is_met_exactly_by_the_step_that_reaches_it() -> None:
     assert 0 < without_diagonal < mean - 0.02 < 1, "with and without the diagonal cannot be told apart"
     for start, opens in ((mean + 1e-5, True), (mean - 1e-5, False)):
         state = clustering(start)
-        step = Objective(LossConfig(), state, first_centroid=3)(z1_BD, z2_BD, layout())
+        step = objective_with(state)(z1_BD, z2_BD, layout())
         assert state.started is opens
         assert dict(zip(SHARE_NAMES, step.shares.tolist()))["mean_cosine"] == pytest.approx(mean, abs=1e-6)
 
@@ -183,7 +190,7 @@ def step_of(objective: Objective, seed: int) -> tuple[StepLoss, torch.Tensor]:
 def test_the_step_that_creates_the_centroids_is_plain_info_nce_and_the_next_is_not() -> None:
     loss = LossConfig(bml_weight=0.5, bml_alpha=0.1, bml_beta=0.3)
     state = clustering(1.0)
-    objective = Objective(loss, state, first_centroid=3)
+    objective = objective_with(state, loss)
     first, _ = step_of(objective, 0)
     z1_BD, z2_BD = views(0)
     assert first.scaled_loss.item() == pytest.approx(info_nce(z1_BD, z2_BD, loss.temperature).item(), rel=1e-6)
@@ -209,7 +216,7 @@ def test_the_step_that_creates_the_centroids_is_plain_info_nce_and_the_next_is_n
 
 
 def test_without_clusters_every_step_is_plain_info_nce() -> None:
-    objective = Objective(LossConfig(), clustering(1.0, k=0), first_centroid=3)
+    objective = Objective(LossConfig())
     for seed in range(3):
         step, _ = step_of(objective, seed)
         assert step.scaled_loss.item() == pytest.approx(info_nce(*views(seed), 0.05).item(), rel=1e-6)
@@ -219,5 +226,5 @@ def test_without_clusters_every_step_is_plain_info_nce() -> None:
 def test_other_first_centroids_are_used_when_given() -> None:
     state = clustering(1.0)
     given_KD = torch.randn(K, D)
-    Objective(LossConfig(), state, 3, initial_centroids=lambda: given_KD)(*views(), layout())
+    objective_with(state, initial_centroids=lambda: given_KD)(*views(), layout())
     assert torch.equal(state.centroids_KD, given_KD)

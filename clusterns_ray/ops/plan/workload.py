@@ -84,7 +84,7 @@ def _worker_flops(work: Workload, workers: int) -> float:
 
 def _bank_negatives(config: Config) -> int | None:
     clustering = config.clustering
-    return config.loss.bank_negatives if clustering.scope == "corpus" and clustering.num_clusters else None
+    return config.loss.bank_negatives if clustering.scope == "corpus" and clustering.enabled else None
 
 
 def workload(config: Config, sentences: int | None = None) -> Workload:
