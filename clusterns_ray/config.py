@@ -305,6 +305,10 @@ class EvaluationConfig(Section):
     """Pairs graded by structure, a quarter of each grade; where sts is `structure`."""
     dev: str = "STSB/dev"
     """The set that selects, as TASK/SUBSET; `STRUCTURE/dev` where sts is `structure`."""
+    also: list[str] = []
+    """Further sets that are scored at each evaluation and select nothing, as TASK/SUBSET of `sts`, such as STSB/test;
+    or LEE50/test, news documents graded by people, from the package gensim. A fall of one beyond its bootstrap interval
+    is warned of."""
     every_steps: int = Field(default=125, ge=1)
     """Steps between dev evaluations; the last step is always evaluated."""
     patience: int | None = Field(default=3, ge=1)
@@ -322,12 +326,32 @@ class EvaluationConfig(Section):
             return {"dev": "STRUCTURE/dev", **values}
         return values
 
-    @field_validator("dev")
+    @field_validator("dev", "also")
     @classmethod
-    def _task_and_subset(cls, value: str) -> str:
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
-            raise ValueError("must be TASK/SUBSET, such as STSB/dev")
+    def _task_and_subset(cls, value: str | list[str]) -> str | list[str]:
+        for name in [value] if isinstance(value, str) else value:
+            if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+                raise ValueError("must be TASK/SUBSET, such as STSB/dev")
         return value
+
+    @model_validator(mode="after")
+    def _also(self):
+        if self.also and self.sts is None:
+            raise ValueError(
+                f"evaluation.also is {self.also}, but evaluation.sts is not set, so nothing is evaluated; set it, or "
+                "leave evaluation.also out"
+            )
+        if self.dev in self.also or len(set(self.also)) < len(self.also):
+            raise ValueError(
+                f"evaluation.also is {self.also}, which names a set twice, or the one that selects "
+                f"(evaluation.dev: {self.dev}); name each other set once"
+            )
+        if self.sts == "structure" and set(self.also) - {"LEE50/test"}:
+            raise ValueError(
+                f"evaluation.also is {self.also}, but with evaluation.sts structure there is only LEE50/test besides "
+                "the dev set; name that one, or give evaluation.sts a directory of TASK/SUBSET.jsonl files"
+            )
+        return self
 
 
 class RuntimeConfig(Section):

@@ -69,7 +69,7 @@ class Lines:
         if kind == "evaluation":
             if event["step"] == 0:
                 self.before = event["sts_dev"]
-            return f"step {event['step']}  {evaluation_text(event, self.before)}"
+            return f"step {event['step']}  {evaluation_text(event, self.before)}{also_text(event)}"
         return None
 
     def time_left(self, step: int) -> str:
@@ -131,6 +131,16 @@ def evaluation_text(event: dict[str, Any], before: float | None) -> str:
     return f"dev {score:.2f}" + (f"  (untrained: {before:.2f})" if before is not None and score <= before else "")
 
 
+def also_text(event: dict[str, Any]) -> str:
+    """The scores of sets that select nothing."""
+    return "".join(f"  {name} {event[key]:.2f}" for key, name in also_scores(event).items() if event[key] is not None)
+
+
+def also_scores(event: dict[str, Any]) -> dict[str, str]:
+    """Keys of an evaluation's scores that select nothing, with the names of their sets."""
+    return {key: key.removeprefix("also ") for key in event if key.startswith("also ")}
+
+
 def outcome_lines(result: dict[str, Any]) -> list[str]:
     """What came of a run, from its ``result.json``."""
     lines = []
@@ -144,6 +154,11 @@ def outcome_lines(result: dict[str, Any]) -> list[str]:
         lines.append(
             f"{result['dev']} (Spearman x 100): {before:.2f} before, {after:.2f} {step} ({after - before:+.2f})."
         )
+        for name, found in result.get("also", {}).items():
+            lines.append(
+                f"{name}, which selects nothing: {found['before']:.2f} before, {found['after']:.2f} at that step "
+                f"({found['after'] - found['before']:+.2f}; 95 % interval {found['low']:+.2f} to {found['high']:+.2f})."
+            )
         return lines
     trained = result["sts_dev_trained"]
     lines.append(
@@ -195,6 +210,7 @@ class Bar:
                 self.dev["dev"] = score
                 if event.get("best"):
                     self.dev["best"] = f"{score} at step {event['step']}"
+            self.dev |= {name: f"{event[key]:.2f}" for key, name in also_scores(event).items()}
             self._update(event["step"])
         elif kind == "done":
             self.close()

@@ -19,6 +19,7 @@ from clusterns_ray.data.structure import write_structure_dev
 from clusterns_ray.data.token_store import TokenStore, prepare_tokens, reuse_tokens
 from clusterns_ray.errors import ConfigError
 from clusterns_ray.evaluation.hub import fetch_sts
+from clusterns_ray.evaluation.lee import LEE
 from clusterns_ray.io.object_store import local_copy
 from clusterns_ray.models.resolve import resolve_model
 
@@ -82,8 +83,9 @@ def prepare(
 
     document_files = document_sources(documents_of(config) or [])
     sts_dir = config.evaluation.sts
+    names = [config.evaluation.dev, *config.evaluation.also]
     if sts_dir == "hf":  # first, as a machine without a network has to be told at once
-        sts_dir = str(fetch_sts(cache / "sts-hub", [config.evaluation.dev], note))
+        sts_dir = str(fetch_sts(cache / "sts-hub", [name for name in names if name != LEE], note))
     tokenizer = load_tokenizer(config)
     check_teacher(config, tokenizer)
     check_columns(config)

@@ -61,6 +61,15 @@ def interval(difference: float, differences_R: np.ndarray) -> dict[str, Any]:
     }
 
 
+def fall_text(name: str, found: dict[str, float], when: str, dev: str) -> str:
+    """A warning that a set which selects nothing fell, and by how much."""
+    return (
+        f"{name} fell from {found['before']:.2f} to {found['after']:.2f} {when} (95 % interval of the difference "
+        f"{found['low']:.2f} to {found['high']:.2f}), whatever {dev} says: what is learnt may be good for {dev} alone. "
+        "Try another data.positives, a loss.teacher or a lower train.learning_rate, or judge by your own task."
+    )
+
+
 class CountedRanks:
     """Average ranks of values, each of which may count several times or not at all."""
 

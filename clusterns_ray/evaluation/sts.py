@@ -19,6 +19,7 @@ import numpy as np
 
 from clusterns_ray.data.readers import check_characters, json_rows, read_lines
 from clusterns_ray.errors import ConfigError, DataError, NonFiniteError
+from clusterns_ray.evaluation.lee import LEE, check_lee, lee_pairs
 from clusterns_ray.io.paths import check_regular_file
 
 FIELDS = ("sentence1", "sentence2", "score")
@@ -56,7 +57,7 @@ class Pairs:
 
 
 def read_pairs(directory: str | Path, name: str) -> Pairs:
-    """Read ``TASK/SUBSET``.
+    """Read ``TASK/SUBSET``; LEE50/test, where the directory has none, from the package that carries it.
 
     Raises:
         ConfigError: there is no such file, or it is not a regular one.
@@ -64,6 +65,8 @@ def read_pairs(directory: str | Path, name: str) -> Pairs:
     """
     path = Path(directory).expanduser() / f"{name}.jsonl"
     check_pairs_exist(directory, name)
+    if not path.exists():
+        return Pairs(name, *lee_pairs())
     first, second, scores = [], [], []
     for number, row in json_rows(iter(read_lines(path)), str(path), FIELDS):
         if row is not None:
@@ -115,6 +118,8 @@ def check_pairs_exist(directory: str | Path, name: str) -> None:
     if path.exists():
         check_regular_file("The file", path)
         return
+    if name == LEE:
+        return check_lee()
     if not Path(directory).is_dir():
         raise ConfigError(
             f"STS directory {str(directory)!r} is not there. Give a directory of TASK/SUBSET.jsonl files "

@@ -13,6 +13,7 @@ from clusterns_ray.data.documents import list_documents
 from clusterns_ray.data.prepare import cache_directory, corpus_is_documents, documents_of
 from clusterns_ray.errors import ConfigError, StorageError
 from clusterns_ray.evaluation.hub import HUB
+from clusterns_ray.evaluation.lee import LEE, check_lee
 from clusterns_ray.evaluation.sts import check_pairs_exist
 from clusterns_ray.io.files import write_probe
 from clusterns_ray.io.object_store import Store, is_url, local_copy
@@ -58,13 +59,17 @@ def check_data(config: Config) -> None:
     if not corpus_is_documents(config):
         list_sources(config.data.corpus or "")
     sts = config.evaluation.sts
-    if sts == "hf" and config.evaluation.dev not in HUB:
-        raise ConfigError(
-            f"evaluation.dev is {config.evaluation.dev!r}, but with evaluation.sts hf it must be one of those there.",
-            f"Choose one of {', '.join(HUB)}.",
-        )
-    if sts not in (None, "structure", "hf"):
-        check_pairs_exist(Path(sts).expanduser(), config.evaluation.dev)
+    for key, names in (("dev", [config.evaluation.dev]), ("also", config.evaluation.also)):
+        for name in names:
+            if name == LEE:
+                check_lee()
+            elif sts == "hf" and name not in HUB:
+                raise ConfigError(
+                    f"evaluation.{key} is {name!r}, but with evaluation.sts hf it must be one of those there.",
+                    f"Choose one of {', '.join(HUB)}.",
+                )
+            elif sts not in (None, "structure", "hf"):
+                check_pairs_exist(Path(sts).expanduser(), name)
 
 
 def check_encoder(config: Config, note: Callable[[str], None] = lambda text: None) -> Config:

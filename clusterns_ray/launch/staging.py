@@ -110,13 +110,20 @@ def unstage(config: Config, staged: dict[str, Any]) -> tuple[Path, str | None]:
 
 
 def _dev_set_alone(config: Config, sts_dir: str) -> Path:
-    """A directory of the dev set's file and no other: an STS directory may hold much that no worker reads."""
-    file = Path(sts_dir) / f"{config.evaluation.dev}.jsonl"
-    local = cache_directory(config) / f"sts-{_hash([config.evaluation.dev, file.read_text(encoding='utf-8')])}"
-    target = local / f"{config.evaluation.dev}.jsonl"
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(file, target)
+    """A directory of the files that workers read, the dev set and those scored besides it, and no other: an STS
+    directory may hold much more."""
+    names = [config.evaluation.dev, *config.evaluation.also]
+    files = {name: Path(sts_dir) / f"{name}.jsonl" for name in names}
+    # What a package carries, each worker reads from its own.
+    files = {name: file for name, file in files.items() if file.is_file() or name == config.evaluation.dev}
+    local = cache_directory(config) / (
+        f"sts-{_hash([part for name, file in files.items() for part in (name, file.read_text(encoding='utf-8'))])}"
+    )
+    for name, file in files.items():
+        target = local / f"{name}.jsonl"
+        if not target.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, target)
     return local
 
 

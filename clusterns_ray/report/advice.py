@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from clusterns_ray.evaluation.compare import fall_text
 from clusterns_ray.report.page import Warning
 from clusterns_ray.report.record import RunRecord, number
 from clusterns_ray.report.words import count, fixed, percent, signed
@@ -182,11 +183,19 @@ def about_dev(run: RunRecord) -> Iterator[Warning]:
         )
 
 
+def general_fall(run: RunRecord) -> Iterator[Warning]:
+    """A set that selects nothing fell beyond its bootstrap interval while the dev score rose."""
+    for name, also in run.also.items():
+        if also["high"] < 0:
+            yield Warning(fall_text(name, also, "at the best step", run.dev or "the dev set"))
+
+
 CHECKS: tuple[Callable[[RunRecord], Iterator[Warning]], ...] = (
     unfinished,
     collapse,
     dev_collapse,
     no_gain,
+    general_fall,
     never_started,
     dead_clusters,
     oversized_cluster,

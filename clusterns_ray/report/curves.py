@@ -54,7 +54,9 @@ EVALUATION_COLUMNS = (
 
 def evaluation_table(run: RunRecord) -> Table:
     """Every evaluation, or an even choice of them with the best one."""
-    columns = [column for column in EVALUATION_COLUMNS if any(column[0] in record for record in run.evaluations)]
+    also = [(f"also {name}", name, ".2f") for name in run.config.evaluation.also]
+    columns = [*EVALUATION_COLUMNS[:1], *also, *EVALUATION_COLUMNS[1:]]
+    columns = [column for column in columns if any(column[0] in record for record in run.evaluations)]
     every = -(-len(run.evaluations) // SHOWN_EVALUATIONS)
     best_step = run.best[0] if run.best else None
     shown = [record for at, record in enumerate(run.evaluations) if at % every == 0 or record["step"] == best_step]

@@ -92,6 +92,17 @@ class RunRecord:
         """Whether no step beat the untrained encoder, so that this one was exported."""
         return self.result is not None and self.result.get("best_step") == 0
 
+    @cached_property
+    def also(self) -> dict[str, dict[str, float]]:
+        """Of each set that was scored and selected nothing: its scores before and after, and the interval between."""
+        also = (self.result or {}).get("also")
+        keys = ("before", "after", "low", "high")
+        return {
+            name: found
+            for name, found in (also.items() if isinstance(also, dict) else ())
+            if isinstance(found, dict) and all(number(found, key) is not None for key in keys)
+        }
+
     @property
     def last(self) -> float | None:
         """Score of the last evaluation after a step."""

@@ -102,6 +102,9 @@ def facts(run: RunRecord) -> list[Fact]:
             Fact("Dev, best step", fixed(best), f"step {step:,}; {why}" if run.best else ""),
             Fact("Dev, last step", fixed(run.last), f"step {run.last_step:,}"),
         ]
+    for name, also in run.also.items():
+        gain = f"{signed(also['after'] - also['before'])} ({fixed(also['low'])} to {fixed(also['high'])})"
+        found.append(Fact(name, fixed(also["after"]), f"{gain} from before training; chose nothing"))
     if run.sts_average is not None:
         found.append(Fact("Average of the STS tests", fixed(run.sts_average), "the seven tests, chose nothing"))
     stopped = run.result is not None and run.result.get("stopped_early")

@@ -12,6 +12,8 @@ import numpy as np
 from clusterns_ray import distributed
 from clusterns_ray.config import Config
 from clusterns_ray.errors import NonFiniteError
+from clusterns_ray.evaluation.compare import compare_sts, fall_text
+from clusterns_ray.evaluation.sts import StsTests, pair_cosines, spearman
 from clusterns_ray.models.encoder import Encoder
 from clusterns_ray.models.resolve import resolve_model
 from clusterns_ray.models.settings import read_settings
@@ -31,6 +33,16 @@ class Evaluation(NamedTuple):
     """whether the model is better than every one before, the untrained encoder included"""
     geometry: dict[str, Any]
     """how the embeddings lie, for the record; empty where they were not computed, and on workers but the first"""
+    also: dict[str, float]
+    """scores of the sets that select nothing, as ``also TASK/SUBSET``"""
+
+
+RESAMPLES = 1000
+"""Of the bootstrap at each evaluation."""
+
+
+def _by_name(also: dict[str, dict[str, float]]) -> dict[str, float]:
+    return {f"also {name}": found["after"] for name, found in also.items()}
 
 
 class Evaluator:
@@ -50,6 +62,8 @@ class Evaluator:
         """
         self.config, self.sts_dir, self.encoder, self.state, self.note = config, sts_dir, encoder, state, note
         self.dev = DevSet(sts_dir, config.evaluation.dev, encoder) if sts_dir else None
+        self.also = [DevSet(sts_dir, name, encoder) for name in config.evaluation.also] if sts_dir else []
+        self._warned: set[str] = set()
 
     def evaluate_untrained(self, known_score: float | None = None) -> Evaluation:
         """Score the encoder before training, or take the score that is known: the first best model.
@@ -71,7 +85,9 @@ class Evaluator:
         else:
             score = known_score
         self.state.score_before = self.state.best_score = score
-        return Evaluation(score, True, geometry)
+        self.state.also_cosines_before = {also.name: self._cosines(also).tolist() for also in self.also}
+        self.state.also = self._compare()
+        return Evaluation(score, True, geometry, _by_name(self.state.also))
 
     def evaluate(self) -> Evaluation:
         """Score the encoder after the step that the run's state is at."""
@@ -85,7 +101,37 @@ class Evaluator:
         best = state.best_score is None or score > state.best_score
         if best:
             state.best_score, state.best_step = score, state.step
-        return Evaluation(score, best, self._geometry(z_ND))
+        also = self._compare()
+        if best:
+            state.also = also
+        self._warn_of_falls(also)
+        return Evaluation(score, best, self._geometry(z_ND), _by_name(also))
+
+    def _cosines(self, also: DevSet) -> np.ndarray:
+        return pair_cosines([also.pairs], lambda _: also.encode(self.encoder))[0]
+
+    def _compare(self) -> dict[str, dict[str, float]]:
+        """Scores of the further sets, and how they differ from those before training; the same on every worker."""
+        found = {}
+        for number, also in enumerate(self.also):
+            cosines = {also.name: self._cosines(also)}
+            if distributed.rank() == 0:
+                before = {also.name: np.array(self.state.also_cosines_before[also.name])}
+                tests = StsTests({}, [also.pairs])
+                difference = compare_sts(tests, cosines, before, seed=number, resamples=RESAMPLES)[also.name]
+                scores = {
+                    key: 100 * spearman(values[also.name], also.pairs.scores)
+                    for key, values in (("before", before), ("after", cosines))
+                }
+                found[also.name] = {**scores, "low": difference["low"], "high": difference["high"]}
+        return distributed.broadcast_object(found)
+
+    def _warn_of_falls(self, also: dict[str, dict[str, float]]) -> None:
+        """Say once of each set that the model got worse on it than chance in its pairs would explain."""
+        for name, found in also.items():
+            if found["high"] < 0 and name not in self._warned:
+                self._warned.add(name)
+                self.note(fall_text(name, found, f"at step {self.state.step}", self.config.evaluation.dev))
 
     def out_of_patience(self) -> bool:
         """Whether ``evaluation.patience`` evaluations in a row brought no better score."""

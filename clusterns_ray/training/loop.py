@@ -156,7 +156,7 @@ def _train(
         with logger.paused():
             evaluation = evaluator.evaluate_untrained(score_before)
             export()
-            values = {"epoch": 0.0, "sts_dev": evaluation.score, **evaluation.geometry}
+            values = {"epoch": 0.0, "sts_dev": evaluation.score, **evaluation.also, **evaluation.geometry}
             logger.log_evaluation(0, values)
 
     while state.step < total_steps and not evaluator.out_of_patience():
@@ -205,7 +205,7 @@ def _train(
                 if evaluation.best:
                     export()
                 values = {"epoch": parts.epoch(state.step), "sts_dev": evaluation.score, "best": evaluation.best}
-                values |= evaluation.geometry
+                values |= evaluation.also | evaluation.geometry
                 if parts.clustering.centroids_KD is not None and parts.health.steps:
                     values |= parts.health.take(parts.clustering.centroids_KD)
                 logger.log_evaluation(state.step, values)
@@ -277,6 +277,7 @@ def _write_result(context: RunContext, state: TrainState, total_steps: int, logg
             "sts_dev_before": state.score_before,
             "sts_dev_last": state.last_score,
             "dev": config.evaluation.dev if context.sts_dir else None,
+            "also": state.also,
             "steps": state.step,
             "total_steps": total_steps,
             "stopped_early": state.step < total_steps,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 
@@ -22,6 +22,11 @@ class TrainState:
     """the dev score of the untrained encoder"""
     last_score: float | None = None
     """the dev score of the newest evaluation"""
+    also: dict[str, dict[str, float]] = field(default_factory=dict)
+    """of each set that is scored and selects nothing: its score ``before`` training and ``after`` the best step, and
+    the 95 % interval (``low``, ``high``) of the difference"""
+    also_cosines_before: dict[str, list[float]] = field(default_factory=dict)
+    """cosines of the pairs of each of these sets before training"""
     evaluations_without_gain: int = 0
     """in a row, without a new ``best_trained_score``: a run whose first steps cost it some score may still gain"""
     clustering_started_at: int | None = None
@@ -37,5 +42,5 @@ class TrainState:
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for field in fields(self):
-            setattr(self, field.name, state.get(field.name, getattr(self, field.name)))
+        for each in fields(self):
+            setattr(self, each.name, state.get(each.name, getattr(self, each.name)))

@@ -18,6 +18,7 @@ class DevSet:
     """Graded pairs, tokenised once."""
 
     def __init__(self, directory: str | Path, name: str, encoder: Encoder):
+        self.name = name
         self.pairs = read_pairs(directory, name)
         self.ids = encoder.tokenize(self.pairs.sentences())
 

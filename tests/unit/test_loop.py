@@ -24,6 +24,7 @@ from clusterns_ray.config import Config, make_config
 from clusterns_ray.console.progress import outcome_lines
 from clusterns_ray.data.prepare import Prepared, prepare
 from clusterns_ray.errors import CheckpointError, ClusterNSError, ConfigError, DataError, NonFiniteError, StorageError
+from clusterns_ray.evaluation.sts import read_pairs, score_pairs
 from clusterns_ray.models.encoder import Encoder
 from clusterns_ray.models.tokenization import tokenize
 from clusterns_ray.training import run_access
@@ -197,6 +198,42 @@ def test_a_whole_run(lab: Lab, tmp_path: Path) -> None:
     assert environment["versions"]["torch"] == torch.__version__ and environment["machine"]["cpus"] > 0
     assert environment["command"] == ["clusterns", "train", "x.yaml"] and environment["num_workers"] == 1
     assert len(list((tmp_path / "tensorboard").glob("events.*"))) == 1
+
+
+def test_sets_that_are_scored_as_well_select_nothing(lab: Lab, tmp_path: Path) -> None:
+    alone = lab.run(tmp_path / "alone", lab.config())
+    config = lab.config(evaluation={"also": ["LEE50/test"]})
+    result = lab.run(tmp_path / "also", config)
+    for key in ("best_step", "sts_dev", "sts_dev_before", "sts_dev_last", "steps"):
+        assert result[key] == alone[key], key
+    assert_same_tensors(weights(tmp_path / "alone", 6), weights(tmp_path / "also", 6))
+    assert alone["also"] == {} and set(result["also"]) == {"LEE50/test"}
+
+    found = result["also"]["LEE50/test"]
+    records = {
+        r["step"]: r["also LEE50/test"] for r in read_metrics(tmp_path / "also" / "metrics.jsonl") if "best" in r
+    }
+    assert set(records) == {2, 4, 6} and found["after"] == records[result["best_step"]]
+    assert found["low"] <= found["after"] - found["before"] <= found["high"]
+    pairs = read_pairs(tmp_path, "LEE50/test")
+    encoders = (Encoder.for_training(config.encoder, seed=0).eval(), Encoder.load(tmp_path / "also" / "model"))
+    for key, encoder in zip(("before", "after"), encoders, strict=True):
+        assert found[key] == pytest.approx(score_pairs(pairs, encoder.encode), abs=0.01)
+
+
+def test_a_fall_of_a_set_that_selects_nothing_is_warned_of_once(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cosines(self: Evaluator, also: DevSet) -> np.ndarray:
+        grades = also.pairs.scores / 2
+        return grades if self.state.step == 0 else -grades
+
+    monkeypatch.setattr(Evaluator, "_cosines", cosines)
+    result = lab.run(tmp_path, lab.config(evaluation={"also": ["LEE50/test"]}))
+    found = result["also"]["LEE50/test"]
+    assert (found["before"], found["after"]) == pytest.approx((100, -100))
+    told = [note["text"] for note in lab.seen("note") if "LEE50/test" in note["text"]]
+    assert len(told) == 1 and "fell from 100.00 to -100.00 at step 2" in told[0] and "whatever STSB/dev says" in told[0]
 
 
 def test_a_score_that_is_known_is_not_measured_again(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -506,6 +543,7 @@ RESUMED: dict[str, dict[str, dict[str, Any]]] = {
     "teacher": {"loss": {"teacher": "TEACHER", "distillation_weight": 0.5}},
     "neighbour": {"data": {"positives": "neighbour", "neighbour_distance": 2, "corpus": "DOCUMENTS"}},
     "crop": {"data": {"positives": "crop"}},
+    "also": {"evaluation": {"also": ["LEE50/test"]}},
 }
 
 
@@ -547,7 +585,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(lab: Lab, tmp_path: Path, case: st
         a, b = weights(tmp_path / "whole", 6), weights(tmp_path / "killed", 6)
         assert a.pop("centroids") is None and b.pop("centroids") is None
         assert_same_tensors(a, b)
-    for key in ("best_step", "sts_dev", "sts_dev_before", "steps", "clustering_started_at", "fingerprint"):
+    for key in ("best_step", "sts_dev", "sts_dev_before", "also", "steps", "clustering_started_at", "fingerprint"):
         assert resumed[key] == whole[key], key
 
     def told(name: str) -> list[dict[str, Any]]:

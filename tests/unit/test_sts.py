@@ -168,6 +168,24 @@ def test_bytes_that_are_not_utf8_are_a_data_error(tmp_path: Path) -> None:
         read_pairs(tmp_path, "STSB/dev")
 
 
+def test_the_news_documents_that_people_graded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = read_pairs(tmp_path, "LEE50/test")
+    assert len(pairs) == 1225 and len(pairs.sentences()) == 50
+    assert pairs.scores.min() >= 0.2 and pairs.scores.max() <= 1 and len(np.unique(pairs.scores)) > 50
+    nearest = int(pairs.scores.argmax())
+    assert pairs.sentences1[nearest] != pairs.sentences2[nearest]
+    assert all(40 < len(text.split()) < 130 for text in pairs.sentences())
+
+    monkeypatch.setattr("clusterns_ray.evaluation.lee.find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"gensim, which is not installed.*clusterns-ray\[demo\].*leave LEE50/test out"):
+        read_pairs(tmp_path, "LEE50/test")
+    (tmp_path / "LEE50").mkdir()
+    (tmp_path / "LEE50" / "test.jsonl").write_text(
+        "".join(json.dumps({"sentence1": "a", "sentence2": "b", "score": score}) + "\n" for score in (1, 2))
+    )
+    assert len(read_pairs(tmp_path, "LEE50/test")) == 2, "a directory's own file comes first"
+
+
 @pytest.mark.parametrize("rows", [[], [("a", "b", 1)], [("a", "b", 3), ("c", "d", 3), ("e", "f", 3)]])
 def test_constant_grades_are_refused(tmp_path: Path, rows: list[tuple[str, str, float]]) -> None:
     write(tmp_path / "STSB" / "dev.jsonl", rows)
