@@ -163,7 +163,8 @@ def check_columns(config: Config) -> None:
     if all(is_table(source) for source in sources):
         raise DataError(
             f"data.positives is neighbour, but nothing tells which document a row of {sources[0].path} is of, as "
-            f"data.document_column is not set. {REMEDY}"
+            f"data.document_column is not set.",
+            REMEDY,
         )
 
 
@@ -183,10 +184,12 @@ def check_positives(config: Config, manifest: dict[str, Any]) -> None:
     if data.corpus not in (None, "demo") and data.document_column is None and documents <= manifest["counts"]["files"]:
         raise DataError(
             f"data.positives is neighbour, but {corpus!r} has no documents: it has no blank line between sentences, so "
-            f"lines that follow each other may have nothing to do with each other. {REMEDY}"
+            f"lines that follow each other may have nothing to do with each other.",
+            REMEDY,
         )
     if manifest["alone"] == manifest["rows"]:
         raise DataError(
             f"data.positives is neighbour, but none of the {manifest['rows']:,} sentences of {corpus!r} has another "
-            f"one of its section beside it. {REMEDY}"
+            f"one of its section beside it.",
+            REMEDY,
         )
