@@ -80,17 +80,15 @@ class Check:
         torch.manual_seed(0)
         BertModel(BertConfig.from_pretrained(self.tiny) if self.small else BertConfig()).save_pretrained(self.base)
         AutoTokenizer.from_pretrained(str(self.tiny)).save_pretrained(self.base)
-        self.problems: list[str] = []
-        self.fastest_product = float("nan")
+        self.problems, self.fastest_product = list[str](), float("nan")
 
     def machine(self) -> dict[str, Any]:
         """Versions, and the fastest bf16 product."""
         n = 512 if self.small else 8192
         x = torch.randn(n, n, device=self.device, dtype=torch.bfloat16)
         self.fastest_product = 2 * n**3 / self.seconds(lambda: x @ x, 20)
-        gpu = str(torch.cuda.get_device_properties(self.device)) if self.on_gpu else None
-        found = describe_environment(self.device, sys.argv, 1) | {"gpu": gpu, "cuda": torch.version.cuda}
-        return {**found, "product_tflops": self.fastest_product / 1e12}
+        found = {"cuda": torch.version.cuda, "product_tflops": self.fastest_product / 1e12}
+        return describe_environment(self.device, sys.argv, 1) | found
 
     def modes(self) -> dict[str, Any]:
         """Losses of every mode: in fp32 without dropout, beside those that a CPU had; in 16 bits with dropout."""
@@ -129,8 +127,7 @@ class Check:
 
     def step(self) -> dict[str, Any]:
         """The step of BERT-base that training takes, by shards, and sentence-transformers' step on the same text."""
-        found: dict[str, Any] = {}
-        batch = 64 if self.small else 512
+        found, batch = dict[str, Any](), 64 if self.small else 512
         for shards in (8, 1):
             run = self.base_run(shards, batch)
             step = partial(take_step, run, 0)
@@ -234,8 +231,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8.0, help="no section begins later")
     parser.add_argument("--out", type=Path, default=Path("gpu_check.json"))
     options = parser.parse_args()
-    found: dict[str, Any] = {}
-    began = time.monotonic()
+    found, began = dict[str, Any](), time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         check = Check(options, Path(scratch))
         for name in ("machine", "modes", "repetition", "step", "encode"):

@@ -70,22 +70,20 @@ def _inspect_nodes(request: dict[str, Any], tell: Tell) -> None:
         }
     )
     ray.cloudpickle.register_pickle_by_value(one_node)
-    waiting: dict[Any, tuple[str, float]] = {}
+    waiting: dict[Any, str] = {}
     for node in nodes:
         # No CPU, so that it runs beside whatever the node does; there and nowhere else.
-        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        there: Any = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         remote = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)
-        waiting[remote(one_node.describe).remote(request["node"])] = node["NodeID"], time.time()
-        waiting[remote(one_node.compute).remote()] = node["NodeID"], time.time()
+        waiting[remote(one_node.describe).remote(request["node"])] = node["NodeID"]
+        waiting[remote(one_node.compute).remote()] = node["NodeID"]
     deadline = time.monotonic() + request["seconds"]
     tell({"kind": "state_api", "error": _state_api_error(min(request["seconds"], 20.0))})
     while waiting and time.monotonic() < deadline:
         for task in ray.wait(list(waiting), num_returns=1, timeout=1.0)[0]:
-            node, asked = waiting.pop(task)
+            node = waiting.pop(task)
             try:
-                answer, now = ray.get(task), time.time()
-                if "time" in answer:  # of its clock, beside the middle of the question's way and the answer's
-                    answer |= {"ahead": answer["time"] - (asked + now) / 2, "doubt": (now - asked) / 2}
+                answer = ray.get(task)
             except RayError as error:
                 answer = {"error": str(error).strip().splitlines()[-1][:500]}
             tell({"kind": "node", "node": node, **answer})

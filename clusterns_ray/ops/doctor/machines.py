@@ -15,9 +15,6 @@ from clusterns_ray.ops.doctor.findings import Finding, count_text, from_error, o
 from clusterns_ray.ops.doctor.request import Request, Sizes
 from clusterns_ray.ops.estimates import bank_bytes, checkpoint_bytes, held_shards, run_bytes, worker_memory
 
-CLOCKS_S = 5.0
-"""Seconds by which clocks may differ before it is said."""
-
 NEARLY = 0.8
 """Of what is free: what needs more than that share of it is warned of."""
 
@@ -104,7 +101,6 @@ def check_facts(
     yield from check_versions(cluster)
     if cluster.on_ray:
         yield from check_security(cluster)
-        yield from check_clocks(cluster)
         yield from check_state_api(request, cluster)
     if cluster.machines:
         yield from check_gpus(request, cluster)
@@ -113,7 +109,6 @@ def check_facts(
         yield from check_storage(request, cluster)
         yield from check_models(cluster)
         yield from check_resources(request, cluster)
-        yield from check_cpus(request, cluster, os.cpu_count() or 1)
         yield from check_memory(request, cluster, sizes)
     if request is not None:
         yield from check_disk(request, cluster, sizes)
@@ -185,16 +180,6 @@ def check_models(cluster: Cluster) -> list[Finding]:
     return [each for machine in cluster.machines for each in _failed("encoder", machine, machine.facts.get("model"))]
 
 
-def check_clocks(cluster: Cluster) -> Iterator[Finding]:
-    """Whether the nodes agree on the time; leases and signatures of requests to object stores carry it."""
-    for machine in cluster.machines:
-        ahead = machine.facts.get("ahead", 0.0)
-        if abs(ahead) > machine.facts.get("doubt", 0.0) + CLOCKS_S:
-            way = "ahead of" if ahead > 0 else "behind"
-            value = f"{machine.name}: its clock is {abs(ahead):,.0f} s {way} the driver's"
-            yield warning("clocks", value, "Let the nodes take their time from one place (chrony).")
-
-
 def check_security(cluster: Cluster) -> Iterator[Finding]:
     """Whether anyone who reaches the head can run code."""
     reachable = sorted({machine.address for machine in cluster.machines if not _is_loopback(machine.address)})
@@ -256,14 +241,6 @@ def check_resources(request: Request, cluster: Cluster) -> list[Finding]:
     now = capacity.room_now(worker)
     text = f"{count_text(most, 'worker')} with {each} each: room on {there}"
     return [ok("resources", text + (f"; {now} could start now" if now < most else ""))]
-
-
-def check_cpus(request: Request, cluster: Cluster, cpus: int) -> Iterator[Finding]:
-    """A Ray that is started here is given as many CPUs as are asked for, so that workers share those there are."""
-    needed = request.most * request.config.runtime.cpus_per_worker * request.concurrent
-    if not cluster.joined and needed > cpus:
-        value = f"{needed} are asked for on a machine with {cpus}: they are shared, and all runs slower"
-        yield warning("CPUs", value, "Ask for fewer workers, or a smaller runtime.cpus_per_worker.")
 
 
 def check_gpus(request: Request | None, cluster: Cluster) -> list[Finding]:

@@ -12,7 +12,6 @@ import platform
 import shutil
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,6 @@ def describe(request: dict[str, Any]) -> dict[str, Any]:
         "directories": {key: _directory(key, path, request) for key, path in request["directories"].items()},
         "store": outcome(_store, request["store"]) if request["store"] else None,
         "model": outcome(_model, **request["model"]) if request["model"] else None,
-        "time": time.time(),
     }
 
 
