@@ -55,8 +55,8 @@ def read_documents(spec: str | list[str], text_column: str = "text") -> Iterator
                 yield document
     if not found:
         raise DataError(
-            f"No document with text in {spec!r}: every file is empty or holds only headings. "
-            "Point it at files with paragraphs of text."
+            f"No document with text in {spec!r}: every file is empty or holds only headings.",
+            "Point it at files with paragraphs of text.",
         )
 
 
@@ -86,18 +86,19 @@ def _expand(spec: str) -> list[str]:
         files = [str(file) for file in sorted(map(Path, _find(spec)))] if spec else []
     except OSError as error:
         raise DataError(
-            f"Documents {spec!r} cannot be listed: {error.strerror or error}. Check the path, and that this user may "
-            "read the directory."
+            f"Documents {spec!r} cannot be listed: {error.strerror or error}.",
+            "Check the path, and that this user may read the directory.",
         ) from None
     if not files:
         raise DataError(
             f"No documents found at {spec!r}: no such file, no match for the glob, or a directory without "
-            f"{', '.join(SUFFIXES)} files. Check the path, or use 'demo' for the packaged sample."
+            f"{', '.join(SUFFIXES)} files.",
+            "Check the path, or use 'demo' for the packaged sample.",
         )
     for file in files:
         check_regular_file("The document", file)
         if not os.access(file, os.R_OK):
-            raise DataError(f"The document {file!r} may not be read by this user. Change its permissions.")
+            raise DataError(f"The document {file!r} may not be read by this user.", "Change its permissions.")
     return files
 
 
@@ -116,7 +117,8 @@ def _read_source(source: str, text_column: str) -> Iterator[Document]:
     if path.suffix not in SUFFIXES:
         raise DataError(
             f"Cannot read {path} as a document: the suffix is {path.suffix!r}, and only "
-            f"{', '.join(SUFFIXES)} are known. Convert or rename it, or narrow the glob."
+            f"{', '.join(SUFFIXES)} are known.",
+            "Convert or rename it, or narrow the glob.",
         )
     try:
         if path.suffix == ".jsonl":
@@ -124,7 +126,9 @@ def _read_source(source: str, text_column: str) -> Iterator[Document]:
         else:
             yield parse_document(decode(path.read_bytes(), source), path.stem)
     except OSError as error:
-        raise DataError(f"{source}: reading failed: {error.strerror or error}. Check that the disk is well.") from None
+        raise DataError(
+            f"{source}: reading failed: {error.strerror or error}.", "Check that the disk is well."
+        ) from None
 
 
 def _read_jsonl(path: Path, text_column: str) -> Iterator[Document]:

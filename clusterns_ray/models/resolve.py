@@ -38,7 +38,7 @@ def resolve_model(name: str, note: Callable[[str], None] = lambda text: None) ->
     if name in staged:
         return staged[name]
     if name.startswith("hf://"):
-        raise ConfigError(f"encoder {name!r}: a model of the hub is named by its id alone. Write {name[5:]!r}.")
+        raise ConfigError(f"encoder {name!r}: a model of the hub is named by its id alone.", f"Write {name[5:]!r}.")
     name = check_path("encoder", name)
     if is_url(name):
         path = _fetch(name, note)
@@ -48,12 +48,12 @@ def resolve_model(name: str, note: Callable[[str], None] = lambda text: None) ->
         path = Path(name).expanduser()
     elif name.count("/") > 1:
         raise ConfigError(
-            f"encoder {name!r}: there is no such directory, and a hub id has at most one slash. Correct the path."
+            f"encoder {name!r}: there is no such directory, and a hub id has at most one slash.", "Correct the path."
         )
     elif not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII) or os.path.exists(name):
         raise ConfigError(
-            f"encoder {name!r} is neither a directory nor a hub id (NAME or OWNER/NAME). Name the directory that a "
-            "save_pretrained wrote, a hub id, or package:PYTHON_PACKAGE/SUBDIR."
+            f"encoder {name!r} is neither a directory nor a hub id (NAME or OWNER/NAME).",
+            "Name the directory that a save_pretrained wrote, a hub id, or package:PYTHON_PACKAGE/SUBDIR.",
         )
     else:
         return name
@@ -71,8 +71,8 @@ def _in_package(name: str) -> Path:
         spec = None
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(
-            f"encoder {name!r}: the Python package {package!r} is not installed. Install it "
-            f"(pip install {package.replace('_', '-')}), or name a directory or a hub id."
+            f"encoder {name!r}: the Python package {package!r} is not installed.",
+            f"Install it (pip install {package.replace('_', '-')}), or name a directory or a hub id.",
         )
     return Path(next(iter(spec.submodule_search_locations))) / subdir
 
@@ -93,7 +93,7 @@ def _check_directory(name: str, path: Path) -> None:
         files = [entry.name for entry in os.scandir(path) if entry.name.endswith(_READ)]
     except OSError as error:
         raise ConfigError(
-            f"encoder {name!r}: {str(path)!r} cannot be read ({error.strerror}). Name a directory that can."
+            f"encoder {name!r}: {str(path)!r} cannot be read ({error.strerror}).", "Name a directory that can."
         ) from None
     for file in files:
         check_regular_file(f"encoder {name!r}: its", path / file)
@@ -129,4 +129,6 @@ def local_model_config(source: str) -> dict[str, Any] | None:
         if isinstance(config, dict):
             return config
         reason = f"holds a {type(config).__name__} and not a JSON object"
-    raise ConfigError(f"encoder: {str(path)!r} {reason}, so the model is damaged. Copy or download it again.") from None
+    raise ConfigError(
+        f"encoder: {str(path)!r} {reason}, so the model is damaged.", "Copy or download it again."
+    ) from None

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
@@ -250,7 +249,7 @@ def test_a_temporary_directory_too_long_for_rays_sockets(
     doctor: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where Ray would be started; a run in this process has no sockets."""
-    monkeypatch.setattr("clusterns_ray.ops.doctor.examine._inspection", lambda *given: contextlib.nullcontext([]))
+    monkeypatch.setattr("clusterns_ray.ops.doctor.examine._inspect", lambda *given: [])
     monkeypatch.setenv("RAY_TMPDIR", "/scratch/" + "n" * 60)
     result, found = doctor("--set", "runtime.num_workers=1")
     finding = found["Ray's directory"]
