@@ -133,9 +133,11 @@ def tune(
 ) -> None:
     """Search a space of settings against the dev set, or go on with a study of that name.
 
-    What a study file may say: `sampler` tpe, gp, random, qmc or grid; `scheduler` asha, median or none; for each key of
-    `space` a `role`: scientific (the default: what the study is about), nuisance (tuned for each of its values), or
-    fixed. `--set budget.trials=N` raises the budget, also of a finished study.
+    Samplers: tpe, gp, random, qmc, grid. Schedulers: asha, median, none.
+
+    Roles of keys: scientific (the default: what the study is about), nuisance (tuned along), fixed.
+
+    `--set budget.trials=N` raises the budget, also of a finished study.
     """
     with readable_errors("with the trials that are left"):
         from clusterns_ray.tuning.study import load_study
