@@ -195,7 +195,7 @@ WRITES = (
 )  # fmt: skip
 
 
-SLOWER = [pytest.param("journal", every, marks=pytest.mark.slow) for every in (7, 11)]
+SLOWER = [pytest.param("journal", every, "tpe", marks=pytest.mark.slow) for every in (7, 11)]
 
 
 class Killed(BaseException):
@@ -221,13 +221,15 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
                 monkeypatch.setattr(storage, name, dying(vars(storage)[name]))
 
 
-@pytest.mark.parametrize(("storage", "every"), [("sqlite", 29), ("journal", 8), *SLOWER])
+@pytest.mark.parametrize(
+    ("storage", "every", "sampler"), [("sqlite", 29, "tpe"), ("journal", 8, "tpe"), ("journal", 8, "qmc"), *SLOWER]
+)
 def test_killed_after_every_few_writes_it_comes_to_the_same_end(
-    make: Any, monkeypatch: pytest.MonkeyPatch, storage: str, every: int
+    make: Any, monkeypatch: pytest.MonkeyPatch, storage: str, every: int, sampler: str
 ) -> None:
     first = [{"clustering.num_clusters": 16, "clustering.start_cosine": 0.4, "train.learning_rate": 1e-4}]
     values: dict[str, Any] = {"storage": storage, "first_points": first, "budget": {"trials": 7}}
-    values["scheduler"] = "none"
+    values |= {"scheduler": "none", "sampler": {"name": "tpe", "startup_trials": 4} if sampler == "tpe" else sampler}
     whole = OptunaStudy(make("whole", **values))
     drive(whole)
     kills = 0
