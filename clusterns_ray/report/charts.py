@@ -196,11 +196,12 @@ def _over_steps(figure: go.Figure, x: str, y: str, steps: Sequence[float], start
 
 def page_figure(figure: go.Figure, x: str, y: str, **layout: Any) -> dict[str, Any]:
     """A figure in the look that all plots share, as plain JSON; NaN becomes null."""
-    axis = {"automargin": True, "gridcolor": color("rule"), "linecolor": color("muted"), "zeroline": False, "ticks": ""}
+    axis = {"automargin": True, "gridcolor": color("rule"), "linecolor": color("muted"), "zeroline": False}
+    axis |= {"ticks": "", "exponentformat": "e"}
     title = {"standoff": 8, "font": {"size": 13, "color": color("muted")}}
     pointer = {"spikecolor": color("muted"), "spikethickness": 1, "spikedash": "dot"}
     figure.update_xaxes(**axis, **pointer, showline=True, title={"text": plain(x), **title})
-    figure.update_yaxes(**axis, exponentformat="e", title={"text": plain(y), **title})
+    figure.update_yaxes(**axis, title={"text": plain(y), **title})
     figure.update_layout(
         template="none",
         title=None,
