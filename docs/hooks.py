@@ -176,7 +176,10 @@ def command_line_page() -> str:
     text = get_docs_for_click(obj=command, ctx=typer.Context(command, info_name="clusterns"), name="clusterns")
     text = text.replace("# `clusterns`", "# Command line", 1)
     text = re.sub(r"^## `clusterns (\w+)`$", r"## clusterns \1 { #\1 }", text, flags=re.M)
-    text = re.sub(r"^\* `(\w+)`: ", r"* [`clusterns \1`](#\1): ", text, flags=re.M)
+    for name, verb in command.commands.items():  # type: ignore[attr-defined]
+        text = re.sub(
+            rf"^\* `{name}`: .*", f"* [`clusterns {name}`](#{name}): {' '.join(verb.help.split())}", text, flags=re.M
+        )
     return re.sub(r"<(?=[A-Z])", "&lt;", text)  # label<TAB>sentence is no HTML
 
 
