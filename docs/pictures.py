@@ -21,6 +21,7 @@ IMAGES = ROOT / "docs/images"
 RUN = "runs/short"
 SETTINGS = (
     "runtime.name=short",
+    "runtime.log_every_steps=2",
     "encoder.num_layers=1",
     "data.limit=2000",
     "train.global_batch_size=32",
