@@ -173,6 +173,7 @@ def environment(ray_directory: RayDirectory) -> dict[str, str]:
         "RAY_TMPDIR": ray_directory.path,
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # else workers wait for all else that goes on here
     }
 
 

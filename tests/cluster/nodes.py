@@ -147,7 +147,8 @@ class Nodes:
         port when it was taken away."""
         # A port of its own, as several heads may be up on this machine.
         served = ("--include-dashboard=true", f"--dashboard-port={free_port()}") if dashboard else ()
-        head = ("--head", f"--port={self.port}", *(served or ("--include-dashboard=false",)))
+        head = ("--head", f"--port={self.port}", f"--ray-client-server-port={free_port()}")
+        head += served or ("--include-dashboard=false",)
         return self._start("head", cpus, *head, *options, **{**QUICK_TO_NOTICE, **env})
 
     def start_autoscaling_head(
@@ -259,6 +260,7 @@ class Nodes:
         directory = self.directory / name
         directory.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--num-cpus={cpus}"]
+        command += ["--include-log-monitor=false"]
         # Each machine has a /tmp of its own.
         command += [f"--temp-dir={self.ray_directory}/{self.started}", "--object-store-memory=100000000", *options]
         log = self.directory / f"{self.started}-{name}.log"

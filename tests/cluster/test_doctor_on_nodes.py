@@ -90,14 +90,7 @@ def test_two_sound_nodes(make_run: Any, nodes: Nodes, tmp_path: Path) -> None:
     assert (code, problems(found)) == (1, {"resources"}), said
     assert "asks for 4 workers with 1 CPU each, but the cluster has room for 2" in found["resources"][0]["value"]
 
-    stranger = replace(run, env={**run.env, "RAY_AUTH_TOKEN": secrets.token_hex(32)})
-    code, found, said = doctor(stranger, *settings(run))
-    assert code == 1 and "cluster" in problems(found), said
-
-
-def test_a_sweep_needs_the_state_api(make_run: Any, nodes: Nodes, tmp_path: Path) -> None:
-    nodes.start_head(2)
-    run = replace(make_run("sweep", f"runtime.storage_path={tmp_path / 'runs'}"), env=nodes.driver_env)
+    # A sweep needs the State API, which a run does not.
     study = {
         "name": "sweep",
         "base": "run.yaml",
@@ -109,6 +102,10 @@ def test_a_sweep_needs_the_state_api(make_run: Any, nodes: Nodes, tmp_path: Path
     command = [sys.executable, "-m", "clusterns_ray.cli", "doctor", "sweep.yaml"]
     done = subprocess.run(command, cwd=run.project, env=run.env, capture_output=True, text=True, timeout=100)
     assert done.returncode == 1 and "problem  State API" in done.stdout, done.stdout + done.stderr
+
+    stranger = replace(run, env={**run.env, "RAY_AUTH_TOKEN": secrets.token_hex(32)})
+    code, found, said = doctor(stranger, *settings(run))
+    assert code == 1 and "cluster" in problems(found), said
 
 
 def test_a_node_of_another_version_that_does_not_share_the_storage(make_run: Any, nodes: Nodes, tmp_path: Path) -> None:

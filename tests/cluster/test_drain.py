@@ -8,29 +8,11 @@ from itertools import pairwise
 
 import pytest
 from row_proof import done_twice, read_steps, steps_by_attempt, world_sizes
-from test_faults import TIMEOUT_S, check_same_run, hit_in_the_middle
+from test_faults import TIMEOUT_S, hit_in_the_middle
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-
-
-def test_a_drained_node_is_left_before_it_goes(nodes, make_run_on, undisturbed):
-    nodes.start_head()
-    nodes.add("first")
-    nodes.add("second")
-    run = make_run_on("drained", "runtime.num_workers=2")
-    command = run.start()
-    hit_in_the_middle(run, command)
-    drained = random.choice(("first", "second"))
-    nodes.drain(drained, deadline_s=60)
-    nodes.add("third")
-    said = command.wait(TIMEOUT_S)
-    assert said.code == 0, said.err
-    assert "A machine is about to go: stopped after step" in said.out
-    assert done_twice([run.directory]) == []
-    check_same_run(run, undisturbed)
+pytestmark = [pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(900)]
 
 
-@pytest.mark.nightly
 def test_an_elastic_run_leaves_a_drained_node_and_does_without(nodes, make_run_on):
     nodes.start_head()
     nodes.add("first")
@@ -48,7 +30,6 @@ def test_an_elastic_run_leaves_a_drained_node_and_does_without(nodes, make_run_o
     assert world_sizes(read_steps([run.directory])) == [2, 1]
 
 
-@pytest.mark.nightly
 @pytest.mark.timeout(3000)
 def test_at_most_one_step_is_lost_in_nineteen_of_twenty_drains(nodes, make_run_on, capsys):
     """One node after the other is drained, at moments that nobody chose, and goes when the workers have left it."""

@@ -6,7 +6,7 @@ import random
 import time
 
 import pytest
-from row_proof import proves_each_row_once, read_steps, world_sizes
+from row_proof import proves_each_row_once, read_steps, steps_by_attempt, world_sizes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -25,42 +25,37 @@ def check_same_run(run, undisturbed, attempts: int = 2) -> None:
     assert set(world_sizes(steps)) == {2} and len(world_sizes(steps)) >= attempts
 
 
-def hit_in_the_middle(run, command) -> int:
-    """Return at a moment that nobody chose, between two checkpoints; the step of the first."""
-    command.until(lambda: run.checkpointed() >= 2 * run.checkpoint_every)
+def hit_in_the_middle(run, command) -> None:
+    """Return at a moment that nobody chose, some steps after the next checkpoint."""
+    reached = run.checkpointed()
+    command.until(lambda: run.checkpointed() >= reached + run.checkpoint_every)
     time.sleep(random.uniform(0, 0.5))
     assert not run.finished()
-    return run.checkpointed()
 
 
-def test_a_node_is_taken_away_and_another_comes(nodes, make_run_on, undisturbed):
+def test_a_node_is_lost_the_driver_killed_and_a_node_drained(nodes, make_run_on, undisturbed):
     nodes.start_head()
     nodes.add("first")
     nodes.add("second")
-    run = make_run_on("node-lost", "runtime.num_workers=2")
+    run = make_run_on("hit", "runtime.num_workers=2")
     command = run.start()
     hit_in_the_middle(run, command)
     nodes.take_away(random.choice(("first", "second")))
-    reached = run.checkpointed()
     nodes.add("third")
-    said = command.wait(TIMEOUT_S)
-    assert said.code == 0, said.err
-    assert "Training from step" in said.out and run.checkpointed() > reached
-    check_same_run(run, undisturbed)
-
-
-def test_the_driver_is_killed_on_a_cluster(nodes, make_run_on, undisturbed):
-    nodes.start_head()
-    nodes.add("first")
-    nodes.add("second")
-    run = make_run_on("driver-killed", "runtime.num_workers=2")
-    command = run.start()
     hit_in_the_middle(run, command)
     command.kill()
-    said = run.train(TIMEOUT_S)
-    assert (said.code, said.err) == (0, "")
-    assert "Training from step" in said.out
-    check_same_run(run, undisturbed)
+
+    command = run.start()
+    hit_in_the_middle(run, command)
+    nodes.drain(random.choice([name for name in nodes.nodes if name != "head"]), deadline_s=60)
+    nodes.add("fourth")
+    said = command.wait(TIMEOUT_S)
+    assert said.code == 0, said.err
+    assert said.out.count("Training from step") == 2
+    assert "A machine is about to go: stopped after step" in said.out
+    *_, before, after = (steps for _, steps in sorted(steps_by_attempt([run.directory]).items()))
+    assert not before & after, "the drain cost steps"
+    check_same_run(run, undisturbed, attempts=4)
 
 
 @pytest.mark.nightly

@@ -30,7 +30,7 @@ def test_nodes_that_share_nothing_but_a_store(
         machines = [nodes.start_head(cpus=1).directory, nodes.add("second").directory]
         url = f"s3://bucket/{tmp_path.name}"
         run = make_run_on("stored", "runtime.num_workers=2", f"runtime.storage_path={url}")
-        said = run.train(240)
+        said = run.train(400)
         assert said.code == 0, said.out + said.err
         assert f"Wrote {url}/stored/model" in said.out
 

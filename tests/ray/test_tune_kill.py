@@ -52,6 +52,7 @@ def test_the_driver_killed_inside_a_trial_between_trials_and_while_writing(make_
     check_same_study(study, whole[0])
 
 
+@pytest.mark.nightly
 def test_the_driver_killed_while_it_confirms(make_study, whole):  # noqa: F811
     study = make_study("killed-late")
     command = study.start()
@@ -63,35 +64,15 @@ def test_the_driver_killed_while_it_confirms(make_study, whole):  # noqa: F811
     assert said.out.count("begins") < 6, "trials were run again"
 
 
-def test_the_process_of_a_trial_killed(make_study, whole, ray_directory):  # noqa: F811
-    study = make_study("killed-trial")
-    command = study.start()
-    command.until(lambda: study.checkpointed(0) >= 10)
-    processes = ray_directory.processes("ResourceTrainable")
-    assert len(processes) == 1
-    os.kill(processes[0].pid, signal.SIGKILL)
-    said = command.wait(200)
-    assert said.code == 0, said.err
-    check_same_study(study, whole[0])
-
-
-def test_a_trial_whose_process_dies_once_too_often(make_study, whole, ray_directory):  # noqa: F811
-    study = make_study("dies", "runtime.max_failures=0", "budget.trials=2", "scheduler=none", "confirmation.seeds=[]")
+def test_the_process_of_a_trial_killed_and_control_c(make_study, whole, ray_directory):  # noqa: F811
+    """The trial is begun again from its checkpoint; after it the study stops, and goes on."""
+    study = make_study("interrupted")
     command = study.start()
     command.until(lambda: study.checkpointed(0) >= 10)
     (process,) = ray_directory.processes("ResourceTrainable")
     os.kill(process.pid, signal.SIGKILL)
-    said = command.wait(200)
-    assert said.code == 0, said.err
-    first, second = study.trials()
-    assert (first.state.name, second.state.name) == ("FAIL", "COMPLETE")
-    assert first.user_attrs["reason"].startswith("its process died") and "0000 failed: its process died" in said.out
-
-
-def test_control_c_once(make_study, whole, ray_directory):  # noqa: F811
-    study = make_study("interrupted")
-    command = study.start()
     command.until(lambda: study.count("COMPLETE") >= 1)
+    assert study.count("FAIL") == 0, "the trial was not begun again"
     began = time.monotonic()
     command.process.send_signal(signal.SIGINT)
     said = command.wait(60)
@@ -104,3 +85,30 @@ def test_control_c_once(make_study, whole, ray_directory):  # noqa: F811
     again = study.tune()
     assert again.code == 0, again.err
     check_same_study(study, whole[0])
+
+
+def test_failed_trials_say_why_and_do_not_end_the_study(make_study, ray_directory):  # noqa: F811
+    """One whose process dies once too often, and one whose values make no sense."""
+    study = make_study(
+        "failing",
+        "runtime.max_failures=0",
+        "sampler=grid",
+        "first_points=[]",
+        "scheduler=none",
+        "budget={}",
+        "confirmation.seeds=[]",
+        "space={train.learning_rate: {type: choice, choices: [1e-3, 1e30, 2e-3], role: nuisance}}",
+    )
+    command = study.start()
+    command.until(lambda: study.checkpointed(0) >= 10)
+    (process,) = ray_directory.processes("ResourceTrainable")
+    os.kill(process.pid, signal.SIGKILL)
+    said = command.wait(200)
+    assert said.code == 0, said.err
+    trials = study.trials()
+    assert [trial.params["train.learning_rate"] for trial in trials] == [1e-3, 1e30, 2e-3]
+    assert [trial.state.name for trial in trials] == ["FAIL", "FAIL", "COMPLETE"]
+    reasons = [trial.user_attrs["reason"] for trial in trials[:2]]
+    assert reasons[0].startswith("its process died") and "0000 failed: its process died" in said.out
+    assert reasons[1].startswith("The last 10 gradients before step 11 were NaN or infinite") and reasons[1] in said.out
+    assert "NonFiniteError" in (study.directory / "trials" / "0001" / "error.txt").read_text()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray_runs import RayDirectory
 from s3_server import s3_server
 from studies import StudyRun
 from test_tune import make_study, whole  # noqa: F401  fixtures
@@ -68,7 +71,6 @@ def test_a_driver_killed_with_its_machine_inside_a_trial_and_while_confirming(
     study = StoredStudy(made.project, made.env, made.name, made.settings)
     moments = [
         "trials/0000/checkpoints/step-00000020.manifest.json",  # inside a trial, of which the snapshot knows less
-        "trials/0002/config.yaml",  # as a trial begins
         "-seed1/result.json",  # between runs that confirm
     ]
     for number, moment in enumerate(moments):
@@ -96,42 +98,40 @@ def test_a_driver_killed_with_its_machine_inside_a_trial_and_while_confirming(
     assert again.code == 0 and "is finished; raise the budget" in again.out, again.err
 
 
+def check_refused_elsewhere(study: StoredStudy, process: int, machine: Path) -> None:
+    """A second driver of a study that is at work, on another machine."""
+    env = {**study.env, "CLUSTERNS_LOCAL_PATH": str(machine)}
+    command = [sys.executable, "-m", "clusterns_ray.cli", "tune", "study.yaml"]
+    command += [f"--set={setting}" for setting in (f"name={study.name}", *study.settings)]
+    done = subprocess.run(command, cwd=study.project, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and f"is being run by process {process} on " in done.stderr, done.stderr
+    assert " since 20" in done.stderr and "last sign of life" in done.stderr
+
+
 def test_trials_with_workers_of_their_own(
     make_study: Any,  # noqa: F811
+    whole: Any,  # noqa: F811
+    ray_directory: RayDirectory,
     server: dict[str, str],
     tmp_path: Path,
 ) -> None:
-    few = ("budget.trials=2", "confirmation.top=1", "confirmation.seeds=[1]", "train.max_steps=20")
-    alone = make_study("few", *few)
-    said = alone.tune()
-    assert said.code == 0, said.err
+    """A pruned one's workers return by themselves; scores are those of one process."""
+    few = ("budget.trials=2", "confirmation.top=1", "confirmation.seeds=[1]")
     made = make_study("workers", *few, "workers_per_trial=2", "runtime.storage_path=s3://bucket/runs")
     study = StoredStudy(made.project, made.env, made.name, made.settings).on(tmp_path / "here", server)
-    said = study.tune(timeout_s=600)
+    command = study.start()
+    command.until(lambda: study.has("trials/0000/config.yaml"))
+    check_refused_elsewhere(study, command.process.pid, tmp_path / "other")
+    said = command.wait(600)
     assert said.code == 0, said.out + said.err
-    for mine, other in zip(study.trials(), alone.trials(), strict=True):
+    assert {trial.state.name for trial in study.trials()} == {"COMPLETE", "PRUNED"}
+    for mine, other in zip(study.trials(), whole[0].trials()):
         assert (mine.state, mine.params) == (other.state, other.params)
-        assert mine.intermediate_values == pytest.approx(other.intermediate_values, abs=0.01)
+        assert mine.intermediate_values == pytest.approx(other.intermediate_values, abs=0.5)
+    assert ray_directory.processes("RayTrainWorker") == []
     names = study.store.names()
     run = f"confirmation/{study.result()['winner']['trial']:04d}-seed1"
     for file in ("config.yaml", "metrics.jsonl", "result.json", "model/model.safetensors"):
         assert f"{run}/{file}" in names, names
     assert not [name for name in names if "/checkpoints/" in name]
     assert not list((tmp_path / "here").glob("*/*/model.safetensors")), "a copy of a run that ended was left"
-
-
-def test_a_driver_on_another_machine_is_refused(
-    make_study: Any,  # noqa: F811
-    server: dict[str, str],
-    tmp_path: Path,
-) -> None:
-    made = make_study("twice", "runtime.storage_path=s3://bucket/runs")
-    first = StoredStudy(made.project, made.env, made.name, made.settings).on(tmp_path / "one", server)
-    second = StoredStudy(made.project, made.env, made.name, made.settings).on(tmp_path / "two", server)
-    command = first.start()
-    command.until(lambda: first.has("trials/0000/config.yaml"))
-    (first.project / "twice.out").rename(first.project / "first.out")
-    said = second.tune()
-    assert said.code == 2 and f"is being run by process {command.process.pid} on " in said.err, said.err
-    assert " since 20" in said.err and "last sign of life" in said.err
-    command.kill()
