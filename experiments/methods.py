@@ -4,8 +4,9 @@
 
 A file of methods names a base configuration, values that all methods share, and for each method the values that make
 it. Every method runs with the same seeds, so with the same batches and first dropout masks. Finished runs are not
-repeated, unfinished ones are resumed. The dev score of the best step is what a method would be chosen by; with --test
-the seven STS tests are scored as well: they choose nothing, and are for the final figure alone.
+repeated, unfinished ones are resumed. The dev score of the best step is what a method would be chosen by. The sets of
+evaluation.also at that step, and with --test STS-B dev (where it does not select) and the seven STS tests, choose
+nothing: they are for the final figure alone.
 
 A value may name another method's model of the same seed as ``model:METHOD``, such as a teacher; that one runs first.
 """
@@ -32,6 +33,7 @@ from clusterns_ray.errors import ClusterNSError, ConfigError
 from clusterns_ray.io.files import write_atomic
 
 COLUMNS = {"dev": "dev, best step", "last": "dev, last step", "tests": "seven tests"}
+DEV = "STSB/dev"
 
 
 def main() -> None:
@@ -42,14 +44,17 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="methods, by name; the first one always")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="for every method")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="runs are RUNS/FILE/METHOD-seedS")
-    parser.add_argument("--test", action="store_true", help="score the seven STS tests of evaluation.sts, too")
+    parser.add_argument("--against", help="the method that differences are from, by default the first")
+    parser.add_argument("--test", metavar="DIR", help="score STS-B dev and the seven STS tests of this directory, too")
     parser.add_argument("--json", type=Path, help="where to write all scores")
     arguments = parser.parse_args()
 
     study = Study(arguments.methods, arguments.runs / arguments.methods.stem, arguments.set, arguments.jobs)
     names = study.chosen(arguments.only)
+    if arguments.against and arguments.against not in names:
+        raise ConfigError(f"--against {arguments.against!r} names none of the methods that run: {', '.join(names)}.")
     scores = study.run(names, arguments.seeds, test=arguments.test)
-    print(table(scores))
+    print(table(scores, arguments.against))
     if arguments.json:
         command = " ".join(["python", "experiments/methods.py", *sys.argv[1:]])
         write_atomic(arguments.json, json.dumps({"command": command, "scores": scores}, indent=1) + "\n")
@@ -107,8 +112,12 @@ class Study:
             raise ConfigError(f"model:{method} names no method; there are {', '.join(self.methods)}.")
         return self.runs / f"{re.sub('[^A-Za-z0-9.]+', '-', method)}-seed{seed}"
 
-    def run(self, names: list[str], seeds: list[int], *, test: bool) -> dict[str, dict[str, list[float]]]:
-        """Scores of every method, in the order of ``seeds``: ``{"dev": ..., "last": ..., "tests": ...}``."""
+    def run(self, names: list[str], seeds: list[int], *, test: str | None) -> dict[str, dict[str, list[float]]]:
+        """Scores of every method, in the order of ``seeds``: ``{"dev": [...], "last": [...], "tests": [...], ...}``.
+
+        Args:
+            test: The directory of the sets that are scored at the end.
+        """
         needed = {named_model(value) for name in names for value in self.methods[name].values()} - {None}
         first = [name for name in self.methods if name in needed]
         self.began, self.done, self.total = time.monotonic(), 0, len({*first, *names}) * len(seeds)
@@ -123,17 +132,15 @@ class Study:
                     raise
         return {name: self.scores(name, seeds, test) for name in names}
 
-    def one(self, method: str, seed: int, test: bool) -> None:
+    def one(self, method: str, seed: int, test: str | None) -> None:
         """Train, and score the tests, in processes of their own with this job's share of the cores."""
         path = self.path(method, seed)
         if not (path / "result.json").exists():
             pairs = [part for value in self.values(method, seed) for part in ("--set", value)]
             self.command(path, "train", str(self.base), *pairs)
         if test and not (path / "evaluation.json").exists():
-            sts = load_config(self.base, self.values(method, seed)).evaluation.sts
-            if sts in (None, "structure"):
-                raise ConfigError(f"--test needs the seven tests, and evaluation.sts is {sts}. Set a directory.")
-            self.command(path, "evaluate", str(path / "model"), "--sts", str(sts), "--json", f"{path}/evaluation.json")
+            arguments = ["--sts", test, "--dev", DEV, "--json", f"{path}/evaluation.json"]
+            self.command(path, "evaluate", str(path / "model"), *arguments)
         self.done += 1
         left = (time.monotonic() - self.began) / self.done * (self.total - self.done)
         result = json.loads((path / "result.json").read_text())
@@ -159,13 +166,17 @@ class Study:
             last = "\n".join(log.read_text(encoding="utf-8").splitlines()[-5:])
             raise ClusterNSError(f"clusterns {arguments[0]} of {path.name} ended with {code}; {log} ends with\n{last}")
 
-    def scores(self, method: str, seeds: list[int], test: bool) -> dict[str, list[float]]:
+    def scores(self, method: str, seeds: list[int], test: str | None) -> dict[str, list[float]]:
         results = [json.loads((self.path(method, seed) / "result.json").read_text()) for seed in seeds]
-        found = {"dev": [r["sts_dev_trained"] for r in results], "last": [r["sts_dev_last"] for r in results]}
+        scores = {"dev": [r["sts_dev_trained"] for r in results], "last": [r["sts_dev_last"] for r in results]}
+        scores |= {name: [r["also"][name]["after"] for r in results] for name in results[0]["also"]}
         if test:
             files = [self.path(method, seed) / "evaluation.json" for seed in seeds]
-            found["tests"] = [json.loads(file.read_text())["average"] for file in files]
-        return found
+            evaluations = [json.loads(file.read_text()) for file in files]
+            if results[0]["dev"] != DEV:
+                scores[DEV] = [evaluation["extra"][DEV] for evaluation in evaluations]
+            scores["tests"] = [evaluation["average"] for evaluation in evaluations]
+        return scores
 
 
 def named_model(value: Any) -> str | None:
@@ -173,21 +184,21 @@ def named_model(value: Any) -> str | None:
     return value.removeprefix("model:") if isinstance(value, str) and value.startswith("model:") else None
 
 
-def table(scores: dict[str, dict[str, list[float]]]) -> str:
-    """Markdown: mean +- standard deviation of each method, and the mean difference from the first, paired by seed,
-    with its 95 % interval by Student's t."""
-    first = next(iter(scores.values()))
-    columns = [column for column in COLUMNS if column in first]
-    seeds = len(first["dev"])
+def table(scores: dict[str, dict[str, list[float]]], against: str | None = None) -> str:
+    """Markdown: mean +- standard deviation of each method, and the mean difference from ``against`` (by default the
+    first), paired by seed, with its 95 % interval by Student's t."""
+    against = against or next(iter(scores))
+    reference = scores[against]
+    head = " | ".join(f"{COLUMNS.get(column, column)} | against {against}" for column in reference)
     lines = [
-        f"| Spearman x 100, {seeds} seeds | " + " | ".join(f"{COLUMNS[c]} | against the first" for c in columns) + " |",
-        "|---" * (1 + 2 * len(columns)) + "|",
+        f"| Spearman x 100, {len(reference['dev'])} seeds | {head} |",
+        "|---" * (1 + 2 * len(reference)) + "|",
     ]
-    for name, found in scores.items():
+    for name, ours in scores.items():
         cells = []
-        for column in columns:
-            cells.append(spread(found[column]))
-            cells.append("" if found is first else difference(found[column], first[column]))
+        for column, theirs in reference.items():
+            cells.append(spread(ours[column]))
+            cells.append("" if ours is reference else difference(ours[column], theirs))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -140,11 +140,13 @@ def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     "block", [pytest.param(b, id=f"{p.name}-{i}") for p in PAGES for i, b in enumerate(blocks_of(p, "yaml"))]
 )
 def test_a_block_of_yaml_is_a_configuration_or_a_study(block: str, tmp_path: Path) -> None:
-    """One that shows a few keys is read as changes of the quickstart's."""
+    """One without an encoder or a corpus is read as changes of the quickstart's."""
     values = yaml.safe_load(block)
     if "space" in values:
         (tmp_path / "study.yaml").write_text(yaml.safe_dump({**values, "base": str(ROOT / values["base"])}))
         load_study(tmp_path / "study.yaml")
+    elif {"encoder", "data"} <= values.keys():
+        make_config(values)
     else:
         make_config(merged(yaml.safe_load((ROOT / "experiments/quickstart.yaml").read_text()), values))
 

@@ -72,7 +72,7 @@ def test_it_trains_what_is_named_first_and_nothing_twice(
     methods: ModuleType, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     study = methods.Study(file, tmp_path / "runs", [], 2)
-    scores = study.run(list(study.methods), [1, 2], test=False)
+    scores = study.run(list(study.methods), [1, 2], test=None)
     assert list(scores) == ["SimCSE", "from SimCSE", "clusters"]
     for name, found in scores.items():
         for place, seed in enumerate((1, 2)):
@@ -88,7 +88,7 @@ def test_it_trains_what_is_named_first_and_nothing_twice(
 
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("result.json")}
     assert len(written) == 6
-    assert study.run(list(study.methods), [1, 2], test=False) == scores
+    assert study.run(list(study.methods), [1, 2], test=None) == scores
     assert {path: path.stat().st_mtime_ns for path in written} == written
 
 
@@ -98,7 +98,7 @@ def test_a_run_that_fails_is_named_with_its_last_lines(methods: ModuleType, file
     with pytest.raises(
         ClusterNSError, match=r"(?s)clusterns train of clusters-seed1 ended with 2.*corpus.txt"
     ) as caught:
-        study.run(["clusters"], [1], test=False)
+        study.run(["clusters"], [1], test=None)
     assert "clusters-seed1.log" in str(caught.value)
 
 
@@ -129,17 +129,14 @@ def test_the_table_gives_mean_deviation_and_a_paired_interval(methods: ModuleTyp
     draw = np.random.default_rng(0)
     first = draw.normal(70, 1, 5)
     second = first + draw.normal(0.5, 0.2, 5)
-    text = methods.table(
-        {
-            "SimCSE": {"dev": first.tolist(), "last": first.tolist()},
-            "ours": {"dev": second.tolist(), "last": second.tolist()},
-        }
-    )
+    scores = {name: {"dev": d.tolist(), "last": d.tolist()} for name, d in {"SimCSE": first, "ours": second}.items()}
+    text = methods.table(scores)
     interval = stats.ttest_1samp(second - first, 0).confidence_interval(0.95)
     rows = text.splitlines()
     assert f"{first.mean():.2f} +- {first.std(ddof=1):.2f}" in rows[2]
     assert f"{(second - first).mean():+.2f} ({interval.low:+.2f} to {interval.high:+.2f})" in rows[3]
     assert all(row.count("|") == 6 for row in rows), "no Markdown table"
+    assert f"{(first - second).mean():+.2f}" in methods.table(scores, "ours").splitlines()[2]
 
 
 @pytest.mark.nightly
@@ -148,7 +145,8 @@ def test_the_seven_tests(
 ) -> None:
     for task in ("STS12", "STS13", "STS14", "STS15", "STS16", "STSB", "SICKR"):
         write_pairs(tmp_path / "sts" / task / "test.jsonl")
-    arguments = [str(file), "--seeds", "1", "--only", "clusters", "--runs", str(tmp_path / "runs"), "--test"]
+    arguments = [str(file), "--seeds", "1", "--only", "clusters", "--runs", str(tmp_path / "runs")]
+    arguments += ["--test", str(tmp_path / "sts"), "--against", "clusters"]
     monkeypatch.setattr(sys, "argv", ["methods.py", *arguments, "--json", str(tmp_path / "scores.json")])
     methods.main()
     scores = json.loads((tmp_path / "scores.json").read_text())["scores"]

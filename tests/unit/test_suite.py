@@ -442,11 +442,12 @@ def test_a_model_without_a_score_is_refused_with_the_reason(
 
 
 def test_one_set_whose_cosines_are_all_the_same_is_named(data: Path, tiny_model: Path, tmp_path: Path) -> None:
-    """Every pair is a sentence with itself: the other tests have scores, but there would be no average."""
+    """One pair, graded five times: the other tests have scores, but there would be no average."""
     shutil.copytree(data / "sts", tmp_path / "sts")
-    same = [{"sentence1": text, "sentence2": text, "score": at} for at, text in enumerate(sentences(5))]
+    one, other = sentences(2)
+    same = [{"sentence1": one, "sentence2": other, "score": grade} for grade in range(5)]
     (tmp_path / "sts" / "SICKR" / "test.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in same))
-    with pytest.raises(NonFiniteError, match=r"cosines of all 5 pairs of SICKR/test are the same \(1.0000\)"):
+    with pytest.raises(NonFiniteError, match="cosines of all 5 pairs of SICKR/test are the same"):
         evaluate_model(str(tiny_model), tmp_path / "sts")
 
 
