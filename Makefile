@@ -2,11 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # Tests at a time where Ray and other processes are started, which wait much of their time.
-PARALLEL ?= 3
+PARALLEL ?= 2
 # Python compiles what it imports; compiling all of it beforehand would take two minutes.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
-SPREAD := -n $(PARALLEL) --dist worksteal --durations 10
+SPREAD := -n $(PARALLEL) --dist loadfile --durations 10
 
 .PHONY: demo check test test-slow test-cluster test-nightly bench docs clean
 

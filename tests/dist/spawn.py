@@ -44,7 +44,7 @@ class RanksFailed(Exception):
     """A rank raised, died or did not end in time."""
 
 
-def run_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, deadline_s: float = 60.0) -> list[Any]:
+def run_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, deadline_s: float = 240.0) -> list[Any]:
     """What ``function(*arguments)`` returns on each of ``ranks`` processes, in order of rank.
 
     One rank has no process group, as a run without Ray has none. ``function`` is a module's own function.
