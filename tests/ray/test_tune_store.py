@@ -122,7 +122,7 @@ def test_trials_with_workers_of_their_own(
     command = study.start()
     command.until(lambda: study.has("trials/0000/config.yaml"))
     check_refused_elsewhere(study, command.process.pid, tmp_path / "other")
-    said = command.wait(600)
+    said = command.wait(800)
     assert said.code == 0, said.out + said.err
     assert {trial.state.name for trial in study.trials()} == {"COMPLETE", "PRUNED"}
     for mine, other in zip(study.trials(), whole[0].trials()):

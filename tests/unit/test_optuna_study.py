@@ -289,7 +289,7 @@ def test_a_process_killed_while_it_writes(make: Any, tmp_path: Path, storage: st
         command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path / "killed.yaml")]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None and process.stdout.readline() == b"begun\n"
-            for _ in range(400):
+            for _ in range(6000):
                 try:
                     process.wait(0.01)
                     break
