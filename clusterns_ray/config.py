@@ -339,7 +339,7 @@ class EvaluationConfig(Section):
         if self.also and self.sts is None:
             raise ValueError(
                 f"evaluation.also is {self.also}, but evaluation.sts is not set, so nothing is evaluated; set it, or "
-                "leave evaluation.also out"
+                "set evaluation.also to []"
             )
         if self.dev in self.also or len(set(self.also)) < len(self.also):
             raise ValueError(

@@ -63,6 +63,8 @@ def measure(batch: int, chunk: int, cached: bool) -> dict[str, float]:
             f"train.shards={max(1, batch // 64)}",
             f"train.cache_chunk={chunk if cached else 'null'}",
             "evaluation.sts=null",
+            "evaluation.also=[]",
+            "data.positives=dropout",
             "clustering.num_clusters=128",
         ],
     )

@@ -37,6 +37,7 @@ def main() -> None:
                 settings = [
                     *arguments.set,
                     "evaluation.sts=null",
+                    "evaluation.also=[]",
                     "runtime.num_workers=0",
                     f"runtime.storage_path={arguments.store or scratch}",
                     f"runtime.name=checkpoint-cost-{os.getpid()}-{number}-{kind.split()[0]}",

@@ -107,7 +107,7 @@ def print_race(seconds: dict[str, list[float]], against: str) -> None:
 def step_config(
     *, layers: int | None, batch: int, corpus: str, precision: str, clusters: int, settings: Sequence[str] = ()
 ) -> Config:
-    """The quickstart's, for steps that are timed: rows in random order, no dev set.
+    """The quickstart's, for steps that are timed: rows in random order, both views of one sentence, no dev set.
 
     Args:
         corpus: one sentence a line, or `demo`.
@@ -123,6 +123,8 @@ def step_config(
             f"clustering.num_clusters={clusters}",
             "data.order=random",
             "evaluation.sts=null",
+            "evaluation.also=[]",
+            "data.positives=dropout",
             *settings,
         ],
     )

@@ -59,7 +59,8 @@ def main() -> None:
     if arguments.json is not None:
         check_writable(arguments.json, "--json")
     counts = sorted({1, *read_workers(arguments.workers)})
-    config = load_config(arguments.config, [*arguments.set, "evaluation.sts=null", "runtime.num_workers=0"])
+    settings = [*arguments.set, "evaluation.sts=null", "evaluation.also=[]", "runtime.num_workers=0"]
+    config = load_config(arguments.config, settings)
     for workers in counts:
         share_of(config, workers)
     with tempfile.TemporaryDirectory(prefix="scaling-") as storage:
