@@ -21,15 +21,14 @@ check: .venv/.dev
 	$(BIN)/python -m pytest tests/unit -m "not slow and not nightly" -n 2 --dist loadfile; tests=$$?; \
 	wait $$pyright && exit $$tests
 
-# check, and what it leaves out.
+# Everything but clusters and what is nightly: check, then the slow tests.
 test: check test-slow
 
 # The slow unit tests, a browser, two and four processes, real local Ray runs.
 test-slow: .venv/.dev
 	$(BIN)/python -m pytest tests --ignore tests/cluster -m "slow and not nightly" $(SPREAD)
 
-# What clouds do: nodes that come, go and are drained, a head that is lost, an autoscaler; real clusters of several
-# nodes.
+# Real clusters of several Ray nodes on this machine: nodes that come, go and are drained, and an autoscaler.
 test-cluster: .venv/.dev
 	$(BIN)/python -m pytest tests/cluster -m "not nightly" $(SPREAD)
 
@@ -37,7 +36,7 @@ test-cluster: .venv/.dev
 test-nightly: .venv/.dev
 	$(BIN)/python -m pytest tests -m nightly $(SPREAD)
 
-# Our training step beside sentence-transformers' and a plain loop's, and its parts alone: under ten minutes.
+# Our training step beside sentence-transformers' and a plain loop's, and its parts alone: eight minutes on two cores.
 bench: .venv/.dev
 	$(BIN)/python experiments/benchmarks/train_speed.py --json bench-train.json
 	$(BIN)/python experiments/benchmarks/parts.py --json bench-parts.json
