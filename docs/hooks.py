@@ -1,4 +1,4 @@
-"""Make the pages that the code itself says best while MkDocs builds the site; none of them is kept, to go stale.
+"""Make pages from the code while MkDocs builds the site, so that they cannot go stale; none of them is kept.
 
 The configuration comes from the pydantic tree, the command line from typer, the list of modules from their docstrings.
 Formulas become MathML, which browsers show without a script. Other pages are files outside this folder.
@@ -27,7 +27,7 @@ log = logging.getLogger("mkdocs.hooks.clusterns_ray")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add what is not a file of docs/."""
+    """Add the pages that are not files of docs/."""
     pages = {
         "reference/configuration.md": configuration_page(),
         "reference/study.md": study_page(),
@@ -44,7 +44,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def outside_page(path: Path) -> str:
-    """A Markdown file of the repository, its links to docs/ turned to the site's."""
+    """A Markdown file of the repository, with its links to docs/ made those of the site."""
     return re.sub(r"\]\((?:\.\./)?docs/", "](", path.read_text(encoding="utf-8"))
 
 
@@ -55,23 +55,23 @@ def configuration_page() -> str:
     lines = [
         "# Configuration",
         "",
-        "Every key there is, made from `clusterns_ray/config.py`. A file holds those that differ from the default;",
+        "Every key, made from `clusterns_ray/config.py`. A file holds those that differ from the default;",
         "`--set section.key=value` changes one on the command line, and `${NAME}` in a text is the environment",
         "variable of that name. Unknown keys and impossible values are refused by name before anything starts.",
         "",
-        "Which keys are part of a run's identity: all but the section `runtime` and `data.cache_dir`. The same name",
-        "with another identity is refused.",
+        "All keys but the section `runtime` and `data.cache_dir` are part of a run's identity. The same name with",
+        "another identity is refused.",
     ]
     for name, field in Config.model_fields.items():
+        lines += heading(name)
         section = field.annotation
         if isinstance(section, type) and issubclass(section, Section):
-            lines += ["", f"## {name} {{ #{name} }}", ""]
-            lines += [" ".join(section.__doc__.split()), ""] if section.__doc__ else []
+            lines += paragraph(section.__doc__)
             for key, inner in section.model_fields.items():
                 lines += key_entry(f"{name}.{key}", inner)
         else:
-            lines += ["", f"## {name} {{ #{name} }}", "", *key_entry(name, field)]
-    return "\n".join(lines) + "\n"
+            lines += key_entry(name, field)
+    return "\n".join(lines)
 
 
 def study_page() -> str:
@@ -83,9 +83,7 @@ def study_page() -> str:
         "",
         "Every key of a study, made from `clusterns_ray/tuning/study.py` and `space.py`. `--set` changes the study's",
         "own keys (`budget.trials=4`) as well as those of its base configuration (`train.max_steps=8`).",
-        "",
-        "## The study { #study }",
-        "",
+        *heading("The study", "study"),
     ]
     for key, field in study.StudyConfig.model_fields.items():
         lines += key_entry(key, field)
@@ -97,16 +95,25 @@ def study_page() -> str:
         "space.KEY": [space.IntParameter, space.FloatParameter, space.ChoiceParameter, space.FixedParameter],
     }
     for title, models in titles.items():
-        lines += ["", f"## {title} {{ #{title}-keys }}", ""]
+        lines += heading(title, f"{title}-keys")
         for model in models:
             kind = next((name for name in ("name", "type", "role") if name in model.model_fields), None)
             if len(models) > 1 and kind:
                 lines += ["", f"### {kind}: {', '.join(get_args(model.model_fields[kind].annotation))}", ""]
-                lines += [" ".join(model.__doc__.split()), ""] if model.__doc__ else []
+                lines += paragraph(model.__doc__)
             for key, field in model.model_fields.items():
                 if len(models) == 1 or key != kind:
                     lines += key_entry(f"{title}.{key}" if len(models) == 1 else key, field, len(models) == 1)
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
+
+
+def heading(title: str, anchor: str | None = None) -> list[str]:
+    """A section's heading, with an anchor of its own; the title if not given."""
+    return ["", f"## {title} {{ #{anchor or title} }}", ""]
+
+
+def paragraph(docstring: str | None) -> list[str]:
+    return [" ".join(docstring.split()), ""] if docstring else []
 
 
 def key_entry(key: str, field: Any, anchor: bool = True) -> list[str]:
@@ -133,7 +140,7 @@ def key_entry(key: str, field: Any, anchor: bool = True) -> list[str]:
 
 
 def type_text(kind: Any) -> str:
-    """A type as a reader of YAML thinks of it."""
+    """The name of a type, in the words of someone who writes YAML."""
     names = {
         str: "text",
         int: "integer",
@@ -202,7 +209,7 @@ def api_page() -> str:
     lines += ["Tensors in, tensors out, in any floating-point type: what the workers compute together."]
     for module in MATHEMATICS:
         lines += ["", f"::: clusterns_ray.{module}", "    options: {heading_level: 3}"]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def modules_page() -> str:
@@ -210,20 +217,20 @@ def modules_page() -> str:
     lines = [
         "# Modules",
         "",
-        "The house from the roof to the ground: a module imports those of its own room and of rooms below it.",
+        "From the top down: a module imports only from its own layer and from those below it.",
         "`tests/unit/test_imports.py` holds the order.",
     ]
     for layer in reversed(layers()):
-        for room in sorted(layer - {"__init__"}):
-            path = PACKAGE / room
-            lines += ["", f"## {room} {{ #{room} }}", ""]
+        for name in sorted(layer - {"__init__"}):
+            path = PACKAGE / name
+            lines += heading(name)
             if not path.is_dir():
                 lines.append(first_sentence(path.with_suffix(".py")))
                 continue
             lines += [first_sentence(path / "__init__.py"), ""]
             for module in sorted(set(path.rglob("*.py")) - {path / "__init__.py"}):
                 lines.append(f"* `{module.relative_to(path)}`: {first_sentence(module)}")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def layers() -> list[set[str]]:
@@ -247,7 +254,7 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
     content = re.sub(
         r":(?:attr|class|data|func|meth|mod):<code>~?(?:[\w.]+\.)?(\w+)</code>", r"<code>\1</code>", content
     )
-    found = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
-    return found.sub(
+    formula = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
+    return formula.sub(
         lambda match: convert(html.unescape(match[2]), display="block" if match[1] == "div" else "inline"), content
     )

@@ -1,9 +1,9 @@
-"""Make the pictures of the documentation from a real run, a short one of the quickstart's.
+"""Make the documentation's picture of a report from a real run, a shorter one than the quickstart's.
 
     python docs/pictures.py
 
-Trains it under runs/ if it is not there yet (half a minute on two cores), writes its report, and photographs the
-first screen with Chromium, which the environment variable CHROMIUM names or the path holds.
+Trains the run under runs/ if it is not there yet, writes its report, and takes a screenshot of its top with Chromium,
+which the environment variable CHROMIUM names or PATH holds.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def clusterns(*arguments: str) -> None:
 def main() -> None:
     chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
     if not chromium:
-        sys.exit("There is no chromium: install it, or set CHROMIUM to its path.")
+        sys.exit("There is no chromium in PATH, and CHROMIUM is not set. Install it, or set CHROMIUM to its path.")
     clusterns("train", "experiments/quickstart.yaml", *(word for value in SETTINGS for word in ("--set", value)))
     clusterns("report", RUN)
     picture = IMAGES / "report.png"
