@@ -1,4 +1,4 @@
-"""What README, the documentation and shipped files tell people to type would be understood.
+"""What README, the documentation and shipped files ask people to type is accepted, and what they name exists.
 
 Commands: verb, options, configuration files, and the keys and values of ``--set``; blocks of YAML; keys that are named
 in passing; targets of make, and paths of scripts and tests.
@@ -157,14 +157,25 @@ def test_what_a_page_names_is_there(page: Path) -> None:
     code = "\n".join(code_of(page))
     keys = {key for key in KEY.findall(code) if not key.endswith((".py", ".json", ".yaml"))}
     assert keys - set(known_keys()) == set()
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M))
-    assert set(re.findall(r"\bmake ([a-z][\w-]*)", code)) - targets == set()
+    assert set(re.findall(r"\bmake ([a-z][\w-]*)", code)) - make_targets() == set()
     paths = re.findall(r"(?<![\w./-])(?:clusterns_ray|experiments|tests|docs)/[\w./-]*\w", code)
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M))
+
+
+def test_what_runs_on_every_change_is_what_the_pages_name() -> None:
+    lines = re.findall(r"^make (.*)", (ROOT / ".ci/run").read_text(encoding="utf-8"), flags=re.M)
+    called = {word for line in lines for word in line.partition("#")[0].split() if word != "-o"}
+    assert called == {"check", "test", "test-cluster"}
+    assert called <= make_targets()
 
 
 def test_readme_is_short() -> None:
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 200
-    assert [line for path in PAGES for line in path.read_text(encoding="utf-8").splitlines() if len(line) > 120] == []
+    texts = [path.read_text(encoding="utf-8") for path in (*FILES, ROOT / "CHANGELOG.md")]
+    assert [line for text in texts for line in text.splitlines() if len(line) > 120] == []
     assert max(picture.stat().st_size for picture in ROOT.glob("docs/images/*")) <= 200_000
