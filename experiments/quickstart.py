@@ -67,7 +67,7 @@ def simcse(config: Config) -> Config:
 
 def print_scores(results: dict[str, dict[str, Any]]) -> None:
     """Scores before and after of each run: of the set that selected, and of those that selected nothing."""
-    print("\nSpearman x 100, before and after; structure selects the step, people are only asked:")
+    print("\nSpearman x 100, before and after; structure selects the checkpoint, human grades select nothing:")
     for name, result in results.items():
         print(f"  {name}")
         before, after = result["sts_dev_before"], result["sts_dev"]
