@@ -23,7 +23,7 @@ CONSTRAINTS = [
 ]
 PINS = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in CONSTRAINTS)}
 RESOLVING_PIP = "26.3"
-"""The oldest tried that can resolve from the metadata alone; older ones download every wheel in a dry run."""
+"""The oldest version tried that resolves from the metadata alone; older ones download every wheel in a dry run."""
 LIMIT_S = 900
 
 
@@ -66,7 +66,7 @@ def test_constraints_hold_one_cuda() -> None:
 def resolutions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     """The packages and versions that pip would install for each extra, on a machine that has none.
 
-    Whatever pip is configured with here plays no part, except for the network.
+    The configuration of pip on this machine plays no part, except for the network.
     """
     folder = tmp_path_factory.mktemp("pip")
     offline = "pip reaches no package index here"
@@ -84,15 +84,15 @@ def resolutions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str,
         arguments = ["install", "--dry-run", "--ignore-installed", "--use-feature=fast-deps", "--quiet"]
         arguments += ["--report", str(folder / f"{extra}.json"), "-c", str(ROOT / "constraints.txt")]
         running[extra] = pip(*arguments, f"{ROOT}[{extra}]", env={**_environment(), "PYTHONPATH": str(folder / "pip")})
-    found = {}
+    resolved = {}
     for extra, process in running.items():
         said, _ = process.communicate(timeout=LIMIT_S)
         if process.returncode != 0 and re.search(r"(?i)connection|timed out|temporary failure", said):
             pytest.skip(f"{offline}: {said.strip().splitlines()[-1]}")
         assert process.returncode == 0, said
         installed = [each["metadata"] for each in json.loads((folder / f"{extra}.json").read_text())["install"]]
-        found[extra] = {canonicalize_name(each["name"]): each["version"] for each in installed}
-    return found
+        resolved[extra] = {canonicalize_name(each["name"]): each["version"] for each in installed}
+    return resolved
 
 
 def _environment() -> dict[str, str]:
