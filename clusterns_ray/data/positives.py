@@ -17,13 +17,10 @@ import numpy as np
 from clusterns_ray.config import Config
 from clusterns_ray.data.corpus import is_table, list_sources
 from clusterns_ray.data.document import Boundary
-from clusterns_ray.data.sampler import permute, stream_key
+from clusterns_ray.data.sampler import random_draws
 from clusterns_ray.data.token_store import TokenStore
 from clusterns_ray.errors import DataError
 from clusterns_ray.models.tokenization import prompt_affixes
-
-DRAWS = 2**62
-"""Different numbers that a draw may be: so many that ``draw % n`` favours none."""
 
 
 def choose_neighbours(
@@ -56,7 +53,7 @@ def choose_neighbours(
     alone_B = ~allowed_BX.any(axis=1)
     allowed_BX[alone_B] = crossed_BX[alone_B] < Boundary.SECTION
     count_B = allowed_BX.sum(axis=1)
-    draw_B = permute(rows_B, DRAWS, stream_key("neighbour", seed, step)) % np.maximum(count_B, 1)
+    draw_B = random_draws(rows_B, "neighbour", seed, step) % np.maximum(count_B, 1)
     chosen_B = (allowed_BX.cumsum(axis=1) > draw_B[:, None]).argmax(axis=1)
     offsets_X = np.concatenate([-1 - steps, 1 + steps])
     return np.where(count_B > 0, rows_B + offsets_X[chosen_B], rows_B)
@@ -85,9 +82,9 @@ def choose_crops(
         First token and number of tokens of each part: int64 (B) both.
     """
     least_B = np.minimum(np.maximum(np.ceil(ratio * lengths_B).astype(np.int64), 1), lengths_B)
-    draw_B = permute(rows_B, DRAWS, stream_key("crop_length", seed, step))
+    draw_B = random_draws(rows_B, "crop_length", seed, step)
     kept_B = least_B + draw_B % (lengths_B - least_B + 1)
-    draw_B = permute(rows_B, DRAWS, stream_key("crop_start", seed, step))
+    draw_B = random_draws(rows_B, "crop_start", seed, step)
     return draw_B % (lengths_B - kept_B + 1), kept_B
 
 

@@ -84,6 +84,19 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
     return values.astype(np.int64).reshape(index.shape)
 
 
+def random_draws(index: np.ndarray, *stream: int | str) -> np.ndarray:
+    """A random number for each entry of ``index``: a pure function of the entry and of the stream (see
+    :func:`stream_key`). The range is so wide that ``draw % n`` is as good as uniform.
+
+    Args:
+        index: int64 array of any shape, entries in ``[0, 2**62)``.
+
+    Returns:
+        int64 array of the shape of ``index``, in ``[0, 2**62)``; different entries draw different numbers.
+    """
+    return permute(index, _MAX_ROWS, stream_key(*stream))
+
+
 def _mix(x: np.ndarray) -> np.ndarray:
     """The finaliser of SplitMix64, elementwise over uint64."""
     x = (x ^ (x >> np.uint64(30))) * _MIX_1

@@ -20,7 +20,7 @@ from clusterns_ray.clustering.bank import Bank, draw_negatives
 from clusterns_ray.clustering.kmeans import cluster_sizes, cosine_matrix
 from clusterns_ray.clustering.state import Clustering
 from clusterns_ray.config import Config
-from clusterns_ray.data.sampler import permute, stream_key
+from clusterns_ray.data.sampler import random_draws, stream_key
 from clusterns_ray.data.token_store import TokenStore
 from clusterns_ray.errors import ConfigError
 from clusterns_ray.losses import BankNegatives, bank_negative_logits, similar_mask
@@ -34,9 +34,6 @@ FILLED_AT_ONCE = 4096
 """Rows that are encoded between two looks at the clock."""
 
 NOTE_EVERY_S = 5.0
-
-DRAWS = 2**62
-"""Different numbers that a draw may be: so many that ``draw % rows`` favours none."""
 
 
 class CorpusClusters:
@@ -148,7 +145,7 @@ class CorpusClusters:
     def _draws(self, canonical_b: np.ndarray) -> np.ndarray:
         """int64 (b, M): a pure function of the seed, the step and the row's place in the global batch."""
         counters_bM = canonical_b[:, None] * self.loss.bank_negatives + np.arange(self.loss.bank_negatives)
-        return permute(counters_bM, DRAWS, stream_key("bank_negatives", self.seed, self.age))
+        return random_draws(counters_bM, "bank_negatives", self.seed, self.age)
 
     def _encode(self, slots: np.ndarray) -> None:
         z_nD = encode_together(self.encoder, token_ids(self.tokens, self.bank.rows_N[slots]), project=True)
