@@ -16,6 +16,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from clusterns_ray.config import Config, RuntimeConfig
 from clusterns_ray.errors import ClusterNSError, ConfigError, DataError, Drained
+from clusterns_ray.launch.capacity import worker_resources
 from clusterns_ray.launch.ray_cluster import head_answers
 
 DRAIN_POLL_S = 1.0
@@ -67,7 +68,7 @@ def run_workers(
             scaling_config=ScalingConfig(
                 num_workers=runtime.num_workers,
                 use_gpu=use_gpu,
-                resources_per_worker={"CPU": runtime.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+                resources_per_worker=worker_resources(runtime.cpus_per_worker, use_gpu),
                 elastic_resize_monitor_interval_s=runtime.resize_every_s,
             ),
             run_config=RunConfig(
