@@ -19,7 +19,7 @@ from clusterns_ray.io.files import write_probe
 from clusterns_ray.io.object_store import Store, is_url, local_copy
 from clusterns_ray.io.paths import check_outlasts_job
 from clusterns_ray.launch.ray_cluster import check_ray_directory
-from clusterns_ray.launch.staging import read_run_file, run_directory, run_url
+from clusterns_ray.launch.staging import run_place
 from clusterns_ray.models.base_model import complete
 from clusterns_ray.models.resolve import local_model_config, resolve_model
 from clusterns_ray.training.run_files import check_config
@@ -54,8 +54,8 @@ def check_request(config: Config, note: Callable[[str], None] = lambda text: Non
 
 
 def check_data(config: Config) -> None:
-    if documents_of(config):
-        list_documents(documents_of(config) or "")
+    if documents := documents_of(config):
+        list_documents(documents)
     if not corpus_is_documents(config):
         list_sources(config.data.corpus or "")
     sts = config.evaluation.sts
@@ -149,16 +149,15 @@ def check_writable(key: str, path: str) -> None:
 
 def check_name(config: Config) -> None:
     """A name in use belongs to one configuration: the same resumes, another is refused."""
-    run, cache = run_directory(config), cache_directory(config)
-    if run == cache or (run_url(config) and config.runtime.name in RESERVED):
+    place = run_place(config)
+    if place.local == cache_directory(config) or (place.store and config.runtime.name in RESERVED):
         raise ConfigError(
-            f"runtime.name is {config.runtime.name!r}, but {run_url(config) or str(run)!r} is where prepared data is "
-            "kept.",
+            f"runtime.name is {config.runtime.name!r}, but {place.path!r} is where prepared data is kept.",
             "Choose another runtime.name.",
         )
-    saved = read_run_file(config, "config.yaml")
+    saved = place.read("config.yaml")
     if saved is not None:
-        check_config(saved, complete(config), run_url(config) or str(run))
+        check_config(saved, complete(config), place.path)
 
 
 def check_trackers(config: Config) -> None:

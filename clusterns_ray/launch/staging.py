@@ -28,22 +28,13 @@ def run_directory(config: Config) -> Path:
 
 def run_url(config: Config) -> str | None:
     """``STORAGE_PATH/NAME`` where that is in an object store."""
-    store = run_store(config)
+    store = run_place(config).store
     return store.url if store else None
-
-
-def run_store(config: Config) -> Store | None:
-    return run_place(config).store
 
 
 def read_run_file(config: Config, name: str) -> str | None:
     """A small file of the run from where it belongs; None where there is none."""
     return run_place(config).read(name)
-
-
-def write_run_file(config: Config, name: str, text: str) -> None:
-    """Write a small file of the run to where it belongs, and to the local copy."""
-    run_place(config).write(name, text)
 
 
 def stage(config: Config, prepared: Prepared) -> dict[str, Any]:

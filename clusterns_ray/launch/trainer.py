@@ -12,7 +12,7 @@ from clusterns_ray.data.prepare import Prepared, check_batch, describe, most_row
 from clusterns_ray.errors import ClusterNSError, ConfigError
 from clusterns_ray.launch.preflight import check_request, warn_of_faiss
 from clusterns_ray.launch.ray_cluster import check_workers, connect, on_this_node
-from clusterns_ray.launch.staging import read_run_file, run_directory, run_store, run_url, stage, unstage
+from clusterns_ray.launch.staging import read_run_file, run_directory, run_place, run_url, stage, unstage
 from clusterns_ray.training.run_files import model_damage, read_result
 
 OnEvent = Callable[[dict[str, Any]], None]
@@ -72,22 +72,20 @@ def finished_result(config: Config, note: Callable[[str], None]) -> dict[str, An
     Raises:
         ConfigError: the result is that of another configuration.
     """
-    text = read_run_file(config, "result.json")
-    result = text and read_result(text, config, run_url(config) or str(run_directory(config)), note)
+    place = run_place(config)
+    text = place.read("result.json")
+    result = text and read_result(text, config, place.path, note)
     if not result:
         return None
-    store = run_store(config)
-    if store is not None:  # what it holds is verified whenever it is copied
-        damage = None if store.manifest("model") is not None else "model/ is missing"
+    if place.store is not None:  # what it holds is verified whenever it is copied
+        damage = None if place.store.manifest("model") is not None else "model/ is missing"
     else:
-        model = run_directory(config) / "model"
-        damage = model_damage(model, config.fingerprint(), result["best_step"], result["steps"])
+        damage = model_damage(place.local / "model", config.fingerprint(), result["best_step"], result["steps"])
     if damage:
         note(f"{config.runtime.name!r} was finished, but {damage}.")
         return None
     # Not where it was when it was trained: a directory may have been moved since.
-    place = store.address if store is not None else run_directory(config).resolve()
-    return {**result, "model": f"{place}/model"}
+    return {**result, "model": f"{place.store.address if place.store else place.local.resolve()}/model"}
 
 
 def command_line() -> list[str]:
@@ -129,7 +127,7 @@ def _fit(config: Config, prepared: Prepared, run_dir: Path, on_event: OnEvent, u
     from clusterns_ray.launch.workers import WorkersFailed, run_workers
 
     mailbox = ray.remote(**on_this_node())(_Mailbox).remote()
-    store = run_store(config)
+    place = run_place(config)
 
     def listen() -> bool:
         events = _take(mailbox)
@@ -142,7 +140,7 @@ def _fit(config: Config, prepared: Prepared, run_dir: Path, on_event: OnEvent, u
         "config": config.resolved(),
         "staged": stage(config, prepared),
         # A worker's working directory is not the driver's; with a store each machine has a place of its own.
-        "run_dir": None if store else str(run_dir),
+        "run_dir": None if place.store else str(run_dir),
         "mailbox": mailbox,
         "command": command_line(),
     }
@@ -154,14 +152,13 @@ def _fit(config: Config, prepared: Prepared, run_dir: Path, on_event: OnEvent, u
             use_gpu=use_gpu,
             name=config.runtime.name,
             # What Ray keeps of an attempt is apart from the run: our checkpoints are what a run resumes from.
-            storage_path=(store / "ray").url if store else str(run_dir / "ray"),
+            storage_path=(place / "ray").path,
             listen=listen,
         )
     except WorkersFailed as error:
-        checkpoints = f"{store.address}/checkpoints" if store else str(run_dir / "checkpoints")
         raise ClusterNSError(
-            f"{error} The run resumes from its newest checkpoint in {checkpoints!r} when the same command is given "
-            "again."
+            f"{error} The run resumes from its newest checkpoint in {(place / 'checkpoints').address!r} when the same "
+            "command is given again."
         ) from error
 
 
