@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 
 from clusterns_ray.clustering.describe import describe_clusters
 from clusterns_ray.errors import CheckpointError
-from clusterns_ray.io.files import write_manifest
+from clusterns_ray.io.files import replacing, write_manifest
 from clusterns_ray.training.checkpoint import Checkpointer, replace_directory
 from clusterns_ray.training.context import RunContext
 from clusterns_ray.training.kmeans_init import sample_rows, token_ids
@@ -71,10 +70,8 @@ class Exporter:
         uploader.push("model")
         centroids_KD = self.parts.clustering.centroids_KD
         if centroids_KD is not None:
-            temporary = run_dir / f".centroids.npy.{uuid.uuid4().hex[:8]}"
-            with temporary.open("wb") as file:
+            with replacing(run_dir / "centroids.npy") as temporary, temporary.open("wb") as file:
                 np.save(file, centroids_KD.cpu().numpy())
-            temporary.replace(run_dir / "centroids.npy")
             uploader.push("centroids.npy")
 
     def _repair(self, newest: dict[str, Any], checkpointer: Checkpointer, note: Callable[[str], None]) -> None:
