@@ -23,9 +23,12 @@ from clusterns_ray.training.validation import DevSet
 COLLAPSED = -100.0
 """The dev score of embeddings that are all alike, whose correlation is not defined: below any that is."""
 
+RESAMPLES = 1000
+"""Bootstrap resamples of a set that selects nothing, at each evaluation."""
+
 
 class Evaluation(NamedTuple):
-    """What an evaluation found."""
+    """The scores of one evaluation."""
 
     score: float
     """Spearman x 100 on the dev set"""
@@ -37,12 +40,8 @@ class Evaluation(NamedTuple):
     """scores of the sets that select nothing, as ``also TASK/SUBSET``"""
 
 
-RESAMPLES = 1000
-"""Of the bootstrap at each evaluation."""
-
-
 def _by_name(also: dict[str, dict[str, float]]) -> dict[str, float]:
-    return {f"also {name}": found["after"] for name, found in also.items()}
+    return {f"also {name}": scores["after"] for name, scores in also.items()}
 
 
 class Evaluator:
@@ -58,7 +57,7 @@ class Evaluator:
     ):
         """
         Args:
-            sts_dir: of the dev set; None for a run without one, which is never evaluated.
+            sts_dir: the directory of the dev set; None for a run without one, which is never evaluated.
         """
         self.config, self.sts_dir, self.encoder, self.state, self.note = config, sts_dir, encoder, state, note
         self.dev = DevSet(sts_dir, config.evaluation.dev, encoder) if sts_dir else None
@@ -85,8 +84,9 @@ class Evaluator:
         else:
             score = known_score
         self.state.score_before = self.state.best_score = score
-        self.state.also_cosines_before = {also.name: self._cosines(also).tolist() for also in self.also}
-        self.state.also = self._compare()
+        cosines = {also.name: self._cosines(also) for also in self.also}
+        self.state.also_cosines_before = {name: values.tolist() for name, values in cosines.items()}
+        self.state.also = self._compare(cosines)
         return Evaluation(score, True, geometry, _by_name(self.state.also))
 
     def evaluate(self) -> Evaluation:
@@ -101,7 +101,7 @@ class Evaluator:
         best = state.best_score is None or score > state.best_score
         if best:
             state.best_score, state.best_step = score, state.step
-        also = self._compare()
+        also = self._compare({also.name: self._cosines(also) for also in self.also})
         if best:
             state.also = also
         self._warn_of_falls(also)
@@ -110,28 +110,32 @@ class Evaluator:
     def _cosines(self, also: DevSet) -> np.ndarray:
         return pair_cosines([also.pairs], lambda _: also.encode(self.encoder))[0]
 
-    def _compare(self) -> dict[str, dict[str, float]]:
-        """Scores of the further sets, and how they differ from those before training; the same on every worker."""
-        found = {}
-        for number, also in enumerate(self.also):
-            cosines = {also.name: self._cosines(also)}
-            if distributed.rank() == 0:
-                before = {also.name: np.array(self.state.also_cosines_before[also.name])}
+    def _compare(self, after: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+        """Scores of the further sets, and how they differ from those before training; the same on every worker.
+
+        Args:
+            after: the cosines of the pairs of each set.
+        """
+        scores = {}
+        if distributed.rank() == 0:
+            before = {name: np.array(cosines) for name, cosines in self.state.also_cosines_before.items()}
+            for number, also in enumerate(self.also):
                 tests = StsTests({}, [also.pairs])
-                difference = compare_sts(tests, cosines, before, seed=number, resamples=RESAMPLES)[also.name]
-                scores = {
-                    key: 100 * spearman(values[also.name], also.pairs.scores)
-                    for key, values in (("before", before), ("after", cosines))
+                difference = compare_sts(tests, after, before, seed=number, resamples=RESAMPLES)[also.name]
+                scores[also.name] = {
+                    "before": 100 * spearman(before[also.name], also.pairs.scores),
+                    "after": 100 * spearman(after[also.name], also.pairs.scores),
+                    "low": difference["low"],
+                    "high": difference["high"],
                 }
-                found[also.name] = {**scores, "low": difference["low"], "high": difference["high"]}
-        return distributed.broadcast_object(found)
+        return distributed.broadcast_object(scores)
 
     def _warn_of_falls(self, also: dict[str, dict[str, float]]) -> None:
         """Say once of each set that the model got worse on it than chance in its pairs would explain."""
-        for name, found in also.items():
-            if found["high"] < 0 and name not in self._warned:
+        for name, scores in also.items():
+            if scores["high"] < 0 and name not in self._warned:
                 self._warned.add(name)
-                self.note(fall_text(name, found, f"at step {self.state.step}", self.config.evaluation.dev))
+                self.note(fall_text(name, scores, f"at step {self.state.step}", self.config.evaluation.dev))
 
     def out_of_patience(self) -> bool:
         """Whether ``evaluation.patience`` evaluations in a row brought no better score."""
@@ -158,7 +162,7 @@ class Evaluator:
         return self.dev.geometry(z_ND) if distributed.rank() == 0 else {}
 
     def _compare_with_own_settings(self, chosen_score: float) -> None:
-        """Say how the model scores as it says of itself that it encodes, where the run encodes otherwise."""
+        """Note the score that the model has by its own settings, where the run encodes with others."""
         config = self.config.encoder
         settings = read_settings(resolve_model(config.name), revision=config.revision)
         chosen = (self.encoder.pooling, self.encoder.prompt, self.encoder.denoise)
