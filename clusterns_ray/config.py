@@ -682,32 +682,27 @@ def _expand_variables(value: Any, source: str, key: str = "") -> Any:
     return re.sub(r"\$\{(\w+)\}", look_up, value)
 
 
-def _no_booleans() -> frozenset[str]:
-    keys = {}
+def _key_types() -> dict[str, Any]:
+    """Every ``section.key`` there is, with its type."""
+    types: dict[str, Any] = {}
     for name, field in Config.model_fields.items():
         section = field.annotation
         if isinstance(section, type) and issubclass(section, Section):
-            keys |= {f"{name}.{key}": inner.annotation for key, inner in section.model_fields.items()}
+            types |= {f"{name}.{key}": inner.annotation for key, inner in section.model_fields.items()}
         else:
-            keys[name] = section
-    numbers = {key for key, kind in keys.items() if {int, float} & {kind, *get_args(kind)}}
-    return frozenset(key for key in numbers if bool not in get_args(keys[key]))
+            types[name] = section
+    return types
 
 
-NO_BOOLEANS = _no_booleans()
-"""Keys of numbers."""
+NO_BOOLEANS = frozenset(
+    key for key, kind in _key_types().items() if {int, float} & {kind, *get_args(kind)} and bool not in get_args(kind)
+)
+"""The keys of numbers."""
 
 
 def known_keys() -> list[str]:
     """Every ``section.key`` there is."""
-    keys = []
-    for name, field in Config.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, Section):
-            keys += [f"{name}.{key}" for key in section.model_fields]
-        else:
-            keys.append(name)
-    return keys
+    return list(_key_types())
 
 
 def _describe(error: ValidationError, source: str) -> str:
