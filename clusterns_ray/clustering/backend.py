@@ -75,8 +75,8 @@ def _torch_kmeans(
         centroids_KD = torch.from_numpy(initial_KD).to(device)
     for _ in range(iterations):
         # In parts, as the cosines of all rows with all centroids may be larger than the rows.
-        found = [(part_ND @ centroids_KD.T).max(dim=1) for part_ND in rows_ND.split(AT_ONCE)]
-        cosine_N, nearest_N = torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+        parts = [(part_ND @ centroids_KD.T).max(dim=1) for part_ND in rows_ND.split(AT_ONCE)]
+        cosine_N, nearest_N = torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
         sums_KD, counts_K = member_statistics(rows_ND, nearest_N, k)
         empty = (counts_K == 0).nonzero().squeeze(1)
         sums_KD[empty] = rows_ND[cosine_N.argsort()[: len(empty)]]

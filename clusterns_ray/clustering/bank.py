@@ -145,7 +145,7 @@ class Bank:
         directions_KD = torch.zeros(self.num_clusters, self.width, device=self.device)
         cluster_N = torch.zeros(len(self), dtype=torch.int64, device=self.device)
         if distributed.rank() == 0:
-            found = spherical_kmeans(
+            unit_KD = spherical_kmeans(
                 self.z_ND.cpu().numpy(),
                 self.num_clusters,
                 seed=seed,
@@ -153,7 +153,7 @@ class Bank:
                 initial_KD=None if initial_KD is None else F.normalize(initial_KD, eps=COSINE_EPS).cpu().numpy(),
                 device=self.device,
             )
-            directions_KD = torch.from_numpy(found).to(self.device)
+            directions_KD = torch.from_numpy(unit_KD).to(self.device)
             parts = self.z_ND.split(AT_ONCE)
             cluster_N = torch.cat([cosine_matrix(part, directions_KD).argmax(dim=1) for part in parts])
         directions_KD = distributed.broadcast(directions_KD)

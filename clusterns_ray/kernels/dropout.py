@@ -23,7 +23,7 @@ SIDE_BY_SIDE = 20_000
 
 
 def dropped_levels(p: float) -> int:
-    """How many of the 65,536 numbers drop an element."""
+    """How many of the 65,536 numbers drop an element, with probability ``p``."""
     return round(p * LEVELS)
 
 
@@ -32,12 +32,12 @@ def dropout_scale(p: float) -> float:
     return LEVELS / (LEVELS - dropped_levels(p))
 
 
-def kept(like: Tensor, p: float) -> Tensor:
-    """1 with probability ``1 - p`` and else 0, by torch's default generator of the CPU; shape and dtype of ``like``.
+def keep_mask(like: Tensor, p: float) -> Tensor:
+    """A mask of the shape and dtype of ``like``: 1 with probability ``1 - p``, else 0, by torch's default generator.
 
-    Not bool: a CPU multiplies by that several times slower (measured: experiments/LOG.md).
+    It is not bool, as a CPU multiplies by that several times slower (measured: experiments/LOG.md).
     """
-    words = torch.empty(_words_of(like), dtype=torch.int64).random_(-(2**63), None)
+    words = torch.empty(_num_words(like), dtype=torch.int64).random_(-(2**63), None)
     mask = torch.empty(like.shape, dtype=like.dtype)
     _compare(words, p, mask)
     return mask
@@ -50,8 +50,8 @@ class Streams:
         self.generators = [np.random.Generator(np.random.SFC64(key)) for key in keys]
 
     def fill(self, masks: Sequence[Tensor], p: float) -> None:
-        """Each becomes what :func:`kept` gives, by the stream of its own."""
-        for words, mask in zip(self._draw([_words_of(mask) for mask in masks]), masks, strict=True):
+        """Fill each mask as :func:`keep_mask` does, from the stream of the same number."""
+        for words, mask in zip(self._draw([_num_words(mask) for mask in masks]), masks, strict=True):
             _compare(torch.from_numpy(words), p, mask)
 
     def _draw(self, sizes: Sequence[int]) -> list[np.ndarray]:
@@ -60,8 +60,8 @@ class Streams:
         threads = min(torch.get_num_threads(), len(sizes))
         if threads == 1 or sum(sizes) < SIDE_BY_SIDE:
             return [g.integers(low, high, n, endpoint=True) for g, n in zip(self.generators, sizes, strict=True)]
-        found = _pool(threads).map(lambda g, n: g.integers(low, high, n, endpoint=True), self.generators, sizes)
-        return list(found)
+        drawn = _pool(threads).map(lambda g, n: g.integers(low, high, n, endpoint=True), self.generators, sizes)
+        return list(drawn)
 
 
 @cache
@@ -70,7 +70,8 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="dropout")
 
 
-def _words_of(mask: Tensor) -> int:
+def _num_words(mask: Tensor) -> int:
+    """64-bit words that the elements of a mask take."""
     return (mask.numel() + 3) // 4
 
 
@@ -92,7 +93,7 @@ class _Drop(torch.autograd.Function):
 
 
 def drops(p: float) -> bool:
-    """Whether some are dropped and some kept."""
+    """Whether dropout with probability ``p`` drops some elements and keeps others."""
     return 0 < dropped_levels(p) < LEVELS
 
 
@@ -100,12 +101,13 @@ def drop(x: Tensor, p: float, streams: Streams | None = None, rows: Sequence[int
     """Zeros with probability ``p``, the rest divided by ``1 - p``; in the dtype of ``x``.
 
     Args:
-        streams, rows: each stream draws for so many rows of ``x``, one after the other; else torch's generator.
+        streams: the random numbers; torch's default generator if not given.
+        rows: how many consecutive rows of ``x`` each stream draws for.
     """
     if x.device.type != "cpu" or not drops(p):
         return nn.functional.dropout(x, p)
     if streams is None:
-        keep = kept(x, p)
+        keep = keep_mask(x, p)
     else:
         keep = torch.empty(x.shape, dtype=x.dtype)
         streams.fill(keep.split(list(rows)), p)

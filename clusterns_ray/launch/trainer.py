@@ -121,7 +121,7 @@ def _wants_gpu(config: Config) -> bool:
 
 
 def _fit(config: Config, prepared: Prepared, run_dir: Path, on_event: OnEvent, use_gpu: bool) -> dict[str, Any]:
-    """Train on Ray workers, and show here what worker 0 tells."""
+    """Train on Ray workers, and pass the events of worker 0 on to ``on_event`` in this process."""
     import ray
 
     from clusterns_ray.launch.workers import WorkersFailed, run_workers
@@ -192,19 +192,19 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
 
     from clusterns_ray import distributed
     from clusterns_ray.io.uploader import uploader_for
-    from clusterns_ray.launch.workers import PreemptionWatcher, answer, worker_device
+    from clusterns_ray.launch.workers import PreemptionWatcher, worker_device, worker_result
     from clusterns_ray.training.context import RunContext
     from clusterns_ray.training.loop import train_worker
 
     config = make_config(settings["config"])
-    tell = settings["mailbox"].put.remote
+    send = settings["mailbox"].put.remote
 
     def train() -> dict[str, Any]:
         tokens_dir, sts_dir = unstage(config, settings["staged"])
         run_dir = Path(settings["run_dir"] or run_directory(config))
         uploader = uploader_for(run_url(config), run_dir)
         context = RunContext(config, tokens_dir, sts_dir, run_dir, uploader, tuple(settings["command"]))
-        watcher = PreemptionWatcher(lambda: tell({"event": "alive"}) if distributed.rank() == 0 else None)
-        return train_worker(context, worker_device(config), tell, on_evaluation=ray.train.report, should_stop=watcher)
+        watcher = PreemptionWatcher(lambda: send({"event": "alive"}) if distributed.rank() == 0 else None)
+        return train_worker(context, worker_device(config), send, on_evaluation=ray.train.report, should_stop=watcher)
 
-    return answer(train)
+    return worker_result(train)

@@ -44,7 +44,7 @@ def run_workers(
 
     Args:
         work: returns ``{"result": ...}``, ``{"error": message}`` (with ``refused`` where the request or the data was
-            wrong) or ``{"drained": message}`` (:func:`answer` makes these), the same on every worker.
+            wrong) or ``{"drained": message}`` (see :func:`worker_result`), the same on every worker.
         storage_path: where Ray keeps what is its own; a run's checkpoints are elsewhere.
         listen: takes what the workers sent; whether there was anything. Called several times a second.
 
@@ -137,7 +137,7 @@ def _check_head(error: BaseException) -> None:
 
 
 def _silence(runtime: RuntimeConfig, use_gpu: bool, waited_s: float, started: bool) -> str:
-    found = ray.cluster_resources()
+    resources = ray.cluster_resources()
     what = (
         f"Nothing was heard from the workers for {waited_s:.0f} s (runtime.start_timeout_s + runtime.step_timeout_s)."
         if started
@@ -145,8 +145,8 @@ def _silence(runtime: RuntimeConfig, use_gpu: bool, waited_s: float, started: bo
     )
     return (
         f"{what} Asked for {runtime.num_workers} workers with {runtime.cpus_per_worker} "
-        f"CPU{' and 1 GPU' if use_gpu else ''} each; the cluster has {found.get('CPU', 0):.0f} CPUs and "
-        f"{found.get('GPU', 0):.0f} GPUs. Ask for less, add nodes, or raise the time-out."
+        f"CPU{' and 1 GPU' if use_gpu else ''} each; the cluster has {resources.get('CPU', 0):.0f} CPUs and "
+        f"{resources.get('GPU', 0):.0f} GPUs. Ask for less, add nodes, or raise the time-out."
     )
 
 
@@ -215,8 +215,9 @@ def check_gpu() -> None:
         raise ClusterNSError(problem)
 
 
-def answer(train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a worker returns: errors that a restart would meet again are told, not raised."""
+def worker_result(train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``work`` of :func:`run_workers` returns. An error that a restart would meet again is returned: Ray restarts
+    workers that raise."""
     try:
         return {"result": train()}
     except Drained as error:

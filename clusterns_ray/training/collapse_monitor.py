@@ -1,4 +1,4 @@
-"""What goes wrong in a run, said at once and in words."""
+"""Warnings of a run whose embeddings collapse or whose clusters empty, in the step in which it shows."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ SPREAD_COSINE, COLLAPSED_COSINE = 0.8, 0.9
 """A mean cosine that was below the first and is above the second has come back; between them it only wavers."""
 
 
-class Alarms:
-    """Looks at each logged step; speaks once for each trouble, and again if it comes back after it had passed."""
+class CollapseMonitor:
+    """Checks each logged step; warns once of each problem, and again if it returns after it had passed."""
 
     def __init__(self, num_clusters: int, of_corpus: bool = False):
         """
         Args:
-            of_corpus: the clusters are those of a bank, not of the batches.
+            of_corpus: whether the clusters are those of a bank, not of the batches.
         """
         self.num_clusters = num_clusters
         self.of_corpus = of_corpus
         self.was_spread = False
-        self.open: set[str] = set()
+        self.active: set[str] = set()
+        """problems that the step before had"""
 
     def __call__(self, step: int, values: dict[str, Any], steps_clustered: int) -> list[str]:
         """Warnings that are new at this step.
@@ -33,14 +34,14 @@ class Alarms:
         """
         cosine = values["mean_cosine"]
         empty = values.get("empty_clusters", 0)
-        found = {}
+        warnings = {}
         if self.was_spread and cosine > COLLAPSED_COSINE:
-            found["cosine"] = (
+            warnings["cosine"] = (
                 f"Collapse at step {step}: the mean cosine of the batch is back at {cosine:.2f}, so all sentences look "
                 "alike. Lower train.learning_rate or loss.bml_weight; the best model so far is kept."
             )
         if steps_clustered >= EMPTY_AFTER and empty >= EMPTY_SHARE * self.num_clusters:
-            found["empty"] = f"At step {step}, {empty} of {self.num_clusters} clusters " + (
+            warnings["empty"] = f"At step {step}, {empty} of {self.num_clusters} clusters " + (
                 "hold no sentence of the bank. Use fewer clusters (clustering.num_clusters), or a larger bank "
                 "(clustering.bank_rows)."
                 if self.of_corpus
@@ -48,6 +49,6 @@ class Alarms:
                 "move centroids faster (clustering.rate)."
             )
         self.was_spread = self.was_spread or cosine <= SPREAD_COSINE
-        new = [text for name, text in found.items() if name not in self.open]
-        self.open = set(found)
+        new = [text for name, text in warnings.items() if name not in self.active]
+        self.active = set(warnings)
         return new

@@ -24,7 +24,7 @@ def describe_environment(device: torch.device, command: Sequence[str], num_worke
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {
             "python": platform.python_version(),
-            **{name: found for name in PACKAGES if (found := _version(name))},
+            **{name: installed for name in PACKAGES if (installed := _version(name))},
         },
         "machine": {
             "platform": platform.platform(),

@@ -21,7 +21,7 @@ from clusterns_ray.data.token_store import TokenStore
 from clusterns_ray.errors import Drained, StorageError
 from clusterns_ray.io.files import with_checksum
 from clusterns_ray.training.checkpoint import Checkpointer, list_checkpoints
-from clusterns_ray.training.collapse_monitor import Alarms
+from clusterns_ray.training.collapse_monitor import CollapseMonitor
 from clusterns_ray.training.context import RunContext
 from clusterns_ray.training.environment import changed_versions, describe_environment
 from clusterns_ray.training.evaluator import Evaluator
@@ -103,7 +103,7 @@ def _train(
     evaluator = Evaluator(config, context.sts_dir, parts.encoder, state, logger.note)
     exporter = Exporter(context, parts, state)
     finite = FiniteChecks(parts, state)
-    collapse_monitor = Alarms(config.clustering.num_clusters, of_corpus=config.clustering.scope == "corpus")
+    collapse_monitor = CollapseMonitor(config.clustering.num_clusters, of_corpus=config.clustering.scope == "corpus")
     digests = data_digests(parts.tokens.manifest, evaluator.dev and evaluator.dev.pairs)
     data = DataDigests(f"The run {config.runtime.name!r}", digests)
     checkpointer = Checkpointer(context, {"data": data, **parts.stateful(), "progress": state})

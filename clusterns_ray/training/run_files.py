@@ -40,29 +40,29 @@ def check_config(text: str, config: Config, where: str) -> None:
         raise ConfigError(
             f"{where}/config.yaml, which says with what configuration the run was begun, cannot be read ({reason}), so "
             "it is damaged. Restore it from a copy.",
-            "If you are sure of the configuration, remove that file and give "
-            "the same command: checkpoints of another configuration are refused.",
+            "If you are sure of the configuration, remove that file and give the same command: checkpoints of another "
+            "configuration are refused.",
         ) from None
     if saved.fingerprint() == config.fingerprint():
         return
-    found = differences(saved.identity(), config.identity())
+    changes = differences(saved.identity(), config.identity())
     raise ConfigError(
         f"runtime.name is {config.runtime.name!r}, which {where!r} holds already with another config: "
-        + "; ".join(f"{key} was {before!r} and is now {after!r}" for key, before, after in found[:5])
-        + (f"; and {len(found) - 5} more" if len(found) > 5 else "")
+        + "; ".join(f"{key} was {before!r} and is now {after!r}" for key, before, after in changes[:5])
+        + (f"; and {len(changes) - 5} more" if len(changes) > 5 else "")
         + ". Choose another runtime.name, or go back to those values to resume it."
     )
 
 
 def differences(before: dict, after: dict, prefix: str = "") -> list[tuple[str, object, object]]:
     """Dotted key, old and new value of everything that differs between two trees of values."""
-    found: list[tuple[str, object, object]] = []
+    changes: list[tuple[str, object, object]] = []
     for key in after:
         if isinstance(after[key], dict):
-            found += differences(before.get(key, {}), after[key], f"{prefix}{key}.")
+            changes += differences(before.get(key, {}), after[key], f"{prefix}{key}.")
         elif before.get(key) != after[key]:
-            found.append((prefix + key, before.get(key), after[key]))
-    return found
+            changes.append((prefix + key, before.get(key), after[key]))
+    return changes
 
 
 def read_result(text: str, config: Config, where: str, note: Callable[[str], None]) -> dict[str, Any] | None:

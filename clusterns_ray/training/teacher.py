@@ -24,5 +24,7 @@ class Teacher:
     def __call__(self, shards: list[Shard], dtype: torch.dtype) -> Tensor:
         """float32 (b, D), the shards' rows one after the other; products in ``dtype``."""
         with autocast(shards[0].input_ids_BT.device, dtype):
-            found = self.encoder.embed([TokenBatch(shard.input_ids_BT, shard.attention_mask_BT) for shard in shards])
-        return torch.cat(found).float()
+            embeddings = self.encoder.embed(
+                [TokenBatch(shard.input_ids_BT, shard.attention_mask_BT) for shard in shards]
+            )
+        return torch.cat(embeddings).float()

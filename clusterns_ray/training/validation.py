@@ -32,9 +32,9 @@ class DevSet:
 
     def geometry(self, z_ND: np.ndarray) -> dict[str, Any]:
         """How the embeddings lie: alignment, uniformity, effective rank and mean cosine."""
-        found = geometry(self.pairs, lambda _: z_ND)
+        values = geometry(self.pairs, lambda _: z_ND)
         names = ("alignment", "uniformity", "effective_rank")
-        return {**{name: found[name] for name in names}, "embedding_cosine": found["mean_cosine"]}
+        return {**{name: values[name] for name in names}, "embedding_cosine": values["mean_cosine"]}
 
 
 def encode_together(encoder: Encoder, ids: list[list[int]], *, project: bool = False) -> np.ndarray:

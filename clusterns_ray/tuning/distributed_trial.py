@@ -12,7 +12,7 @@ from clusterns_ray import distributed
 from clusterns_ray.errors import ClusterNSError
 from clusterns_ray.launch.ray_cluster import on_this_node
 from clusterns_ray.launch.staging import run_place
-from clusterns_ray.launch.workers import PreemptionWatcher, answer, run_workers, worker_device
+from clusterns_ray.launch.workers import PreemptionWatcher, run_workers, worker_device, worker_result
 from clusterns_ray.training.loop import train_worker
 from clusterns_ray.tuning.job import Evaluation, Job, Stopped
 from clusterns_ray.tuning.reporting import Reporter, run_context
@@ -109,4 +109,4 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
         except Stopped:
             raise ClusterNSError("it was stopped.") from None
 
-    return answer(train)
+    return worker_result(train)

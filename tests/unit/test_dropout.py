@@ -13,7 +13,7 @@ from torch import nn
 
 import clusterns_ray.kernels.dropout
 from clusterns_ray.config import EncoderConfig
-from clusterns_ray.kernels.dropout import Dropout, Streams, drop, kept
+from clusterns_ray.kernels.dropout import Dropout, Streams, drop, keep_mask
 from clusterns_ray.models.backbone import load_transformer
 from clusterns_ray.models.encoder import Encoder
 from clusterns_ray.models.sdpa import ATTENTION, attention, use_fast_training
@@ -30,7 +30,7 @@ def seeded():
 def test_the_share_of_zeros_at_every_place_of_a_word(p: float) -> None:
     """Each 64-bit word holds four numbers: all of them, the one with the sign bit too, have the same probability."""
     n = 400_000
-    keep = kept(torch.empty(n, 4), p)
+    keep = keep_mask(torch.empty(n, 4), p)
     bound = 5 * math.sqrt(p * (1 - p) / n)
     for place in keep.mean(dim=0).tolist():
         assert place == pytest.approx(1 - p, abs=bound + 1 / 65536)
@@ -54,7 +54,7 @@ def test_the_share_of_zeros_of_each_stream(p: float) -> None:
 @pytest.mark.parametrize("drawn", ["torch", "stream"])
 def test_neighbours_are_independent(drawn: str) -> None:
     n = 1_000_000
-    keep = kept(torch.empty(n), 0.5) if drawn == "torch" else by_streams([n], 1, 0.5, [4])[0].flatten()
+    keep = keep_mask(torch.empty(n), 0.5) if drawn == "torch" else by_streams([n], 1, 0.5, [4])[0].flatten()
     keep = keep - 0.5
     for lag in (1, 2, 3, 4, 7):
         assert abs(float((keep[:-lag] * keep[lag:]).mean())) < 5 * 0.25 / 1000
@@ -91,7 +91,7 @@ def test_values_mean_and_gradient(shape: tuple[int, ...]) -> None:
     torch.manual_seed(3)
     y = drop(x, 0.25)
     torch.manual_seed(3)
-    keep = kept(x, 0.25)
+    keep = keep_mask(x, 0.25)
     torch.testing.assert_close(y, torch.where(keep.bool(), x / 0.75, 0.0))
     weights = torch.randn_like(x)
     (gradient,) = torch.autograd.grad((y * weights).sum(), x)

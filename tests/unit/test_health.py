@@ -8,7 +8,7 @@ import torch
 
 from clusterns_ray.clustering.describe import LONGEST_EXAMPLE, describe_clusters
 from clusterns_ray.clustering.health import EMPTY_AFTER, ClusterHealth
-from clusterns_ray.training.collapse_monitor import Alarms
+from clusterns_ray.training.collapse_monitor import CollapseMonitor
 
 CENTROIDS = torch.eye(4)
 
@@ -86,31 +86,31 @@ def test_clusters_are_described_by_their_most_typical_sentences() -> None:
     assert len(long[0]["examples"][0]) == LONGEST_EXAMPLE
 
 
-# ---- alarms -------------------------------------------------------------------------------------------------------
+# ---- collapse monitor ----------------------------------------------------------------------------------------------
 
 
-def test_a_mean_cosine_that_comes_back_is_told_once() -> None:
-    alarms = Alarms(8)
-    assert alarms(1, {"mean_cosine": 0.95}, 0) == [], "an encoder may begin there"
-    assert alarms(1, {"mean_cosine": 0.88}, 0) == alarms(2, {"mean_cosine": 0.92}, 0) == [], "and waver"
-    assert alarms(2, {"mean_cosine": 0.5}, 0) == []
-    told = alarms(3, {"mean_cosine": 0.93}, 0)
-    assert len(told) == 1 and "Collapse at step 3" in told[0] and "0.93" in told[0]
-    assert alarms(4, {"mean_cosine": 0.95}, 0) == []
-    assert alarms(5, {"mean_cosine": 0.4}, 0) == []
-    assert len(alarms(6, {"mean_cosine": 0.91}, 0)) == 1, "it came back after it had passed"
+def test_a_mean_cosine_that_comes_back_is_warned_of_once() -> None:
+    monitor = CollapseMonitor(8)
+    assert monitor(1, {"mean_cosine": 0.95}, 0) == [], "an encoder may begin there"
+    assert monitor(1, {"mean_cosine": 0.88}, 0) == monitor(2, {"mean_cosine": 0.92}, 0) == [], "and waver"
+    assert monitor(2, {"mean_cosine": 0.5}, 0) == []
+    warnings = monitor(3, {"mean_cosine": 0.93}, 0)
+    assert len(warnings) == 1 and "Collapse at step 3" in warnings[0] and "0.93" in warnings[0]
+    assert monitor(4, {"mean_cosine": 0.95}, 0) == []
+    assert monitor(5, {"mean_cosine": 0.4}, 0) == []
+    assert len(monitor(6, {"mean_cosine": 0.91}, 0)) == 1, "it came back after it had passed"
 
 
-def test_empty_clusters_are_told_after_fifty_steps() -> None:
-    alarms = Alarms(10)
+def test_empty_clusters_are_warned_of_after_fifty_steps() -> None:
+    monitor = CollapseMonitor(10)
     values = {"mean_cosine": 0.1, "empty_clusters": 3}
-    assert alarms(40, values, EMPTY_AFTER - 1) == []
-    told = alarms(50, values, EMPTY_AFTER)
-    assert len(told) == 1 and "3 of 10 clusters" in told[0] and "clustering.num_clusters" in told[0]
-    assert alarms(60, {**values, "empty_clusters": 5}, 60) == []
-    assert Alarms(10)(60, {**values, "empty_clusters": 2}, 60) == []
+    assert monitor(40, values, EMPTY_AFTER - 1) == []
+    warnings = monitor(50, values, EMPTY_AFTER)
+    assert len(warnings) == 1 and "3 of 10 clusters" in warnings[0] and "clustering.num_clusters" in warnings[0]
+    assert monitor(60, {**values, "empty_clusters": 5}, 60) == []
+    assert CollapseMonitor(10)(60, {**values, "empty_clusters": 2}, 60) == []
 
 
-def test_clusters_of_a_bank_are_told_of_in_their_own_words() -> None:
-    (text,) = Alarms(10, of_corpus=True)(60, {"mean_cosine": 0.1, "empty_clusters": 4}, 60)
+def test_clusters_of_a_bank_are_warned_of_in_their_own_words() -> None:
+    (text,) = CollapseMonitor(10, of_corpus=True)(60, {"mean_cosine": 0.1, "empty_clusters": 4}, 60)
     assert text.startswith("At step 60, 4 of 10 clusters hold no sentence of the bank.") and "bank_rows" in text

@@ -237,13 +237,15 @@ def test_a_healthy_run_has_no_warnings(run_dir: Path) -> None:
     assert warnings_of(read_run(run_dir)) == []
 
 
-def test_the_bounds_are_those_of_the_alarms() -> None:
+def test_the_bounds_are_those_of_the_collapse_monitor() -> None:
     from clusterns_ray.clustering.health import EMPTY_AFTER
     from clusterns_ray.report import record
-    from clusterns_ray.training import collapse_monitor as alarms
-    from clusterns_ray.training import evaluator
+    from clusterns_ray.training import collapse_monitor, evaluator
 
-    assert (advice.COLLAPSED_COSINE, advice.EMPTY_SHARE) == (alarms.COLLAPSED_COSINE, alarms.EMPTY_SHARE)
+    assert (advice.COLLAPSED_COSINE, advice.EMPTY_SHARE) == (
+        collapse_monitor.COLLAPSED_COSINE,
+        collapse_monitor.EMPTY_SHARE,
+    )
     assert (advice.EMPTY_AFTER, record.COLLAPSED) == (EMPTY_AFTER, evaluator.COLLAPSED)
 
 
