@@ -86,7 +86,7 @@ def test_clusters_are_described_by_their_most_typical_sentences() -> None:
     assert len(long[0]["examples"][0]) == LONGEST_EXAMPLE
 
 
-# ---- collapse monitor ----------------------------------------------------------------------------------------------
+# ---- collapse monitor ---------------------------------------------------------------------------------------------
 
 
 def test_a_mean_cosine_that_comes_back_is_warned_of_once() -> None:
