@@ -127,7 +127,7 @@ class DataConfig(Section):
     """Whole documents (.jsonl, .md, .txt: paths, globs or directories): the text where `corpus` is unset, and what a
     structure-graded dev set is made of."""
     document_column: str | None = None
-    """The column or field of a `corpus` in csv, jsonl or parquet that tells which document a sentence is of; rows of a
+    """The column or field of a `corpus` in csv, jsonl or parquet that names the document of a sentence; rows of a
     document follow each other. In a text file blank lines stand between documents."""
     positives: Literal["dropout", "neighbour", "crop"] = "dropout"
     """The second view of a sentence: `dropout`: itself under other dropout, the paper's. `neighbour`: another sentence
@@ -166,7 +166,7 @@ class DataConfig(Section):
         if self.document_column is not None and self.document_column == self.text_column:
             raise ValueError(
                 f"data.document_column is {self.document_column!r}, the column that holds the text (data.text_column); "
-                "name the one that tells the document"
+                "give the column that names the document"
             )
         return self
 
@@ -615,14 +615,14 @@ def check_plain_values(values: Any, source: str, no_booleans: Collection[str] = 
     if isinstance(values, Mapping):
         for name, value in values.items():
             if not isinstance(name, str):
-                raise ConfigError(f"{source}: the key {shown(name)} is no text. Put it in quotes, or correct it.")
+                raise ConfigError(f"{source}: the key {shown(name)} is not text. Put it in quotes, or correct it.")
             check_plain_values(value, source, no_booleans, f"{key}.{name}" if key else name)
     elif isinstance(values, list | tuple):
         for value in values:
             check_plain_values(value, source, no_booleans, key)
     elif isinstance(values, bool):
         if key in no_booleans:
-            raise ConfigError(f"{source}: {key} is {shown(values)}, but it is no switch. Give a number or a text.")
+            raise ConfigError(f"{source}: {key} is {shown(values)}, but it is not a switch. Give a number or text.")
     elif isinstance(values, int):
         if not -(2**63) <= values < 2**63:
             raise ConfigError(f"{source}: {key} is {shown(values)}, beyond 64 bits. Give a smaller number.")

@@ -195,7 +195,7 @@ def mapped_zeros(directory: Path, *shape: int) -> Tensor:
         return torch.from_file(name, shared=True, size=count, dtype=torch.float32).view(shape)
     except (OSError, RuntimeError) as error:  # torch's, where the file system maps no files
         raise ClusterNSError(
-            f"The bank of embeddings needs {4 * count / 1e6:,.0f} MB in {str(directory)!r}, which cannot be had "
+            f"The bank of embeddings needs {4 * count / 1e6:,.0f} MB in {str(directory)!r}, which are not available "
             f"({getattr(error, 'strerror', None) or error}). Free some, or lower clustering.bank_rows."
         ) from error
     finally:

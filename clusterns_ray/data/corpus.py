@@ -297,7 +297,7 @@ def _download(part: tuple[str, str], source: Source) -> _File:
         path = hf_hub_download(dataset, file, repo_type="dataset")
     except Exception as error:  # the library raises whatever the network does
         raise DataError(
-            f"{source.path}: file {file!r} of dataset {dataset!r} cannot be had ({type(error).__name__}: "
+            f"{source.path}: file {file!r} of dataset {dataset!r} cannot be downloaded ({type(error).__name__}: "
             f"{error}); check the names; a machine without network needs the file itself: give its path"
         ) from error
     return _File(source, LocalFileSystem(), path)

@@ -126,9 +126,7 @@ def _read_source(source: str, text_column: str) -> Iterator[Document]:
         else:
             yield parse_document(decode(path.read_bytes(), source), path.stem)
     except OSError as error:
-        raise DataError(
-            f"{source}: reading failed: {error.strerror or error}.", "Check that the disk is well."
-        ) from None
+        raise DataError(f"{source}: reading failed: {error.strerror or error}.", "Check the disk.") from None
 
 
 def _read_jsonl(path: Path, text_column: str) -> Iterator[Document]:

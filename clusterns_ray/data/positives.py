@@ -141,7 +141,7 @@ class Positives:
 
 REMEDY = (
     "Name whole documents (.jsonl, .md or .txt) as data.documents and leave data.corpus out; or put a blank line "
-    "between the documents of a text file; or name the column of a csv, jsonl or parquet file that tells the document "
+    "between the documents of a text file; or name the column of a csv, jsonl or parquet file that names the document "
     "as data.document_column, with the sentences of a document one after the other; or set data.positives to dropout "
     "or crop."
 )
@@ -159,8 +159,8 @@ def check_columns(config: Config) -> None:
     sources = list_sources(data.corpus or "")
     if all(is_table(source) for source in sources):
         raise DataError(
-            f"data.positives is neighbour, but nothing tells which document a row of {sources[0].path} is of, as "
-            f"data.document_column is not set.",
+            f"data.positives is neighbour, but which document a row of {sources[0].path} belongs to is not known, as "
+            "data.document_column is not set.",
             REMEDY,
         )
 
@@ -181,12 +181,12 @@ def check_positives(config: Config, manifest: dict[str, Any]) -> None:
     if data.corpus not in (None, "demo") and data.document_column is None and documents <= manifest["counts"]["files"]:
         raise DataError(
             f"data.positives is neighbour, but {corpus!r} has no documents: it has no blank line between sentences, so "
-            f"lines that follow each other may have nothing to do with each other.",
+            "lines that follow each other may have nothing to do with each other.",
             REMEDY,
         )
     if manifest["alone"] == manifest["rows"]:
         raise DataError(
             f"data.positives is neighbour, but none of the {manifest['rows']:,} sentences of {corpus!r} has another "
-            f"one of its section beside it.",
+            "one of its section beside it.",
             REMEDY,
         )

@@ -124,13 +124,13 @@ def check_characters(text: str, where: str) -> None:
         DataError: it names ``where``.
     """
     if "\0" in text:
-        raise DataError(f"{where}: the text holds a NUL character, which text has not; repair or remove the row")
+        raise DataError(f"{where}: the text holds a NUL character, which is not text; repair or remove the row")
     if not text.isascii():
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise DataError(
-                f"{where}: the text holds half of a surrogate pair ({text[error.start]!r}), which is no character; "
+                f"{where}: the text holds half of a surrogate pair ({text[error.start]!r}), which is not a character; "
                 "repair or remove the row"
             ) from None
 
@@ -152,7 +152,7 @@ def _check_start(start: bytes, name: str) -> None:
             encoding = "UTF-32LE" if start[0] else "UTF-32BE"
         else:
             encoding = "UTF-16LE" if set(odd) == {0} else "UTF-16BE"
-        raise _other_encoding(name, f"{encoding}, as its NUL bytes tell", encoding)
+        raise _other_encoding(name, f"{encoding}, as its NUL bytes show", encoding)
 
 
 def _other_encoding(name: str, what: str, option: str) -> DataError:
@@ -164,8 +164,8 @@ def _other_encoding(name: str, what: str, option: str) -> DataError:
 def _check_text(text: str, name: str, number: int) -> None:
     if "\0" in text:
         raise DataError(
-            f"{name}:{number}: the line holds a NUL character, which text has not; if the file is UTF-16, convert it: "
-            "iconv -f UTF-16 -t UTF-8 FILE > NEW; if they are rubbish, remove them: tr -d '\\000' < FILE > NEW"
+            f"{name}:{number}: the line holds a NUL character, which is not text; if the file is UTF-16, convert it: "
+            "iconv -f UTF-16 -t UTF-8 FILE > NEW; if they mean nothing, remove them: tr -d '\\000' < FILE > NEW"
         )
     if text.isascii():
         return
@@ -248,8 +248,8 @@ class _LineEnds:
         self._first = self._first or end
         if end != self._first:
             raise DataError(
-                f"{name}:{began}: some rows end in LF, and others in CR alone, so a CR within a row cannot be told "
-                "from the end of one; put fields that hold CR in quotes, or make all ends alike: "
+                f"{name}:{began}: some rows end in LF, and others in CR alone, so a CR within a row looks like the "
+                "end of one; put fields that hold CR in quotes, or make all ends alike: "
                 "tr '\\r' '\\n' < FILE > NEW"
             )
 

@@ -122,7 +122,7 @@ class ClusterCapacity:
         if self.failure is not None:
             return f"{text} that has failed: {self.failure}"
         if self.node_types is None:
-            return f"{text} that does not tell what it may start"
+            return f"{text} that does not say what it may start"
         types = " and ".join(_type_text(node_type, count) for node_type, count in self.startable())
         if self.max_nodes is not None and len(self.startable()) > 1:
             types += f", {self.max_nodes} nodes in all"
@@ -162,7 +162,7 @@ def wants_gpu(use_gpu: bool | None, capacity: ClusterCapacity) -> bool:
     """Whether each worker takes a GPU: as ``runtime.use_gpu`` says, else where the cluster offers GPUs.
 
     Raises:
-        ConfigError: it is not set, no node that is up has a GPU, and the autoscaler does not tell what it may start.
+        ConfigError: it is not set, no node that is up has a GPU, and the autoscaler does not say what it may start.
     """
     if use_gpu is not None:
         return use_gpu

@@ -81,7 +81,7 @@ class Aws:
             action = json.loads(body)
             what = str(action["action"])
         except (ValueError, KeyError, TypeError):
-            raise MetadataError(f"{self.endpoint} answers {body[:80]!r}, which is no notice") from None
+            raise MetadataError(f"{self.endpoint} answers {body[:80]!r}, which is not a notice") from None
         now = time.time()
         try:
             when = datetime.strptime(action["time"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
@@ -311,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         metadata = find_metadata(options.provider, options.endpoint, options.poll)
     except MetadataError as error:
-        log.error("%s. Nothing is watched. On no cloud, do not start the watcher.", error)
+        log.error("%s. Nothing is watched. Start the watcher only on a machine of AWS or Google Cloud.", error)
         return 1
     log.info("Watching %s (%s) every %g s", metadata.endpoint, metadata.name, options.poll)
     notice = wait_for_notice(metadata, options.poll)

@@ -120,7 +120,10 @@ def check_store(key: str, url: str) -> None:
             store.write(name, b"clusterns")
             same = store.read(name) == b"clusterns"
             store.delete(name)
-            outcome.append(None if same else StorageError(f"{url!r} does not give back what was written."))
+            other = StorageError(
+                f"{url!r} returns other data than was written.", "Check that store, or choose another."
+            )
+            outcome.append(None if same else other)
         except StorageError as error:
             outcome.append(error)
 
@@ -143,7 +146,7 @@ def check_writable(key: str, path: str) -> None:
     except OSError as error:
         raise ConfigError(
             f"{key} is {path!r}, where nothing can be written ({error.strerror}).",
-            "Choose a directory that can be.",
+            "Choose a directory that can be written.",
         ) from None
 
 

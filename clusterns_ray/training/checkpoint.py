@@ -174,7 +174,7 @@ def verify(path: Path, fingerprint: str) -> int:
         step, stamp = manifest["step"], manifest["fingerprint"]
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
         if path.name != f"step-{step:08d}" or "state.pt" not in files:
-            raise ValueError(f"it speaks of step {step} and of {', '.join(files) or 'no files'}")
+            raise ValueError(f"it names step {step} and the files {', '.join(files) or 'none'}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"its manifest.json cannot be read ({error})") from None
     if stamp != fingerprint:

@@ -38,7 +38,7 @@ class FiniteChecks:
         if in_a_row >= most:
             raise NonFiniteError(
                 f"The last {in_a_row} gradients before step {self.state.step} were NaN or infinite, so the weights "
-                f"stand still. {self.remedies()} The checkpoints before it are whole."
+                f"no longer change. {self.remedies()} The checkpoints before it are whole."
             )
         return skipped
 

@@ -254,8 +254,8 @@ def _note_emulated_precision(configured: str, precision: str, device: torch.devi
     """Say so where a run that chose bf16 on another machine goes on on one that only emulates it."""
     if configured == "auto" and precision == "bf16" and not multiplies_bf16(device):
         logger.note(
-            "This run was begun in bf16, which this machine only emulates, slowly: it goes on so, to stay the "
-            "same run. For fp32 begin another one, with train.precision=fp32."
+            "This run was begun in bf16, which this machine only emulates, slowly. It goes on in bf16, so as to stay "
+            "the same run. For fp32, begin another run with train.precision=fp32."
         )
 
 

@@ -140,7 +140,7 @@ def test_an_autoscaler_that_does_not_tell(nodes, make_run_on, version):
     run = make_run_on(f"untold-{version}", "runtime.num_workers=2", "runtime.start_timeout_s=15")
     unset = replace(run, settings=(*run.settings, "runtime.use_gpu=null")).train(TIMEOUT_S)
     assert unset.code == 2, unset.out + unset.err
-    assert f"an autoscaler (version {version}) that does not tell what it may start" in unset.err
+    assert f"an autoscaler (version {version}) that does not say what it may start" in unset.err
     assert "--set runtime.use_gpu=true" in unset.err
     began = time.monotonic()
     said = run.train(TIMEOUT_S)

@@ -68,7 +68,7 @@ def test_an_autoscaler_that_does_not_tell(version: int) -> None:
     capacity = untold(version)
     with pytest.raises(ConfigError) as error:
         wants_gpu(None, capacity)
-    assert f"an autoscaler (version {version}) that does not tell what it may start" in str(error.value)
+    assert f"an autoscaler (version {version}) that does not say what it may start" in str(error.value)
     assert "--set runtime.use_gpu=true" in str(error.value) and "--set runtime.use_gpu=false" in str(error.value)
     assert wants_gpu(True, capacity) and not wants_gpu(False, capacity)
     check_room(capacity, worker_resources(64, True), 1000)
