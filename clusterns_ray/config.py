@@ -33,7 +33,7 @@ class Section(BaseModel):
 
 
 def check_file_name(value: str) -> str:
-    """A name that becomes a directory's."""
+    """Refuse a name that cannot be that of a run's directory."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", value):
         raise ValueError("must be a file name: letters, digits, dots, dashes, underscores")
     if value == "cache":
@@ -604,7 +604,7 @@ def make_config(values: Mapping[str, Any], source: str = "configuration") -> Con
 
 
 def check_plain_values(values: Any, source: str, no_booleans: Collection[str] = (), key: str = "") -> None:
-    """Refuse what no field could take: numbers out of the machine's range, half characters, keys that are no text.
+    """Refuse what no field could take: numbers out of the machine's range, half characters, keys that are not text.
 
     Args:
         no_booleans: the keys where true and false are wrong, though Python counts them as 1 and 0.
@@ -733,7 +733,7 @@ def _describe(error: ValidationError, source: str) -> str:
 
 
 def quote_hint(item: Any) -> str:
-    """YAML takes some words and digits for other things than text."""
+    """A hint to put a text in quotes, where YAML has read a word or digits as another type; else empty."""
     if item["type"] not in ("string_type", "literal_error") or not isinstance(item["input"], bool | int | float):
         return ""
     words = "no, off, yes and on as false and true" if isinstance(item["input"], bool) else "it as a number"

@@ -137,8 +137,10 @@ def bank_negative_logits(
     return (cos_bn / temperature + weight * own_bn).masked_fill(~seen_bn, -torch.inf)
 
 
-def bidirectional_margin_terms(cos_bB: Tensor, positive_b: Tensor, mask_bB: Tensor, alpha: float, beta: float):
-    """``relu(d m + alpha) + relu(-d m - beta)`` with ``d_ij = cos_ij - cos_i,positive``: b x B, each pair apart."""
+def bidirectional_margin_terms(
+    cos_bB: Tensor, positive_b: Tensor, mask_bB: Tensor, alpha: float, beta: float
+) -> Tensor:
+    """``relu(d m + alpha) + relu(-d m - beta)`` with ``d_ij = cos_ij - cos_i,positive``, of each pair (b x B)."""
     gap_bB = (cos_bB - cos_bB.gather(1, positive_b[:, None])) * mask_bB
     return torch.relu(gap_bB + alpha) + torch.relu(-gap_bB - beta)
 

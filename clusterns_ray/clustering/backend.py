@@ -85,7 +85,7 @@ def _torch_kmeans(
 
 
 def faiss_conflict() -> str | None:
-    """What to say when both faiss wheels are installed, which overwrite one another; None when all is well."""
+    """A warning where both faiss wheels are installed, which overwrite one another; None where they are not."""
     wheels = set()
     for distribution in importlib.metadata.distributions():
         name = (distribution.metadata["Name"] or "").lower().replace("_", "-")

@@ -22,7 +22,7 @@ from clusterns_ray.clustering.kmeans import COSINE_EPS, cluster_sizes, cosine_ma
 from clusterns_ray.errors import ClusterNSError
 
 FIRST_ITERATIONS, LATER_ITERATIONS = 25, 10
-"""Of K-means: from random rows, and from the centroids of the time before."""
+"""Iterations of K-means from random rows, and from the centroids of the time before."""
 
 
 class Members(NamedTuple):

@@ -54,7 +54,7 @@ class ReadCounts:
     """Rows longer than ``MAX_CHARACTERS``, kept cut to that length."""
     kept: int = 0
     unusable: int = 0
-    """Sentences of documents that are no plain sentences (see ``documents.is_usable``), skipped."""
+    """Sentences of documents that are not plain sentences (see ``documents.is_usable``), skipped."""
 
 
 @dataclass(frozen=True)
@@ -118,14 +118,14 @@ def read_corpus(
             a URL ``s3://``, ``gs://`` or ``file://``, with globs of ``*``;
             ``hf://NAME[:split]``, a dataset of the Hugging Face hub or a local directory of one;
             ``hf://OWNER/NAME/FILE``, one file of a dataset of the hub, downloaded once.
-            The suffix tells the format: ``.csv`` and ``.tsv`` with a header, ``.jsonl``, ``.ndjson`` and
+            The suffix decides the format: ``.csv`` and ``.tsv`` with a header, ``.jsonl``, ``.ndjson`` and
             ``.json`` with an object a line, ``.parquet``, and anything else with a sentence a line.
             All but parquet may be compressed: ``.gz``, ``.bz2``, ``.zst``. Text is UTF-8 (see ``data.readers``).
         text_column: the column or field that holds the sentence.
-        document_column: the column or field that tells which document a sentence is of: a text or a whole number.
+        document_column: the column or field that names the document of a sentence: a text or a whole number.
         limit: stop after this many sentences.
         counts: updated as rows are read.
-        sources: what :func:`list_sources` told when the result was named; as they are now if not given.
+        sources: what :func:`list_sources` returned when the result was named; as they are now if not given.
 
     Returns:
         An iterator of sentences, without outer white space, none empty or above ``MAX_CHARACTERS``.
@@ -193,19 +193,19 @@ def _is_visible(text: str) -> bool:
 
 
 def is_table(source: Source) -> bool:
-    """Whether the rows have columns or fields, of which one may tell the document."""
+    """Whether the rows have columns or fields, of which one may name the document."""
     suffix = _suffix(source.path)[0]
     return suffix in _TABLES or (source.path.startswith("hf://") and _hub_file(source.path) is None)
 
 
 def _suffix(location: str) -> tuple[str, bool]:
-    """The suffix that tells the format, in lower case, and whether the file is compressed."""
+    """The suffix that decides the format, in lower case, and whether the file is compressed."""
     stem, suffix = os.path.splitext(location.lower())
     return (os.path.splitext(stem)[1], True) if suffix in _COMPRESSED else (suffix, False)
 
 
 def _rows(file: _File, text_column: str, document_column: str | None) -> Iterator[tuple[int, str | None, str | int]]:
-    """The numbered raw rows of one source, None for a null, each with what tells its document within the source."""
+    """The numbered raw rows of a source, None for a null, each with what identifies its document in the source."""
     name, filesystem = file.source.path, file.filesystem
     if filesystem is None:
         if (part := _hub_file(file.location)) is not None:
@@ -257,7 +257,7 @@ def _rows(file: _File, text_column: str, document_column: str | None) -> Iterato
 def _fields(
     record: Any, where: str, text_column: str, document_column: str | None, number: int
 ) -> tuple[str | None, str | int]:
-    """The text of a record and what tells its document."""
+    """The text of a record, and what identifies its document."""
     if record is None:
         return None, number
     text = text_of(record, where, text_column)
@@ -325,7 +325,7 @@ def _expand_one(pattern: str) -> list[_File]:
         return [_File(_hub_source(pattern), None, pattern)]
     try:
         filesystem, location = _find_filesystem(pattern, scheme)
-        found = _find(filesystem, location)
+        matches = _find(filesystem, location)
     except (OSError, ValueError) as error:  # pyarrow's own errors are of these kinds
         remedy = (
             "check the address, credentials and network; schemes are file, s3, gs and hf, and special characters in a "
@@ -334,17 +334,17 @@ def _expand_one(pattern: str) -> list[_File]:
             else "check the path, and that this user may read the directory"
         )
         raise DataError(f"{pattern}: cannot be listed ({error}); {remedy}") from error
-    if not found:
+    if not matches:
         relative = not url and not os.path.isabs(os.path.expanduser(pattern))
         where = f" in the working directory {os.getcwd()}" if relative else ""
         raise DataError(f"{pattern}: no such file, and no file matches it{where}; check the path")
     prefix = f"{scheme}://" if scheme not in ("", "file") else ""
     if not prefix:
-        for info in found:
+        for info in matches:
             check_regular_file("The file", info.path)
             if not os.access(info.path, os.R_OK):
                 raise DataError(f"{info.path}: this user may not read it; change its permissions, or leave it out")
-    return [_File(Source(prefix + i.path, i.size, i.mtime_ns), filesystem, i.path) for i in found]
+    return [_File(Source(prefix + i.path, i.size, i.mtime_ns), filesystem, i.path) for i in matches]
 
 
 def _find_filesystem(pattern: str, scheme: str) -> tuple[FileSystem, str]:
@@ -383,8 +383,8 @@ def _find(filesystem: FileSystem, location: str) -> list[FileInfo]:
     else:
         listing = filesystem.get_file_info(FileSelector(base, allow_not_found=True, recursive=recursive))
     files = (FileType.File, FileType.Unknown)  # unknown: a FIFO, a device or a socket
-    found = [info for info in listing if info.type in files and _matches(info.path.split("/")[first:], pattern)]
-    return sorted(found, key=lambda info: info.path)
+    matches = [info for info in listing if info.type in files and _matches(info.path.split("/")[first:], pattern)]
+    return sorted(matches, key=lambda info: info.path)
 
 
 def find_local(location: str) -> list[str]:

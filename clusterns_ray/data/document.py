@@ -55,10 +55,10 @@ def parse_document(text: str, title: str) -> Document:
 
     # Not splitlines(), which also splits at characters that may stand within a sentence, such as U+2028.
     for line in map(str.strip, text.replace("\r\n", "\n").replace("\r", "\n").split("\n")):
-        found = _heading(line)
-        if found is not None:
+        begun = _heading(line)
+        if begun is not None:
             close()
-            heading, block = found, []
+            heading, block = begun, []
         else:
             block.append(line)
     close()

@@ -43,17 +43,17 @@ def read_documents(spec: str | list[str], text_column: str = "text") -> Iterator
     ``title``); a ``.md`` or ``.txt`` file is one document.
 
     Raises:
-        ConfigError: what is named is no regular file.
-        DataError: nothing found, an unsupported file, bytes that are not UTF-8, invalid JSON or a missing
-            field (with file and line).
+        ConfigError: what is named is not a regular file.
+        DataError: no file is there or none has text, a file's format is not supported, or (with file and line) bytes
+            are not UTF-8, JSON is invalid or a field is missing.
     """
-    found = False
+    any_text = False
     for source in list_documents(spec):
         for document in _read_source(source, text_column):
             if document.sections:
-                found = True
+                any_text = True
                 yield document
-    if not found:
+    if not any_text:
         raise DataError(
             f"No document with text in {spec!r}: every file is empty or holds only headings.",
             "Point it at files with paragraphs of text.",
@@ -158,10 +158,10 @@ def _segment_long(paragraph: str, language: str) -> Iterator[str]:
     start, begun = 0, ""
     while start < len(paragraph):
         window = paragraph[start : start + _WINDOW]
-        found = _segment(window, language)
+        sentences = _segment(window, language)
         taken, is_last = 0, start + len(window) == len(paragraph)
-        for number, sentence in enumerate(found, start=1):
-            if not is_last and taken and (taken + len(sentence) > 3 * _WINDOW // 4 or number == len(found)):
+        for number, sentence in enumerate(sentences, start=1):
+            if not is_last and taken and (taken + len(sentence) > 3 * _WINDOW // 4 or number == len(sentences)):
                 break
             taken += len(sentence)
             if len(sentence) == len(window) and not is_last:  # it is longer than the window

@@ -62,9 +62,9 @@ def choose_neighbours(
 def _crossed(rows_BX: np.ndarray, boundaries: Callable[[np.ndarray], np.ndarray], num_rows: int) -> np.ndarray:
     """The largest boundary up to each column: uint8 (B, X). The ends of the corpus are ends of documents."""
     inside_BX = (rows_BX >= 0) & (rows_BX < num_rows)
-    found_BX = np.full(rows_BX.shape, Boundary.DOCUMENT, dtype=np.uint8)
-    found_BX[inside_BX] = boundaries(rows_BX[inside_BX])
-    return np.maximum.accumulate(found_BX, axis=1)
+    boundary_BX = np.full(rows_BX.shape, Boundary.DOCUMENT, dtype=np.uint8)
+    boundary_BX[inside_BX] = boundaries(rows_BX[inside_BX])
+    return np.maximum.accumulate(boundary_BX, axis=1)
 
 
 def choose_crops(
@@ -148,7 +148,7 @@ REMEDY = (
 
 
 def check_columns(config: Config) -> None:
-    """Refuse neighbours in files with columns of which none tells the document; before any of them is read.
+    """Refuse neighbours in files with columns where none is said to name the document; before any of them is read.
 
     Raises:
         DataError: it names one.

@@ -62,7 +62,7 @@ def prepare(
     """Make, or find again, the token shards and the dev set that ``config`` asks for.
 
     Args:
-        note: told in words what is done.
+        note: called with a text for each thing that is done.
         progress: called with the number of sentences tokenised.
 
     Raises:
@@ -84,7 +84,7 @@ def prepare(
     document_files = document_sources(documents_of(config) or [])
     sts_dir = config.evaluation.sts
     names = [config.evaluation.dev, *config.evaluation.also]
-    if sts_dir == "hf":  # first, as a machine without a network has to be told at once
+    if sts_dir == "hf":  # first, so that a machine without a network fails at once
         sts_dir = str(fetch_sts(cache / "sts-hub", [name for name in names if name != LEE], note))
     tokenizer = load_tokenizer(config)
     check_teacher(config, tokenizer)
@@ -158,9 +158,9 @@ def structure_dev_set(
     directory = cache / f"structure-{_short_hash(identity)}"
     if not (directory / "STRUCTURE" / "dev.jsonl").is_file():
         note("Grading pairs of sentences by where they stand in their documents")
-        found = read() if read is not None else list(read_documents(documents, text_column))
+        parsed = read() if read is not None else list(read_documents(documents, text_column))
         check_unchanged(files, document_sources(documents))
-        write_structure_dev(found, directory, pairs=pairs, seed=STRUCTURE_SEED)
+        write_structure_dev(parsed, directory, pairs=pairs, seed=STRUCTURE_SEED)
     return directory
 
 
@@ -172,7 +172,7 @@ def most_rows(config: Config) -> int | None:
         if all("://" not in path and path.lower().endswith(".parquet") for path in paths):
             import pyarrow.parquet as pq
 
-            with suppress(Exception):  # what is wrong with the file is told when it is read
+            with suppress(Exception):  # what is wrong with the file is reported when it is read
                 known.append(sum(pq.read_metadata(path).num_rows for path in paths))
     return min(known, default=None)
 

@@ -52,11 +52,11 @@ def text_lines(
     Args:
         name: of the file, for messages.
         longest: characters of a line, at most.
-        cut: keep the first so many characters (from the first that is not white space on) of a longer line, rather than
-            refuse it.
+        cut: keep the first ``longest`` characters (from the first that is not white space on) of a longer line, rather
+            than refuse it.
 
     Raises:
-        DataError: the file is no text in UTF-8, holds a NUL character, or a line is too long.
+        DataError: the file is not UTF-8 text, holds a NUL character, or a line is too long.
     """
     _check_start(stream.peek(16)[:16], name)
     text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
@@ -80,21 +80,21 @@ def text_lines(
 
 
 def _piece(text: io.TextIOWrapper, held: str, longest: int, name: str, number: int) -> tuple[str, str]:
-    """A line, or so much of it as fits, and what was read beyond it to see whether LF follows CR."""
-    found, held = held or text.readline(longest), ""
-    if len(found) >= longest and found.endswith("\r"):
+    """A line, or the part of it that fits, and what was read beyond it to see whether LF follows CR."""
+    line, held = held or text.readline(longest), ""
+    if len(line) >= longest and line.endswith("\r"):
         held = text.readline(longest)
         if held == "\n":
-            found, held = found + held, ""
-    _check_text(found, name, number)
-    return found, held
+            line, held = line + held, ""
+    _check_text(line, name, number)
+    return line, held
 
 
 def decode(raw: bytes, name: str) -> str:
     """A whole file as text, every line ending in LF alone.
 
     Raises:
-        DataError: it is no text in UTF-8, or holds a NUL character.
+        DataError: it is not UTF-8 text, or holds a NUL character.
     """
     lines = text_lines(io.BufferedReader(io.BytesIO(raw)), name, max(len(raw), 1) + 1)  # type: ignore[arg-type]
     return "".join(_without_end(line) + "\n" for _, line in lines)
@@ -118,7 +118,7 @@ def read_lines(path: str | Path) -> list[tuple[int, str]]:
 
 
 def check_characters(text: str, where: str) -> None:
-    """Refuse what is no text: NUL, and half of a surrogate pair, which no file can store.
+    """Refuse what is not text: NUL, and half of a surrogate pair, which no file can store.
 
     Raises:
         DataError: it names ``where``.
@@ -232,7 +232,7 @@ def csv_rows(
 
 class _LineEnds:
     """Numbered lines, and by what those that are a row of one field ended: in such a file a stray CR would cut a row in
-    two, which no count of fields tells."""
+    two, which no count of fields shows."""
 
     def __init__(self, lines: Iterator[tuple[int, str]]):
         self._lines, self._line, self._first = lines, "", ""
@@ -349,7 +349,7 @@ def _places(
 
 
 def _other_delimiter(header: list[str], column: str, delimiter: str) -> str:
-    """What to do, where the header is split by something else."""
+    """The remedy where the header is split by another delimiter; empty where it is not."""
     whole = delimiter.join(header)
     for other, word in _DELIMITERS.items():
         if other == delimiter or column not in next(csv.reader([whole], delimiter=other), []):
@@ -364,13 +364,13 @@ def _other_delimiter(header: list[str], column: str, delimiter: str) -> str:
     return ""
 
 
-def _ragged(name: str, number: int, found: int, wanted: int, delimiter: str, opened: int = 0) -> DataError:
+def _ragged(name: str, number: int, fields: int, expected: int, delimiter: str, opened: int = 0) -> DataError:
     quotes = (
         f"a field opens a quote on line {opened}, and quotes do not join lines of tsv: write the file as .csv"
         if opened
         else f"quote fields that hold {delimiter!r}, or repair the row"
     )
-    return DataError(f"{name}:{number}: the row has {found} fields, but the header has {wanted}; {quotes}")
+    return DataError(f"{name}:{number}: the row has {fields} fields, but the header has {expected}; {quotes}")
 
 
 def _twice(where: str, column: str, names: Sequence[str]) -> DataError:
@@ -381,7 +381,7 @@ def _twice(where: str, column: str, names: Sequence[str]) -> DataError:
 
 
 def no_column(where: str, column: str, names: Sequence[str], remedy: str = SET_COLUMN) -> DataError:
-    """What to say of a column or field that is not there."""
+    """The error for a column or field that is not there."""
     there = ", ".join(map(repr, names)) or "none"
     return DataError(f"{where}: there is no column {column!r}; the columns are: {there}; {remedy}")
 
@@ -433,7 +433,7 @@ def json_rows(
 
 
 def _check_fields_once(line: str, where: str, fields: Sequence[str]) -> None:
-    """Of a field that is there twice, the json module would keep the last in silence."""
+    """Refuse a field that is there twice, of which the json module would silently keep the last."""
     if "\\u" not in line and all(line.count(json.dumps(field, ensure_ascii=False)) < 2 for field in fields):
         return
     pairs: list[tuple[str, Any]] = json.loads(line, object_pairs_hook=list)
@@ -467,7 +467,7 @@ def text_of(record: Any, where: str, field: str) -> str | None:
 
 
 def document_of(value: Any, where: str, column: str | None, number: int) -> str | int:
-    """What tells the document of a row: the value of its column, or without a column the row's own number.
+    """What identifies the document of a row: the value of its column, or without a column the row's own number.
 
     Raises:
         DataError: the value is neither a text nor a whole number.
@@ -486,7 +486,7 @@ def parquet_rows(
     handle: Any, name: str, column: str, document_column: str | None = None
 ) -> Iterator[tuple[int, str | None, str | int]]:
     """The values of a column of strings, also large or dictionary-encoded ones, None for a null; each with what
-    :func:`document_of` tells.
+    :func:`document_of` gives.
 
     Raises:
         DataError: it is no whole parquet file, or has no such column, several, or one of another type.

@@ -216,12 +216,12 @@ def _spread(capacity: Sequence[int], need: int, rng: np.random.Generator) -> dic
     return counts
 
 
-def _check_enough(grade: int, found: int, need: int, layouts: Sequence[_Layout]) -> None:
-    if found < need:
+def _check_enough(grade: int, available: int, need: int, layouts: Sequence[_Layout]) -> None:
+    if available < need:
         usable = sum(len(layout.sentences) for layout in layouts)
         raise DataError(
             f"Cannot fill grade {grade} of the structure-graded dev set ({GRADES[grade]}): {need} pairs are "
-            f"needed and {found} were found in {len(layouts)} document(s), for too few of their {usable:,} usable "
+            f"needed and {available} were found in {len(layouts)} document(s), for too few of their {usable:,} usable "
             "sentences (of 4 to 60 words, and not repeated) stand that way. Give more documents with headings and "
             "paragraphs, or ask for fewer pairs."
         )

@@ -34,11 +34,11 @@ _FILE_NAME = re.compile(r"tokens-\d{5,}\.arrow")
 _TOKENIZE_ROWS = 4096  # the tokenizer's own records take far more memory than the tokens
 _STALE_SECONDS = 24 * 3600
 _COMPARED_ROWS = 1_000_000
-"""Sentences that are looked at for repetitions: what tells of a corpus, in a bounded amount of memory."""
+"""Sentences that are compared with one another to count repetitions: a bound on the memory that this takes."""
 
 
 def _schema() -> pa.Schema:
-    """Of every file: a row's token ids, its sentence, and the :class:`Boundary` that begins with it."""
+    """The columns of every file: a row's token ids, its sentence, and the :class:`Boundary` that begins with it."""
     import pyarrow as pa
 
     return pa.schema([("input_ids", pa.list_(pa.int32())), ("text", pa.string()), ("boundary", pa.uint8())])
@@ -68,7 +68,7 @@ def prepare_tokens(
     Args:
         sentences: as of :func:`~clusterns_ray.data.corpus.read_corpus`; those without tokens are skipped.
         tokenizer, max_length, prompt: as of :func:`~clusterns_ray.models.tokenization.tokenize`.
-        fingerprint: what the result depends on, as JSON; kept to tell whether the store can be used again.
+        fingerprint: what the result depends on, as JSON; kept to decide whether the store can be used again.
         counts: the counts of the reader of ``sentences``, kept in the manifest.
         rows_per_shard: most rows of a file.
         rows_per_batch: most rows of a record batch, the unit of work and memory.
@@ -139,7 +139,6 @@ class _Writer:
     """Writes shards one after the other, and counts."""
 
     def __init__(self, directory: Path, rows_per_shard: int, progress: Callable[[int], None] | None) -> None:
-
         self.schema = _schema()
         self.directory, self.rows_per_shard, self.progress = directory, rows_per_shard, progress
         self.rows = self.tokens = self.longest = self.truncated = self.without_tokens = self.done = 0
@@ -400,8 +399,8 @@ class TokenStore:
         order, local, groups = self._locate(rows)
         result = [""] * len(order)
         for batch, start, stop in groups:
-            found = self._texts[batch].take(pa.array(local[start:stop])).to_pylist()
-            for place, text in zip(order[start:stop].tolist(), found, strict=True):
+            texts = self._texts[batch].take(pa.array(local[start:stop])).to_pylist()
+            for place, text in zip(order[start:stop].tolist(), texts, strict=True):
                 result[place] = text
         return result
 
@@ -511,7 +510,7 @@ def _record_batches(directory: Path, manifest: dict[str, Any]) -> Iterator[pa.Re
         try:
             # Closing the file gives its descriptor back; the batches keep the map alive.
             with pa.memory_map(str(path)) as file, pa.ipc.open_file(file) as reader:
-                found = reader.schema
+                written = reader.schema
                 batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         except (OSError, pa.ArrowException) as error:
             raise DataError(
@@ -519,9 +518,9 @@ def _record_batches(directory: Path, manifest: dict[str, Any]) -> Iterator[pa.Re
                 "directory and prepare the tokens again"
             ) from error
         rows = sum(batch.num_rows for batch in batches)
-        if found != schema or rows != entry["rows"]:
+        if written != schema or rows != entry["rows"]:
             raise DataError(
-                f"{path}: the file holds {rows} rows of {found.names}, but {entry['rows']} rows of "
+                f"{path}: the file holds {rows} rows of {written.names}, but {entry['rows']} rows of "
                 f"{schema.names} were written; remove the directory and prepare the tokens again"
             )
         yield from batches

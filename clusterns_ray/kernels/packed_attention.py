@@ -20,11 +20,11 @@ from torch.autograd.function import once_differentiable
 from clusterns_ray.kernels.dropout import Streams, dropout_scale, drops
 
 VECTOR_BYTES = 64
-"""Of the widest vectors of a CPU: torch's softmax takes several times as long for a row that does not fill them
+"""Bytes of a CPU's widest vectors: torch's softmax takes several times as long for a row that does not fill them
 (measured: experiments/LOG.md)."""
 
 TRAINING_FILL = VECTOR_BYTES // torch.bfloat16.itemsize
-"""Numbers of such a vector, in training for every precision, so that all of them draw the same dropout."""
+"""bfloat16 numbers in such a vector; training takes as many in each precision, so that all draw the same dropout."""
 
 FUSED_FROM = 64
 """Tokens of the longest row above which torch's fused attention is taken where nothing is trained: it is about as fast
@@ -46,12 +46,12 @@ class Packing(NamedTuple):
 
     @classmethod
     def of(cls, mask_BT: Tensor) -> Packing:
-        """By the attention mask: 1 or True at real tokens, of which every row has one at least."""
+        """The packing of a batch by its attention mask: 1 or True at real tokens, at least one in each row."""
         rows, longest = mask_BT.shape
         return cls(rows, longest, mask_BT.bool().flatten().nonzero().squeeze(1))
 
     def times(self, n: int) -> Packing:
-        """Of the batch ``n`` times, one after the other."""
+        """The packing of ``n`` copies of the batch, one after the other."""
         if n == 1:
             return self
         steps_n1 = torch.arange(n)[:, None] * (self.rows * self.longest)
@@ -76,7 +76,7 @@ class Packing(NamedTuple):
         return padded.view(self.rows, self.longest, -1)
 
     def find(self, column_B: Tensor) -> Tensor:
-        """The number, among the N, of each row's token in such a column: int64 (B)."""
+        """Where the token in the given column of each row stands among the N: int64 (B)."""
         at_B = torch.arange(self.rows) * self.longest + column_B
         return torch.searchsorted(self.at_N, at_B)
 
@@ -116,7 +116,7 @@ class UnpackIndex(NamedTuple):
 
     @classmethod
     def of(cls, packing: Packing, heads: int, dtype: torch.dtype, fill: int = 1) -> UnpackIndex:
-        """Keys and values are filled up to a multiple of ``fill``; scores are of ``dtype``."""
+        """The index of a packing, with keys and values filled up to a multiple of ``fill``, for scores of ``dtype``."""
         rows, longest = packing.rows, packing.longest
         filled = filled_columns(longest, fill)
         row_N, position_N = packing.at_N // longest, packing.positions_N
@@ -154,7 +154,7 @@ def packed_attention(
 
     Args:
         qkv_N3D: (N, 3 D): queries, keys and values of the packed batches, one batch after the other.
-        streams: of the random numbers of dropout, one for each batch.
+        streams: the random numbers of dropout, a stream for each batch.
     """
     return _Attention.apply(qkv_N3D, parts, p, scaling, streams)  # type: ignore[return-value]
 

@@ -38,7 +38,7 @@ class ClusterCapacity:
     autoscaler: int = 0
     """the version of the autoscaler; 0 where there is none"""
     node_types: tuple[NodeType, ...] | None = ()
-    """what the autoscaler may start; None where that could not be found out"""
+    """what the autoscaler may start; None where that is not known"""
     max_nodes: int | None = None
     """of all types together, without the head"""
     failure: str | None = None
@@ -113,7 +113,7 @@ class ClusterCapacity:
         return False if self.limits_known else None
 
     def describe(self) -> str:
-        """For messages: what is up, which autoscaler there is, and what it may start."""
+        """Say, for messages, what is up, which autoscaler there is, and what it may start."""
         has = ", ".join(f"{sum(node.get(key, 0) for node in self.nodes):g} {key}" for key in ("CPU", "GPU"))
         text = f"{_count(len(self.nodes), 'node')} with {has}"
         if self.autoscaler == 0:

@@ -33,17 +33,17 @@ log = logging.getLogger("spot")
 POLL_S = 1.0
 REQUEST_TIMEOUT_S = 3.0
 FIND_TIMEOUT_S = 300.0
-"""How long to look for a metadata service, where it is not said which cloud this is."""
+"""How long to look for a metadata service, with ``--provider auto``."""
 DRAIN_RETRY_S = 1.0
 ANSWER_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
 class Notice:
-    """This machine goes."""
+    """The cloud's notice that it takes this machine back."""
 
     deadline: float
-    """When, in seconds since 1970."""
+    """when it does, in seconds since 1970"""
     text: str
 
 
@@ -70,7 +70,7 @@ class Aws:
         """The notice, if there is one.
 
         Raises:
-            MetadataError: it could not be found out.
+            MetadataError: the service gave no answer, or none that can be read.
         """
         status, body = self._get("/latest/meta-data/spot/instance-action")
         if status == 404:
@@ -123,7 +123,7 @@ class Gcp:
         """The notice, if there is one.
 
         Raises:
-            MetadataError: it could not be found out.
+            MetadataError: the service gave no answer, or none that can be read.
         """
         google = {"Metadata-Flavor": "Google"}
         status, headers, body = request(self.endpoint, "GET", "/computeMetadata/v1/instance/preempted", google)
@@ -188,22 +188,22 @@ def find_metadata(provider: str, endpoint: str | None = None, poll_s: float = PO
         return CLOUDS[provider](endpoint)
     deadline = time.monotonic() + FIND_TIMEOUT_S
     while True:
-        found: list[str] = []
+        failures: list[str] = []
         for cloud in CLOUDS.values():
             metadata = cloud(endpoint)
             try:
                 metadata.notice()
             except MetadataError as error:
-                found.append(str(error))
+                failures.append(str(error))
                 continue
             return metadata
         if time.monotonic() > deadline:
-            raise MetadataError(f"No cloud's metadata service was found in {FIND_TIMEOUT_S:g} s: {'; '.join(found)}")
+            raise MetadataError(f"No cloud's metadata service was found in {FIND_TIMEOUT_S:g} s: {'; '.join(failures)}")
         time.sleep(poll_s)
 
 
 def wait_for_notice(metadata: Metadata, poll_s: float = POLL_S) -> Notice:
-    """Ask until there is a notice. What goes wrong meanwhile is said, once for each kind, and passed over."""
+    """Ask until there is a notice. A failure to ask is logged, once while it stays the same, and asked again."""
     trouble = ""
     while True:
         try:
@@ -228,18 +228,18 @@ def nodes_here() -> dict[str, str]:
 
     import psutil  # isort: skip
 
-    found = {}
+    addresses = {}
     for process in psutil.process_iter(["cmdline"]):
         command = process.info["cmdline"] or [""]
         if command[0].endswith("/raylet"):
             flags = dict(part.lstrip("-").split("=", 1) for part in command[1:] if "=" in part)
             if "node_id" in flags and "gcs-address" in flags:
-                found[flags["node_id"]] = flags["gcs-address"]
-    return found
+                addresses[flags["node_id"]] = flags["gcs-address"]
+    return addresses
 
 
 def drain_node(node_id: str, gcs_address: str, notice: Notice) -> None:
-    """Tell Ray that a node goes, for the reason "preemption", which Ray does not refuse. Told again, it is no harm.
+    """Drain a node, for the reason "preemption", which Ray does not refuse. To drain it twice does no harm.
 
     Raises:
         Exception: Ray's, of several kinds; the GCS is given 40 s to answer.
@@ -268,7 +268,7 @@ def drain_machine(
         only: the one node to drain, where several share a machine.
 
     Returns:
-        The nodes that are draining now; none where none runs here, or Ray was not to be reached in time.
+        The nodes that are draining now; none where none runs here, or Ray could not be reached in time.
     """
     drained: list[str] = []
     while True:

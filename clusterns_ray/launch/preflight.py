@@ -73,7 +73,7 @@ def check_data(config: Config) -> None:
 
 
 def check_encoder(config: Config, note: Callable[[str], None] = lambda text: None) -> Config:
-    """The encoder's directory, and the limits that its config.json tells without loading it.
+    """Check that the encoder is there, and the limits of its config.json, without loading it.
 
     Returns:
         ``config`` with the pooling and prompt that it leaves to the model; ``note`` is called where it differs from it.
@@ -91,7 +91,7 @@ def check_encoder(config: Config, note: Callable[[str], None] = lambda text: Non
 
 
 def check_lasting(config: Config) -> None:
-    """Whether the results outlast the job that this process may be part of."""
+    """Check that the results outlast the job that this process may be part of."""
     for key, path in (("runtime.storage_path", config.runtime.storage_path), ("data.cache_dir", config.data.cache_dir)):
         if path is not None and not is_url(path):
             check_outlasts_job(key, path)
@@ -138,7 +138,7 @@ def check_store(key: str, url: str) -> None:
 
 
 def check_writable(key: str, path: str) -> None:
-    """Make the directory, and write to it: permissions alone do not tell of a full or read-only disk."""
+    """Make the directory, and write to it: permissions alone do not show a full or read-only disk."""
     directory = Path(path).expanduser().resolve()
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -173,7 +173,7 @@ def check_trackers(config: Config) -> None:
 
 
 def warn_of_faiss(note: Callable[[str], None]) -> None:
-    """Say so when both faiss wheels are installed; neither is fine too."""
+    """Add a note where both faiss wheels are installed; that neither is there is fine."""
     from clusterns_ray.clustering.backend import faiss_conflict
 
     conflict = faiss_conflict()

@@ -31,7 +31,7 @@ _NAMESPACE = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
 
 @contextmanager
 def connect(cpus: int, note: Callable[[str], None], *, dashboard: bool = False) -> Iterator[None]:
-    """Join the cluster that RAY_ADDRESS names, else start Ray on this machine; leave it as it was found.
+    """Join the cluster that RAY_ADDRESS names, else start Ray on this machine; leave it as it was.
 
     Args:
         cpus: how many the job asks for; a Ray that is started here has at least that many, even where they are shared.
@@ -189,7 +189,7 @@ def _kuberay_resource() -> Mapping[str, Any] | None:
 
     try:
         return KubernetesHttpApiClient(namespace.read_text().strip()).get(f"rayclusters/{name}")
-    except Exception as error:  # no right to read it, another version of the interface: the reports tell less
+    except Exception as error:  # no right to read it, another version of the interface: the reports say less
         log.info("The RayCluster %s cannot be read: %s", name, error)
         return None
 
@@ -225,7 +225,6 @@ def _reported_version(wait_s: float) -> tuple[int, str | None]:
 
 
 def _start(cpus: int, note: Callable[[str], None], dashboard: bool) -> None:
-
     # The driver's directory is not shipped to the workers: the package is installed where they run.
     options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     address = os.environ.get("RAY_ADDRESS")
@@ -236,7 +235,7 @@ def _start(cpus: int, note: Callable[[str], None], dashboard: bool) -> None:
     there = os.cpu_count() or 1
     if cpus > there:
         note(f"{cpus} CPUs are asked for on a machine with {there}: they are shared, and all runs slower.")
-    # Said, as without an address Ray would look for one that an earlier `ray start` left behind.
+    # Named, as without an address Ray would look for one that an earlier `ray start` left behind.
     options |= {"address": "local", "num_cpus": max(there, cpus), "include_dashboard": dashboard}
     _init("Ray could not be started on this machine", LOOK_AT_MACHINE, **options)
 
@@ -279,7 +278,7 @@ def head_answers() -> bool:
 
 
 def _check_answers(address: str) -> None:
-    """Whether anything listens there: Ray itself would try for a quarter of an hour."""
+    """Check that something listens there: Ray itself would try for a quarter of an hour."""
     parts = re.fullmatch(r"(?:ray://)?\[?(.+?)\]?:(\d+)", address)
     if not parts:  # "auto"
         return

@@ -38,7 +38,7 @@ def read_run_file(config: Config, name: str) -> str | None:
 
 
 def stage(config: Config, prepared: Prepared) -> dict[str, Any]:
-    """Put into the object store what workers on other machines read: tokens, dev set, and an encoder and a teacher that
+    """Copy to the object store what workers on other machines read: tokens, dev set, and an encoder and a teacher that
     are directories here. What is there already is not copied again.
 
     Returns:

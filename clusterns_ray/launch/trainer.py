@@ -24,7 +24,7 @@ def train(config: Config, on_event: OnEvent = lambda event: None) -> dict[str, A
     A finished run is left as it is. An unfinished one goes on from its newest checkpoint.
 
     Args:
-        on_event: called in this process with what happens (see ``clusterns_ray.training.loop.OnEvent``).
+        on_event: called in this process with what happens (see ``clusterns_ray.training.logger.OnEvent``).
 
     Returns:
         What ``result.json`` holds.

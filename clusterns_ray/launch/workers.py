@@ -24,7 +24,7 @@ DRAIN_POLL_S = 1.0
 
 
 class WorkersFailed(ClusterNSError):
-    """Workers died, or were never heard of; a run goes on from its newest checkpoint when it is asked for again."""
+    """Workers died or sent nothing; the same command resumes a run from its newest checkpoint."""
 
 
 def run_workers(
@@ -39,22 +39,22 @@ def run_workers(
 ) -> dict[str, Any]:
     """Run ``work(settings)`` on every worker, and meanwhile listen to them in this thread.
 
-    Ray restarts workers that die, ``runtime.max_failures`` times. Those that left a machine which is about to go are
-    started anew however often, as each time they have gone on.
+    Ray restarts workers that die, ``runtime.max_failures`` times. Those that stop because a machine is about to be
+    taken away are started anew without limit, as each time they have made progress.
 
     Args:
         work: returns ``{"result": ...}``, ``{"error": message}`` (with ``refused`` where the request or the data was
             wrong) or ``{"drained": message}`` (see :func:`worker_result`), the same on every worker.
         storage_path: where Ray keeps what is its own; a run's checkpoints are elsewhere.
-        listen: takes what the workers sent; whether there was anything. Called several times a second.
+        listen: takes what the workers sent, and returns whether there was anything. Called several times a second.
 
     Returns:
         The ``result``.
 
     Raises:
-        WorkersFailed: they died too often, or nothing was heard of them for too long.
+        WorkersFailed: they died too often, or sent nothing for too long.
         DataError: they refused the request or the data.
-        ClusterNSError: what they said went wrong.
+        ClusterNSError: they failed; the message is theirs.
     """
     # Train looks this often at its workers, and each report waits for a look.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -128,7 +128,7 @@ def _listen(listen: Callable[[], bool]) -> bool:
 
 
 def _check_head(error: BaseException) -> None:
-    """Whether it is the head that is gone."""
+    """Raise WorkersFailed where the head of the cluster is gone."""
     if not head_answers():
         raise WorkersFailed(
             f"The head of the cluster at {os.environ['RAY_ADDRESS']} does not answer any more. Start it again, or "
@@ -159,7 +159,7 @@ def _innermost(error: BaseException) -> str:
 
 
 class _Trainer(TorchTrainer):
-    """Ray's, without the process that hands out Ray datasets: there are none, and it takes seconds to start."""
+    """Ray's trainer without its process for Ray datasets: there are none, and it takes seconds to start."""
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
@@ -246,14 +246,18 @@ def worker_device(config: Config) -> Any:
 
 
 class PreemptionWatcher:
-    """Asked after every step, on every worker: whether a machine of the group is about to be taken away.
+    """Whether a machine of the group is about to be taken away; every worker calls it after every step.
 
-    Ray tells of nodes that are being drained (by ``launch/spot.py``, by an operator, by Kubernetes' preStop hook). Its
-    answer is an exchange between all workers, so they ask for it at the same steps, about once a second, at a pace that
-    worker 0 sets.
+    Ray knows the nodes that are being drained (by ``launch/preemption.py``, by an operator, by Kubernetes' preStop
+    hook). Its answer is an exchange between all workers, so they ask for it at the same steps, about once a second, at
+    a pace that worker 0 sets.
     """
 
     def __init__(self, alive: Callable[[], Any]):
+        """
+        Args:
+            alive: called by every worker each time that it asks Ray.
+        """
         self.alive = alive
         self.next_step, self.asked_step, self.asked_at = 0, 0, 0.0
 

@@ -27,7 +27,7 @@ from clusterns_ray.training.run_access import on_worker_0
 FORMAT = 2
 
 UNUSABLE = (CheckpointError, OSError, RuntimeError, pickle.UnpicklingError)
-"""What is raised of a checkpoint that cannot be loaded."""
+"""The errors that loading a damaged or foreign checkpoint may raise."""
 
 
 class Stateful(Protocol):
@@ -166,7 +166,14 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 
 def verify(path: Path, fingerprint: str) -> int:
-    """The step of a whole checkpoint of this configuration; else CheckpointError."""
+    """Check that a checkpoint is whole and of this configuration.
+
+    Returns:
+        The step that it is of.
+
+    Raises:
+        CheckpointError: it is not; the message says why.
+    """
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:

@@ -1,5 +1,5 @@
 """Clusters of the whole corpus (``clustering.scope: corpus``): the bank that they are made of, filled by all workers
-together, kept fresh by the batches, and clustered anew every so many steps.
+together, kept fresh by the batches, and clustered anew every ``recluster_every_steps``.
 
 Shape suffixes: B rows of the global batch, b rows of this worker, D width, K clusters, M negatives of a row.
 """
@@ -31,7 +31,7 @@ from clusterns_ray.training.kmeans_init import sample_rows, token_ids
 from clusterns_ray.training.validation import encode_together
 
 FILLED_AT_ONCE = 4096
-"""Rows that are encoded between two looks at the clock."""
+"""Rows that are encoded between two checks of whether a note on the progress is due."""
 
 NOTE_EVERY_S = 5.0
 
@@ -53,7 +53,7 @@ class CorpusClusters:
             directory: where the bank's file may be.
 
         Raises:
-            ConfigError: the corpus has fewer sentences than there shall be clusters.
+            ConfigError: the corpus has fewer sentences than ``clustering.num_clusters``.
         """
         c = config.clustering
         rows = sample_rows(tokens, c.bank_rows, "bank", config.seed)

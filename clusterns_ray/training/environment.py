@@ -18,7 +18,11 @@ PACKAGES = ("clusterns-ray", "torch", "transformers", "ray", "numpy", "faiss-cpu
 
 
 def describe_environment(device: torch.device, command: Sequence[str], num_workers: int) -> dict[str, Any]:
-    """As JSON. ``command`` is the driver's; machine and versions are this worker's."""
+    """The content of ``environment.json``; machine and versions are this worker's.
+
+    Args:
+        command: the driver's command line.
+    """
     return {
         "command": list(command),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -39,7 +43,7 @@ def describe_environment(device: torch.device, command: Sequence[str], num_worke
 
 
 def changed_versions(path: Path, environment: dict[str, Any]) -> str | None:
-    """What to say where a run goes on with other versions than those of its ``environment.json`` so far."""
+    """A note on versions that differ from those in the run's ``environment.json``; None where none do."""
     try:
         before = json.loads(path.read_text(encoding="utf-8"))["versions"]
         pairs = [(name, before[name], environment["versions"][name]) for name in ("torch", "transformers")]

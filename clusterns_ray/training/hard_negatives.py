@@ -35,7 +35,7 @@ class StepNegatives(NamedTuple):
     hard_negative_cosine: Tensor
     """this worker's share of the mean cosine between rows and their hard negatives"""
     false_negatives: Tensor | None = None
-    """this worker's share of the number of false negatives, where the clusters alone do not tell it"""
+    """this worker's share of the number of false negatives, where the clusters alone do not determine it"""
 
 
 class HardNegatives(Protocol):

@@ -1,4 +1,4 @@
-"""What a run records and says: ``metrics.jsonl``, trackers, and events for whoever watches. Worker 0 alone does."""
+"""What a run records and says: ``metrics.jsonl``, trackers, and events for its caller. Worker 0 alone does."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class RunLogger:
         self.trackers.begin(self.context.config, self.context.run_dir, step or 0, self.note)
 
     def event(self, event: dict[str, Any]) -> None:
-        """Pass an event on to whoever watches."""
+        """Pass an event on to the caller of the run."""
         if self.is_main:
             self._on_event(event)
 
     def note(self, text: str) -> None:
-        """Say something to whoever watches."""
+        """Pass a text on to the caller of the run."""
         self.event({"event": "note", "text": text})
 
     def log_step(self, step: int, batch_size: int, values: dict[str, Any]) -> None:
@@ -68,7 +68,7 @@ class RunLogger:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What takes place within does not count into the speed of steps."""
+        """Leave the time that is spent within out of the speed of steps."""
         began = time.perf_counter()
         yield
         self._last_time += time.perf_counter() - began

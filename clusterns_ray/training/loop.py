@@ -40,7 +40,7 @@ OnEvaluation = Callable[[dict[str, Any]], None]
 """Called by every worker after an evaluation; where Ray (or a sweep's scheduler) learns how the run does."""
 
 ShouldStop = Callable[[int], bool]
-"""Asked by every worker after every step but the last, which it is given: whether all of them have to stop there."""
+"""Called by every worker with each step that is done, but for the last one: whether all workers have to stop there."""
 
 LAST_COPY_S = 60.0
 """How long a run that failed still copies what it had finished."""
@@ -239,7 +239,7 @@ def _train(
 
 
 def _note_early_end(parts: TrainingParts, logger: RunLogger) -> None:
-    """Say so where the epochs end before ``train.max_steps``."""
+    """Add a note where the epochs end before ``train.max_steps``."""
     train, total_steps = parts.config.train, parts.total_steps
     if train.max_steps is not None and train.max_steps > total_steps:
         logger.note(
@@ -251,7 +251,7 @@ def _note_early_end(parts: TrainingParts, logger: RunLogger) -> None:
 
 
 def _note_emulated_precision(configured: str, precision: str, device: torch.device, logger: RunLogger) -> None:
-    """Say so where a run that chose bf16 on another machine goes on on one that only emulates it."""
+    """Add a note where a run that chose bf16 on another machine resumes on one that only emulates it."""
     if configured == "auto" and precision == "bf16" and not multiplies_bf16(device):
         logger.note(
             "This run was begun in bf16, which this machine only emulates, slowly. It goes on in bf16, so as to stay "

@@ -16,9 +16,9 @@ NO_STEP = 2**62
 
 
 class MetricsLog:
-    """Appends to ``metrics.jsonl``, what is not finite as null.
+    """Appends records to ``metrics.jsonl``, in which numbers that are not finite are null.
 
-    On resume it forgets what came after the checkpoint, as that will come again.
+    On resume it removes the records after the checkpoint's step, as these steps are done again.
     """
 
     def __init__(self, path: Path, step: int):
@@ -40,7 +40,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path) -> list[str]:
-    """Bytes that are not UTF-8 become U+FFFD, which no record has, so that their line is none."""
+    """The lines of a file. Bytes that are not UTF-8 become U+FFFD, which marks a line as damaged: no record has it."""
     if not path.exists():
         return []
     return path.read_bytes().decode("utf-8", errors="replace").split("\n")

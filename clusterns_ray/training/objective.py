@@ -85,7 +85,7 @@ class StepLoss(NamedTuple):
     counts_K: Tensor | None
     """rows of the global batch in each cluster, or None before clustering has started"""
     false_negatives: Tensor | None = None
-    """this worker's share of the number of false negatives, where the clusters alone do not tell it"""
+    """this worker's share of the number of false negatives, where the clusters alone do not determine it"""
 
 
 SHARE_NAMES = ("loss", "info_nce", "bml", "mean_cosine", "hard_negative_cosine", "distillation", "mlm")

@@ -56,7 +56,7 @@ class Optimizer:
         return self.scaler.scale(loss)
 
     def clip_gradients(self) -> Tensor:
-        """Scale the gradients back, and down to ``train.max_grad_norm``; notes on the device whether they are finite.
+        """Scale the gradients back, and down to ``train.max_grad_norm``; record on the device if they are finite.
 
         Returns:
             The gradient norm before clipping, 0-d, on the device.
@@ -79,7 +79,7 @@ class Optimizer:
             self.scaler.step(self.adamw)
             self.scaler.update()
         else:
-            # What a gradient scaler tells a fused optimiser, without its wait for the device.
+            # As a gradient scaler sets them for a fused optimiser, but without its wait for the device.
             self.adamw.found_inf = self.not_finite  # type: ignore[attr-defined]
             self.adamw.grad_scale = None  # type: ignore[attr-defined]
             self.adamw.step()

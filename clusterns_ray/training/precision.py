@@ -22,6 +22,6 @@ def multiplies_bf16(device: torch.device) -> bool:
     """Whether the device has instructions for it; emulation would be slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # A torch that cannot tell is taken to have none.
+    # A torch without this function is taken to run on a processor without these instructions.
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return device.type == "cpu" and any(capabilities.get(name) for name in FAST_BF16)

@@ -35,8 +35,8 @@ class TrainState:
     precision: str = "fp32"
     """of matrix products; what ``train.precision: auto`` was when the run began"""
     checkpoint_seconds: float = 0.0
-    """that the loop waited for checkpoints and for their last copies, over all resumptions but for the checkpoints that
-    these began with"""
+    """spent waiting for checkpoints and for their last copies, over all resumptions; the checkpoint from which a run is
+    resumed does not include its own"""
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)

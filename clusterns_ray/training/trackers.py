@@ -29,7 +29,8 @@ class TensorBoard:
     def __init__(self, config: Config, run_dir: Path, step: int):
         from tensorboardX import SummaryWriter
 
-        # What came after the checkpoint that the run resumes from will come again. Names tell only whole seconds.
+        # What came after the checkpoint that the run resumes from will come again. By themselves the names of event
+        # files resolve only whole seconds.
         self.writer = SummaryWriter(
             str(run_dir / "tensorboard"), purge_step=step + 1 if step else None, filename_suffix=f".step-{step:08d}"
         )
@@ -106,7 +107,7 @@ def missing_packages(names: Sequence[str]) -> list[str]:
 
 
 class Trackers:
-    """All trackers of a run; none until :meth:`begin`. One that fails is left out from then on, with a word."""
+    """All trackers of a run; none until :meth:`begin`. One that fails is left out from then on, with a warning."""
 
     def __init__(self) -> None:
         self.open: dict[str, Tracker] = {}
