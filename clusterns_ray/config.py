@@ -286,9 +286,9 @@ class TrainConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of matrix products in training and its dev evaluations: auto is bf16 where GPU or processor multiply in it, else
-    fp32. Weights, centroids and finished encoders stay fp32. The losses of different numbers of workers agree to 1e-5
-    in fp32."""
+    """The precision of matrix products in training and its dev evaluations: auto is bf16 where GPU or processor
+    multiply in it, else fp32. Weights, centroids and finished encoders stay fp32. The losses of different numbers of
+    workers agree to 1e-5 in fp32."""
     cache_chunk: int | None = Field(default=None, ge=1)
     """Sentences of a worker whose activations are held at a time (whole shards; at least one). The gradient is that of
     the whole batch, for one more forward pass a step. If unset, all are held."""

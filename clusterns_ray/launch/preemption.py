@@ -3,9 +3,9 @@
     python -m clusterns_ray.launch.preemption                   # watch; ends once the node is draining
     python -m clusterns_ray.launch.preemption --drain-now 100   # drain, and wait up to 100 s for the work to leave
 
-A draining node takes no new work, and Ray Train tells the workers on it, who write a checkpoint and leave. Nothing in
-Ray asks for the notice: the cluster launcher knows none, and Kubernetes ends a pod by a signal (hence the second form,
-for a ``preStop`` hook).
+A draining node takes no new work, and Ray Train informs the workers on it, which write a checkpoint and stop. Nothing
+in Ray asks for the notice: the cluster launcher knows none, and Kubernetes ends a pod by a signal (hence the second
+form, for a ``preStop`` hook).
 
 Only the notice counts, not AWS's earlier "rebalance recommendation": that may come hours before, or for nothing, and
 leaving a machine costs a restart of all workers, while two minutes are many times what a checkpoint takes.

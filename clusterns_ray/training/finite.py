@@ -43,7 +43,7 @@ class FiniteChecks:
         return skipped
 
     def gradients_at_the_end(self) -> None:
-        """As :meth:`gradients`, for a run that may end before ten gradients in a row can be bad."""
+        """Check gradients as :meth:`gradients` does, in a run that may be too short for ten bad ones in a row."""
         self.gradients(min(MAX_SKIPPED_IN_A_ROW, max(1, math.ceil(self.state.step / 2))))
 
     def weights(self) -> None:

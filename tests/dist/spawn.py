@@ -81,9 +81,9 @@ def _raise_failures(processes: list[Any], scratch: Path) -> None:
     failed = [rank for rank, process in enumerate(processes) if process.exitcode not in (None, 0)]
     if failed:
         texts = [scratch / f"{rank}.error" for rank in failed]
-        told = [text.read_text() for text in texts if text.exists()]
+        tracebacks = [text.read_text() for text in texts if text.exists()]
         codes = {rank: processes[rank].exitcode for rank in failed}
-        raise RanksFailed(f"exit codes by rank {codes}\n" + "\n".join(told))
+        raise RanksFailed(f"exit codes by rank {codes}\n" + "\n".join(tracebacks))
 
 
 def _load(path: Path) -> Any:

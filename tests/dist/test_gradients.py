@@ -321,7 +321,11 @@ class Shapes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        self.seen |= {tuple(leaf.shape) for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor) and leaf.dtype != torch.int64}
+        self.seen |= {
+            tuple(leaf.shape)
+            for leaf in tree_leaves(result)
+            if isinstance(leaf, torch.Tensor) and leaf.dtype != torch.int64
+        }
         return result
 
 
