@@ -7,7 +7,7 @@ Training, sweeps, `encode` and the doctor all judge by it. Nothing here asks Ray
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -78,15 +78,7 @@ class ClusterCapacity:
 
         Workers of a GPU or CPU each never span two nodes, so that each node is counted alone.
         """
-        if not self.limits_known:
-            return math.inf
-        left = math.inf if self.max_nodes is None else self.max_nodes
-        grown = sum(workers_on(worker, node) for node in self.nodes if HEAD in node)
-        for here, count in sorted(((workers_on(worker, t.resources), n) for t, n in self.startable()), reverse=True):
-            taken = min(count, left)
-            grown += here * taken if here and taken else 0
-            left -= taken
-        return max(grown, self.room_now(worker))
+        return self._largest_sum(lambda node: workers_on(worker, node)) if self.limits_known else math.inf
 
     def room_now(self, worker: Resources) -> int:
         """How many such workers fit onto the nodes that are up."""
@@ -94,13 +86,17 @@ class ClusterCapacity:
 
     def most(self, resource: str) -> float:
         """The most of a resource that the cluster may have, as far as it is known."""
+        return self._largest_sum(lambda node: node.get(resource, 0))
+
+    def _largest_sum(self, value: Callable[[Resources], float]) -> float:
+        """The largest sum of a value over the nodes: over those that are up, or the head and what may be started."""
         left = math.inf if self.max_nodes is None else self.max_nodes
-        grown = sum(node.get(resource, 0) for node in self.nodes if HEAD in node)
-        for each, count in sorted(((t.resources.get(resource, 0), n) for t, n in self.startable()), reverse=True):
+        grown = sum(value(node) for node in self.nodes if HEAD in node)
+        for each, count in sorted(((value(kind.resources), count) for kind, count in self.startable()), reverse=True):
             taken = min(count, left)
             grown += each * taken if each and taken else 0
             left -= taken
-        return max(grown, sum(node.get(resource, 0) for node in self.nodes))
+        return max(grown, sum(value(node) for node in self.nodes))
 
     def gpu_types(self) -> list[str]:
         """The names of the node types with GPUs that may be started."""
