@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clusterns_ray.config import Config, make_config
 from clusterns_ray.data.prepare import Prepared, check_batch, describe, most_rows, prepare
@@ -15,7 +15,8 @@ from clusterns_ray.launch.ray_cluster import check_workers, connect, on_this_nod
 from clusterns_ray.launch.staging import read_run_file, run_directory, run_place, run_url, stage, unstage
 from clusterns_ray.training.run_files import model_damage, read_result
 
-OnEvent = Callable[[dict[str, Any]], None]
+if TYPE_CHECKING:
+    from clusterns_ray.training.logger import OnEvent
 
 
 def train(config: Config, on_event: OnEvent = lambda event: None) -> dict[str, Any]:
