@@ -1,10 +1,10 @@
-"""Fixtures for the tests of studies: a study file that takes no time, and the command line in this process."""
+"""Fixtures for the tests of runs and studies: tiny ones of both, and the command line in this process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
@@ -12,7 +12,12 @@ from helpers import write_pairs
 from typer.testing import CliRunner, Result
 
 from clusterns_ray.cli import app
+from clusterns_ray.config import make_config
+from clusterns_ray.data.prepare import prepare
 from clusterns_ray.evaluation.sts import TASKS
+
+if TYPE_CHECKING:
+    from training_runs import Lab
 
 STUDY: dict[str, Any] = {
     "name": "tiny",
@@ -24,6 +29,32 @@ STUDY: dict[str, Any] = {
     "budget": {"trials": 3},
     "confirmation": {"top": 2, "seeds": [1, 2]},
 }
+
+
+@pytest.fixture(scope="module")
+def run_values(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, corpus_file: Path, sts_dir: Path
+) -> dict[str, Any]:
+    """The configuration of a tiny run: six steps, two layers, six clusters from the first step on."""
+    return {
+        "encoder": {"name": str(tiny_model), "num_layers": 2, "pooling": "cls"},
+        "data": {"corpus": str(corpus_file), "cache_dir": str(tmp_path_factory.mktemp("cache"))},
+        "loss": {"bml_weight": 0.1, "bml_alpha": 0.1},
+        "clustering": {"num_clusters": 6, "start_cosine": 1.0, "rate": 0.1},
+        "train": {"global_batch_size": 32, "shards": 4, "max_steps": 6, "learning_rate": 1e-3, "precision": "fp32"},
+        "evaluation": {"sts": str(sts_dir), "every_steps": 2, "patience": None},
+        "runtime": {"log_every_steps": 1, "keep": 9},
+    }
+
+
+@pytest.fixture
+def lab(run_values: dict[str, Any]) -> Iterator[Lab]:
+    """Runs like that of ``run_values``; the random state of this process stays as it was."""
+    import torch
+    from training_runs import Lab  # here, as most unit tests need no torch
+
+    with torch.random.fork_rng(devices=[]):
+        yield Lab(run_values, prepare(make_config(run_values)))
 
 
 @pytest.fixture(scope="session")
