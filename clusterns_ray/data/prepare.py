@@ -69,11 +69,12 @@ def prepare(
         ConfigError, DataError: the encoder, the corpus or the documents cannot be used.
     """
     cache = cache_directory(config)
+    spec = documents_of(config)
+    document_files = document_sources(spec or [])
     documents: list[Document] | None = None
 
     def read() -> list[Document]:
         nonlocal documents
-        spec = documents_of(config)
         assert spec is not None
         if documents is None:
             note(f"Reading documents from {spec}")
@@ -81,7 +82,6 @@ def prepare(
         check_unchanged(document_files, document_sources(spec))
         return documents
 
-    document_files = document_sources(documents_of(config) or [])
     sts_dir = config.evaluation.sts
     names = [config.evaluation.dev, *config.evaluation.also]
     if sts_dir == "hf":  # first, so that a machine without a network fails at once
@@ -120,7 +120,6 @@ def prepare(
         )
     check_positives(config, store.manifest)
     if sts_dir == "structure":
-        spec = documents_of(config)
         assert spec is not None
         pairs, column = config.evaluation.structure_pairs, config.data.text_column
         sts_dir = str(structure_dev_set(spec, cache, pairs=pairs, text_column=column, note=note, read=read))

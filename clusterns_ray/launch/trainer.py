@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from clusterns_ray.config import Config, make_config
 from clusterns_ray.data.prepare import Prepared, check_batch, describe, most_rows, prepare
 from clusterns_ray.errors import ClusterNSError, ConfigError
+from clusterns_ray.io.uploader import uploader_for
 from clusterns_ray.launch.preflight import check_request, warn_of_faiss
 from clusterns_ray.launch.ray_cluster import check_workers, connect, on_this_node
 from clusterns_ray.launch.staging import read_run_file, run_directory, run_place, run_url, stage, unstage
@@ -97,7 +98,6 @@ def command_line() -> list[str]:
 def _train_here(config: Config, prepared: Prepared, run_dir: Path, on_event: OnEvent) -> dict[str, Any]:
     import torch
 
-    from clusterns_ray.io.uploader import uploader_for
     from clusterns_ray.training.context import RunContext
     from clusterns_ray.training.loop import train_worker
 
@@ -192,7 +192,6 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
     import ray.train
 
     from clusterns_ray import distributed
-    from clusterns_ray.io.uploader import uploader_for
     from clusterns_ray.launch.workers import PreemptionWatcher, worker_device, worker_result
     from clusterns_ray.training.context import RunContext
     from clusterns_ray.training.loop import train_worker
