@@ -1,4 +1,4 @@
-"""Dropout for training on a CPU, where drawing the random numbers one by one takes a sixth of a step.
+"""Dropout for training on a CPU, where drawing the random numbers one by one takes a good part of a step.
 
 64-bit words are read as four 16-bit numbers each, and one is compared for each element: the probability is exact to
 1/65536, and the scale makes up for what it was rounded to. The words come from torch's generator or, faster, from
