@@ -54,6 +54,7 @@ def check_request(config: Config, note: Callable[[str], None] = lambda text: Non
 
 
 def check_data(config: Config) -> None:
+    """Check that the corpus, the documents and the STS sets are there."""
     if documents := documents_of(config):
         list_documents(documents)
     if not corpus_is_documents(config):
@@ -98,6 +99,7 @@ def check_lasting(config: Config) -> None:
 
 
 def check_storage(config: Config) -> None:
+    """Check that the directories of the configuration last and can be written."""
     check_lasting(config)
     path = config.runtime.storage_path
     if is_url(path):
@@ -164,6 +166,7 @@ def check_name(config: Config) -> None:
 
 
 def check_trackers(config: Config) -> None:
+    """Check that the packages of ``runtime.trackers`` are installed."""
     missing = missing_packages(config.runtime.trackers)
     if missing:
         raise ConfigError(

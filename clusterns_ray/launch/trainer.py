@@ -164,7 +164,10 @@ def _fit(config: Config, prepared: Prepared, run_dir: Path, on_event: OnEvent, u
 
 
 class _Mailbox:
-    """An actor between worker 0 and the driver, so that progress is shown where the command was given."""
+    """An actor between worker 0 and the driver, so that progress is shown where the command was given.
+
+    In contrast to ``ray.util.queue.Queue``, the worker does not wait until an event has arrived.
+    """
 
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []

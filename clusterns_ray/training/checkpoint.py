@@ -73,7 +73,9 @@ class Checkpointer:
         chosen = distributed.broadcast_object(step)
         if step != chosen:
             raise RuntimeError(
-                f"worker {distributed.rank()} does not see the checkpoint of step {chosen} in {self.directory}"
+                f"The newest checkpoint in {str(self.directory)!r} is of step {step} on worker {distributed.rank()} "
+                f"and of step {chosen} on worker 0. Let runtime.storage_path be a directory that every node sees, or "
+                "in an object store."
             )
         return state
 
