@@ -160,10 +160,7 @@ class _Feed(Searcher):
             self.pool.results.put((job, result["result"]))
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing is saved: the study on disk has what matters."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        raise NotImplementedError("a sweep goes on from its Optuna study")
+        """Nothing is saved, though Tune asks for it: a sweep goes on from its Optuna study."""
 
 
 class _Verdicts(FIFOScheduler):
