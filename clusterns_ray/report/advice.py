@@ -11,8 +11,8 @@ from clusterns_ray.report.page import Warning
 from clusterns_ray.report.record import RunRecord, number
 from clusterns_ray.report.words import count, fixed, percent, signed
 
-# The same bounds as training/alarms.py and clustering/health.py, which speak during the run.
-COLLAPSED_COSINE = 0.9
+# The bounds of training/collapse_monitor.py and clustering/health.py, which import torch; a test compares them.
+SPREAD_COSINE, COLLAPSED_COSINE = 0.8, 0.9
 EMPTY_SHARE = 0.3
 EMPTY_AFTER = 50
 
@@ -47,7 +47,7 @@ def collapse(run: RunRecord) -> Iterator[Warning]:
             continue
         if spread and cosine > COLLAPSED_COSINE:
             moments.append((record["step"], cosine))
-        spread = spread or cosine <= COLLAPSED_COSINE
+        spread = spread or cosine <= SPREAD_COSINE
     if moments:
         step, cosine = moments[0]
         yield Warning(

@@ -252,6 +252,7 @@ def test_the_bounds_are_those_of_the_collapse_monitor() -> None:
 Change = Callable[[int, Any], Any]
 SAID: dict[str, tuple[dict[str, Change], list[str]]] = {
     "collapse": ({"mean_cosine": lambda step, v: 0.93 if step >= 300 else v}, ["Collapse: from step 300 | (0.93)"]),
+    "a mean cosine that wavers": ({"mean_cosine": lambda step, v: 0.93 if step >= 300 else 0.85}, []),
     "a score that is none": (
         {"sts_dev": lambda step, v: None if step > 300 else v}, ["at steps 325, 350, 375 and 1 more"]
     ),
@@ -298,6 +299,9 @@ def test_what_is_said_of_a_run(run_dir: Path, case: str) -> None:
 
 
 def test_embeddings_that_never_spread_have_not_collapsed(run_dir: Path) -> None:
+    from clusterns_ray.training.collapse_monitor import SPREAD_COSINE
+
+    assert advice.SPREAD_COSINE == SPREAD_COSINE
     run = change_records(run_dir, lambda record: record.update(mean_cosine=0.95))
     assert not any("Collapse" in text for text in warnings_of(run))
 
