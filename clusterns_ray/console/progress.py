@@ -69,7 +69,8 @@ class Lines:
         if kind == "evaluation":
             if event["step"] == 0:
                 self.before = event["sts_dev"]
-            return f"step {event['step']}  {evaluation_text(event, self.before)}{also_text(event)}"
+            also = "".join(f"  {name} {score}" for name, score in also_scores(event).items())
+            return f"step {event['step']}  {evaluation_text(event, self.before)}{also}"
         return None
 
     def time_left(self, step: int) -> str:
@@ -131,14 +132,10 @@ def evaluation_text(event: dict[str, Any], before: float | None) -> str:
     return f"dev {score:.2f}" + (f"  (untrained: {before:.2f})" if before is not None and score <= before else "")
 
 
-def also_text(event: dict[str, Any]) -> str:
-    """The scores of sets that select nothing."""
-    return "".join(f"  {name} {event[key]:.2f}" for key, name in also_scores(event).items() if event[key] is not None)
-
-
 def also_scores(event: dict[str, Any]) -> dict[str, str]:
-    """Keys of an evaluation's scores that select nothing, with the names of their sets."""
-    return {key: key.removeprefix("also ") for key in event if key.startswith("also ")}
+    """An evaluation's scores on the sets that select nothing, by the name of the set."""
+    also = {key.removeprefix("also "): score for key, score in event.items() if key.startswith("also ")}
+    return {name: f"{score:.2f}" for name, score in also.items() if score is not None}
 
 
 def outcome_lines(result: dict[str, Any]) -> list[str]:
@@ -210,7 +207,7 @@ class Bar:
                 self.dev["dev"] = score
                 if event.get("best"):
                     self.dev["best"] = f"{score} at step {event['step']}"
-            self.dev |= {name: f"{event[key]:.2f}" for key, name in also_scores(event).items()}
+            self.dev |= also_scores(event)
             self._update(event["step"])
         elif kind == "done":
             self.close()
