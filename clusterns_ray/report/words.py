@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,10 +49,7 @@ def duration(seconds: float | None) -> str:
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean, and the sample's standard deviation (n - 1), which a single value does not have."""
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return mean, None
-    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def spread(values: Sequence[float | None]) -> str:
