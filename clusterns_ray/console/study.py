@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from clusterns_ray.console.progress import Lines, clock, describe_trial, show_values
+from clusterns_ray.errors import DamagedError
 from clusterns_ray.io.terminal import printable
 from clusterns_ray.tuning.comparison import sentences, show_value
 from clusterns_ray.tuning.selection import check_result
@@ -203,7 +204,7 @@ def read_result(study: Study) -> dict[str, Any]:
         DataError: it is damaged.
     """
     text = None
-    with suppress(UnicodeDecodeError):
+    with suppress(DamagedError):
         text = study.home.read("result.json")
     return check_result(text, (study.home / "result.json").address)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from clusterns_ray.errors import ConfigError, DataError
+from clusterns_ray.errors import ConfigError, DamagedError, DataError
 from clusterns_ray.evaluation import hub
 from clusterns_ray.evaluation.sts import StsTests, read_tests, score_tests
 from clusterns_ray.io.files import json_text
@@ -91,7 +91,7 @@ def _check_result(study: Study, outcome: Outcome) -> None:
         if (known["trial"], known["mean"]) == (outcome.winner.number, summary(outcome.winner)["mean"]):
             return
         reason = "it names another winner than the scores of the study do"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, DamagedError):
         reason = "it cannot be read"
     raise DataError(
         f"{(study.home / 'result.json').address!r} is damaged: {reason}. Give `clusterns tune` of the study again, "

@@ -10,7 +10,7 @@ from typing import Any
 
 from clusterns_ray.config import Config, dump_config, make_config
 from clusterns_ray.data.prepare import prepare
-from clusterns_ray.errors import ClusterNSError, ConfigError, DataError
+from clusterns_ray.errors import ClusterNSError, ConfigError, DamagedError, DataError
 from clusterns_ray.evaluation.sts import StsTests, read_pairs
 from clusterns_ray.io.files import json_text
 from clusterns_ray.io.object_store import Place
@@ -241,7 +241,7 @@ def read_final(study: Study) -> dict[str, Any]:
         value = json.loads(study.home.read("final.json") or "")
         if isinstance(value["when"], str) and isinstance(value["tasks"], dict) and isinstance(value["seeds"], list):
             return value
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, DamagedError):
         pass
     raise DataError(
         f"{(study.home / 'final.json').address!r} is damaged: it lacks the scores of the tests, or when they were "

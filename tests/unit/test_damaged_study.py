@@ -5,18 +5,22 @@ from __future__ import annotations
 import errno
 import json
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from clusterns_ray.config import Config, dump_config, make_config
+from clusterns_ray.console.study import read_result
 from clusterns_ray.errors import ClusterNSError, ConfigError, DataError, DiskError
 from clusterns_ray.io.files import disk_fault, with_checksum
 from clusterns_ray.io.object_store import Place
 from clusterns_ray.tuning import study_file
 from clusterns_ray.tuning.analysis import read_study_file
 from clusterns_ray.tuning.comparison import difference_over_seeds, seed_interval, sentences, show_value
+from clusterns_ray.tuning.outcome import read_final
 from clusterns_ray.tuning.runs import is_run_of, run_score
 from clusterns_ray.tuning.selection import check_result
 from clusterns_ray.tuning.study_file import file_error, open_storage, read_optuna_study, readable_file_errors
@@ -94,6 +98,13 @@ def test_a_run_counts_only_where_it_is_whole_and_of_that_configuration(tmp_path:
 def test_a_damaged_result_is_refused(text: str | None) -> None:
     with pytest.raises(DataError, match=r"is damaged .*which writes it anew"):
         check_result(text, "result.json")
+
+
+@pytest.mark.parametrize(("name", "read"), [("result.json", read_result), ("final.json", read_final)])
+def test_a_file_of_a_study_that_is_not_text_is_damaged(tmp_path: Path, name: str, read: Callable[..., Any]) -> None:
+    (tmp_path / name).write_bytes(b"\xff\xfe{")
+    with pytest.raises(DataError, match=f"{name}' is damaged"):
+        read(SimpleNamespace(home=Place(tmp_path)))
 
 
 @pytest.mark.parametrize("content", [b"", bytes(9), b"\xff\xfe", b"a: [", b"- 1", b"name: x\n"])
