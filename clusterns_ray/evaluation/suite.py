@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -34,6 +33,7 @@ from clusterns_ray.evaluation.sts import (
 )
 from clusterns_ray.evaluation.transfer import SEED, Task, evaluate_transfer, read_transfer
 from clusterns_ray.evaluation.transfer import TASKS as TRANSFER_TASKS
+from clusterns_ray.io.files import null_for_nan
 from clusterns_ray.io.object_store import is_url, read_text, split_url
 from clusterns_ray.models.resolve import resolve_model
 
@@ -293,7 +293,7 @@ def evaluate_models(
             "pooling": encoder.pooling,
             "max_length": encoder.max_length,
             "suite": list(suite.names),
-            **_finite(figures),
+            **null_for_nan(figures),
             "data": sources,
             "versions": _versions(),
         }
@@ -420,12 +420,3 @@ def _versions() -> dict[str, str]:
 
 def _text(source: Any) -> Any:
     return [str(each) for each in source] if isinstance(source, list) else str(source)
-
-
-def _finite(value: Any) -> Any:
-    """With None for what is not a number, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

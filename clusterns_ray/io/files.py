@@ -81,7 +81,7 @@ def file_lock(lock: Path, refusal: ClusterNSError, wait_s: float = 0.0) -> Itera
 
 def json_text(value: Any, indent: int | None = 2) -> str:
     """JSON that any reader takes, ending in a newline: NaN and infinities, which JSON does not have, become null."""
-    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(null_for_nan(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -103,13 +103,14 @@ def _checksum(value: dict[str, Any]) -> str:
     return hashlib.sha256(json_text(dict(sorted(value.items())), indent=None).encode()).hexdigest()[:16]
 
 
-def _finite(value: Any) -> Any:
+def null_for_nan(value: Any) -> Any:
+    """A JSON value with None in place of every NaN and infinity, which JSON does not have."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: null_for_nan(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [null_for_nan(item) for item in value]
     return value
 
 
