@@ -30,9 +30,9 @@ from clusterns_ray.io.files import file_lock, storage_error
 from clusterns_ray.io.object_store import Store
 
 HEARTBEAT_S = 4.0
-"""Seconds between signs of life."""
+"""Seconds between two writes of the claim."""
 STALE_S = 20.0
-"""A claim without a sign of life for this long is taken over."""
+"""A claim without a heartbeat for this long is taken over."""
 MARGIN_S = 5.0
 """A holder stops writing this long before others may take it for gone."""
 
@@ -74,20 +74,20 @@ def exclusive(run_dir: Path, wanted: bool, wait_s: float = 30.0) -> Iterator[Non
 
 @dataclass(frozen=True)
 class Claim:
-    """Of another process."""
+    """Another process's claim, as it is listed in the store."""
 
     name: str
     written: float
     """by the store's clock, seconds since 1970"""
     age: float
-    """seconds without a sign of life"""
+    """seconds since its last heartbeat"""
     who: dict[str, Any]
 
     def __str__(self) -> str:
         who = self.who
         return (
             f"process {who.get('pid', '?')} on {who.get('host', 'an unknown machine')} since "
-            f"{who.get('since', 'an unknown time')} (last sign of life {max(self.age, 0):.0f} s ago)"
+            f"{who.get('since', 'an unknown time')} (last heartbeat {max(self.age, 0):.0f} s ago)"
         )
 
 
@@ -115,7 +115,7 @@ class Lease:
         all where it ran on this machine.
 
         Args:
-            note: told once whom it waits for.
+            note: called once, with who is being waited for.
 
         Raises:
             Held: another process holds it and is alive, after ``wait_s``.
@@ -170,7 +170,7 @@ class Lease:
         """Live claims but one's own. Those of processes that are gone are removed."""
         times = self.claims.times()
         now = times.get(self.name, max(times.values(), default=0.0))
-        found = []
+        live = []
         for name, written in times.items():
             raw = self.claims.read(name) if name != self.name else None
             if raw is None:
@@ -179,27 +179,27 @@ class Lease:
             if claim.age > STALE_S or is_dead(claim.who):
                 self.claims.delete(name)
             else:
-                found.append(claim)
-        return found
+                live.append(claim)
+        return live
 
     def _beat(self) -> None:
         while not self._end.wait(HEARTBEAT_S):
-            with suppress(StorageError):  # tried again; `check` tells whoever writes
+            with suppress(StorageError):  # tried again; `check` raises before the next write
                 self._renew()
 
     def _renew(self) -> None:
-        """A sign of life; after a long silence also a look at whether another process has taken over."""
+        """Write a heartbeat; after a long silence, also check whether another process has taken over."""
         with self._lock:
             if self.lost or self._end.is_set():
                 return
             began = self._clock()
             late = began - self._confirmed > STALE_S - MARGIN_S
             self.claims.write(self.name, self._content)
-            # Who only asks withdraws as soon as it sees this sign of life.
+            # One that only tries to claim withdraws as soon as it sees this heartbeat.
             if late and self._others() and not self._end.wait(2.0) and (others := self._others()):
                 self.lost = (
-                    f"This process gave no sign of life to {self.address} for {began - self._confirmed:.0f} s, and it "
-                    f"is now written by {others[0]}. What is there already is kept; that process goes on with it."
+                    f"This process wrote no heartbeat to {self.address} for {began - self._confirmed:.0f} s, and it is "
+                    f"now written by {others[0]}. What is there already is kept; that process goes on with it."
                 )
                 self.claims.delete(self.name)
                 return
@@ -224,7 +224,7 @@ def leased(
 
 def process_identity(pid: int) -> str | None:
     """What no other process on any machine has, ever: of the start of the system, the process' name space, its number
-    and its own start. None where the system does not tell, or there is no such process."""
+    and its own start. None where the system does not say, or there is no such process."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         state, *fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()

@@ -1,4 +1,4 @@
-"""A trial on Ray Train workers of its own, which are told after every evaluation whether to go on."""
+"""A trial on Ray Train workers of its own, which wait after every evaluation for the verdict whether to go on."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Channel:
         self.evaluations, self.verdicts = Queue(actor_options=options), Queue(actor_options=options)
 
     def ask(self, evaluation: Evaluation) -> bool:
-        """Called on the worker: whether to go on."""
+        """Called on the worker: send an evaluation, and wait for whether to go on."""
         question = uuid.uuid4().hex
         self.evaluations.put((question, evaluation))
         while True:
@@ -35,12 +35,12 @@ class Channel:
             if answered == question:
                 return go_on
 
-    def sign_of_life(self) -> None:
-        """Called on the worker: it is training."""
+    def heartbeat(self) -> None:
+        """Called on the worker, to say that it is training."""
         self.evaluations.put(None)
 
     def listen(self, verdict: Callable[[Evaluation], bool]) -> bool:
-        """Called in the trial's process: answer one evaluation; whether there was any message."""
+        """Called in the trial's process: answer one evaluation. Returns whether there was any message."""
         try:
             message = self.evaluations.get(timeout=0.3)
         except Empty:
@@ -85,7 +85,7 @@ def train_on_workers(job: Job, report: Callable[[Evaluation], None]) -> dict[str
 
 
 def _work(settings: dict[str, Any]) -> dict[str, Any]:
-    """What each worker runs."""
+    """Train on one worker; ``settings`` holds the job and the channel."""
     job, channel = settings["job"], settings["channel"]
     # Only reports are obeyed: there all workers stop together.
     reporter = Reporter(job, channel.ask)
@@ -103,7 +103,7 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
                     worker_device(job.config),
                     reporter.on_event,
                     on_evaluation=report,
-                    should_stop=PreemptionWatcher(lambda: channel.sign_of_life() if distributed.rank() == 0 else None),
+                    should_stop=PreemptionWatcher(lambda: channel.heartbeat() if distributed.rank() == 0 else None),
                     score_before=job.score_before,
                 )
         except Stopped:

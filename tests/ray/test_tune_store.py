@@ -105,7 +105,7 @@ def check_refused_elsewhere(study: StoredStudy, process: int, machine: Path) -> 
     command += [f"--set={setting}" for setting in (f"name={study.name}", *study.settings)]
     done = subprocess.run(command, cwd=study.project, env=env, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2 and f"is being run by process {process} on " in done.stderr, done.stderr
-    assert " since 20" in done.stderr and "last sign of life" in done.stderr
+    assert " since 20" in done.stderr and "last heartbeat" in done.stderr
 
 
 def test_trials_with_workers_of_their_own(

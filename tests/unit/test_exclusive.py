@@ -61,7 +61,7 @@ def test_the_second_is_refused_and_told_who_is_the_first(files: Store, quick: No
             second.acquire(0.2, notes.append)
         assert len(claims(files)) == 1, "the one that was refused leaves nothing behind"
     assert f"process {os.getpid()} on " in str(error.value) and "since 20" in str(error.value)
-    assert "last sign of life 0 s ago" in str(error.value) and "runtime.name" in str(error.value)
+    assert "last heartbeat 0 s ago" in str(error.value) and "runtime.name" in str(error.value)
     assert len(notes) == 1 and "Waiting for that to end" in notes[0]
     assert claims(files) == []
     began = time.monotonic()
@@ -77,7 +77,7 @@ def test_without_a_store_or_not_wanted_there_is_no_lease(files: Store) -> None:
     assert claims(files) == []
 
 
-def test_a_claim_without_a_sign_of_life_is_taken_over(files: Store) -> None:
+def test_a_claim_without_a_heartbeat_is_taken_over(files: Store) -> None:
     claim_elsewhere(files, age_s=exclusive.STALE_S + 5)
     began = time.monotonic()
     with leased(files, True, wait_s=0):
@@ -87,7 +87,7 @@ def test_a_claim_without_a_sign_of_life_is_taken_over(files: Store) -> None:
 def test_a_machine_that_was_lost_just_now_is_waited_for_until_it_is_stale(files: Store, quick: None) -> None:
     claim_elsewhere(files)
     began = time.monotonic()
-    with leased(files, True, wait_s=0.0):  # it shows no sign of life: no reason to refuse
+    with leased(files, True, wait_s=0.0):  # without a heartbeat there is no reason to refuse
         assert exclusive.STALE_S - 0.1 < time.monotonic() - began < 3 * exclusive.STALE_S
 
 
@@ -183,9 +183,9 @@ def test_a_holder_that_was_cut_off_notices_that_another_took_over(files: Store, 
     first = silent(files)
     first.check()
     with leased(files, True, wait_s=0):
-        with pytest.raises(StorageError, match=f"gave no sign of life .* now written by process {os.getpid()} on"):
+        with pytest.raises(StorageError, match=f"wrote no heartbeat .* now written by process {os.getpid()} on"):
             first.check()
-        with pytest.raises(StorageError, match="gave no sign of life"):
+        with pytest.raises(StorageError, match="wrote no heartbeat"):
             first.check()
         assert len(claims(files)) == 1
     first.release()
@@ -217,7 +217,7 @@ def test_a_claim_that_is_damaged_still_counts(files: Store, quick: None) -> None
     claim_elsewhere(files).write_bytes(b"{")
     assert [claim.who for claim in Lease(files)._others()] == [{}]
     assert str(Claim("x", 0.0, 3.2, {})) == (
-        "process ? on an unknown machine since an unknown time (last sign of life 3 s ago)"
+        "process ? on an unknown machine since an unknown time (last heartbeat 3 s ago)"
     )
 
 
