@@ -90,7 +90,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def with_checksum(value: dict[str, Any]) -> dict[str, Any]:
-    """The same object with ``checksum``, by which :func:`checksum_holds` tells that a file of it is as it was."""
+    """The same object with ``checksum``, by which :func:`checksum_holds` knows a file that is as it was written."""
     return {**value, "checksum": _checksum(value)}
 
 
@@ -243,7 +243,7 @@ DISK_WORDS = (
     "disk is full",  # sqlite
     "disk i/o error",
     "readonly database",
-    "pytorchstreamwriter failed writing",  # torch.save, which tells no more of a full disk
+    "pytorchstreamwriter failed writing",  # torch.save, which says no more of a full disk
     "inline_container.cc",
 )
 
@@ -292,7 +292,7 @@ def flush(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Of a file, in hexadecimal; read in blocks."""
+    """The SHA-256 of a file, in hexadecimal. The file is read in blocks."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

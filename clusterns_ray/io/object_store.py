@@ -59,18 +59,18 @@ def own_temporary_directory() -> Path:
     try:
         with suppress(FileExistsError):
             path.mkdir(mode=0o700)
-        found = path.lstat()
+        status = path.lstat()
     except OSError as error:
         raise ConfigError(
             f"The folder for temporary files, {str(path)!r}, cannot be made: {error.strerror}. Set the environment "
             "variable CLUSTERNS_LOCAL_PATH to a directory of yours."
         ) from None
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
         raise ConfigError(
             f"{str(path)!r} is a link, a file, or another user's, so copies in it would not be safe. Remove it, or set "
             "the environment variable CLUSTERNS_LOCAL_PATH to a directory of yours."
         )
-    if found.st_mode & 0o077:
+    if status.st_mode & 0o077:
         path.chmod(0o700)
     return path
 
@@ -171,9 +171,9 @@ class Store:
         from pyarrow.fs import FileSelector, FileType
 
         def work() -> dict[str, float]:
-            found = self.filesystem.get_file_info(FileSelector(self.root, allow_not_found=True, recursive=True))
+            infos = self.filesystem.get_file_info(FileSelector(self.root, allow_not_found=True, recursive=True))
             return {
-                info.path[len(self.root) + 1 :]: info.mtime_ns / 1e9 for info in found if info.type == FileType.File
+                info.path[len(self.root) + 1 :]: info.mtime_ns / 1e9 for info in infos if info.type == FileType.File
             }
 
         return self._retried("listing", work)
@@ -231,7 +231,7 @@ class Store:
         meanwhile is read anew.
 
         Args:
-            note: told of a download, and every few seconds how far it is.
+            note: called when a download begins, and every few seconds with how far it is.
 
         Returns:
             Whether there is such a directory.
@@ -259,20 +259,19 @@ class Store:
         raise StorageError(f"{self.address}/{name} was replaced {REPLACED} times while it was copied. Try again later.")
 
     def _pull(self, name: str, files: dict[str, dict[str, Any]], local: Path, note: Callable[[str], None]) -> None:
-        size, done, told = sum(entry["bytes"] for entry in files.values()), 0, time.monotonic()
+        size, done, noted = sum(entry["bytes"] for entry in files.values()), 0, time.monotonic()
         note(f"Copying {self.address}/{name} to this machine ({size / 1e6:,.1f} MB)")
         temporary = local.parent / f".{local.name}.{uuid.uuid4().hex[:8]}"
         try:
             for file, entry in files.items():
                 (temporary / file).parent.mkdir(parents=True, exist_ok=True)
-                found = self.download(f"{name}/{file}", temporary / file)
-                if found != entry["sha256"]:
+                if self.download(f"{name}/{file}", temporary / file) != entry["sha256"]:
                     raise StorageError(
                         f"{self.address}/{name}/{file} is damaged: its checksum is not the one in its manifest."
                     )
                 done += entry["bytes"]
-                if time.monotonic() - told > 5:
-                    told = time.monotonic()
+                if time.monotonic() - noted > 5:
+                    noted = time.monotonic()
                     note(f"  {done / 1e6:,.1f} of {size / 1e6:,.1f} MB")
             if local.exists():
                 shutil.rmtree(local)

@@ -64,20 +64,20 @@ def check_path(key: str, value: str | Path, schemes: tuple[str, ...] = STORES) -
     if odd is not None:
         kind = "a byte that is not UTF-8" if unicodedata.category(odd) == "Cs" else "a control character"
         raise ConfigError(f"{_shown(key, text)} holds {kind}, {odd!a}.", "Rename what it names, or correct the text.")
-    found = _SCHEME.match(text)
-    scheme = found[1].lower() if found else ""
-    if found is None or not (found[2] == "://" or (scheme in _KNOWN and (scheme not in _WEB or found[2] != ":"))):
+    url = _SCHEME.match(text)
+    scheme = url[1].lower() if url else ""
+    if url is None or not (url[2] == "://" or (scheme in _KNOWN and (scheme not in _WEB or url[2] != ":"))):
         _check_local(_shown(key, text), text)
         return text
-    rest = text[found.end(1) :].lstrip(":/")
+    rest = text[url.end(1) :].lstrip(":/")
     if scheme == "file":
-        return check_path(key, _local_of(_shown(key, text), text, found[2], rest), schemes)
+        return check_path(key, _local_of(_shown(key, text), text, url[2], rest), schemes)
     if scheme in _WEB:
         raise ConfigError(f"{_shown(key, text)} is on the web.", "Download it, and give the path of the file.")
     if scheme not in _KNOWN or _OTHER_NAMES.get(scheme, scheme) not in schemes:
         allowed = ", ".join(f"{name}://" for name in schemes)
         raise ConfigError(
-            f"{_shown(key, text)}: {found[1]}:// is not possible here. Give a path on this machine"
+            f"{_shown(key, text)}: {url[1]}:// is not possible here. Give a path on this machine"
             + (f", or a URL of {allowed}." if allowed else ".")
         )
     right = _OTHER_NAMES.get(scheme, scheme)
@@ -123,8 +123,8 @@ def check_regular_file(key: str, path: str | Path, remedy: str = "Give the path 
 
 def job_package(path: str | Path) -> str | None:
     """The copy that Ray made of a job's working directory on this machine, if the path leads into one."""
-    found = _PACKAGE.match(os.path.realpath(os.path.expanduser(path)))
-    return found[0] if found else None
+    package = _PACKAGE.match(os.path.realpath(os.path.expanduser(path)))
+    return package[0] if package else None
 
 
 def check_outlasts_job(key: str, path: str | Path) -> None:

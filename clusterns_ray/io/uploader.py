@@ -26,7 +26,7 @@ LAST_COPY_S = 60.0
 
 
 class LocalFiles:
-    """For a run on a file system that every machine sees: there is nothing to copy."""
+    """The files of a run on a file system that every machine sees, where there is nothing to copy."""
 
     def __init__(self, run_dir: Path):
         self.run_dir = run_dir
@@ -40,7 +40,7 @@ class LocalFiles:
         """Be the one writer among all machines, if ``wanted``; around everything else.
 
         Args:
-            note: told whom it waits for.
+            note: called with who is being waited for.
 
         Raises:
             Held: another machine writes this run, still after ``wait_s``.
@@ -79,7 +79,7 @@ class LocalFiles:
 
 
 class Uploader(LocalFiles):
-    """See the module; ``run_dir`` is the local copy, ``store`` the run's prefix."""
+    """Copies a run's files to an object store; ``run_dir`` is the local copy, ``store`` the run's prefix."""
 
     def __init__(self, store: Store, run_dir: Path):
         super().__init__(run_dir)
@@ -231,5 +231,5 @@ def _remove(aside: Path | None) -> None:
 
 
 def uploader_for(url: str | None, run_dir: Path) -> LocalFiles:
-    """For a run whose files belong to ``url``; none where that is not in an object store."""
+    """What copies the files of a run to ``url``, or :class:`LocalFiles` where that is not in an object store."""
     return Uploader(Store(url), run_dir) if url and is_url(url) else LocalFiles(run_dir)

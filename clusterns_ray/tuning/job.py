@@ -32,7 +32,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A dev score during a job; the job waits until it is told whether to go on."""
+    """A dev score during a job, which waits for the verdict whether to go on."""
 
     step: int
     """0 for the untrained encoder."""
@@ -68,4 +68,4 @@ Result = Evaluation | Finished | Failed
 
 
 class Stopped(Exception):
-    """The job was told to stop at an evaluation."""
+    """The verdict on an evaluation was that the job does not go on."""
