@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from clusterns_ray.config import MAX_WORKERS
 from clusterns_ray.errors import ClusterNSError, ConfigError
-from clusterns_ray.inference.encode import Encoded, OnEvent, Part, Tell, encode_files
+from clusterns_ray.inference.encode import Encoded, OnEvent, OnProgress, Part, encode_files
 from clusterns_ray.launch.capacity import check_room
 from clusterns_ray.launch.ray_cluster import check_ray_directory, cluster_capacity, connect
 from clusterns_ray.models.resolve import resolve_model
@@ -42,7 +42,7 @@ def encode(
     on_event: OnEvent = lambda event: None,
     **settings: Any,
 ) -> Encoded:
-    """Write sentences and their embeddings to a parquet file; see ``embeddings.encode_files``.
+    """Write sentences and their embeddings to a parquet file; see :func:`~clusterns_ray.inference.encode.encode_files`.
 
     Args:
         workers: 0 works in this process; N on N Ray workers of one CPU each, and a GPU where the cluster has some.
@@ -73,7 +73,7 @@ def encode_on_ray(
     encoder: Encoder,
     parts: Iterable[Part],
     batch_size: int,
-    tell: Tell = lambda rows: None,
+    on_progress: OnProgress = lambda rows: None,
     *,
     workers: int,
     note: Callable[[str], None] = lambda text: None,
@@ -88,7 +88,7 @@ def encode_on_ray(
     """
     waiting = iter(parts)
     first = next(waiting, None)
-    if first is None:  # All is done already: no need of Ray.
+    if first is None:  # all is done already, without Ray
         return
     with connect(workers, note):
         yield from _Workers(encoder, batch_size, workers, note).encode(first, waiting)

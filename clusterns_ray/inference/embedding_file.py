@@ -75,8 +75,8 @@ def read_info(path: str | os.PathLike) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: its metadata are damaged ({error}); encode again") from None
     if not isinstance(info, dict) or info.get("format") != FORMAT:
-        found = info.get("format") if isinstance(info, dict) else info
-        raise DataError(f"{path}: its format is {found!r}, and this version reads {FORMAT}; encode again")
+        written = info.get("format") if isinstance(info, dict) else info
+        raise DataError(f"{path}: its format is {written!r}, and this version reads {FORMAT}; encode again")
     if "checksum" in info and not checksum_holds(info):
         raise DataError(f"{path}: its metadata are damaged (their checksum is another); encode again")
     return info
@@ -148,20 +148,20 @@ class EmbeddingFile:
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """The embeddings of rows in any order: int64 ``(n,)`` to float32 ``(n, D)``."""
-        found = np.empty((len(rows), self.width), dtype=np.float32)
+        z_nD = np.empty((len(rows), self.width), dtype=np.float32)
         for group, places, local in self._by_group(rows):
-            found[places] = self._vectors(group)[local]
-        return found
+            z_nD[places] = self._vectors(group)[local]
+        return z_nD
 
     def texts(self, rows: np.ndarray) -> list[str]:
         """The sentences of rows in any order: int64 ``(n,)``."""
-        found = [""] * len(rows)
+        texts = [""] * len(rows)
         for group, places, local in self._by_group(rows):
             with readable(self.path):
                 column = self._texts.read_row_group(group, columns=["text"]).column(0)
             for place, text in zip(places.tolist(), column.take(local).to_pylist()):
-                found[place] = text
-        return found
+                texts[place] = text
+        return texts
 
     def _vectors(self, group: int) -> np.ndarray:
         with readable(self.path):

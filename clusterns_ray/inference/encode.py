@@ -49,19 +49,21 @@ MANIFEST = "manifest.json"
 Part = tuple[int, list[str]]
 """The number of a part, and its sentences."""
 
-Tell = Callable[[int], None]
-EncodeParts = Callable[["Encoder", Iterable[Part], int, Tell], Iterator[tuple[int, list[str], np.ndarray]]]
-"""From an encoder, parts and the batch size to ``(number, sentences, float32 (N, D))`` of each part, in any order; may
-tell how many sentences of a part are done."""
+OnProgress = Callable[[int], None]
+"""Called with how many sentences of the part at work are done."""
+
+EncodeParts = Callable[["Encoder", Iterable[Part], int, OnProgress], Iterator[tuple[int, list[str], np.ndarray]]]
+"""Takes an encoder, parts, the batch size and a callback, which it may call; yields
+``(number, sentences, float32 (N, D))`` of each part, in any order."""
 
 OnEvent = Callable[[dict[str, Any]], None]
-"""Told ``{"event": "note", "text"}`` and ``{"event": "encoded", "rows", "total", "sentences_per_second",
+"""Called with ``{"event": "note", "text"}`` and ``{"event": "encoded", "rows", "total", "sentences_per_second",
 "seconds_left"}``, where ``total`` and ``seconds_left`` are None if it is not known how many sentences there are."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What :func:`encode_files` made, or found."""
+    """The file that :func:`encode_files` wrote, or that was there already (``reused``)."""
 
     path: Path
     rows: int
@@ -121,7 +123,7 @@ def encode_files(
     )
     parts_dir = out.with_name(f"{out.name}.parts")
 
-    def found() -> Encoded | None:
+    def finished_file() -> Encoded | None:
         if not out.exists():
             return None
         changes = _changes_of(out, request)
@@ -142,7 +144,7 @@ def encode_files(
         _remove(parts_dir)
         return Encoded(out, len(file), file.width, reused=True)
 
-    finished = found()
+    finished = finished_file()
     if finished:
         return finished
     plan = {"request": request, "rows_per_part": rows_per_part, "versions": _versions()}
@@ -155,7 +157,7 @@ def encode_files(
     encoder = Encoder.load(model, pooling=pooling, max_length=max_length)
     try:
         with writer_lock(parts_dir, f"-o {str(out)!r}"):
-            finished = found()  # another process may have been quicker
+            finished = finished_file()  # another process may have been quicker
             if finished:
                 return finished
             _claim(parts_dir, plan, overwrite, on_event)
@@ -187,7 +189,7 @@ def writer_lock(directory: Path, what: str) -> AbstractContextManager[None]:
 
 
 def encode_here(
-    encoder: Encoder, parts: Iterable[Part], batch_size: int, tell: Tell = lambda rows: None
+    encoder: Encoder, parts: Iterable[Part], batch_size: int, on_progress: OnProgress = lambda rows: None
 ) -> Iterator[tuple[int, list[str], np.ndarray]]:
     """Encode in this process, on the GPU where there is one."""
     import torch
@@ -195,7 +197,7 @@ def encode_here(
     if torch.cuda.is_available():
         encoder.to("cuda")
     for number, texts in parts:
-        yield number, texts, encoder.encode(texts, batch_size=batch_size, progress=tell)
+        yield number, texts, encoder.encode(texts, batch_size=batch_size, progress=on_progress)
 
 
 def check_settings(
@@ -212,14 +214,14 @@ def check_settings(
 
 
 def encode_request(model: str, sources: Sequence[Source], **settings: Any) -> dict[str, Any]:
-    """All that the embeddings depend on, as JSON; files by path, size and time of change."""
+    """All that the embeddings depend on, as plain values; files by path, size and time of change."""
     from clusterns_ray.models.serialization import model_digest
 
     return {"digest": model_digest(model), "sources": [asdict(source) for source in sources], **settings}
 
 
 def describe_changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """In words, what differs between two requests; empty if nothing does."""
+    """List in words what differs between two requests; empty if nothing does."""
     changes = []
     for key in [*after, *(key for key in before if key not in after)]:
         old, new = before.get(key), after.get(key)
@@ -324,7 +326,7 @@ def _has_parts(parts_dir: Path) -> bool:
 
 
 def _remove(parts_dir: Path) -> None:
-    """Remove parts that are no longer needed; what tells that they are ours goes last, so that a kill loses nothing."""
+    """Remove parts that are no longer needed. What shows that they are ours goes last, so that a kill loses nothing."""
     if _read_plan(parts_dir) is not None:
         for path in parts_dir.glob("*part-*"):
             path.unlink(missing_ok=True)
@@ -467,7 +469,7 @@ def _holds(path: Path, texts: list[str], schema: pa.Schema) -> bool:
 
 
 class _Progress:
-    """Counts, and tells of them."""
+    """Counts the sentences that are done, and reports them as events with speed and time left."""
 
     def __init__(self, total: int | None, on_event: OnEvent):
         self.total, self.on_event = total, on_event
@@ -476,17 +478,17 @@ class _Progress:
 
     def kept(self, rows: int) -> None:
         self.rows += rows
-        self._tell(0)
+        self._report(0)
 
     def working(self, rows: int) -> None:
-        self._tell(rows)
+        self._report(rows)
 
     def encoded(self, rows: int) -> None:
         self.rows += rows
         self.new += rows
-        self._tell(0)
+        self._report(0)
 
-    def _tell(self, working: int) -> None:
+    def _report(self, working: int) -> None:
         rows, speed = self.rows + working, (self.new + working) / max(time.monotonic() - self.started, 1e-9)
         left = (self.total - rows) / speed if self.total and speed else None
         event = {"rows": rows, "total": self.total, "sentences_per_second": speed, "seconds_left": left}

@@ -31,7 +31,7 @@ SHARD_ROWS = 500_000
 TRAINING_ROWS_PER_LIST = 40
 MAX_TRAINING_ROWS = 500_000
 RECALL_TARGET = 0.97
-"""On the sample, so that 0.95 holds for other queries too: the mean of 256 is known to half a point."""
+"""The recall to reach on the sample. The mean of 256 queries is known to half a point, so 0.95 holds for others too."""
 
 RECALL_QUERIES = 256
 RECALL_K = 10
@@ -141,7 +141,7 @@ def nearest(index: Any, info: dict[str, Any], n_QD: np.ndarray, k: int) -> tuple
     faiss, nprobe = load_faiss(), info["nprobe"]
     scores_QK, rows_QK = index.search(n_QD, k, params=faiss.SearchParametersIVF(nprobe=nprobe))
     while nprobe < info["lists"]:
-        short = np.flatnonzero(rows_QK.min(axis=1) < 0)  # so many lists do not hold k sentences
+        short = np.flatnonzero(rows_QK.min(axis=1) < 0)  # the lists that were read do not hold k sentences
         if not len(short):
             break
         nprobe = min(2 * nprobe, info["lists"])
@@ -163,11 +163,11 @@ def _choose_nprobe(index: Any, info: dict[str, Any], file: EmbeddingFile, querie
 
     def recall(nprobe: int) -> float:
         rows_QK = nearest(index, {**info, "nprobe": nprobe}, n_QD[judged], RECALL_K + 1)[1]
-        found = [
+        good_among_first = [
             len(set([row for row in rows if row != queries[place]][:RECALL_K]) & (good[place] or set()))
             for place, rows in zip(judged, rows_QK.tolist())
         ]
-        return float(np.mean(found)) / RECALL_K
+        return float(np.mean(good_among_first)) / RECALL_K
 
     if not judged:
         return {"nprobe": info["lists"], "recall": 1.0, "recall_queries": 0}
@@ -176,9 +176,9 @@ def _choose_nprobe(index: Any, info: dict[str, Any], file: EmbeddingFile, querie
 
 
 def good_neighbours(scores_QK: np.ndarray, rows_QK: np.ndarray, queries: np.ndarray) -> list[set[int] | None]:
-    """Rows at least as similar to each query as its tenth nearest other row, so that of equal ones any may be found.
+    """Rows at least as similar to each query as its tenth nearest other row, so that of equal ones any counts.
 
-    None where that many are equal (a sentence repeated without end) that not all of them are known.
+    None where all rows that were searched for are equal (a sentence repeated many times), as there may be more.
     """
     good: list[set[int] | None] = []
     for scores, rows, own in zip(scores_QK, rows_QK, queries):
@@ -198,9 +198,8 @@ def fewest(recall: Callable[[int], float], most: int) -> tuple[int, float]:
     low = high // 2
     while high - low > 1 and value >= RECALL_TARGET:
         middle = (low + high) // 2
-        found = recall(middle)
-        if found >= RECALL_TARGET:
-            high, value = middle, found
+        if (reached := recall(middle)) >= RECALL_TARGET:
+            high, value = middle, reached
         else:
             low = middle
     return high, value

@@ -78,7 +78,7 @@ class SemanticIndex:
     """
 
     def __init__(self, directory: str | os.PathLike, *, model: str | None = None):
-        """As :meth:`load`."""
+        """Open an index, as :meth:`load` does."""
         self.directory = Path(os.path.abspath(Path(directory).expanduser()))
         load_faiss()
         manifest = _read_manifest(self.directory)
@@ -215,10 +215,10 @@ class SemanticIndex:
         scores_QK, rows_QK = nearest(self._index, self.manifest["index"], unit_rows(z_QD), k)
         wanted, place = np.unique(rows_QK[rows_QK >= 0], return_inverse=True)
         texts = self.embeddings.texts(wanted)
-        found = iter(place.tolist())
+        text_numbers = iter(place.tolist())
         return [
             [
-                Hit(rank, score, row, texts[next(found)])
+                Hit(rank, score, row, texts[next(text_numbers)])
                 for rank, (score, row) in enumerate(zip(scores, rows), 1)
                 if row >= 0
             ]
@@ -241,7 +241,7 @@ class SemanticIndex:
 
 
 def check_queries(queries: Sequence[str]) -> None:
-    """Refuse queries that nothing can be found for."""
+    """Refuse queries to which nothing can be similar: none at all, an empty one, or one that is not text."""
     if not len(queries):
         raise ConfigError("There is no query. Give one sentence or more.")
     for number, query in enumerate(queries, 1):
@@ -311,7 +311,7 @@ def _request(model: str, corpus: str | Sequence[str], settings: dict[str, Any]) 
 
 
 def _outdated(folder: Path, manifest: dict[str, Any], request: dict[str, Any]) -> list[str]:
-    """In words, why a finished or unfinished index cannot be used; empty if it can."""
+    """List in words why an index cannot be used; empty if it can."""
     if manifest["index"] is None:
         return ["it was not finished", *describe_changes(manifest["request"], request)]
     damage = _damage(folder, manifest)

@@ -66,13 +66,13 @@ class Counting:
     def __init__(self) -> None:
         self.parts: list[int] = []
 
-    def __call__(self, encoder: Any, parts: Any, batch_size: int, tell: Any) -> Iterator[Any]:
+    def __call__(self, encoder: Any, parts: Any, batch_size: int, on_progress: Any) -> Iterator[Any]:
         def counted() -> Iterator[Any]:
             for part in parts:
                 self.parts.append(part[0])
                 yield part
 
-        return encode_here(encoder, counted(), batch_size, tell)
+        return encode_here(encoder, counted(), batch_size, on_progress)
 
 
 def not_called(*_: Any) -> Any:
@@ -170,16 +170,16 @@ def test_several_files_and_formats(encode: Callable[..., Encoded], tmp_path: Pat
     assert pq.read_table(result.path)["text"].to_pylist() == ["first", "second"]
 
 
-def test_progress_tells_rows_speed_and_the_time_left(encode: Callable[..., Encoded]) -> None:
+def test_progress_events_have_rows_speed_and_the_time_left(encode: Callable[..., Encoded]) -> None:
     said: list[dict[str, Any]] = []
     encode(on_event=said.append, batch_size=8)
-    told = [event for event in said if event["event"] == "encoded"]
-    rows = [event["rows"] for event in told]
+    events = [event for event in said if event["event"] == "encoded"]
+    rows = [event["rows"] for event in events]
     assert {PART, 2 * PART, 2 * PART + 8, ROWS} <= set(rows), "parts, and batches within them"
-    assert {event["total"] for event in told} == {ROWS}
-    assert all(event["sentences_per_second"] > 0 for event in told)
-    assert told[0]["seconds_left"] > told[-1]["seconds_left"] == 0
-    middle = told[len(told) // 2]
+    assert {event["total"] for event in events} == {ROWS}
+    assert all(event["sentences_per_second"] > 0 for event in events)
+    assert events[0]["seconds_left"] > events[-1]["seconds_left"] == 0
+    middle = events[len(events) // 2]
     assert middle["seconds_left"] == pytest.approx((ROWS - middle["rows"]) / middle["sentences_per_second"])
 
 
@@ -202,7 +202,7 @@ def test_sentences_are_read_as_they_are_encoded(encode: Callable[..., Encoded], 
             read += 1
             yield text
 
-    def encode_parts(encoder: Any, parts: Any, batch_size: int, tell: Any) -> Iterator[Any]:
+    def encode_parts(encoder: Any, parts: Any, batch_size: int, on_progress: Any) -> Iterator[Any]:
         for number, texts in parts:
             ahead.append(read - number * PART)
             yield number, texts, np.ones((len(texts), encoder.width), np.float32)
@@ -220,12 +220,12 @@ def kill_me() -> None:
 
 
 def after_part_three(monkeypatch: Any) -> dict[str, Any]:
-    told = 0
+    times = 0
 
     def on_event(event: dict[str, Any]) -> None:
-        nonlocal told
-        told += event.get("rows") == 3 * PART
-        if told == 2:  # once when its last batch is done, and once when it is written
+        nonlocal times
+        times += event.get("rows") == 3 * PART
+        if times == 2:  # once when its last batch is done, and once when it is written
             kill_me()
 
     return {"on_event": on_event}
@@ -507,7 +507,7 @@ def test_refused_before_anything_is_made(
 def test_embeddings_that_are_no_numbers_are_refused(
     encode: Callable[..., Encoded], value: float, dtype: str, words: str
 ) -> None:
-    def encode_parts(encoder: Any, parts: Any, batch_size: int, tell: Any) -> Iterator[Any]:
+    def encode_parts(encoder: Any, parts: Any, batch_size: int, on_progress: Any) -> Iterator[Any]:
         for number, texts in parts:
             z = np.ones((len(texts), encoder.width), np.float32)
             z[3] = value if number == 2 else 1
