@@ -33,7 +33,7 @@ class ShortTexts:
 
     labels: int
     files: tuple[str, ...]
-    """where it is found in the usual copies: that of Rakib et al., and csv files as SCCL (Zhang et al. 2021) reads"""
+    """its names in the usual copies: that of Rakib et al., and csv files as SCCL (Zhang et al. 2021) reads"""
     loose_tabs: bool = False
     """its sentences hold tabs"""
 
@@ -61,7 +61,7 @@ def list_sets(sources: Sequence[str | Path]) -> dict[str, Path]:
     Raises:
         ConfigError: a path is not there or holds no such file, or two files have one name.
     """
-    found: dict[str, Path] = {}
+    sets: dict[str, Path] = {}
     for source in map(Path, sources):
         if source.exists() and not source.is_dir():
             check_regular_file("--clusters", source)
@@ -84,9 +84,9 @@ def list_sets(sources: Sequence[str | Path]) -> dict[str, Path]:
                 f"directory with *.tsv or the short-text sets by their usual names ({usual})."
             )
         for name, path in here.items():
-            if found.setdefault(name, path).resolve() != path.resolve():
-                raise ConfigError(f"--clusters: {found[name]} and {path} are both called {name!r}. Rename one.")
-    return found
+            if sets.setdefault(name, path).resolve() != path.resolve():
+                raise ConfigError(f"--clusters: {sets[name]} and {path} are both called {name!r}. Rename one.")
+    return sets
 
 
 def read_clusters(name: str, path: str | Path) -> Labelled:
@@ -109,7 +109,7 @@ def read_clusters(name: str, path: str | Path) -> Labelled:
 
 
 def _read_csv(name: str, path: str | Path) -> Labelled:
-    """With commas and quotes; or, since the usual copies are called csv too, with a tab between the two columns."""
+    """Read commas and quotes or, since the usual copies are called csv too, a tab between the two columns."""
     lines = read_lines(path)
     if lines and lines[0][1].split("\t") == ["label", "text"]:
         return read_labelled(path, header=True, loose_tabs=name in SHORT_TEXTS and SHORT_TEXTS[name].loose_tabs)

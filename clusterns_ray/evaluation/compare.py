@@ -61,11 +61,11 @@ def interval(difference: float, differences_R: np.ndarray) -> dict[str, Any]:
     }
 
 
-def fall_text(name: str, found: dict[str, float], when: str, dev: str) -> str:
+def fall_text(name: str, also: dict[str, float], when: str, dev: str) -> str:
     """A warning that a set which selects nothing fell, and by how much."""
     return (
-        f"{name} fell from {found['before']:.2f} to {found['after']:.2f} {when} (95 % interval of the difference "
-        f"{found['low']:.2f} to {found['high']:.2f}), whatever {dev} says: what is learnt may be good for {dev} alone. "
+        f"{name} fell from {also['before']:.2f} to {also['after']:.2f} {when} (95 % interval of the difference "
+        f"{also['low']:.2f} to {also['high']:.2f}), whatever {dev} says: what is learnt may be good for {dev} alone. "
         "Try another data.positives, a loss.teacher or a lower train.learning_rate, or judge by your own task."
     )
 
@@ -123,7 +123,7 @@ def compare_sts(
     Returns:
         :func:`interval` of each task and further subset, and ``average`` where all seven are there.
     """
-    found: dict[str, Any] = {}
+    intervals: dict[str, Any] = {}
     point, spread = [], []
     sides = [[side] if isinstance(side, dict) else list(side) for side in (a, b)]
     named = {**tests.tasks, **{pairs.name: [pairs] for pairs in tests.extra}}
@@ -136,13 +136,13 @@ def compare_sts(
         sizes = [len(pairs) for pairs in parts]
         differences_R = paired_bootstrap(difference, sizes, seed=seed + number, resamples=resamples)
         whole = float(difference(np.ones((1, len(gold))))[0])
-        found[name] = interval(whole, differences_R)
+        intervals[name] = interval(whole, differences_R)
         if name in tests.tasks:
             point.append(whole)
             spread.append(differences_R)
     if not tests.missing:  # tasks are drawn apart, so their differences average resample by resample
-        found["average"] = interval(float(np.mean(point)), np.mean(spread, axis=0))
-    return found
+        intervals["average"] = interval(float(np.mean(point)), np.mean(spread, axis=0))
+    return intervals
 
 
 def _mean_of(differences: Sequence[Difference]) -> Difference:
@@ -155,7 +155,7 @@ def compare_right(
     """Accuracy x 100 of model a minus that of model b on each test, over test rows and over seeds.
 
     Rows are drawn in pairs. Seeds of K-means mean nothing across models, so each model's are drawn on their own; the
-    matching of clusters with labels stays as it was found.
+    matching of clusters with labels stays as it is.
 
     Args:
         a, b: by test, which rows were right: bool (N), or (S, N) of several seeds.
@@ -164,17 +164,17 @@ def compare_right(
     Returns:
         :func:`interval` of each test.
     """
-    found: dict[str, Any] = {}
+    intervals: dict[str, Any] = {}
     point, spread = [], []
     for number, name in enumerate(a):
         first_SN, second_SN = (np.atleast_2d(side[name]).astype(np.float64) for side in (a, b))
         difference = _right_difference(first_SN, second_SN, np.random.default_rng([seed + number, 1]))
         spread.append(paired_bootstrap(difference, [first_SN.shape[1]], seed=seed + number, resamples=resamples))
         point.append(100 * (first_SN.mean() - second_SN.mean()))
-        found[name] = interval(point[-1], spread[-1])
+        intervals[name] = interval(point[-1], spread[-1])
     if average:
-        found["average"] = interval(float(np.mean(point)), np.mean(spread, axis=0))
-    return found
+        intervals["average"] = interval(float(np.mean(point)), np.mean(spread, axis=0))
+    return intervals
 
 
 def _right_difference(first_SN: np.ndarray, second_SN: np.ndarray, rng: np.random.Generator) -> Difference:

@@ -1,7 +1,7 @@
 """How embeddings lie on the sphere: alignment, uniformity, mean cosine, effective rank.
 
 Every function normalises the rows that it is given, as cosines are what compares sentences, and counts in float64.
-What cannot be told (no pair, an embedding that is not finite) is NaN.
+What is not defined (no pair, an embedding that is not finite) is NaN.
 
 Shape suffixes: N embeddings, D width.
 """

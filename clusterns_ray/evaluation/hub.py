@@ -1,4 +1,4 @@
-"""The public STS data sets of the Hugging Face hub, written once in the layout that everything else here reads."""
+"""The public STS data sets of the Hugging Face hub, written in the layout that the other modules here read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TIMEOUT = 5.0
 
 
 def hub_cache() -> Path:
-    """Where :func:`fetch_sts` keeps them for whoever has no run to keep them in."""
+    """Where :func:`fetch_sts` keeps the data sets where no run has a directory for them."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "clusterns" / "sts-hub"
 
 
@@ -41,12 +41,12 @@ def fetch_sts(
 ) -> Path:
     """Make, or find again, ``directory/TASK/SUBSET.jsonl`` from the hub.
 
-    Each file is written whole or not at all; ``manifest.json`` then tells its data set, split and rows, and the
-    protocol. What it tells of is not fetched again. With HF_HUB_OFFLINE=1 the hub client's own cache is read.
+    Each file is written whole or not at all; ``manifest.json`` then lists its data set, split and rows, and the
+    protocol. What it lists is not fetched again. With HF_HUB_OFFLINE=1 the hub client's own cache is read.
 
     Args:
         names: which TASK/SUBSET of :data:`HUB`; all of them if None.
-        note: told in words what is done.
+        note: called with what is done, in words.
 
     Returns:
         ``directory``.
@@ -82,7 +82,7 @@ def fetch_sts(
 
 
 def check_hub(datasets: Iterable[str]) -> None:
-    """One short request, so that a machine without a network is told at once.
+    """Make one short request, so that a machine without a network fails at once.
 
     Raises:
         ConfigError: no answer.
@@ -90,7 +90,7 @@ def check_hub(datasets: Iterable[str]) -> None:
     import huggingface_hub
     from huggingface_hub import constants
 
-    # Local directories stand in for data sets; the hub client knows by itself what to do when it is told to be offline.
+    # Local directories stand in for data sets, and the hub client itself handles HF_HUB_OFFLINE.
     if constants.HF_HUB_OFFLINE or all(os.path.isdir(dataset) for dataset in datasets):
         return
     try:

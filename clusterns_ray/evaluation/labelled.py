@@ -31,7 +31,7 @@ class Labelled:
 
 
 def labelled(rows: list[tuple[str, ...]]) -> Labelled:
-    """From rows of a label and one sentence or more."""
+    """Make columns of rows, each a label and one sentence or more."""
     labels, *columns = zip(*rows, strict=True)
     return Labelled(np.array(labels), [list(column) for column in columns])
 
@@ -68,5 +68,5 @@ def read_labelled(path: str | Path, sentences: int = 1, *, header: bool = False,
 def check_labels(path: str | Path, labels: list[str]) -> None:
     """Refuse rows that have no two labels."""
     if len(set(labels)) < 2:
-        found = f"one label only, {labels[0]!r}" if labels else "none"
-        raise DataError(f"{path}: {len(labels)} rows, and of labels {found}; there must be at least two.")
+        there = f"one label only, {labels[0]!r}" if labels else "none"
+        raise DataError(f"{path}: {len(labels)} rows, and of labels {there}; there must be at least two.")

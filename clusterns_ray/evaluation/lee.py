@@ -41,7 +41,11 @@ def lee_pairs() -> tuple[list[str], list[str], np.ndarray]:
 
 
 def check_lee() -> None:
-    """Refuse, without reading it, a set that is not there; as :func:`lee_pairs`."""
+    """Refuse a set that is not there, without reading it.
+
+    Raises:
+        DataError: gensim is not installed, or lacks the files.
+    """
     _test_data()
 
 

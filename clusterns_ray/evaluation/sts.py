@@ -194,8 +194,8 @@ class StsTests:
 
     def subsets(self) -> list[Pairs]:
         """All of them, each once."""
-        found = [pairs for parts in self.tasks.values() for pairs in parts]
-        return found + [pairs for pairs in self.extra if pairs.name not in {p.name for p in found}]
+        subsets = [pairs for parts in self.tasks.values() for pairs in parts]
+        return subsets + [pairs for pairs in self.extra if pairs.name not in {p.name for p in subsets}]
 
 
 def sets_in(directory: str | Path) -> list[str]:
@@ -242,8 +242,8 @@ def read_tests(directory: str | Path, extra: Sequence[str] = ()) -> StsTests:
     """
     if not extra:
         check_holds_sets(directory)
-    names = {task: found for task in TASKS if (found := task_subsets(directory, task))}
-    tasks = {task: [read_pairs(directory, name) for name in found] for task, found in names.items()}
+    subsets = {task: names for task in TASKS if (names := task_subsets(directory, task))}
+    tasks = {task: [read_pairs(directory, name) for name in names] for task, names in subsets.items()}
     further = dict.fromkeys([*extra, *own_subsets(directory)])
     return StsTests(tasks, [read_pairs(directory, name) for name in further])
 

@@ -46,7 +46,7 @@ SUITES = {"sts": "--sts", "transfer": "--transfer", "clustering": "--clusters", 
 GEOMETRY_SET = "STSB/dev"
 STRUCTURE_SET = "STRUCTURE/dev"
 ALIKE = 1e-5
-"""Of unit embeddings, a difference in any value that float32 may leave where there is none."""
+"""Unit embeddings that differ by less than this in every value are the same: float32 may leave as much."""
 
 PACKAGES = ("clusterns-ray", "torch", "transformers", "numpy", "scipy", "scikit-learn", "faiss-cpu", "faiss-gpu")
 Note = Callable[[str], None]
@@ -243,7 +243,7 @@ def evaluate_models(
 
     Args:
         against: a further model that each of ``models`` is compared with.
-        note: told in words what is done, and at most every few seconds how far it is.
+        note: called with what is done, in words, and at most every few seconds with how far it is.
 
     Returns:
         ``models``: one object each, as :func:`evaluate_model` returns it, ``against`` the last of them;
@@ -301,8 +301,8 @@ def evaluate_models(
     for model in every:
         if against is not None and model != against:
             note(f"Comparing {model} with {against}")
-            found = _compare(data, items[model], items[against], suite.seed)
-            differences.append({"model": model, "against": against, **found})
+            by_suite = _compare(data, items[model], items[against], suite.seed)
+            differences.append({"model": model, "against": against, **by_suite})
     return {"models": list(results.values()), "differences": differences}
 
 
@@ -384,19 +384,19 @@ def _check_not_alike(z_ND: np.ndarray) -> None:
 
 
 def _compare(data: Data, a: _Items, b: _Items, seed: int) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    by_suite: dict[str, Any] = {}
     if data.sts is not None:
-        found["sts"] = compare_sts(data.sts, a.cosines, b.cosines, seed=seed)
+        by_suite["sts"] = compare_sts(data.sts, a.cosines, b.cosines, seed=seed)
     if data.transfer:
         whole = len(data.transfer) == len(TRANSFER_TASKS)
-        found["transfer"] = compare_right(a.transfer, b.transfer, seed=seed, average=whole)
+        by_suite["transfer"] = compare_right(a.transfer, b.transfer, seed=seed, average=whole)
     if data.clusters:
-        found["clustering"] = compare_right(a.clusters, b.clusters, seed=seed)
-    return found
+        by_suite["clustering"] = compare_right(a.clusters, b.clusters, seed=seed)
+    return by_suite
 
 
 def paced_note(note: Note, prefix: str = "", seconds: float = 10.0) -> Note:
-    """``note`` at most once in so many seconds, and not before the first have passed."""
+    """``note``, but called at most once every ``seconds``, and not before the first of them have passed."""
     last = time.monotonic()
 
     def paced(text: str) -> None:
@@ -409,13 +409,11 @@ def paced_note(note: Note, prefix: str = "", seconds: float = 10.0) -> Note:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
 
 
 def _text(source: Any) -> Any:

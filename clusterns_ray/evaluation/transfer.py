@@ -1,4 +1,4 @@
-"""Transfer: how well a logistic regression on frozen embeddings tells labels apart.
+"""Transfer: how well a logistic regression on frozen embeddings predicts labels.
 
 The protocol is SentEval's (Conneau and Kiela, LREC 2018; ``senteval/tools/validation.py`` with scikit-learn and
 ``kfold`` 10): rows are ordered by their number of words, then by label; folds are stratified and drawn from the seed
@@ -72,7 +72,7 @@ def read_transfer(directory: str | Path) -> list[Task]:
             f"--transfer {str(directory)!r} is not a directory. Give one that holds MR.tsv, TREC-train.tsv and so on, "
             "each line label<TAB>sentence."
         )
-    found = []
+    tasks = []
     for name, parts in TASKS.items():
         paths = [Path(directory) / f"{name}{'-' * bool(part)}{part}.tsv" for part in parts or ("",)]
         there = [path for path in paths if path.exists()]
@@ -86,13 +86,13 @@ def read_transfer(directory: str | Path) -> list[Task]:
             )
         task = Task(name, [in_order(read_labelled(path, 2 if name in PAIRS else 1)) for path in paths])
         _check(task, paths)
-        found.append(task)
-    if not found:
+        tasks.append(task)
+    if not tasks:
         raise ConfigError(
             f"--transfer {str(directory)!r} holds none of {', '.join(TASKS)}. Give a directory of MR.tsv, "
             "TREC-train.tsv and so on, each line label<TAB>sentence."
         )
-    return found
+    return tasks
 
 
 def in_order(rows: Labelled) -> Labelled:
@@ -127,7 +127,7 @@ def evaluate_transfer(
 
     Args:
         seed: of the folds.
-        note: told of every task and, now and then, how far it is.
+        note: called at the beginning of every task and after each of its folds.
 
     Returns:
         ``tasks``: for each ``accuracy``, ``dev_accuracy`` (x 100), ``C`` (one, or one a fold), ``rows`` that were
