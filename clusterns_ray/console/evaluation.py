@@ -1,4 +1,4 @@
-"""What ``evaluate_models`` found, as tables on a terminal."""
+"""The results of ``evaluate_models`` as tables on a terminal."""
 
 from __future__ import annotations
 
@@ -110,12 +110,11 @@ def _print_differences(console: Any, difference: dict[str, Any]) -> None:
     for column in ("", "difference", "95 % interval", ""):
         table.add_column(column, justify="right" if column else "left")
     for suite, text in (("sts", "{}"), ("transfer", "{}"), ("clustering", "{}, accuracy")):
-        for name, found in difference.get(suite, {}).items():
+        for name, interval in difference.get(suite, {}).items():
             label = f"average of the seven {suite} tasks" if name == "average" else text.format(name)
-            span = f"{found['low']:+.2f} to {found['high']:+.2f}"
-            table.add_row(
-                label, f"{found['difference']:+.2f}", span, "inside the noise" if found["inside_noise"] else ""
-            )
+            span = f"{interval['low']:+.2f} to {interval['high']:+.2f}"
+            noise = "inside the noise" if interval["inside_noise"] else ""
+            table.add_row(label, f"{interval['difference']:+.2f}", span, noise)
     title = f"{difference['model']} minus {difference['against']}, with 95 % intervals of a paired bootstrap"
     _print_titled(console, title, table)
 

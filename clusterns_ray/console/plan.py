@@ -21,21 +21,21 @@ MEMORY = {
 SECONDS = {"compute": "computing", "exchange": "waiting for exchanges"}
 
 
-def render(found: dict[str, Any]) -> None:
+def render(plan: dict[str, Any]) -> None:
     """Print what ``predict.plan`` returns."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    if found["workers"]:
+    if plan["workers"]:
         table = Table()
         table.add_column("number of workers; for each:", no_wrap=True)
-        for column in found["workers"]:
+        for column in plan["workers"]:
             table.add_column(str(column["workers"]), justify="right", no_wrap=True)
-        for cells in rows(found["workers"]):
+        for cells in rows(plan["workers"]):
             table.add_row(*cells) if cells else table.add_section()
         console.print(table)
-    for text in remarks(found):
+    for text in remarks(plan):
         console.print(text, highlight=False, markup=False)
 
 
@@ -81,16 +81,16 @@ def rows(columns: list[dict[str, Any]]) -> list[list[str]]:
     return lines if lines[-1] else lines[:-1]
 
 
-def remarks(found: dict[str, Any]) -> list[str]:
+def remarks(plan: dict[str, Any]) -> list[str]:
     """What stands beneath the table."""
     lines = [
-        f"{workers} workers are impossible, as they do not divide train.shards ({found['shards']}); the nearest that "
+        f"{workers} workers are impossible, as they do not divide train.shards ({plan['shards']}); the nearest that "
         f"do: {', '.join(map(str, nearest))}."
-        for workers, nearest in found["impossible"].items()
+        for workers, nearest in plan["impossible"].items()
     ]
     lines.append(
-        f"{found['parameters']:,} parameters, {found['trained_parameters']:,} of them trained. A checkpoint has "
-        f"{bytes_text(found['checkpoint_bytes'])}; the model, written where the dev score is the best so far, "
-        f"{bytes_text(found['model_bytes'])}."
+        f"{plan['parameters']:,} parameters, {plan['trained_parameters']:,} of them trained. A checkpoint has "
+        f"{bytes_text(plan['checkpoint_bytes'])}; the model, written where the dev score is the best so far, "
+        f"{bytes_text(plan['model_bytes'])}."
     )
-    return [*lines, "Assumed:", *(f"  {text}" for text in found["assumptions"])]
+    return [*lines, "Assumed:", *(f"  {text}" for text in plan["assumptions"])]

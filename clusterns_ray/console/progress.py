@@ -151,10 +151,10 @@ def outcome_lines(result: dict[str, Any]) -> list[str]:
         lines.append(
             f"{result['dev']} (Spearman x 100): {before:.2f} before, {after:.2f} {step} ({after - before:+.2f})."
         )
-        for name, found in result.get("also", {}).items():
+        for name, also in result.get("also", {}).items():
             lines.append(
-                f"{name}, which selects nothing: {found['before']:.2f} before, {found['after']:.2f} at that step "
-                f"({found['after'] - found['before']:+.2f}; 95 % interval {found['low']:+.2f} to {found['high']:+.2f})."
+                f"{name}, which selects nothing: {also['before']:.2f} before, {also['after']:.2f} at that step "
+                f"({also['after'] - also['before']:+.2f}; 95 % interval {also['low']:+.2f} to {also['high']:+.2f})."
             )
         return lines
     trained = result["sts_dev_trained"]

@@ -37,7 +37,7 @@ class Progress:
     planned: int | None
     """trials the budget allows; None where it is in hours"""
     seconds: float
-    """of the study, over all its sessions"""
+    """of the study, over all resumptions"""
     seconds_left: float | None
     """by the mean trial so far; None before the first has ended, and for budgets without end"""
     before: float | None
@@ -233,7 +233,6 @@ def show_status(study: Study) -> None:
         if newest is not None:
             here.fetch_files(leave_out=(".html", ".parquet"))
             console.print(f"As of the snapshot of {datetime.fromtimestamp(newest):%H:%M:%S} in {store.address}.")
-    # The seconds that a sweep holds the study's file for are few.
     progress = read_progress(study, read_optuna_study(here.local, study.config.name))
     console.print(render(progress))
     confirming = [name for name in names if name.startswith("confirmation/") and name.endswith("/result.json")]

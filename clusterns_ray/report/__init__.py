@@ -22,12 +22,12 @@ class Written(NamedTuple):
 
 
 def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -> Written:
-    """Read one or several runs, or a study, and write what they tell as an HTML file.
+    """Read one or several runs, or a study, and write their report as an HTML file.
 
     Args:
         runs: directories, or URLs in an object store, of which the small files are copied to this machine.
         output: the file; if None, ``report.html`` beside the run, and for several runs in the deepest directory that
-            holds them all. What goes into an object store is on this machine, too.
+            holds them all. A page for an object store is written on this machine first, and stays there.
 
     Raises:
         ConfigError: something is not a run or is given twice, or the file cannot be written.

@@ -1,4 +1,4 @@
-"""What a person should hear about a run, in words: pure functions of its record."""
+"""Warnings about a run, in words: pure functions of its record."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ FALL = 5.0
 
 def advise(run: RunRecord) -> list[Warning]:
     """All warnings, the gravest first, then what to keep in mind."""
-    found = list(itertools.chain.from_iterable(look(run) for look in CHECKS))
-    return sorted(found, key=lambda warning: warning.level != "problem")
+    warnings = itertools.chain.from_iterable(check(run) for check in CHECKS)
+    return sorted(warnings, key=lambda warning: warning.level != "problem")
 
 
 def unfinished(run: RunRecord) -> Iterator[Warning]:
@@ -39,7 +39,7 @@ def unfinished(run: RunRecord) -> Iterator[Warning]:
 
 
 def collapse(run: RunRecord) -> Iterator[Warning]:
-    """The embeddings had spread and are all alike again."""
+    """Warn where the embeddings had spread and are all alike again."""
     spread, moments = False, []
     for record in run.steps:
         cosine = number(record, "mean_cosine")
@@ -171,8 +171,8 @@ def not_finite(run: RunRecord) -> Iterator[Warning]:
 def about_dev(run: RunRecord) -> Iterator[Warning]:
     if run.dev is None:
         yield Warning(
-            "No dev set was given (evaluation.sts), so nothing tells whether the model is better than before; the last "
-            "step's was exported.",
+            "No dev set was given (evaluation.sts), so it is not known whether the model is better than before; "
+            "that of the last step was exported.",
             level="note",
         )
     elif run.config.evaluation.sts == "structure" or run.dev.startswith("STRUCTURE/"):
@@ -184,7 +184,7 @@ def about_dev(run: RunRecord) -> Iterator[Warning]:
 
 
 def general_fall(run: RunRecord) -> Iterator[Warning]:
-    """A set that selects nothing fell beyond its bootstrap interval while the dev score rose."""
+    """Warn of each set that selects nothing whose fall is beyond its bootstrap interval."""
     for name, also in run.also.items():
         if also["high"] < 0:
             yield Warning(fall_text(name, also, "at the best step", run.dev or "the dev set"))

@@ -150,15 +150,15 @@ def _facts(groups: Sequence[Group]) -> list[Fact]:
 
 def _warnings(groups: Sequence[Group], names: Sequence[str]) -> list[Warning]:
     runs = [run for group in groups for run in group.runs]
-    found = []
+    warnings = []
     devs = sorted({run.dev or "none" for run in runs})
     if len(devs) > 1:
-        found.append(Warning(f"The runs have different dev sets ({', '.join(devs)}); scores are not comparable."))
+        warnings.append(Warning(f"The runs have different dev sets ({', '.join(devs)}); scores are not comparable."))
     for group in groups:
         seeds = [run.config.seed for run in group.runs]
         again = sorted({seed for seed in seeds if seeds.count(seed) > 1})
         if again:
-            found.append(
+            warnings.append(
                 Warning(
                     f"{group.label} holds several runs of seed {listing([str(seed) for seed in again])}. They are the "
                     "same run again, so the deviation here is smaller than that over seeds."
@@ -166,10 +166,10 @@ def _warnings(groups: Sequence[Group], names: Sequence[str]) -> list[Warning]:
             )
     if any(len(group.runs) == 1 for group in groups) and len(groups) > 1:
         single = [group.letter for group in groups if len(group.runs) == 1]
-        found.append(
+        warnings.append(
             Warning(
                 f"{listing(single)} {'has' if len(single) == 1 else 'have'} one seed: differences of this size are "
-                "often noise. Three seeds or more tell.",
+                "often noise. Run three seeds or more.",
                 level="note",
             )
         )
@@ -179,8 +179,8 @@ def _warnings(groups: Sequence[Group], names: Sequence[str]) -> list[Warning]:
             by_text.setdefault((warning.level, warning.text), []).append(names[at])
     for (level, text), whose in by_text.items():
         prefix = "All runs" if len(whose) == len(runs) else listing(whose)
-        found.append(Warning(f"{prefix}: {text}", level="problem" if level == "problem" else "note"))
-    return sorted(found, key=lambda warning: warning.level != "problem")
+        warnings.append(Warning(f"{prefix}: {text}", level="problem" if level == "problem" else "note"))
+    return sorted(warnings, key=lambda warning: warning.level != "problem")
 
 
 # ---- sections ---------------------------------------------------------------------------------------------------

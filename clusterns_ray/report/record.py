@@ -1,4 +1,4 @@
-"""The directory of a run, read: all that a report knows of it."""
+"""Read the directory of a run: all that a report knows of it."""
 
 from __future__ import annotations
 
@@ -94,13 +94,13 @@ class RunRecord:
 
     @cached_property
     def also(self) -> dict[str, dict[str, float]]:
-        """Of each set that was scored and selected nothing: its scores before and after, and the interval between."""
+        """Scores before and after, and the interval of their difference, of each set that selected nothing."""
         also = (self.result or {}).get("also")
         keys = ("before", "after", "low", "high")
         return {
-            name: found
-            for name, found in (also.items() if isinstance(also, dict) else ())
-            if isinstance(found, dict) and all(number(found, key) is not None for key in keys)
+            name: scores
+            for name, scores in (also.items() if isinstance(also, dict) else ())
+            if isinstance(scores, dict) and all(number(scores, key) is not None for key in keys)
         }
 
     @property
@@ -117,7 +117,7 @@ class RunRecord:
 
     @property
     def sts_average(self) -> float | None:
-        """Of all seven tests, or None."""
+        """The average of all seven tests, or None."""
         return number(self.sts or {}, "average")
 
     def curve(self, key: str, of_evaluations: bool = False) -> tuple[list[int], list[float | None]]:
@@ -127,8 +127,8 @@ class RunRecord:
 
     def cluster_sizes(self) -> list[tuple[int, list[int]]]:
         """Step of an evaluation, and the sentences that each cluster got since the one before."""
-        found = [(record["step"], record.get("cluster_sizes")) for record in self.evaluations]
-        return [(step, sizes) for step, sizes in found if isinstance(sizes, list) and sum(sizes)]
+        logged = [(record["step"], record.get("cluster_sizes")) for record in self.evaluations]
+        return [(step, sizes) for step, sizes in logged if isinstance(sizes, list) and sum(sizes)]
 
 
 def number(record: dict[str, Any], key: str) -> float | None:
@@ -211,7 +211,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def _sts_scores(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Of an evaluation of several models the first, which is the one that was asked about."""
+    """The scores of an evaluation; of several models those of the first, which is the one that was asked about."""
     models = (evaluation or {}).get("models")
     if isinstance(models, list) and models and isinstance(models[0], dict):
         evaluation = models[0]

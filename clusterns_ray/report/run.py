@@ -24,7 +24,7 @@ SMALLEST_SHOWN = 5
 
 
 def run_page(run: RunRecord) -> Page:
-    """All that a run tells."""
+    """Put the whole report of a run together."""
     sections = [
         dev_section(run),
         loss_section(run),
@@ -93,26 +93,26 @@ def _source(value: Any) -> str:
 
 
 def facts(run: RunRecord) -> list[Fact]:
-    found = []
+    facts = []
     if run.dev is not None:
         step, best = run.best or (0, None)
         why = "not kept: no better than the untrained encoder" if run.kept_untrained else "chosen on this set"
-        found = [
+        facts = [
             Fact("Dev, before training", fixed(run.before), run.dev),
             Fact("Dev, best step", fixed(best), f"step {step:,}; {why}" if run.best else ""),
             Fact("Dev, last step", fixed(run.last), f"step {run.last_step:,}"),
         ]
     for name, also in run.also.items():
         gain = f"{signed(also['after'] - also['before'])} ({fixed(also['low'])} to {fixed(also['high'])})"
-        found.append(Fact(name, fixed(also["after"]), f"{gain} from before training; chose nothing"))
+        facts.append(Fact(name, fixed(also["after"]), f"{gain} from before training; chose nothing"))
     if run.sts_average is not None:
-        found.append(Fact("Average of the STS tests", fixed(run.sts_average), "the seven tests, chose nothing"))
+        facts.append(Fact("Average of the STS tests", fixed(run.sts_average), "the seven tests, chose nothing"))
     stopped = run.result is not None and run.result.get("stopped_early")
     ended = "unfinished" if not run.finished else "stopped early" if stopped else "as planned"
     epoch = max((value for record in run.steps if (value := number(record, "epoch")) is not None), default=None)
-    found.append(Fact("Steps", f"{run.last_step:,}", ended + (f", {fixed(epoch)} epochs" if epoch is not None else "")))
-    found.append(Fact("Time", duration(number(run.result or {}, "seconds")), "steps and evaluations"))
-    return found
+    facts.append(Fact("Steps", f"{run.last_step:,}", ended + (f", {fixed(epoch)} epochs" if epoch is not None else "")))
+    facts.append(Fact("Time", duration(number(run.result or {}, "seconds")), "steps and evaluations"))
+    return facts
 
 
 # ---- sections ---------------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def _moment(text: Any) -> str:
 
 
 def _command(argv: Sequence[Any]) -> str:
-    """As it can be typed: a console script by its name, not its path."""
+    """The command as it can be typed: a console script by its name, not its path."""
     first, *rest = map(str, argv)
     return shlex.join([Path(first).name if Path(first).name == "clusterns" else first, *rest])
 

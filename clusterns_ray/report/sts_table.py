@@ -55,7 +55,7 @@ LABELS = {"STSB": "STS-B", "SICKR": "SICK-R"}
 
 
 def task_labels() -> list[str]:
-    """As papers write them."""
+    """The names of the seven tests as papers write them."""
     return [LABELS.get(task, task) for task in TASKS]
 
 

@@ -22,7 +22,7 @@ STATES = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed", "RUNNING
 
 
 def write_study_report(directory: str | Path, output: str | Path | None = None) -> tuple[Path, Page]:
-    """Write what a study tells as an HTML file, ``report.html`` in its directory if no other is named.
+    """Write the report of a study as an HTML file, ``report.html`` in its directory if no other is named.
 
     Raises:
         ConfigError: the directory holds no study, or the file cannot be written.
@@ -45,7 +45,7 @@ def read_result(directory: Path) -> dict[str, Any] | None:
 
 
 def study_page(study: StudyRecord, result: dict[str, Any] | None) -> Page:
-    """All that a study tells."""
+    """Put the whole report of a study together."""
     sections = [
         outcome_section(study, result),
         history_section(study, result),
@@ -96,7 +96,7 @@ def facts(study: StudyRecord, result: dict[str, Any] | None) -> list[Fact]:
         Fact(
             "Trials", str(len(study.trials)), ", ".join(f"{number} {name}" for name, number in states.items() if number)
         ),
-        Fact("Time", duration(study.seconds), "of the study, over all its sessions"),
+        Fact("Time", duration(study.seconds), "of the study, over all resumptions"),
     ]
 
 
@@ -155,7 +155,7 @@ def _about_winner(study: StudyRecord, result: dict[str, Any]) -> Iterator[Warnin
         )
     elif len(winner["scores"]) < 2:
         yield Warning(
-            "The winner has the score of one new seed alone, so nothing tells whether it differs from the next. Set "
+            "The winner has the score of one new seed alone, so it is not known whether it differs from the next. Set "
             "more confirmation.seeds."
         )
     elif result["not_told_apart"]:

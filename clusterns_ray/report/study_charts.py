@@ -16,13 +16,13 @@ from clusterns_ray.tuning.comparison import show_value
 DOTS = {"color": color("blue"), "size": 8}
 SCORE = "dev score (Spearman × 100)"
 SCALE = [[0, color("orange")], [0.5, color("muted")], [1, color("blue")]]
-"""Of scores: low to high."""
+"""The colours of scores, from low to high."""
 LOOKS = {
     "COMPLETE": ("finished", "blue", "circle"),
     "PRUNED": ("pruned, at its last score", "orange", "x"),
     "RUNNING": ("runs", "green", "diamond"),
 }
-"""Of the trials of each state: their name, colour and symbol."""
+"""The name, colour and symbol of the trials of each state."""
 
 
 def history(study: StudyRecord) -> dict[str, Any]:

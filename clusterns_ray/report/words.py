@@ -16,7 +16,7 @@ def fixed(value: float | None, digits: int = 2) -> str:
 
 
 def formatted(value: float | None, spec: str) -> str:
-    """As ``format`` has it; a dash for None."""
+    """A number in the format ``spec``, with a true minus sign; a dash for None."""
     return NONE if value is None else format(value, spec).replace("-", "−")
 
 
