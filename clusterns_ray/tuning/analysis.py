@@ -21,7 +21,7 @@ from clusterns_ray.tuning.study_file import read_optuna_study
 
 RESAMPLES = 20
 MIN_TRIALS = 5
-"""Of fewer finished trials no importance is computed."""
+"""No importance is computed from fewer finished trials."""
 TREES = 16
 
 
@@ -56,7 +56,7 @@ class Importance:
 
 @dataclass(frozen=True)
 class StudyRecord:
-    """All that a study's directory tells."""
+    """All that a report reads of a study's directory."""
 
     directory: Path
     config: dict[str, Any]
@@ -130,7 +130,7 @@ def read_study_file(path: Path) -> dict[str, Any]:
 
 
 def read_trial(trial: FrozenTrial) -> Trial:
-    """What a study holds of one trial."""
+    """One trial of an Optuna study in the form that tables and charts show."""
     curve, attrs = sorted(trial.intermediate_values.items()), trial.user_attrs
     score = trial.value if trial.value is not None else (curve[-1][1] if curve else None)
     return Trial(

@@ -113,7 +113,7 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
     for name, other in NAMES.items():
         against = (result.get("against") or {}).get(name)
         if against is None:
-            lines.append(f"{other[0].upper()}{other[1:]} has no score, so nothing tells whether the winner beats it.")
+            lines.append(f"{other[0].upper()}{other[1:]} has no score, so it is unknown whether the winner beats it.")
         else:
             lines.append(sentence(name, against))
     untrained = (result.get("against") or {}).get("untrained")

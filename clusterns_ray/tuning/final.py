@@ -166,7 +166,7 @@ def final_sentences(final: dict[str, Any]) -> list[str]:
     for name, other in NAMES.items():
         differences = (final.get("differences") or {}).get(name)
         if not differences:
-            lines.append(f"{other[0].upper()}{other[1:]} was not scored, so nothing tells whether the winner beats it.")
+            lines.append(f"{other[0].upper()}{other[1:]} was not scored, so it is unknown whether the winner beats it.")
         elif "average" in differences or len(differences) == 1:
             task = "average" if "average" in differences else next(iter(differences))
             difference = differences[task]["difference"]

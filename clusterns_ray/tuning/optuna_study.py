@@ -120,7 +120,7 @@ class OptunaStudy:
         push_snapshot(self.home, self.config.storage)
 
     def save_if_due(self) -> None:
-        """The same, where something has changed and the last time was :data:`SNAPSHOT_S` ago."""
+        """Save the study where it has changed and was last saved more than :data:`SNAPSHOT_S` seconds ago."""
         if self._changed and time.monotonic() - self._saved_at > SNAPSHOT_S:
             self.save()
 
@@ -180,7 +180,7 @@ class OptunaStudy:
     # ---- what became of it --------------------------------------------------------------------------------------
 
     def report(self, number: int, evaluation: Evaluation) -> bool:
-        """Add a dev score; whether to stop the trial, which then is PRUNED. At its last step it never is."""
+        """Add a dev score. Returns whether the trial stops, which then is PRUNED; at its last step it never does."""
         step, seconds = evaluation.step, evaluation.seconds
         trial = self._live[number]
         values = self._frozen(trial).intermediate_values

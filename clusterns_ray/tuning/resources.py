@@ -18,7 +18,7 @@ HEAD = {"node:__internal_head__": 0.001}
 
 @contextmanager
 def cluster(study: Study, note: Callable[[str], None], *, begun: bool) -> Iterator[bool]:
-    """Join the cluster that RAY_ADDRESS names, else start Ray on this machine; leave it as it was found.
+    """Join the cluster that RAY_ADDRESS names, else start Ray on this machine; leave it as it was before.
 
     Args:
         begun: whether the study has trials already.

@@ -24,7 +24,7 @@ class Candidate:
     """A configuration that was run with several seeds, or with the trials' seed alone."""
 
     number: int | None
-    """of the trial that found it; None for a base configuration that no trial had"""
+    """of the trial that had it; None for a base configuration that no trial had"""
     overrides: Overrides
     trial_score: float | None
     """the score that chose it: too good on average, as the best of many is; None where nothing did"""
@@ -54,7 +54,7 @@ def top_trials(trials: Sequence[FrozenTrial], count: int | None = None) -> list[
 
 
 def choose(candidates: Sequence[Candidate], seeds: int) -> tuple[Candidate, list[Candidate]]:
-    """The candidate with the best mean of those with all ``seeds``, and those not to be told apart from it."""
+    """The candidate with the best mean of those with all ``seeds``, and those that cannot be told apart from it."""
     whole = [candidate for candidate in candidates if len(candidate.scores) == seeds] or list(candidates)
     winner = max(whole, key=lambda candidate: candidate.mean)
     return winner, [c for c in candidates if c is not winner and not differ(winner.scores, c.scores)]

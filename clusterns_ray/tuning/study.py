@@ -174,7 +174,7 @@ class StudyConfig(Section):
 
 @dataclass(frozen=True)
 class Study:
-    """A study that was found to be sound."""
+    """A study whose file has been checked."""
 
     config: StudyConfig
     base: Config

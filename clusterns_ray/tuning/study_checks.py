@@ -1,4 +1,4 @@
-"""What a study file may not ask for, found before anything starts, and pydantic's errors in the words of the file."""
+"""Checks of a study file before anything starts, and pydantic's errors in the words of the file."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def _describe_word(key: str, item: Any) -> str | None:
     if item["type"] == "parameter_type":
         if not isinstance(value, Mapping):
             return None
-        # Without a type it is the role that tells whether one is needed.
+        # Without a type it is the role that decides whether one is needed.
         name = "role" if value.get("role", "nuisance") not in WORDS["role"] else "type"
         key, missing, value = f"{key}.{name}", name not in value, value.get(name)
     elif item["type"].startswith("union_tag") and isinstance(value, Mapping):

@@ -266,7 +266,7 @@ class Sweep:
     # ---- what becomes of it --------------------------------------------------------------------------------------
 
     def prunes(self, job: Job, evaluation: Evaluation) -> bool:
-        """Put an evaluation into the study; whether the job ends here."""
+        """Put an evaluation into the study. Returns whether the job ends here."""
         if evaluation.step == 0:
             known, key = self._scores_before(), encoder_key(job.config)
             if key not in known:

@@ -109,7 +109,11 @@ class TrialRun:
         return replace(result, seconds=time.monotonic() - self.began)
 
     def stop(self) -> None:
-        """End the job where it waits. RuntimeError if it does not end: its process cannot be used again."""
+        """End the job where it waits.
+
+        Raises:
+            RuntimeError: It does not end, so its process cannot be used again.
+        """
         if self.began is None:
             return
         self.verdicts.put(False)
@@ -118,7 +122,11 @@ class TrialRun:
             raise RuntimeError(f"trial {self.job.name} did not stop within {STOP_S:.0f} s")
 
     def report(self, evaluation: Evaluation) -> None:
-        """Called by the training: hand an evaluation over; Stopped if the job is not to go on."""
+        """Called by the training: send an evaluation, and wait for the verdict on it.
+
+        Raises:
+            Stopped: The job is not to go on.
+        """
         self.results.put(evaluation)
         if not self.verdicts.get():
             raise Stopped

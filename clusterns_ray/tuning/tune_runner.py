@@ -29,7 +29,7 @@ STOP_S = 60.0
 
 
 class Pool:
-    """Begins jobs and hands their results over, all from the thread that opened it (``with Pool(...) as pool``).
+    """Begins jobs and returns their results, to the one thread that opened it (``with Pool(...) as pool``).
 
     Args:
         resources: What the process of one job needs, as Ray counts it.
@@ -46,7 +46,7 @@ class Pool:
         self.results: queue.SimpleQueue[tuple[Job, Result]] = queue.SimpleQueue()
         self.verdicts: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self.live: dict[str, Job] = {}
-        """By Tune's trial id."""
+        """The jobs that Tune has taken and not ended, by Tune's trial id."""
         self.started: set[str] = set()
         self.stopped: set[str] = set()
         self.closing = False
