@@ -63,7 +63,8 @@ def read_pairs(directory: str | Path, name: str) -> Pairs:
         ConfigError: there is no such file, or it is not a regular one.
         DataError: a line is not a graded pair, all grades are the same, or each sentence is paired with itself.
     """
-    path = Path(directory).expanduser() / f"{name}.jsonl"
+    directory = Path(directory).expanduser()
+    path = directory / f"{name}.jsonl"
     check_pairs_exist(directory, name)
     if not path.exists():
         return Pairs(name, *lee_pairs())
@@ -120,11 +121,7 @@ def check_pairs_exist(directory: str | Path, name: str) -> None:
         return
     if name == LEE:
         return check_lee()
-    if not Path(directory).is_dir():
-        raise ConfigError(
-            f"STS directory {str(directory)!r} is not there. Give a directory of TASK/SUBSET.jsonl files "
-            "(evaluation.sts, or --sts)."
-        )
+    _check_is_directory(Path(directory))
     there = sets_in(directory)
     raise ConfigError(
         f"{str(directory)!r} has no {name}.jsonl. It holds: {', '.join(there) or 'no TASK/SUBSET.jsonl at all'}."
@@ -208,6 +205,14 @@ def own_subsets(directory: str | Path) -> list[str]:
     return [name for name in sets_in(directory) if name.split("/")[0] not in TASKS]
 
 
+def _check_is_directory(directory: Path) -> None:
+    if not directory.is_dir():
+        raise ConfigError(
+            f"STS directory {str(directory)!r} is not there. Give a directory of TASK/SUBSET.jsonl files "
+            "(evaluation.sts, or --sts)."
+        )
+
+
 def check_holds_sets(directory: str | Path) -> None:
     """Refuse what is not a directory, or holds neither a test nor a set of another task.
 
@@ -215,11 +220,7 @@ def check_holds_sets(directory: str | Path) -> None:
         ConfigError: naming what it does hold, and the remedy.
     """
     directory = Path(directory)
-    if not directory.is_dir():
-        raise ConfigError(
-            f"STS directory {str(directory)!r} is not there. Give a directory of TASK/SUBSET.jsonl files "
-            "(evaluation.sts, or --sts)."
-        )
+    _check_is_directory(directory)
     if any(task_subsets(directory, task) for task in TASKS) or own_subsets(directory):
         return
     flat, named = sorted(file.name for file in directory.glob("*.jsonl")), sets_in(directory)
@@ -240,6 +241,7 @@ def read_tests(directory: str | Path, extra: Sequence[str] = ()) -> StsTests:
         ConfigError: nothing is named and it holds no sets, or what is named is not there.
         DataError: a line is not a graded pair.
     """
+    directory = Path(directory).expanduser()
     if not extra:
         check_holds_sets(directory)
     subsets = {task: names for task in TASKS if (names := task_subsets(directory, task))}

@@ -19,6 +19,7 @@ from clusterns_ray.evaluation.sts import (
     pair_cosines,
     pearson,
     read_pairs,
+    read_tests,
     score_pairs,
     spearman,
     task_subsets,
@@ -297,6 +298,13 @@ def test_a_further_subset_may_be_one_of_the_tests(tmp_path: Path) -> None:
     write(tmp_path / "STS14" / "a.jsonl", good(1))
     found = evaluate_sts(tmp_path, Angles(), extra=["STS14/a"])
     assert found["extra"]["STS14/a"] == pytest.approx(found["tasks"]["STS14"]["spearman"])
+
+
+def test_a_directory_may_be_named_from_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "sts" / "STS14" / "a.jsonl", good(1))
+    (pairs,) = read_tests("~/sts").tasks["STS14"]
+    assert len(pairs) == len(read_pairs("~/sts", "STS14/a")) > 0
 
 
 def test_a_directory_without_tests_is_refused(tmp_path: Path) -> None:
