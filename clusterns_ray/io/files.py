@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from clusterns_ray.errors import ClusterNSError, ConfigError, StorageError
+from clusterns_ray.errors import REASONS, ClusterNSError, ConfigError, DiskError, StorageError
 from clusterns_ray.io.paths import check_outlasts_job
 
 PROBE_BYTES = 1 << 20
@@ -163,28 +163,35 @@ def storage_error(error: BaseException, path: Path, remedy: str) -> StorageError
     Args:
         path: what was written, or its directory, where the error does not name a file.
         remedy: what to do once the disk takes files again; a whole sentence.
+
+    Returns:
+        A DiskError where it is the disk that fails (see :func:`disk_fault`), a StorageError for any other reason.
     """
-    reason = _system_reason(error)
-    if reason is None:
+    cause = _system_cause(error)
+    if cause is None:
         return None
+    reason, cure = cause
     named = getattr(error, "filename", None)
-    full = reason in (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
-    cure = "Free some space there." if full else "Check that disk and the rights on it."
-    return StorageError(f"{str(named or path)!r} cannot be read or written: {reason}. {cure} {remedy}")
+    kind = StorageError if disk_fault(error) is None else DiskError
+    return kind(f"{str(named or path)!r} cannot be read or written: {reason}. {cure} {remedy}")
 
 
-def _system_reason(error: BaseException) -> str | None:
-    """The operating system's reason, also where torch or safetensors has wrapped it into an error of its own."""
+def _system_cause(error: BaseException) -> tuple[str, str] | None:
+    """The operating system's reason, also where torch or safetensors has wrapped it into an error of its own, and what
+    to do about it."""
     if isinstance(error, (ConnectionError, TimeoutError)):
         return None
+    number = None
     if isinstance(error, OSError):
-        return error.strerror or str(error) or type(error).__name__
-    code = re.search(r"os error (\d+)", str(error))
-    if code:
-        return os.strerror(int(code[1]))
-    if isinstance(error, RuntimeError) and "inline_container" in str(error):
-        return "the disk took only a part of it"
-    return None
+        number, reason = error.errno, error.strerror or str(error) or type(error).__name__
+    elif code := re.search(r"os error (\d+)", str(error)):
+        number = int(code[1])
+        reason = os.strerror(number)
+    elif isinstance(error, RuntimeError) and "inline_container" in str(error):
+        reason = "the disk took only a part of it"
+    else:
+        return None
+    return REASONS.get(number or 0, (reason, "Check that disk and the rights on it."))
 
 
 def remove_partial_files(directory: Path, names: Iterable[str]) -> None:

@@ -14,8 +14,8 @@ import pytest
 
 from clusterns_ray.config import Config, dump_config, make_config
 from clusterns_ray.console.study import read_result
-from clusterns_ray.errors import ClusterNSError, ConfigError, DataError, DiskError
-from clusterns_ray.io.files import disk_fault, with_checksum
+from clusterns_ray.errors import ClusterNSError, ConfigError, DataError, DiskError, StorageError
+from clusterns_ray.io.files import disk_fault, storage_error, with_checksum
 from clusterns_ray.io.object_store import Place
 from clusterns_ray.tuning import study_file
 from clusterns_ray.tuning.analysis import read_study_file
@@ -130,6 +130,8 @@ def test_what_a_full_disk_looks_like() -> None:
     assert disk_fault(sqlite3.OperationalError("database or disk is full")) is not None
     assert disk_fault(FileNotFoundError(errno.ENOENT, "x")) is None and disk_fault(ValueError("NaN")) is None
     assert isinstance(file_error(Path("study.db"), sqlite3.OperationalError("database or disk is full")), DiskError)
+    kinds = [type(storage_error(OSError(number, "x"), Path("a"), "")) for number in (errno.ENOSPC, errno.EACCES)]
+    assert kinds == [DiskError, StorageError]
 
 
 def test_a_disk_is_tried_with_real_bytes(tmp_path: Path) -> None:

@@ -306,7 +306,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(
     whole = lab.run(tmp_path / "whole", lab.config())
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", FullDisk(part))
-        with pytest.raises(StorageError, match=r"No space left on device\. Free some space there\. Then give the same"):
+        with pytest.raises(StorageError, match=r"the disk is full\. Free some space\. Then give the same"):
             lab.run(tmp_path / "full", lab.config())
     assert not (tmp_path / "full" / "result.json").exists()
     again = lab.run(tmp_path / "full", lab.config())
