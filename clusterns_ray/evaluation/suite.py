@@ -31,7 +31,7 @@ from clusterns_ray.evaluation.sts import (
     read_tests,
     score_tests,
 )
-from clusterns_ray.evaluation.transfer import SEED, Task, evaluate_transfer, read_transfer
+from clusterns_ray.evaluation.transfer import SEED, Task, check_transfer_directory, evaluate_transfer, read_transfer
 from clusterns_ray.evaluation.transfer import TASKS as TRANSFER_TASKS
 from clusterns_ray.io.files import null_for_nan
 from clusterns_ray.io.object_store import is_url, read_text, split_url
@@ -132,11 +132,8 @@ def check_suite(suite: Suite) -> Suite:
             raise ConfigError(f"--dev {unknown[0]!r} is not among the hub's: {', '.join(hub.HUB)}.")
     elif suite.sts is not None:
         _check_sts(Path(suite.sts), suite.extra, names)
-    if suite.transfer is not None and not Path(suite.transfer).is_dir():
-        raise ConfigError(
-            f"--transfer {str(suite.transfer)!r} is not a directory. Give one that holds MR.tsv, TREC-train.tsv "
-            "and so on."
-        )
+    if suite.transfer is not None:
+        check_transfer_directory(suite.transfer)
     list_sets(suite.clusters)
     return replace(suite, names=tuple(names))
 

@@ -67,11 +67,7 @@ def read_transfer(directory: str | Path) -> list[Task]:
         ConfigError: none of the tasks is there, or a part of one is missing.
         DataError: a line or the labels of a task cannot be used.
     """
-    if not Path(directory).is_dir():
-        raise ConfigError(
-            f"--transfer {str(directory)!r} is not a directory. Give one that holds MR.tsv, TREC-train.tsv and so on, "
-            "each line label<TAB>sentence."
-        )
+    check_transfer_directory(directory)
     tasks = []
     for name, parts in TASKS.items():
         paths = [Path(directory) / f"{name}{'-' * bool(part)}{part}.tsv" for part in parts or ("",)]
@@ -93,6 +89,15 @@ def read_transfer(directory: str | Path) -> list[Task]:
             "TREC-train.tsv and so on, each line label<TAB>sentence."
         )
     return tasks
+
+
+def check_transfer_directory(directory: str | Path) -> None:
+    """Refuse what is not a directory, before anything is read."""
+    if not Path(directory).is_dir():
+        raise ConfigError(
+            f"--transfer {str(directory)!r} is not a directory. Give one that holds MR.tsv, TREC-train.tsv and so on, "
+            "each line label<TAB>sentence."
+        )
 
 
 def in_order(rows: Labelled) -> Labelled:

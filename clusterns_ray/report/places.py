@@ -10,6 +10,7 @@ from pathlib import Path
 
 from clusterns_ray.errors import ConfigError, StorageError
 from clusterns_ray.io.object_store import Store, is_url, local_copy, reading_place, split_url
+from clusterns_ray.report.record import not_a_run
 
 LARGE = (".html", ".parquet", ".npy")
 """Endings of a run's files that a report does not read."""
@@ -77,10 +78,7 @@ def source(run: str | Path) -> tuple[Path, str | None]:
     names = place.store.names()
     if "config.yaml" not in names and "study.yaml" not in names:
         inside = [name.split("/")[0] for name in names if name.count("/") == 1 and name.endswith("/config.yaml")]
-        raise ConfigError(
-            f"{str(run)!r} is not a run: it has no config.yaml."
-            + (f" It holds the runs {', '.join(inside[:5])}: name those." if inside else " Give STORAGE_PATH/NAME.")
-        )
+        raise not_a_run(str(run), inside)
     place.fetch_files(leave_out=LARGE)
     return place.local, place.address
 

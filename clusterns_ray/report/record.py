@@ -172,14 +172,14 @@ def check_is_run(path: Path) -> None:
         raise ConfigError(f"Run {str(path)!r} {what}. Give the directory of a run, STORAGE_PATH/NAME.")
     if (path / "config.yaml").is_file():
         return
-    inside = sorted(child.name for child in path.iterdir() if (child / "config.yaml").is_file())
-    holds = (
-        f" It holds the runs {', '.join(inside[:5])}{', ...' if len(inside) > 5 else ''}: name those." if inside else ""
-    )
-    raise ConfigError(
-        f"{str(path)!r} is not a run: it has no config.yaml."
-        + (holds or " Give the directory of one, STORAGE_PATH/NAME.")
-    )
+    raise not_a_run(str(path), sorted(child.name for child in path.iterdir() if (child / "config.yaml").is_file()))
+
+
+def not_a_run(where: str, runs: Sequence[str]) -> ConfigError:
+    """The refusal of a directory or URL without a config.yaml, with the ``runs`` that it holds as the remedy."""
+    more = ", ..." if len(runs) > 5 else ""
+    remedy = f"It holds the runs {', '.join(runs[:5])}{more}: name those." if runs else "Give STORAGE_PATH/NAME of one."
+    return ConfigError(f"{where!r} is not a run: it has no config.yaml.", remedy)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -657,7 +657,7 @@ def test_requests_that_are_refused(tmp_path: Path, run_dir: Path, clusterns: Cal
     cases = [
         ([tmp_path / "nowhere"], "is not there"),
         ([run_dir / "config.yaml"], "is a file"),
-        ([tmp_path / "empty"], "is not a run: it has no config.yaml. Give the directory"),
+        ([tmp_path / "empty"], "is not a run: it has no config.yaml. Give STORAGE_PATH/NAME"),
         ([tmp_path], "It holds the runs night: name those"),
         ([run_dir, run_dir / ".." / "night"], "is named twice"),
         ([run_dir, "-o", run_dir / "metrics.jsonl"], "ends in .html"),
