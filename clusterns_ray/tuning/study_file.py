@@ -166,10 +166,7 @@ def file_error(path: Path, error: Exception) -> ClusterNSError:
         )
     full = disk_fault(error)
     if full is not None:
-        return DiskError(
-            f"The study's file {str(path)!r} could not be written ({full}). Free space there, or make it writable; "
-            "then the same command goes on."
-        )
+        return DiskError(f"The study's file {str(path)!r} could not be written ({full}). {DISK_REMEDY}")
     if "unable to open" in said or any(isinstance(each, PermissionError) for each in chain):
         return ClusterNSError(
             f"The study's file {str(path)!r} cannot be opened ({reason}). Make it and its directory readable and "
