@@ -1,10 +1,11 @@
-"""Directories of runs that were never run, as training would have written them: for tests of the report."""
+"""Directories of runs that were never run, as training would have written them, and pages as a browser reads them."""
 
 from __future__ import annotations
 
 import json
 import math
 import random
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from helpers import sentences
 
 from clusterns_ray.config import Config, dump_config, make_config
 from clusterns_ray.evaluation.sts import TASKS
+from clusterns_ray.report.page import Page, render_page
 
 
 def run_config(name: str, seed: int = 1, **sections: dict[str, Any]) -> Config:
@@ -162,3 +164,46 @@ def sts_scores(seed: int = 1, missing: tuple[str, ...] = ()) -> dict[str, Any]:
     tasks = {task: {"spearman": 60.0 + number + seed / 4} for number, task in enumerate(TASKS) if task not in missing}
     average = None if missing else sum(scores["spearman"] for scores in tasks.values()) / len(tasks)
     return {"model": "model", "tasks": tasks, "missing": list(missing), "average": average, "extra": {}}
+
+
+class Html(HTMLParser):
+    """Text, scripts and what is loaded, as a browser would find them."""
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.text, self.csp = "", ""
+        self.tags: list[str] = []
+        self.loads: list[str] = []
+        self.scripts: list[list[Any]] = []
+        """type, id and text of each"""
+        self.stack: list[str] = []
+        self.feed(source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.tags.append(tag)
+        self.stack.append(tag)
+        self.loads += [value or "" for key, value in attrs if key in ("src", "href", "srcset", "action")]
+        assert not any(key.startswith("on") for key in values), "no inline handlers"
+        if tag == "script":
+            self.scripts.append([values.get("type"), values.get("id"), ""])
+        if values.get("http-equiv") == "Content-Security-Policy":
+            self.csp = values["content"] or ""
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.stack:
+            while self.stack.pop() != tag:
+                pass
+
+    def handle_data(self, data: str) -> None:
+        if self.stack and self.stack[-1] == "script":
+            self.scripts[-1][2] += data
+        elif "style" not in self.stack:
+            self.text += data
+
+    def plots(self) -> list[dict[str, Any]]:
+        return [json.loads(text) for kind, name, text in self.scripts if kind == "application/json" and name is None]
+
+
+def page_text(page: Page) -> str:
+    return " ".join(Html(render_page(page)).text.split())

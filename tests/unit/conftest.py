@@ -81,6 +81,14 @@ def write_study(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, corp
 
 
 @pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """The directory of a finished run, written as training would have written it."""
+    from report_runs import make_run
+
+    return make_run(tmp_path)
+
+
+@pytest.fixture
 def clusterns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Result]:
     """The command, in this process and an empty directory."""
     monkeypatch.setenv("COLUMNS", "200")

@@ -1,91 +1,37 @@
-"""The report: what it says of runs made up for the purpose and of a real small one, and that the page is sound."""
+"""The report of a run: what is read, warned of and shown, of runs made up for the purpose and of a real small one."""
 
 from __future__ import annotations
 
-import base64
-import gzip
-import hashlib
 import json
 import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from report_runs import make_run, run_config, sts_scores, write_json, write_records
-from typer.testing import CliRunner, Result
+from report_runs import Html, make_run, page_text, run_config, sts_scores, write_json, write_records
+from typer.testing import Result
 
-from clusterns_ray.cli import app
 from clusterns_ray.config import dump_config
 from clusterns_ray.errors import ConfigError, DataError
 from clusterns_ray.evaluation.sts import TASKS
 from clusterns_ray.report import advice, write_report
 from clusterns_ray.report.advice import advise
-from clusterns_ray.report.charts import MAX_POINTS, Line, line_chart, size_bands, thin
-from clusterns_ray.report.compare import compare_page, group_runs, mean_curve
-from clusterns_ray.report.page import COLORS, HUES, Examples, Figure, Link, Page, Section, Table, render_page
-from clusterns_ray.report.places import default_output
+from clusterns_ray.report.charts import MAX_POINTS, size_bands, thin
+from clusterns_ray.report.page import Examples, render_page
 from clusterns_ray.report.record import RunRecord, read_records, read_run
 from clusterns_ray.report.run import changed_keys, run_page
 from clusterns_ray.report.sts_table import PUBLISHED
 from clusterns_ray.report.words import duration, mean_and_deviation, spread
-from clusterns_ray.tuning.comparison import difference_over_seeds
-
-HOSTILE = """</script><script>hacked = 1</script><!-- "quoted" & 'so' <img src=x onerror="hacked = 1">"""
-
 
 CLUSTERED = {
     "clusters_used", "hard_negative_cosine", "largest_cluster", "false_negative_rate", "empty_clusters",
     "cluster_sizes", "centroid_drift",
 }  # fmt: skip
-
-
-class Html(HTMLParser):
-    """Text, scripts and what is loaded, as a browser would find them."""
-
-    def __init__(self, source: str):
-        super().__init__()
-        self.text, self.csp = "", ""
-        self.tags: list[str] = []
-        self.loads: list[str] = []
-        self.scripts: list[list[Any]] = []
-        """type, id and text of each"""
-        self.stack: list[str] = []
-        self.feed(source)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        values = dict(attrs)
-        self.tags.append(tag)
-        self.stack.append(tag)
-        self.loads += [value or "" for key, value in attrs if key in ("src", "href", "srcset", "action")]
-        assert not any(key.startswith("on") for key in values), "no inline handlers"
-        if tag == "script":
-            self.scripts.append([values.get("type"), values.get("id"), ""])
-        if values.get("http-equiv") == "Content-Security-Policy":
-            self.csp = values["content"] or ""
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in self.stack:
-            while self.stack.pop() != tag:
-                pass
-
-    def handle_data(self, data: str) -> None:
-        if self.stack and self.stack[-1] == "script":
-            self.scripts[-1][2] += data
-        elif "style" not in self.stack:
-            self.text += data
-
-    def plots(self) -> list[dict[str, Any]]:
-        return [json.loads(text) for kind, name, text in self.scripts if kind == "application/json" and name is None]
-
-
-def page_text(page: Page) -> str:
-    return " ".join(Html(render_page(page)).text.split())
 
 
 def warnings_of(run: RunRecord) -> list[str]:
@@ -98,17 +44,6 @@ def change_records(directory: Path, change: Callable[[dict[str, Any]], None]) ->
         change(record)
     write_records(directory, records)
     return read_run(directory)
-
-
-@pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
-    return make_run(tmp_path)
-
-
-@pytest.fixture
-def clusterns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Result]:
-    monkeypatch.chdir(tmp_path)
-    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 # ---- numbers ------------------------------------------------------------------------------------------------------
@@ -138,30 +73,12 @@ def test_thinned_curves_keep_their_mean_and_their_gaps() -> None:
     assert thin([1, 2], [3.0, None]) == ([1, 2], [3.0, None])
 
 
-def test_mean_curve_where_all_have_a_value() -> None:
-    assert mean_curve([{0: 1.0, 2: 2.0, 4: None}, {0: 3.0, 2: 5.0, 4: 1.0, 6: 9.0}]) == ([0, 2], [2.0, 3.5])
-
-
 def test_published_averages_are_those_of_their_rows() -> None:
     assert [item.average for item in PUBLISHED] == [76.25, 77.55, 78.54, 78.72]
     for item in PUBLISHED:
         assert len(item.scores) == len(TASKS)
         # PromptBERT's average is a mean over runs that was rounded later than its tasks
         assert statistics.fmean(item.scores) == pytest.approx(item.average, abs=0.02)
-
-
-@pytest.mark.parametrize("theme", [0, 1])
-def test_text_and_lines_stand_out_from_the_paper(theme: int) -> None:
-    def luminance(color: str) -> float:
-        channels = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    paper = luminance(COLORS["paper"][theme])
-    for name in ("ink", "muted", *HUES):
-        for ground in (paper, luminance(COLORS["raised"][theme])):
-            light, dark = sorted((luminance(COLORS[name][theme]), ground), reverse=True)
-            assert (light + 0.05) / (dark + 0.05) >= 4.5, name
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------
@@ -479,159 +396,6 @@ def test_size_bands_hold_what_they_say() -> None:
     assert named["median"]["y"] == [25, 0] and named["half"]["y"] == pytest.approx([32.5, 25])
 
 
-# ---- the shell ----------------------------------------------------------------------------------------------------
-
-
-def hostile_page() -> Page:
-    figure = Figure(HOSTILE, line_chart([Line(HOSTILE, [1], [2]), Line("b", [1], [3])], y=HOSTILE), HOSTILE)
-    table = Table([HOSTILE, "x"], [[HOSTILE, Examples([HOSTILE])], [Link(HOSTILE, "#a"), "1"]], HOSTILE, cards=True)
-    return Page(HOSTILE, HOSTILE, [HOSTILE], [Section(HOSTILE, [HOSTILE], [figure], [table], code=HOSTILE, anchor="a")])
-
-
-def test_texts_are_texts() -> None:
-    html = Html(render_page(hostile_page()))
-    kinds = [(kind, name) for kind, name, _ in html.scripts]
-    assert kinds == [
-        ("application/json", None), ("application/json", "colors"), ("application/gzip;base64", "plotly"), (None, None)
-    ]  # fmt: skip
-    assert "img" not in html.tags and html.text.count("hacked = 1</script><!-- \"quoted\" & 'so'") >= 9
-    (plot,) = html.plots()
-    assert "<" not in plot["data"][0]["name"], "plotly reads tags and entities in names"
-
-
-def test_a_corpus_cannot_write_into_the_page(tmp_path: Path) -> None:
-    directory = make_run(tmp_path, data={"corpus": HOSTILE})
-    clusters = json.loads((directory / "clusters.json").read_text())
-    clusters["clusters"][0]["examples"] = [HOSTILE]
-    write_json(directory / "clusters.json", clusters)
-    environment = json.loads((directory / "environment.json").read_text())
-    write_json(directory / "environment.json", environment | {"command": ["clusterns", HOSTILE], "started": HOSTILE})
-    html = Html(render_page(run_page(read_run(directory))))
-    assert "img" not in html.tags and [kind for kind, _, _ in html.scripts].count(None) == 1
-    assert html.text.count("hacked = 1") >= 4
-
-
-def test_nothing_is_loaded_and_only_its_own_scripts_run(run_dir: Path) -> None:
-    from plotly.offline import get_plotlyjs
-
-    html = Html(render_page(run_page(read_run(run_dir))))
-    assert all(value.startswith(("#", "data:,")) for value in html.loads) and len(html.loads) > 5
-    assert "default-src 'none'" in html.csp and "unsafe-eval" not in html.csp
-    assert "script-src 'unsafe-inline'" not in html.csp
-    packed = next(text for _, name, text in html.scripts if name == "plotly")
-    plotly = gzip.decompress(base64.b64decode(packed)).decode()
-    assert plotly == get_plotlyjs()
-    (script,) = [text for kind, _, text in html.scripts if kind is None]
-    for source in (script, plotly):
-        assert f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'" in html.csp
-
-
-def test_the_same_run_gives_the_same_page(run_dir: Path) -> None:
-    assert render_page(run_page(read_run(run_dir))) == render_page(run_page(read_run(run_dir)))
-
-
-def test_every_colour_of_a_plot_has_a_dark_one(run_dir: Path) -> None:
-    light = {pair[0] for pair in COLORS.values()}
-    tints = {", ".join(str(int(color[at : at + 2], 16)) for at in (1, 3, 5)) for color in light}
-
-    def colors(value: Any) -> list[str]:
-        if isinstance(value, dict):
-            return [color for item in value.values() for color in colors(item)]
-        if isinstance(value, list):
-            return [color for item in value for color in colors(item)]
-        return [value] if isinstance(value, str) and value.startswith(("#", "rgb")) else []
-
-    found = {
-        color
-        for section in run_page(read_run(run_dir)).sections
-        for figure in section.figures
-        for color in colors(figure.figure)
-    }
-    assert len(found) > 6
-    for color in found - {"rgba(0,0,0,0)"}:
-        assert color in light or color.removeprefix("rgba(").rpartition(", ")[0] in tints, color
-
-
-# ---- several runs -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def six(tmp_path: Path) -> list[RunRecord]:
-    made = []
-    for seed in (1, 2, 3):
-        for k in (32, 0):
-            made.append(make_run(tmp_path, f"k{k}-seed{seed}", seed, gain=9 + seed / 2, clustering={"num_clusters": k}))
-    return [read_run(path) for path in made]
-
-
-def test_runs_that_differ_in_their_seed_are_one_group(six: list[RunRecord]) -> None:
-    first, second = group_runs(six)
-    assert [run.name for run in first.runs] == ["k32-seed1", "k32-seed2", "k32-seed3"]
-    assert [run.config.seed for run in second.runs] == [1, 2, 3]
-    assert (first.differences, second.differences) == ({"clustering.num_clusters": 32}, {"clustering.num_clusters": 0})
-    assert (first.label, second.label) == ("A: num_clusters 32", "B: num_clusters 0")
-    (alone,) = group_runs(six[::2])
-    assert alone.differences == {} and alone.label == "A"
-
-
-def test_what_a_comparison_holds(six: list[RunRecord], tmp_path: Path) -> None:
-    (six[0].path / "report.html").write_text("")
-    page = compare_page(six, tmp_path)
-    html = Html(render_page(page))
-    text = " ".join(html.text.split())
-    groups = [six[::2], six[1::2]]
-    for runs in groups:
-        for values in (
-            [run.best[1] for run in runs if run.best],
-            [run.last for run in runs if run.last is not None],
-            [run.sts_average for run in runs if run.sts_average is not None],
-        ):
-            assert len(values) == 3
-            assert f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" in text.replace("\u202f", " ")
-    assert page.title == "6 runs compared" and "(runs that differ in their seed alone are one)" in page.headline[0]
-    interval = difference_over_seeds(*([run.last or 0.0 for run in runs] for runs in groups))
-    assert (
-        interval
-        and interval["low"] <= 0 <= interval["high"]
-        and "these seeds do not tell them apart" in page.headline[1]
-    )
-    assert "clustering.num_clusters" in text and "k0-seed2" in text
-    assert html.loads.count("k32-seed1/report.html") == 1 and "k0-seed2/report.html" not in html.loads
-    dev = html.plots()[0]["data"]
-    assert [trace["line"]["width"] for trace in dev] == [1, 1, 1, 3, 1, 1, 1, 3]
-    assert dev[3]["y"] == pytest.approx(np.mean([trace["y"] for trace in dev[:3]], axis=0).tolist())
-    assert {trace["line"]["color"] for trace in dev[:4]}.isdisjoint(trace["line"]["color"] for trace in dev[4:])
-
-
-def test_a_difference_that_seeds_can_tell(tmp_path: Path) -> None:
-    runs = [
-        read_run(make_run(tmp_path, f"k{k}-{seed}", seed, gain=gain, clustering={"num_clusters": k}))
-        for seed in (1, 2, 3)
-        for k, gain in ((32, 12), (0, 6))
-    ]
-    assert "which excludes 0" in compare_page(runs, tmp_path).headline[1]
-
-
-def test_a_comparison_warns(tmp_path: Path) -> None:
-    runs = [
-        read_run(make_run(tmp_path, "a", 1)),
-        read_run(make_run(tmp_path, "b", 1, finished=False)),
-        read_run(make_run(tmp_path, "c", 1, evaluation={"dev": "OTHER/dev"})),
-    ]
-    texts = [warning.text for warning in compare_page(runs, tmp_path).warnings]
-    assert texts[0].startswith("The runs have different dev sets (OTHER/dev, STSB/dev)")
-    assert "several runs of seed 1" in texts[1] and texts[2].startswith("b: This run is not finished")
-    assert "B has one seed" in texts[3] and len(texts) == 4
-    assert len(compare_page(runs, tmp_path).headline) == 1, "no winner across dev sets"
-
-
-def test_one_configuration(six: list[RunRecord], tmp_path: Path) -> None:
-    page = compare_page(six[::2], tmp_path)
-    assert page.title == "3 runs of one configuration" and "What differs" not in [s.title for s in page.sections]
-    assert [fact.label for fact in page.facts][:2] == ["Dev, before training", "Dev, best step"]
-    assert page.facts[0].value == "63.00\u202f±\u202f0.00"
-
-
 # ---- the command --------------------------------------------------------------------------------------------------
 
 
@@ -641,14 +405,6 @@ def test_the_command(run_dir: Path, clusterns: Callable[..., Result]) -> None:
     assert (run_dir / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     assert "at step 300" in result.output
     assert [path.name for path in run_dir.iterdir() if path.name.startswith(".")] == []
-
-
-def test_where_the_page_of_several_goes(six: list[RunRecord], tmp_path: Path, clusterns: Callable[..., Result]) -> None:
-    assert default_output([tmp_path / "x" / "a", tmp_path / "y" / "b"]) == tmp_path / "report.html"
-    result = clusterns("report", *(run.path for run in six))
-    assert result.exit_code == 0 and result.output.splitlines()[-1] == f"Wrote {tmp_path / 'report.html'}"
-    result = clusterns("report", six[0].path, "-o", tmp_path / "mine.html")
-    assert result.output.splitlines()[-1] == f"Wrote {tmp_path / 'mine.html'}" and (tmp_path / "mine.html").is_file()
 
 
 def test_requests_that_are_refused(tmp_path: Path, run_dir: Path, clusterns: Callable[..., Result]) -> None:
