@@ -11,21 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 from clusterns_ray.console.progress import Lines, clock, describe_trial, show_values
 from clusterns_ray.errors import DamagedError
+from clusterns_ray.io.object_store import reading_place
 from clusterns_ray.io.terminal import printable
+from clusterns_ray.tuning.analysis import STATES, Trial, read_trial
 from clusterns_ray.tuning.comparison import sentences, show_value
+from clusterns_ray.tuning.optuna_study import begun
 from clusterns_ray.tuning.selection import check_result
+from clusterns_ray.tuning.study_file import FILES, read_optuna_study
 
 if TYPE_CHECKING:
     import optuna
     from rich.console import RenderableType
 
-    from clusterns_ray.tuning.analysis import Trial
     from clusterns_ray.tuning.study import Study
 
 ROWS = 12
 """Ended trials that the table shows: the best; those that run are all shown."""
-
-WORDS = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "runs"}
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,6 @@ class Progress:
 
 def read_progress(study: Study, optuna_study: optuna.Study) -> Progress:
     """How a study stands, with the time that its budget leaves by the mean trial so far."""
-    from clusterns_ray.tuning.analysis import read_trial
-    from clusterns_ray.tuning.optuna_study import begun
-
     rows = list(map(read_trial, begun(optuna_study)))
     attrs, budget, concurrent = optuna_study.user_attrs, study.config.budget, study.config.concurrent_trials
     seconds = attrs.get("seconds", 0.0)
@@ -96,7 +94,7 @@ def render(progress: Progress) -> RenderableType:
     for row in [*running, *ended[:ROWS]]:
         table.add_row(
             str(row.number),
-            "best" if row is best else WORDS[row.state],
+            "best" if row is best else STATES[row.state],
             "" if row.score is None else f"{row.score:.2f}",
             "" if row.steps is None else str(row.steps),
             clock(row.seconds),
@@ -114,7 +112,7 @@ def summary_line(progress: Progress) -> str:
     best = progress.best
     parts = [
         f"{len(progress.rows)}{f' of {progress.planned}' if progress.planned else ''} trials",
-        *(f"{progress.count(state)} {word}" for state, word in WORDS.items() if progress.count(state)),
+        *(f"{progress.count(state)} {word}" for state, word in STATES.items() if progress.count(state)),
     ]
     if best is not None and best.score is not None:
         parts.append(f"best {best.score:.2f} of trial {best.number}{_beside_untrained(best.score, progress.before)}")
@@ -133,7 +131,7 @@ def _beside_untrained(score: float, before: float | None) -> str:
     return f" (NO BETTER than the untrained encoder, {before:.2f}: {score - before:+.2f})"
 
 
-def study_view(study: Study):
+def study_view(study: Study) -> LiveTable | Lines:
     """An ``on_event`` callback for this process: :class:`LiveTable` if stdout is a terminal, else :class:`Lines`."""
     return LiveTable(study) if sys.stdout.isatty() else Lines()
 
@@ -217,9 +215,6 @@ def show_status(study: Study) -> None:
         DataError: ``result.json`` is damaged.
     """
     from rich.console import Console
-
-    from clusterns_ray.io.object_store import reading_place
-    from clusterns_ray.tuning.study_file import FILES, read_optuna_study
 
     console, store = Console(highlight=False), study.home.store
     here, names = study.home, []

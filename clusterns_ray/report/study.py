@@ -12,13 +12,12 @@ from clusterns_ray.report import study_charts as charts
 from clusterns_ray.report.page import Cell, Fact, Figure, Fold, Link, Page, Section, Table, Warning, write_page
 from clusterns_ray.report.run import footer
 from clusterns_ray.report.words import NONE, count, duration, fixed, listing
-from clusterns_ray.tuning.analysis import StudyRecord, Trial, at_the_edge, read_study, rungs
+from clusterns_ray.tuning.analysis import STATES, StudyRecord, Trial, at_the_edge, read_study, rungs
 from clusterns_ray.tuning.comparison import sentences, show_value
 from clusterns_ray.tuning.selection import check_result
 
 FEW = 20
 """Importances from fewer finished trials are a hint at most."""
-STATES = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "runs"}
 
 
 def write_study_report(directory: str | Path, output: str | Path | None = None) -> tuple[Path, Page]:

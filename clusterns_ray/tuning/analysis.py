@@ -19,6 +19,9 @@ from clusterns_ray.io.yaml_text import load_yaml, read_yaml_text
 from clusterns_ray.tuning.optuna_study import begun
 from clusterns_ray.tuning.study_file import read_optuna_study
 
+STATES = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "runs"}
+"""Optuna's states of trials, and the words that people read."""
+
 RESAMPLES = 20
 MIN_TRIALS = 5
 """No importance is computed from fewer finished trials."""
@@ -31,7 +34,7 @@ class Trial:
 
     number: int
     state: str
-    """COMPLETE, PRUNED, FAIL or RUNNING"""
+    """one of :data:`STATES`"""
     score: float | None
     """the final one, or that of the newest evaluation"""
     values: dict[str, Any]
