@@ -151,11 +151,11 @@ def tune(
             show_status(request)
             return
         if finalize:
+            from clusterns_ray.console.final import render
             from clusterns_ray.tuning.final import finalize as score_tests
-            from clusterns_ray.tuning.final import render_final
 
             final, path = score_tests(request)
-            render_final(final)
+            render(final)
             typer.echo(f"Wrote {path}")
             return
 
