@@ -57,7 +57,7 @@ def fetch_sts(
     """
     for name in names or ():
         if name not in HUB:
-            raise ConfigError(f"STS data 'hf' has no {name!r}; it has {', '.join(HUB)}.")
+            raise ConfigError(f"STS data 'hf' has no {name!r}; it has {', '.join(HUB)}.", "Name one of these.")
     manifest = _read_manifest(directory)
     wanted = [name for name in names or HUB if not _is_whole(directory, name, manifest)]
     if not wanted:

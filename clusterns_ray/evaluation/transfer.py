@@ -121,7 +121,8 @@ def _check(task: Task, paths: Sequence[Path]) -> None:
         unknown = sorted(set(part.labels) - set(labels))
         if unknown:
             raise DataError(
-                f"{path}: label {str(unknown[0])!r} is not among those of {paths[0].name}: {', '.join(labels[:9])}."
+                f"{path}: label {str(unknown[0])!r} is not among those of {paths[0].name}: {', '.join(labels[:9])}. "
+                "Correct it, or leave its rows out."
             )
 
 

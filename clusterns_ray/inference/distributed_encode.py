@@ -29,6 +29,8 @@ START_TIMEOUT_S = 300.0
 PART_TIMEOUT_S = 3600.0
 """How long to wait for any one of the parts at work."""
 
+GO_ON = "The same command goes on from the parts that are done."
+
 ATTEMPTS = 4
 """How many workers may die over the same part."""
 
@@ -179,7 +181,10 @@ class _Workers:
         try:
             value: Any = ray.get(ref, timeout=PART_TIMEOUT_S)
         except GetTimeoutError:
-            raise ClusterNSError(f"Embeddings did not arrive from a worker within {PART_TIMEOUT_S:.0f} s.") from None
+            raise ClusterNSError(
+                f"Embeddings did not arrive from a worker within {PART_TIMEOUT_S:.0f} s.",
+                f"Check the network between the nodes. {GO_ON}",
+            ) from None
         except RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
             if isinstance(cause, ClusterNSError):
@@ -220,7 +225,8 @@ class _Workers:
         import ray
 
         if self.running:
-            return f"None of the {len(self.running)} parts at work was done within {limit:.0f} s."
+            late = f"None of the {len(self.running)} parts at work was done within {limit:.0f} s."
+            return f"{late} Check that the nodes are up. {GO_ON}"
         cpus = ray.cluster_resources().get("CPU", 0)
         return (
             f"No worker started within {limit:.0f} s. Asked for {self.count} workers with 1 CPU each; the cluster has "

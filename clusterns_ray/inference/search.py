@@ -204,7 +204,7 @@ class SemanticIndex:
         if isinstance(queries, np.ndarray):
             z_QD = queries
             if not np.isfinite(z_QD).all():
-                raise ConfigError("The queries hold NaN or infinity, to which nothing is similar.")
+                raise ConfigError("The queries hold NaN or infinity, to which nothing is similar.", "Leave those out.")
             if z_QD.ndim != 2 or z_QD.shape[1] != self.embeddings.width:
                 raise ConfigError(
                     f"The queries are an array of shape {z_QD.shape}; this index takes (n, {self.embeddings.width})."

@@ -31,6 +31,8 @@ ATTEMPTS = 4
 """Tries of one transfer; the waits between them are 1, 2 and 4 s."""
 REPLACED = 3
 """How often a directory is read anew that was replaced while it was copied."""
+DOWNLOAD_WAIT_S = 1800
+"""How long a process waits for another one of this machine that downloads the same."""
 
 _URL = re.compile(r"([a-z][a-z0-9+]+)://")
 
@@ -221,7 +223,10 @@ class Store:
                 if not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str):
                     raise ValueError(f"it says {entry!r} of {file!r}")
         except (ValueError, AttributeError, TypeError, KeyError) as error:
-            raise StorageError(f"{self.address}/{name}{MANIFEST} is damaged ({error}).") from None
+            raise StorageError(
+                f"{self.address}/{name}{MANIFEST} is damaged ({error}).",
+                "Restore it from a copy; or remove it, and the directory counts as not there.",
+            ) from None
         return files
 
     def pull_directory(self, name: str, local: Path, note: Callable[[str], None] = lambda text: None) -> bool:
@@ -267,7 +272,8 @@ class Store:
                 (temporary / file).parent.mkdir(parents=True, exist_ok=True)
                 if self.download(f"{name}/{file}", temporary / file) != entry["sha256"]:
                     raise StorageError(
-                        f"{self.address}/{name}/{file} is damaged: its checksum is not the one in its manifest."
+                        f"{self.address}/{name}/{file} is damaged: its checksum is not the one in its manifest.",
+                        "Restore it from a copy.",
                     )
                 done += entry["bytes"]
                 if time.monotonic() - noted > 5:
@@ -369,7 +375,9 @@ class Place:
         """
         path = self.local / name
         if self.store is not None and not self.store.pull_directory(name, path):
-            raise StorageError(f"{self.store.address}/{name} is not there, or not whole.")
+            raise StorageError(
+                f"{self.store.address}/{name} is not there, or not whole.", "Restore it from a copy, or make it again."
+            )
         return path
 
     def fetch_files(self, leave_out: tuple[str, ...] = ()) -> None:
@@ -442,8 +450,11 @@ def write_text(where: str | Path, text: str) -> None:
 
 
 def download_lock(lock: Path) -> AbstractContextManager[None]:
-    """Hold ``lock`` as the one process of this machine that downloads; others wait for half an hour."""
-    return file_lock(lock, StorageError(f"{str(lock)!r} was held by another process for 1800 s."), wait_s=1800)
+    """Hold ``lock`` as the one process of this machine that downloads; others wait :data:`DOWNLOAD_WAIT_S`."""
+    refusal = StorageError(
+        f"{str(lock)!r} was held by another process for {DOWNLOAD_WAIT_S} s.", "End that process, or try again later."
+    )
+    return file_lock(lock, refusal, wait_s=DOWNLOAD_WAIT_S)
 
 
 def _decoded(raw: bytes, address: str) -> str:
