@@ -150,7 +150,7 @@ def _mean_of(differences: Sequence[Difference]) -> Difference:
 
 
 def compare_right(
-    a: dict[str, np.ndarray], b: dict[str, np.ndarray], *, seed: int, average: bool = False, resamples: int = RESAMPLES
+    a: dict[str, np.ndarray], b: dict[str, np.ndarray], *, seed: int, average: bool = False
 ) -> dict[str, Any]:
     """Accuracy x 100 of model a minus that of model b on each test, over test rows and over seeds.
 
@@ -169,7 +169,7 @@ def compare_right(
     for number, name in enumerate(a):
         first_SN, second_SN = (np.atleast_2d(side[name]).astype(np.float64) for side in (a, b))
         difference = _right_difference(first_SN, second_SN, np.random.default_rng([seed + number, 1]))
-        spread.append(paired_bootstrap(difference, [first_SN.shape[1]], seed=seed + number, resamples=resamples))
+        spread.append(paired_bootstrap(difference, [first_SN.shape[1]], seed=seed + number))
         point.append(100 * (first_SN.mean() - second_SN.mean()))
         intervals[name] = interval(point[-1], spread[-1])
     if average:

@@ -445,11 +445,11 @@ def unit_rows(z_ND: np.ndarray) -> np.ndarray:
     return z_ND / np.maximum(np.linalg.norm(z_ND, axis=1, keepdims=True), 1e-8)
 
 
-def _read_part(path: Path, columns: list[str] | None = None) -> pa.Table:
+def _read_part(path: Path) -> pa.Table:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path, memory_map=True, page_checksum_verification=True) as file:
-        return file.read(columns)
+        return file.read()
 
 
 def _holds(path: Path, texts: list[str], schema: pa.Schema) -> bool:

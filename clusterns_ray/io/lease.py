@@ -94,11 +94,11 @@ class Claim:
 class Lease:
     """The right to write to a prefix of an object store. Not for use again once released."""
 
-    def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, store: Store):
         self.claims, self.address = store / ".lease", store.address
         self.name = f"{uuid.uuid4().hex}.json"
         self.lost: str | None = None
-        self._clock, self._lock, self._end = clock, threading.Lock(), threading.Event()
+        self._lock, self._end = threading.Lock(), threading.Event()
         self._confirmed = -float("inf")
         self._content = json.dumps(
             {
@@ -121,13 +121,13 @@ class Lease:
             Held: another process holds it and is alive, after ``wait_s``.
             StorageError: the store cannot be read or written.
         """
-        began, seen = self._clock(), {}
+        began, seen = time.monotonic(), {}
         while True:
             others = self._claim()
             if not others:
                 self._thread.start()
                 return
-            waited = self._clock() - began
+            waited = time.monotonic() - began
             if not seen:
                 note(f"{self.address} is, or was, written by {others[0]}. Waiting for that to end.")
             alive = any(seen.setdefault(other.name, other.written) != other.written for other in others)
@@ -141,7 +141,7 @@ class Lease:
         Raises:
             StorageError: the lease is lost, or there was no contact with the store for too long to know.
         """
-        if self._clock() - self._confirmed > STALE_S - MARGIN_S:
+        if time.monotonic() - self._confirmed > STALE_S - MARGIN_S:
             self._renew()
         if self.lost:
             raise StorageError(self.lost)
@@ -157,7 +157,7 @@ class Lease:
 
     def _claim(self) -> list[Claim]:
         """Claim it; the live claims of others, before which this one withdraws."""
-        began = self._clock()
+        began = time.monotonic()
         self.claims.write(self.name, self._content)
         others = self._others()
         if others:
@@ -192,7 +192,7 @@ class Lease:
         with self._lock:
             if self.lost or self._end.is_set():
                 return
-            began = self._clock()
+            began = time.monotonic()
             late = began - self._confirmed > STALE_S - MARGIN_S
             self.claims.write(self.name, self._content)
             # One that only tries to claim withdraws as soon as it sees this heartbeat.

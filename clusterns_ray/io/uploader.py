@@ -36,14 +36,14 @@ class LocalFiles:
         return str((self.run_dir / name).resolve())
 
     @contextmanager
-    def writer_lease(self, wanted: bool, note: Warn = lambda text: None, wait_s: float = 30.0) -> Iterator[None]:
+    def writer_lease(self, wanted: bool, note: Warn = lambda text: None) -> Iterator[None]:
         """Be the one writer among all machines, if ``wanted``; around everything else.
 
         Args:
             note: called with who is being waited for.
 
         Raises:
-            Held: another machine writes this run, still after ``wait_s``.
+            Held: another machine writes this run, and goes on while this one waits.
         """
         yield
 
@@ -97,8 +97,8 @@ class Uploader(LocalFiles):
         return f"{self.store.address}/{name}"
 
     @contextmanager
-    def writer_lease(self, wanted: bool, note: Warn = lambda text: None, wait_s: float = 30.0) -> Iterator[None]:
-        with leased(self.store, wanted, wait_s, note) as self._lease:
+    def writer_lease(self, wanted: bool, note: Warn = lambda text: None) -> Iterator[None]:
+        with leased(self.store, wanted, note=note) as self._lease:
             try:
                 yield
             finally:

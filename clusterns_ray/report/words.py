@@ -20,14 +20,14 @@ def formatted(value: float | None, spec: str) -> str:
     return NONE if value is None else format(value, spec).replace("-", "−")
 
 
-def signed(value: float, digits: int = 2) -> str:
+def signed(value: float) -> str:
     """``+10.15``"""
-    return f"{value:+.{digits}f}".replace("-", "−")
+    return formatted(value, "+.2f")
 
 
-def count(value: int, one: str, many: str = "") -> str:
+def count(value: int, one: str) -> str:
     """``1 step``, ``12,000 steps``"""
-    return f"{value:,} {one if value == 1 else many or one + 's'}"
+    return f"{value:,} {one if value == 1 else one + 's'}"
 
 
 def percent(share: float) -> str:

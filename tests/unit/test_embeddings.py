@@ -244,10 +244,10 @@ def while_a_part_is_written(monkeypatch: Any) -> dict[str, Any]:
 def while_joining(monkeypatch: Any) -> dict[str, Any]:
     original = embeddings._read_part
 
-    def read_part(path: Path, columns: list[str] | None = None) -> Any:
+    def read_part(path: Path) -> Any:
         if path.name == "part-000007.parquet":
             kill_me()
-        return original(path, columns)
+        return original(path)
 
     monkeypatch.setattr(embeddings, "_read_part", read_part)
     return {}
