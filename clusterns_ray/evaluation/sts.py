@@ -257,7 +257,12 @@ def cosines_of(tests: StsTests, embed: Embed) -> dict[str, np.ndarray]:
 
 
 def score_tests(tests: StsTests, cosines: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The figures of :func:`evaluate_sts`, from cosines.
+    """The figures of STS tests, from the cosines of :func:`cosines_of`.
+
+    Returns:
+        ``tasks``: for each task Spearman "all", mean and weighted mean over subsets, Pearson and pairs (x 100);
+        ``missing``: tasks that are not there; ``average``: of Spearman "all" over all seven, None unless all are
+        there; ``extra``: Spearman of the further subsets.
 
     Raises:
         NonFiniteError: the correlation of a task is not defined.
@@ -282,22 +287,6 @@ def _check_ranked(name: str, cosines: np.ndarray) -> None:
             f"the cosines of all {len(cosines):,} pairs of {name} are the same ({cosines[0]:.4f}), so Spearman's "
             "correlation is not defined. Leave that set out, or check the model."
         )
-
-
-def evaluate_sts(directory: str | Path, embed: Embed, extra: Sequence[str] = ()) -> dict[str, Any]:
-    """The seven test tasks, as far as they are in ``directory``, and the further sets of :func:`read_tests`.
-
-    Returns:
-        ``tasks``: for each task Spearman "all", mean and weighted mean over subsets, Pearson and pairs (x 100);
-        ``missing``: tasks that are not there; ``average``: of Spearman "all" over all seven, None unless all are
-        there; ``extra``: Spearman of the further subsets.
-
-    Raises:
-        ConfigError, DataError: as :func:`read_tests`.
-        NonFiniteError: as :func:`score_tests`.
-    """
-    tests = read_tests(directory, extra)
-    return score_tests(tests, cosines_of(tests, embed))
 
 
 def _score_task(parts: list[Pairs], cosines: list[np.ndarray]) -> dict[str, Any]:

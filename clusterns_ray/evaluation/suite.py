@@ -321,7 +321,7 @@ def evaluate_model(
 
     Returns:
         ``model``, ``pooling``, ``max_length``, ``suite``, ``versions``; of STS ``tasks``, ``missing``, ``average``,
-        ``extra`` (see ``evaluate_sts``); and ``transfer``, ``clustering``, ``geometry``, each where it was asked for.
+        ``extra`` (see ``score_tests``); and ``transfer``, ``clustering``, ``geometry``, each where it was asked for.
 
     Raises:
         ConfigError: no such model, or no such data.

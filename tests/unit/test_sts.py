@@ -14,13 +14,15 @@ import scipy.stats
 from clusterns_ray.errors import ConfigError, DataError
 from clusterns_ray.evaluation.sts import (
     TASKS,
+    Embed,
     check_pairs_exist,
-    evaluate_sts,
+    cosines_of,
     pair_cosines,
     pearson,
     read_pairs,
     read_tests,
     score_pairs,
+    score_tests,
     spearman,
     task_subsets,
 )
@@ -43,6 +45,11 @@ class Angles:
         angle = np.radians([float(sentence) for sentence in sentences])
         length = 1 + np.arange(len(angle))[:, None]  # cosines do not depend on it
         return (np.stack([np.cos(angle), np.sin(angle)], axis=1) * length).astype(np.float32)
+
+
+def evaluate_sts(directory: Path, embed: Embed, extra: Sequence[str] = ()) -> dict[str, Any]:
+    tests = read_tests(directory, extra)
+    return score_tests(tests, cosines_of(tests, embed))
 
 
 # ---- correlations -------------------------------------------------------------------------------------------------

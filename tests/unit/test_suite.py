@@ -25,7 +25,7 @@ from clusterns_ray.evaluation import suite as module
 from clusterns_ray.evaluation import transfer
 from clusterns_ray.evaluation.clusters import evaluate_clusters, read_clusters
 from clusterns_ray.evaluation.geometry import geometry
-from clusterns_ray.evaluation.sts import TASKS, evaluate_sts, read_pairs
+from clusterns_ray.evaluation.sts import TASKS, cosines_of, read_pairs, read_tests, score_tests
 from clusterns_ray.evaluation.suite import Suite, check_suite, evaluate_model, evaluate_models, paced_note
 from clusterns_ray.evaluation.transfer import evaluate_transfer, read_transfer
 from clusterns_ray.models.encoder import Encoder
@@ -153,7 +153,8 @@ def test_every_suite_and_each_sentence_encoded_once(
     def embed(texts: Sequence[str]) -> np.ndarray:
         return encode(encoder, texts)
 
-    separately = evaluate_sts(data / "sts", embed)
+    tests = read_tests(data / "sts")
+    separately = score_tests(tests, cosines_of(tests, embed))
     assert found["average"] == pytest.approx(separately["average"], abs=1e-6)
     assert found["tasks"]["STS14"]["pearson"] == pytest.approx(separately["tasks"]["STS14"]["pearson"], abs=1e-3)
     accuracy = evaluate_transfer(read_transfer(data / "transfer"), embed)[0]["tasks"]["CR"]["accuracy"]
@@ -371,7 +372,9 @@ def test_structure_is_what_chose_the_model(run_of_demo: Path, tmp_path: Path, na
     pairs = structure_dev_set("demo", tmp_path / "other", pairs=60)
     encoder = Encoder.load(run_of_demo / "model")
     assert len(read_pairs(pairs, "STRUCTURE/dev")) == 60
-    assert found["extra"] == pytest.approx(evaluate_sts(pairs, encoder.encode)["extra"], abs=1e-6)
+    tests = read_tests(pairs)
+    separately = score_tests(tests, cosines_of(tests, encoder.encode))
+    assert found["extra"] == pytest.approx(separately["extra"], abs=1e-6)
     assert found["data"] == {"sts": "structure", "documents": "demo"} and found["average"] is None
 
 
