@@ -78,7 +78,8 @@ def check_ray_directory() -> None:
         raise ConfigError(
             f"{variable} is {directory!r}, in which the paths of Ray's sockets would take {length} characters; Linux "
             f"takes {SOCKET_BYTES}.",
-            "Set the environment variable RAY_TMPDIR to a short directory: RAY_TMPDIR=/tmp/r",
+            "Set the environment variable RAY_TMPDIR to a short directory of your own: "
+            "export RAY_TMPDIR=$(mktemp -d /tmp/rXXXXXX)",
         )
 
 

@@ -105,14 +105,15 @@ def test_a_temporary_directory_too_long_for_sockets_is_refused(monkeypatch: pyte
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setenv("TMPDIR", "/scratch/" + "n" * 60)
-    with pytest.raises(ConfigError, match=r"^TMPDIR is '/scratch/n+', .* takes 107.*RAY_TMPDIR=/tmp/r$"):
+    remedy = r"RAY_TMPDIR=\$\(mktemp -d /tmp/rXXXXXX\)$"
+    with pytest.raises(ConfigError, match=rf"^TMPDIR is '/scratch/n+', .* takes 107.*{remedy}"):
         cluster.check_ray_directory()
     result = CliRunner().invoke(cli.app, ["train", "c.yaml", "--set", "runtime.num_workers=1"])
-    assert result.exit_code == 2 and "RAY_TMPDIR=/tmp/r" in result.stderr
+    assert result.exit_code == 2 and "RAY_TMPDIR=$(mktemp" in result.stderr
     arguments = ["encode", "bert", "c.yaml", "-o", "o.parquet", "--workers", "1"]
     result = CliRunner().invoke(cli.app, arguments)
-    assert result.exit_code == 2 and "RAY_TMPDIR=/tmp/r" in result.stderr and "o.parquet" not in result.stderr
-    monkeypatch.setenv("RAY_TMPDIR", "/tmp/r")
+    assert result.exit_code == 2 and "RAY_TMPDIR=$(mktemp" in result.stderr and "o.parquet" not in result.stderr
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/rXXXXXX")
     cluster.check_ray_directory()
     monkeypatch.setenv("RAY_TMPDIR", "/tmp/" + "ü" * 30)
     with pytest.raises(ConfigError, match=r"^RAY_TMPDIR is"):

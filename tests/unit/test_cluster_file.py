@@ -17,6 +17,7 @@ from clusterns_ray.errors import ConfigError
 from clusterns_ray.launch import preemption as spot
 from clusterns_ray.ops.cluster_lint import check_cluster_file
 from clusterns_ray.ops.cluster_lint.common import pinned_versions
+from clusterns_ray.ops.cluster_lint.launcher import START_WATCHER
 
 ROOT = Path(__file__).parents[2]
 FILES = {
@@ -190,13 +191,15 @@ def test_what_every_shell_knows_is_written_once(name: str, tmp_path: Path) -> No
     said = subprocess.run(["/bin/bash", "-c", asked], env=env, check=True, capture_output=True, text=True, timeout=20)
     mode, local, path = said.stdout.split()
     assert (mode, path) == ("token", f"{tmp_path}/venv/bin:{tmp_path}/.local/bin:/bin")
-    assert local == {"aws": "/opt/dlami/nvme/clusterns", "gcp": "/var/tmp/clusterns"}[name]
+    assert local == {"aws": "/opt/dlami/nvme/clusterns", "gcp": f"{tmp_path}/clusterns-local"}[name]
     assert len((tmp_path / ".bashrc").read_text().splitlines()) == 4
 
 
 def test_the_watcher_understands_its_options() -> None:
     for name in ("aws", "gcp"):
-        words = SHIPPED[name][0]["worker_start_ray_commands"][2].split()
+        command = SHIPPED[name][0]["worker_start_ray_commands"][2]
+        assert command.replace(f" --provider {name}", "") == START_WATCHER, "what the remedy says is what is shipped"
+        words = command.split()
         options = words[words.index("clusterns_ray.launch.preemption") + 1 : words.index(">>")]
         assert spot.parse(options).provider == name
     for group in SHIPPED["kubernetes"][0]["spec"]["workerGroupSpecs"]:

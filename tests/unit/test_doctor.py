@@ -254,7 +254,7 @@ def test_a_temporary_directory_too_long_for_rays_sockets(
     result, found = doctor("--set", "runtime.num_workers=1")
     finding = found["Ray's directory"]
     assert result.exit_code == 1 and finding.level == "problem"
-    assert "takes 107" in finding.value and finding.remedy.endswith("RAY_TMPDIR=/tmp/r")
+    assert "takes 107" in finding.value and finding.remedy.endswith("RAY_TMPDIR=$(mktemp -d /tmp/rXXXXXX)")
     assert "Ray's directory" not in doctor("--set", "runtime.num_workers=0")[1]
 
 

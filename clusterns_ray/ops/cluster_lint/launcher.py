@@ -23,6 +23,9 @@ from clusterns_ray.ops.doctor.findings import Finding, problem, warning
 
 LONG_IDLE_MINUTES = 60
 
+START_WATCHER = f"nohup flock -n ~/clusterns-spot.lock python -m {WATCHER} >> ~/clusterns-spot.log 2>&1 < /dev/null &"
+"""The command that the shipped files have, there with ``--provider``: one watcher at a time, in the background."""
+
 _AUTH_MODE = re.compile(r"RAY_AUTH_MODE=[\"']?(\w*)")
 
 
@@ -130,10 +133,10 @@ def _check_spot(given: Mapping[str, Any], config: Mapping[str, Any]) -> Iterable
     watchers = [command for command in _commands(config, key) if WATCHER in command]
     if spot and not watchers:
         value = f"nothing watches for the notice that a spot machine is taken away ({', '.join(spot)})"
-        yield problem(key, value, f"Start the watcher: nohup python -m {WATCHER} > /tmp/spot.log 2>&1 < /dev/null &")
+        yield problem(key, value, f"Start the watcher: {START_WATCHER}")
     if any(not command.rstrip().endswith("&") for command in watchers):
         value = "the spot watcher is not in the background, so that the node's start would never end"
-        yield problem(key, value, "End the command with &: nohup ... > /tmp/spot.log 2>&1 < /dev/null &")
+        yield problem(key, value, f"End the command with &: {START_WATCHER}")
 
 
 def _check_versions(config: Mapping[str, Any], pinned: Mapping[str, str]) -> Iterable[Finding]:
