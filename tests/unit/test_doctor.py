@@ -180,6 +180,8 @@ def test_nothing_listens_at_ray_address(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_wrong_request(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["doctor", str(tmp_path / "none.yaml")])
     assert result.exit_code == 2 and "No such file" in result.output
+    result = CliRunner().invoke(app, ["doctor", "s3://bucket/run.yaml"])
+    assert result.exit_code == 2 and "error: CONFIG 's3:" in result.output and "--cluster" not in result.output
     result = CliRunner().invoke(app, ["doctor", "--json", str(tmp_path / "no" / "where.json")])
     assert result.exit_code == 2 and "--json" in result.output
 

@@ -59,9 +59,9 @@ def examine(
     Raises:
         ConfigError: there is no such file. What is wrong *in* it is a finding.
     """
-    for file in (path, cluster_file):
+    for key, file in (("CONFIG", path), ("--cluster", cluster_file)):
         if file is not None:
-            check_regular_file("CONFIG" if file is path else "--cluster", check_path("--cluster", file, ()))
+            check_regular_file(key, check_path(key, file, ()))
     return _findings(path, tuple(overrides), load_study, cluster_file, time.monotonic() + deadline_s)
 
 
