@@ -52,7 +52,7 @@ def readable_errors(resumption: str = "") -> Iterator[None]:
         typer.echo(printable(f"failed: {error}"), err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        again = f" The same command goes on {resumption}." if resumption else " Nothing was written."
+        again = f" The same command goes on {resumption}." if resumption else ""
         typer.echo("Interrupted." + again, err=True)
         raise typer.Exit(1) from None
     except (typer.Exit, typer.Abort, BrokenPipeError):  # typer has its own way with them
@@ -61,7 +61,7 @@ def readable_errors(resumption: str = "") -> Iterator[None]:
         if os.environ.get("CLUSTERNS_TRACEBACK") == "1":
             raise
         again = f" Then the same command goes on {resumption}." if resumption else ""
-        typer.echo(f"failed: {describe_unexpected(error, again)}", err=True)
+        typer.echo(printable(f"failed: {describe_unexpected(error, again)}"), err=True)
         raise typer.Exit(1) from None
 
 

@@ -501,6 +501,9 @@ def test_an_interrupted_job_says_how_to_go_on(
     result = clusterns("train", config_file)
     assert result.exit_code == 1
     assert "newest checkpoint" in result.stderr and "Traceback" not in result.output
+    monkeypatch.setattr("clusterns_ray.data.prepare.prepare", interrupt)
+    result = clusterns("prepare", config_file)
+    assert result.exit_code == 1 and result.stderr.splitlines()[-1] == "Interrupted.", "tokens may have been written"
 
 
 def test_invented_sentences_are_different() -> None:
