@@ -211,9 +211,16 @@ class Check:
         """Kernels of a step and the time they take, the most memory, and where the host waits for the GPU."""
         if not self.on_gpu:
             return {}
+        torch.cuda.reset_peak_memory_stats()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
             self.seconds(step, 1, warm=0)
-        spans = [event.time_range.elapsed_us() for event in profiler.events() or () if event.device_type.name == "CUDA"]
+        # A span of Python code, such as AdamW's step, holds kernels that are counted already.
+        kernels = [
+            event
+            for event in profiler.events() or ()
+            if event.device_type.name == "CUDA" and not event.is_user_annotation
+        ]
+        spans = [event.time_range.elapsed_us() for event in kernels]
         torch.cuda.set_sync_debug_mode("warn")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
