@@ -28,7 +28,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS need not repeat its sums
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
