@@ -342,12 +342,12 @@ def search(
         on_event = progress_view(sys.stderr)
         try:
             resolve_model(model, lambda text: on_event({"event": "note", "text": text}))
-            found = SemanticIndex.build(
+            results = SemanticIndex.build(
                 model, corpus, index, text_column=text_column, limit=limit, rebuild=rebuild, on_event=on_event
             ).search(queries, k)
         finally:
             on_event.close()
-        for query, hits in zip(queries, found):
+        for query, hits in zip(queries, results):
             typer.echo((hits_as_json if as_json else hits_as_text)(query, hits))
 
 

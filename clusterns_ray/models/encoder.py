@@ -255,15 +255,15 @@ class Encoder(nn.Module):
         """
         packs = self.packs and self.device.type == "cpu" and can_pack(self.backbone)
         pooled = self._pooled_packed(batches) if packs else map(self._pooled, batches)
-        found = []
+        embeddings = []
         for batch, z_BD in zip(batches, pooled, strict=True):
             if self.denoise:
                 if packs and batch.dropout_key is not None:  # else it was seeded for the batch itself
                     torch.manual_seed(batch.dropout_key)
                 lengths_B = batch.attention_mask_BT.sum(dim=1).repeat(batch.draws)
                 z_BD = z_BD - self.template_states(lengths_B, batch.view)
-            found.append(nn.functional.normalize(z_BD, dim=-1) if self.normalize else z_BD)
-        return found
+            embeddings.append(nn.functional.normalize(z_BD, dim=-1) if self.normalize else z_BD)
+        return embeddings
 
     def _pooled(self, batch: TokenBatch) -> Tensor:
         """Padded, by transformers."""

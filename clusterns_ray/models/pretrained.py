@@ -325,14 +325,14 @@ def _other_shapes(auto_class: Any, source: str, config: Any) -> list[str]:
         model = auto_class.from_config(config, trust_remote_code=False)
     prefix = f"{model.base_model_prefix}."
     expected = {name.removeprefix(prefix): list(value.shape) for name, value in model.state_dict().items()}
-    found = []
+    differing = []
     for path in sorted(Path(source).glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118  it is no mapping
                 wanted, shape = expected.get(name.removeprefix(prefix)), file.get_slice(name).get_shape()
                 if wanted is not None and wanted != shape:
-                    found.append(f"{name} is {shape} and not {wanted}")
-    return found
+                    differing.append(f"{name} is {shape} and not {wanted}")
+    return differing
 
 
 def _sentencepiece_lacks(source: str, text: str) -> list[str]:

@@ -188,7 +188,7 @@ class _Files:
 
         options = hub_options(self.source, self.revision)
         with loading(self.source, f"its {name}"):
-            found = cached_file(
+            file = cached_file(
                 self.source,
                 name,
                 revision=self.revision,
@@ -198,7 +198,7 @@ class _Files:
                 _raise_exceptions_for_gated_repo=True,
                 **options,
             )
-        return None if found is None else Path(found)
+        return None if file is None else Path(file)
 
     def check(self, file: str, values: Mapping[str, Any], supported: Mapping[str, Any], within: str = "") -> None:
         for key, value in values.items():

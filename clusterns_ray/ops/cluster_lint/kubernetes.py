@@ -15,19 +15,19 @@ from clusterns_ray.ops.doctor.findings import Finding, problem
 
 def check_documents(documents: Iterable[Mapping[str, Any]], pinned: Mapping[str, str]) -> list[Finding]:
     """The findings about RayCluster and RayJob documents; others may be with them."""
-    found: list[Finding] = []
+    findings: list[Finding] = []
     kinds = set()
     for document in documents:
         kind, spec = document.get("kind"), mapping(document.get("spec"))
         name = f"{kind}/{mapping(document.get('metadata')).get('name', '?')}"
         if kind == "RayCluster":
-            found += _check_cluster(name, spec, pinned)
+            findings += _check_cluster(name, spec, pinned)
         elif kind == "RayJob":
-            found += _check_job(name, spec, pinned)
+            findings += _check_job(name, spec, pinned)
         kinds.add(str(kind))
     if not kinds & {"RayCluster", "RayJob"}:
-        found.append(problem("kind", "there is no RayCluster and no RayJob", "See experiments/clusters/."))
-    return found
+        findings.append(problem("kind", "there is no RayCluster and no RayJob", "See experiments/clusters/."))
+    return findings
 
 
 def _check_job(name: str, spec: Mapping[str, Any], pinned: Mapping[str, str]) -> Iterable[Finding]:

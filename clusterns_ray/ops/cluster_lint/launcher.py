@@ -31,10 +31,10 @@ _AUTH_MODE = re.compile(r"RAY_AUTH_MODE=[\"']?(\w*)")
 
 def check_launcher(config: Mapping[str, Any], pinned: Mapping[str, str]) -> list[Finding]:
     """The findings about a file for ``ray up``."""
-    complete, found = _with_defaults(config)
+    complete, findings = _with_defaults(config)
     checks = (_check_counts, _check_idle, _check_auth, _check_spot)
     return [
-        *found,
+        *findings,
         *(finding for check in checks for finding in check(config, complete)),
         *_check_versions(complete, pinned),
     ]

@@ -119,12 +119,12 @@ def _findings(
 def _work(asked: Request | None, sizes: Sizes, cluster_file: Path | None) -> dict[str, Callable[[], Iterable[Finding]]]:
     """The checks that need no other machine, by what they are of."""
 
-    def silent(check: Callable[[], object], *found: Finding) -> Callable[[], Iterable[Finding]]:
+    def silent(check: Callable[[], object], *findings: Finding) -> Callable[[], Iterable[Finding]]:
         """A check that says something only where it refuses."""
 
         def work() -> Iterable[Finding]:
             check()
-            return found
+            return findings
 
         return work
 

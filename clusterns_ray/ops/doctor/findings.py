@@ -71,13 +71,13 @@ class Check:
 
         def run() -> None:
             try:
-                found = list(work())
+                findings = list(work())
             except ClusterNSError as error:
-                found = from_error(what, error)
+                findings = from_error(what, error)
             except Exception as error:  # whatever a library raises is a finding too, and the other checks go on
                 value = f"the check itself failed: {type(error).__name__}: {' '.join(str(error).split())[:400]}"
-                found = [problem(what, value, "Correct what it names; a run may meet the same.")]
-            self._outcome.append(found)
+                findings = [problem(what, value, "Correct what it names; a run may meet the same.")]
+            self._outcome.append(findings)
 
         # A daemon, as a file system that hangs cannot be interrupted.
         self._thread = threading.Thread(target=run, daemon=True, name=f"doctor {what}")

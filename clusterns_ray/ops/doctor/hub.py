@@ -118,7 +118,7 @@ def _lacking(directory: Path) -> str:
         "weights": any(file.endswith((".safetensors", ".bin")) for file in there),
         "tokenizer": bool(there & {"tokenizer.json", "vocab.txt", "vocab.json", "spiece.model"}),
     }
-    return " and ".join(f"no {part}" for part, found in parts.items() if not found)
+    return " and ".join(f"no {part}" for part, present in parts.items() if not present)
 
 
 def _elsewhere(name: str, reason: str) -> ConfigError:

@@ -156,20 +156,20 @@ def _failed(what: str, machine: Machine, outcome: Mapping[str, Any] | None, reme
 def check_storage(request: Request, cluster: Cluster) -> list[Finding]:
     """Whether every node writes and reads where the run lives, and sees there what the driver wrote."""
     path = request.config.runtime.storage_path
-    found = []
+    findings = []
     for machine in cluster.machines:
         for key, place in machine.facts.get("directories", {}).items():
             where = f"{machine.name}: {key} is {place['path']!r}, where"
             if place["error"]:
                 remedy = "Choose a directory that can be written on every node."
-                found.append(problem("storage", f"{where} nothing can be written ({place['error']})", remedy))
+                findings.append(problem("storage", f"{where} nothing can be written ({place['error']})", remedy))
             elif place["shared"] is False:
                 remedy = "Mount one file system there on every node, or set runtime.storage_path to s3://BUCKET/PREFIX."
-                found.append(problem("storage", f"{where} it does not see what the driver wrote", remedy))
-        found += _failed("storage", machine, machine.facts.get("store"))
+                findings.append(problem("storage", f"{where} it does not see what the driver wrote", remedy))
+        findings += _failed("storage", machine, machine.facts.get("store"))
     answered = [machine for machine in cluster.machines if machine.facts]
-    if found or not answered:
-        return found
+    if findings or not answered:
+        return findings
     several = f" on all of {len(answered)} nodes" if len(answered) > 1 else ""
     kind = "object store, " if is_url(path) else "one directory, " if several else ""
     return [ok("storage", f"{path}: {kind}written and read{several}")]
@@ -246,28 +246,28 @@ def check_resources(request: Request, cluster: Cluster) -> list[Finding]:
 def check_gpus(request: Request | None, cluster: Cluster) -> list[Finding]:
     """Driver, torch, NCCL: what was tried on the nodes that are up, and whether what is asked for can be there."""
     wanted = None if request is None else request.config.runtime.use_gpu
-    found = []
+    findings = []
     for machine in cluster.machines:
         seen, torch = machine.facts.get("gpus") or [], machine.facts.get("torch")
         if torch is None:
             continue
         remedy = "Install torch and the GPU's driver as constraints.txt has them; `nvidia-smi` tells of the driver."
-        found += _failed("GPU" if seen else "torch", machine, torch, remedy)
+        findings += _failed("GPU" if seen else "torch", machine, torch, remedy)
         if torch["error"]:
             continue
         value = torch["value"]
         if value["gpus"]:
             driver = seen[0]["driver"] if seen else "unknown"
             text = f"{len(value['gpus'])} x {value['gpus'][0]}, driver {driver}, CUDA {value['cuda']}"
-            found.append(ok("GPU", f"{machine.name}: {text}, NCCL {value['nccl']}"))
+            findings.append(ok("GPU", f"{machine.name}: {text}, NCCL {value['nccl']}"))
         elif (seen or machine.resources.get("GPU")) and wanted is not False:
             names = ", ".join(gpu["name"] for gpu in seen) or "none that nvidia-smi tells of"
             built = f"for CUDA {value['cuda']}" if value["cuda"] else "without CUDA"
             text = f"{machine.name}: torch sees no GPU ({names}; torch is built {built})"
             remedy = "Install a torch with CUDA and a driver for it, or set runtime.use_gpu to false."
-            found.append((problem if wanted or machine.resources.get("GPU") else warning)("GPU", text, remedy))
-    if found:
-        return found
+            findings.append((problem if wanted or machine.resources.get("GPU") else warning)("GPU", text, remedy))
+    if findings:
+        return findings
     if wanted is not False and (names := cluster.capacity.gpu_types()):
         text = f"no node with one is up, so none was tried; the autoscaler starts {', '.join(names)}"
         return [ok("GPU", text)]
@@ -284,9 +284,9 @@ def check_faiss(cluster: Cluster) -> list[Finding]:
     """Whether K-means runs, and in what."""
     remedy = "Install it again (pip install --force-reinstall faiss-cpu), or uninstall it: torch then does its work."
     outcomes = [(machine, machine.facts.get("kmeans")) for machine in cluster.machines]
-    found = [each for machine, outcome in outcomes for each in _failed("faiss", machine, outcome, remedy)]
+    findings = [each for machine, outcome in outcomes for each in _failed("faiss", machine, outcome, remedy)]
     used = sorted({outcome["value"] for _, outcome in outcomes if outcome and not outcome["error"]})
-    return found or ([ok("faiss", f"K-means runs in {' and '.join(used)}")] if used else [])
+    return findings or ([ok("faiss", f"K-means runs in {' and '.join(used)}")] if used else [])
 
 
 # ---- room -----------------------------------------------------------------------------------------------------------
@@ -314,15 +314,15 @@ def check_memory(request: Request, cluster: Cluster, sizes: Sizes) -> list[Findi
             return [ok("memory", f"{each}; no GPU is up to compare it with")]
         return [_fits("memory", total, min(there), min(there), each, "the smallest GPU", remedy)]
     worker = {"CPU": float(config.runtime.cpus_per_worker)}
-    found = []
+    findings = []
     for machine in cluster.machines:
         memory = machine.facts.get("memory")
         running = request.fewest * request.concurrent
         here = min(running, workers_on(worker, machine.resources)) if request.on_ray else 1
         if memory is not None and here:
             text = each if here == 1 else f"{each}, {here} of them"
-            found.append(_fits("memory", here * total, memory["total"], memory["free"], text, machine.name, remedy))
-    return _worst(found)
+            findings.append(_fits("memory", here * total, memory["total"], memory["free"], text, machine.name, remedy))
+    return _worst(findings)
 
 
 def check_disk(request: Request, cluster: Cluster, sizes: Sizes) -> list[Finding]:
@@ -333,7 +333,7 @@ def check_disk(request: Request, cluster: Cluster, sizes: Sizes) -> list[Finding
     run, tokens = run_bytes(sizes.model, config) * request.concurrent, int(TOKENS * (sizes.text_bytes or 0))
     kept = f"{config.runtime.keep} + 1 checkpoints of {size_text(checkpoint_bytes(sizes.model, config))}"
     tokens_key = "data.cache_dir" if config.data.cache_dir else "runtime.storage_path"
-    found = []
+    findings = []
     for machine in cluster.machines or [Machine("this machine", facts=cluster.driver)]:
         for key, place in machine.facts.get("directories", {}).items():
             need = run * (key != "data.cache_dir") + tokens * (key in (tokens_key, "runtime.local_path"))
@@ -341,8 +341,8 @@ def check_disk(request: Request, cluster: Cluster, sizes: Sizes) -> list[Finding
                 text = f"about {size_text(need)} ({kept}, and {size_text(tokens)} of prepared text)"
                 remedy = f"Free some, lower runtime.keep ({config.runtime.keep}), or choose another {key}."
                 where = f"{machine.name}, {place['path']}"
-                found.append(_fits("disk", need, place["free"], place["free"], text, where, remedy))
-    return _worst(found)
+                findings.append(_fits("disk", need, place["free"], place["free"], text, where, remedy))
+    return _worst(findings)
 
 
 def _fits(what: str, need: float, total: float, free: float, text: str, where: str, remedy: str) -> Finding:
@@ -353,9 +353,9 @@ def _fits(what: str, need: float, total: float, free: float, text: str, where: s
     return ok(what, f"{text}; {where} has {size_text(free)} free")
 
 
-def _worst(found: list[Finding]) -> list[Finding]:
+def _worst(findings: list[Finding]) -> list[Finding]:
     """What is not ok, else one that stands for all."""
-    return [finding for finding in found if finding.level != "ok"] or found[:1]
+    return [finding for finding in findings if finding.level != "ok"] or findings[:1]
 
 
 def _is_loopback(address: str) -> bool:

@@ -122,20 +122,20 @@ def _torch() -> dict[str, Any]:
     import torch
     from torch.cuda import nccl
 
-    found: dict[str, Any] = {"cuda": torch.version.cuda, "gpus": [], "nccl": None}
+    answer: dict[str, Any] = {"cuda": torch.version.cuda, "gpus": [], "nccl": None}
     if not torch.cuda.is_available():
-        return found
+        return answer
     count = torch.cuda.device_count()
     tensors = [torch.ones(256, 256, device=f"cuda:{number}") for number in range(count)]
     for number, tensor in enumerate(tensors):
         if float((tensor @ tensor)[0, 0]) != 256.0:
             raise RuntimeError(f"GPU {number} multiplies wrongly")
-        found["gpus"].append(torch.cuda.get_device_name(number))
+        answer["gpus"].append(torch.cuda.get_device_name(number))
     nccl.all_reduce(tensors)
     if any(float(tensor[0, 0]) != count for tensor in tensors):
         raise RuntimeError(f"NCCL adds up wrongly over {count} GPUs")
-    found["nccl"] = ".".join(map(str, nccl.version()))
-    return found
+    answer["nccl"] = ".".join(map(str, nccl.version()))
+    return answer
 
 
 def _kmeans() -> str:

@@ -117,14 +117,12 @@ def check_corpus(config: Config, sizes: Sizes) -> Iterable[Finding]:
     sizes.text_bytes = size * (COMPRESSION if any(each.path.lower().endswith(packed) for each in sources) else 1)
     check_batch(config, most_rows(config))
     limit = min(max(SAMPLE_ROWS, config.train.global_batch_size), config.data.limit or 2**53)
-    found = sum(
-        1 for _ in read_sentences(corpus, text_column=config.data.text_column, limit=limit, counts=ReadCounts())
-    )
-    if not found:
+    rows = sum(1 for _ in read_sentences(corpus, text_column=config.data.text_column, limit=limit, counts=ReadCounts()))
+    if not rows:
         raise ConfigError(f"data.corpus is {corpus!r}, which holds no text.", "Give a file with a sentence a line.")
-    if found < limit:
-        check_batch(config, found)
-    text = f"{count_text(len(sources), 'source')}, {size_text(size)}; the first {found:,} sentences were read"
+    if rows < limit:
+        check_batch(config, rows)
+    text = f"{count_text(len(sources), 'source')}, {size_text(size)}; the first {rows:,} sentences were read"
     yield ok("corpus", text)
 
 

@@ -122,11 +122,11 @@ def memory(work: Workload, workers: int, *, gpu: bool) -> dict[str, int]:
     ``bank``: that of the corpus, where there is one; on a CPU a memory-mapped file.
     """
     train, width = work.config.train, work.size.width
-    found = asdict(worker_memory(work.size, held_shards(train, workers) * workers, workers, gpu=gpu))
-    found["keys"] = FLOAT * train.global_batch_size * width * (3 if workers > 1 else 1)
-    found["clusters"] = 4 * FLOAT * work.config.clustering.num_clusters * width
-    found["bank"] = bank_bytes(work.size, work.config)
-    return {**found, "total": sum(found.values())}
+    parts = asdict(worker_memory(work.size, held_shards(train, workers) * workers, workers, gpu=gpu))
+    parts["keys"] = FLOAT * train.global_batch_size * width * (3 if workers > 1 else 1)
+    parts["clusters"] = 4 * FLOAT * work.config.clustering.num_clusters * width
+    parts["bank"] = bank_bytes(work.size, work.config)
+    return {**parts, "total": sum(parts.values())}
 
 
 def step_seconds(work: Workload, workers: int, machine: Machine) -> dict[str, float] | None:
@@ -151,20 +151,20 @@ def step_seconds(work: Workload, workers: int, machine: Machine) -> dict[str, fl
 
 def _assumptions(work: Workload, machine: Machine) -> list[str]:
     config, network = work.config, machine.network
-    found = [
+    lines = [
         "The global batch is the same for any number of workers, as the result depends on it; they divide its shards.",
         "Memory is for rows of the greatest length; a step is one after clustering has started.",
     ]
     if machine.flops is None:
-        return [*found, "No times: give --tflops, what a worker gets done."]
-    found.append(
+        return [*lines, "No times: give --tflops, what a worker gets done."]
+    lines.append(
         f"A worker gets {machine.flops / 1e12:g} TFLOP/s of matrix products done, as given. Left out: start-up, "
         "choosing rows, clipping, AdamW, dev evaluations and checkpoints."
     )
     if network is None:
-        found.append("No times for several workers: give --bandwidth, and --latency.")
+        lines.append("No times for several workers: give --bandwidth, and --latency.")
     else:
-        found.append(
+        lines.append(
             f"Between any two workers {bytes_text(network.bandwidth)}/s and {1e6 * network.latency:g} us a message, by "
             + (
                 "NCCL's paths; gradients go out while the last shard's backward pass runs."
@@ -173,9 +173,9 @@ def _assumptions(work: Workload, machine: Machine) -> list[str]:
             )
         )
     if bank_bytes(work.size, config):
-        found.append("Left out: filling the bank of the corpus, K-means over it, and encoding its rows anew.")
+        lines.append("Left out: filling the bank of the corpus, K-means over it, and encoding its rows anew.")
     if config.train.max_steps is not None:
-        found.append(f"An epoch is a whole pass; train.max_steps ends a run after {config.train.max_steps:,} steps.")
+        lines.append(f"An epoch is a whole pass; train.max_steps ends a run after {config.train.max_steps:,} steps.")
     if machine.price is not None:
-        found.append(f"Cost: {machine.price:g} a worker and hour, as given.")
-    return found
+        lines.append(f"Cost: {machine.price:g} a worker and hour, as given.")
+    return lines

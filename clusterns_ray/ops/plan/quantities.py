@@ -37,12 +37,12 @@ def read_quantity(option: str, text: str) -> float:
     """
     units = {unit.lower(): scale for unit, scale in UNITS[option].items()}
     # Of bits and bytes, the letter's case tells one from the other; elsewhere it does not matter.
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)\s*([A-Za-z/]+)\s*", text)
-    unit = found[2].replace("bps", "bit/s").replace("b/s", "bit/s") if found else ""
-    if not found or unit.lower() not in units or not 1e-12 <= float(found[1]) <= 1e12:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)\s*([A-Za-z/]+)\s*", text)
+    unit = match[2].replace("bps", "bit/s").replace("b/s", "bit/s") if match else ""
+    if not match or unit.lower() not in units or not 1e-12 <= float(match[1]) <= 1e12:
         remedy = f"Give a number above 0 with its unit, such as {EXAMPLES[option]}."
         raise ConfigError(f"{option} is {text[:100]!r}.", remedy)
-    return float(found[1]) * units[unit.lower()]
+    return float(match[1]) * units[unit.lower()]
 
 
 def bytes_text(count: float) -> str:

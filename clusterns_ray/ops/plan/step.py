@@ -186,26 +186,26 @@ def step_exchanges(
         encoded_anew: rows of the bank, besides those of the batch.
         counted: whether the bank's false negatives have to be, as the loss divides by their number.
     """
-    found = [
+    exchanges = [
         gradient_exchange(trained),
         Exchange("keys", "all_gather", FLOAT * batch * width),
         # Summed whole, as gloo has no reduce-scatter in every version: each worker takes its rows of it.
         Exchange("gradients of keys", "all_reduce", FLOAT * batch * width),
     ]
     if clusters and negatives is not None:
-        found += [
+        exchanges += [
             Exchange("clusters of rows", "all_gather", INDEX * batch * (1 + negatives)),
             Exchange("rows of the bank", "all_gather", FLOAT * batch * width),
         ]
-        found += [Exchange("rows encoded anew", "all_reduce", FLOAT * encoded_anew * width)] if encoded_anew else []
-        found += [Exchange("false negatives", "all_reduce", INDEX)] if counted else []
+        exchanges += [Exchange("rows encoded anew", "all_reduce", FLOAT * encoded_anew * width)] if encoded_anew else []
+        exchanges += [Exchange("false negatives", "all_reduce", INDEX)] if counted else []
     elif clusters:
-        found += [
+        exchanges += [
             Exchange("cluster sums", "all_reduce", FLOAT * clusters * (width + 1)),
             Exchange("clusters of rows", "all_gather", INDEX * batch * 2),
         ]
-    found += [Exchange("the teacher's embeddings", "all_gather", FLOAT * batch * teacher)] if teacher else []
-    return [*found, Exchange("masked tokens", "all_reduce", FLOAT)] if mlm else found
+    exchanges += [Exchange("the teacher's embeddings", "all_gather", FLOAT * batch * teacher)] if teacher else []
+    return [*exchanges, Exchange("masked tokens", "all_reduce", FLOAT)] if mlm else exchanges
 
 
 def exposed_seconds(
