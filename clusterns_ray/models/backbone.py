@@ -28,7 +28,7 @@ TRIAL = list(range(6, 14))
 def load_config(
     source: str, *, revision: str | None = None, num_layers: int | None = None, dropout: float | None = None
 ) -> Any:
-    """The transformers configuration of a directory or of the hub, with so many layers and such dropout.
+    """The transformers configuration of a directory or of the hub, with ``num_layers`` and ``dropout`` where given.
 
     Raises:
         ConfigError: it cannot be loaded, or has fewer layers than asked for.
@@ -70,7 +70,7 @@ def load_transformer(
     """
     tokenizer = load_tokenizer(source, revision=revision)
     config = load_config(source, revision=revision, num_layers=num_layers, dropout=dropout)
-    # A checkpoint may lack a pooler (a masked language model has none): its draw must not differ by worker.
+    # A checkpoint may lack a pooler (a masked language model has none), which is then drawn, the same on every worker.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         backbone, missing = load_weights(
@@ -120,7 +120,7 @@ def masked_language_model_class(config: Any, source: str) -> Any:
 
 def load_language_model(source: str, backbone: Any, *, revision: str | None = None) -> tuple[Any, list[str]]:
     """The masked language model of ``source`` around ``backbone``, whose weights it shares, and the names of the
-    weights of its head that the files lack: these are drawn, alike everywhere.
+    weights of its head that the files lack: these are drawn at random, the same on every worker.
 
     Raises:
         ConfigError: the architecture has none.
@@ -150,7 +150,7 @@ def _shorten(config: Any, num_layers: int | None, source: str) -> None:
         )
     try:
         config.num_hidden_layers = num_layers
-    except NotImplementedError:
+    except NotImplementedError:  # what transformers raises where the number follows from other keys, as in a Funnel
         raise ConfigError(
             f"encoder.num_layers is {num_layers}, but a {config.model_type} such as {source} cannot be shortened.",
             "Leave it unset.",
@@ -197,7 +197,8 @@ def sample_model(config: Any) -> Any:
         smaller["layer_types"] = config.layer_types[:1]
     for key, value in smaller.items():
         if hasattr(config, key):
-            with suppress(NotImplementedError, AttributeError):  # some architectures derive it from other values
+            # What transformers raises where the value follows from other keys, as in a Funnel; it then stays as it is.
+            with suppress(NotImplementedError, AttributeError):
                 setattr(config, key, value)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -227,7 +228,7 @@ def has_decoder(backbone: Any) -> bool:
 
 
 def is_causal(backbone: Any) -> bool:
-    """Whether a token's state tells nothing of the tokens behind it; found by changing the last one."""
+    """Whether a token's state does not depend on the tokens behind it; tried by changing the last one."""
     training = backbone.training
     first_BD = _states(backbone.eval(), [TRIAL, [*TRIAL[:-1], TRIAL[-1] + 1]])[:, 0]
     backbone.train(training)
@@ -283,8 +284,8 @@ def first_position(backbone: Any) -> int:
 def longest_input(backbone: Any, tokenizer: Any) -> int | None:
     """Tokens the model can read at once, or None where neither it nor its tokenizer says.
 
-    A table of positions has so many rows, less those before the first token's; without one (rotary or relative
-    positions) it is the length that config.json states.
+    With a table of positions it is the number of its rows, less those before the first token's; without one (rotary or
+    relative positions) it is the length that config.json states.
     """
     limits = [
         table.num_embeddings - max(getattr(table, "offset", 0), _behind_padding(table))

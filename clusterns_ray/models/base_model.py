@@ -11,14 +11,14 @@ from clusterns_ray.models.resolve import local_model_config, resolve_model
 from clusterns_ray.models.settings import read_settings
 
 BIDIRECTIONAL = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "mpnet", "albert", "electra")
-"""Architectures known to read both ways; of others a small sample is tried, which needs torch."""
+"""Architectures known to read both ways. For any other a small sample is tried, which needs torch."""
 
 
 def choose_pooling(chosen: str | None, own: str | None, default: str, is_causal: Callable[[], bool], name: str) -> str:
-    """The pooling asked for, or the model's own, or ``last`` of a causal model and ``default`` of another.
+    """The pooling asked for, or the model's own, or ``last`` for a causal model and ``default`` for any other.
 
     Raises:
-        ConfigError: the first token of a causal model, which is the same for all sentences.
+        ConfigError: ``cls`` with a causal model, whose first token is the same for all sentences.
     """
     pooling = chosen or own
     if pooling not in (None, "cls") or not is_causal():
@@ -27,13 +27,14 @@ def choose_pooling(chosen: str | None, own: str | None, default: str, is_causal:
         return "last"
     raise ConfigError(
         f"encoder {name!r}: pooling is cls, but the model is causal: its first token is read before the rest, so all "
-        "sentences that begin alike would have one embedding.",
+        "sentences that begin with the same word would have the same embedding.",
         "Use last or mean.",
     )
 
 
 def complete_encoder(config: EncoderConfig) -> tuple[EncoderConfig, list[str]]:
-    """``config`` with the pooling and the prompt that it leaves to the model; and in words, where it differs from it.
+    """``config`` with the pooling and the prompt that it leaves to the model, and a sentence for each value in which it
+    differs from the model's own.
 
     Raises:
         ConfigError: the model cannot be read, cannot be trained, or cannot be pooled so.
@@ -57,25 +58,25 @@ def complete_encoder(config: EncoderConfig) -> tuple[EncoderConfig, list[str]]:
         backbone.check_dropout(changed, config.name)
     pooling = choose_pooling(config.pooling, own.pooling, "cls", is_causal, config.name)
     prompt = own.prompt if config.prompt is None else config.prompt
-    told = []
+    differences = []
     for key, chosen, theirs in (
         ("pooling", pooling, own.pooling or pooling),
         ("prompt", prompt, own.prompt),
         ("denoise", config.denoise, own.denoise),
     ):
         if chosen != theirs:
-            told.append(f"encoder.{key} is {chosen!r}, and {config.name}'s own is {theirs!r}.")
+            differences.append(f"encoder.{key} is {chosen!r}, and {config.name}'s own is {theirs!r}.")
     if own.similarity != "cosine":
-        told.append(
+        differences.append(
             f"{config.name} is meant to be compared by {own.similarity}; training, scores and the exported model use "
             "the cosine."
         )
-    return config.model_copy(update={"pooling": pooling, "prompt": prompt}), told
+    return config.model_copy(update={"pooling": pooling, "prompt": prompt}), differences
 
 
 def complete(config: Config, note: Callable[[str], None] = lambda text: None) -> Config:
-    """:func:`complete_encoder` of a whole configuration; ``note`` is told the differences."""
-    encoder, told = complete_encoder(config.encoder)
-    for text in told:
+    """:func:`complete_encoder` for a whole configuration; ``note`` is called with each difference."""
+    encoder, differences = complete_encoder(config.encoder)
+    for text in differences:
         note(text)
     return config.model_copy(update={"encoder": encoder})

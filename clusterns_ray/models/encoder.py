@@ -331,7 +331,7 @@ class Encoder(nn.Module):
 
     @staticmethod
     def _streams(batches: Sequence[TokenBatch]) -> Streams:
-        """Of each batch's random numbers, by its key or by one of torch's generator."""
+        """The streams of random numbers of the batches, each seeded by its key or by torch's generator."""
         keys = [batch.dropout_key for batch in batches]
         return Streams([int(torch.randint(2**63 - 1, ())) if key is None else key for key in keys])
 
@@ -349,7 +349,7 @@ class Encoder(nn.Module):
             self._weights = before
 
     def template_states(self, lengths_B: Tensor, view: int = 0) -> Tensor:
-        """States of the mask token of the template alone (B x D), at the positions that it has in rows of so many
+        """States of the mask token of the template alone (B x D), at the positions that it has in rows of ``lengths_B``
         tokens: what comes after the sentence stays behind it.
 
         Template denoising, after Jiang et al., "PromptBERT: Improving BERT Sentence Embeddings with Prompts", EMNLP
@@ -493,7 +493,7 @@ def longest_text(backbone: Any, tokenizer: Any, *prompts: str | None) -> int | N
 
 
 def autocast_dtype() -> torch.dtype:
-    """In which a CPU multiplies just now."""
+    """The precision in which a CPU multiplies at the moment."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
 
 
@@ -534,7 +534,7 @@ def pad(ids: Sequence[Sequence[int]], pad_token_id: int | None) -> tuple[Tensor,
 
 
 def length_batches(lengths: Sequence[int], batch_size: int) -> Iterator[np.ndarray]:
-    """Row numbers in batches of sentences alike in length, the longest first (so that memory fails early)."""
+    """Row numbers in batches of sentences of similar length, the longest first (so that memory runs out early)."""
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]

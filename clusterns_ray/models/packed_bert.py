@@ -58,7 +58,7 @@ class Linear(NamedTuple):
 
     @classmethod
     def of(cls, layers: Sequence[nn.Linear], dtype: torch.dtype) -> Linear:
-        """Of layers that read the same, as one."""
+        """Join the weights of layers that read the same states, so that one product computes them all."""
         weights: list[Tensor] = [layer.weight for layer in layers]
         biases: list[Tensor] = [layer.bias for layer in layers]
         weight = (weights[0] if len(layers) == 1 else torch.cat(weights)).to(dtype)

@@ -22,7 +22,7 @@ UNLIMITED = 1_000_000
 """Tokens that no text has: the length of a model that cuts none."""
 
 MOST_LAYERS = 1000
-"""More than any model has; a damaged config.json could ask for so many that making them would take hours."""
+"""More than any model has. A damaged config.json could ask for a number that takes hours to make."""
 
 NAMED = 3
 """Weights that a message names; it counts the others."""
@@ -233,9 +233,9 @@ def one_line(error: BaseException, length: int = 300) -> str:
 
 
 def hub_options(source: str, revision: str | None = None) -> dict[str, Any]:
-    """What ``from_pretrained`` is told besides of a model of the hub: to read its cache where the hub does not answer.
+    """Options of ``from_pretrained`` for a model of the hub, by which it reads the cache where the hub does not answer.
 
-    Its client tries each file for a minute; here the hub is asked once. HF_HUB_ETAG_TIMEOUT sets the seconds.
+    The hub's client tries each file for a minute; here the hub is asked once. HF_HUB_ETAG_TIMEOUT sets the seconds.
 
     Raises:
         ConfigError: the hub does not answer, and the model is not in its cache.
@@ -305,7 +305,7 @@ def _check_readable(source: str, config: Any) -> None:
 
 
 def _further_layers(model: Any, unexpected: Iterable[str]) -> list[str]:
-    """Of the weights that a model has no place for: those that are named as its layers are, with another number."""
+    """The weights that are named as the model's layers are, with another number, and for which it has no place."""
 
     def pattern(name: str) -> str:
         return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)

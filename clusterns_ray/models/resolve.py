@@ -29,7 +29,7 @@ def resolve_model(name: str, note: Callable[[str], None] = lambda text: None) ->
     once, so that all that is done with it is done with the same.
 
     Args:
-        note: told of a copy that is made.
+        note: called with a sentence on each copy that is made.
 
     Raises:
         ConfigError: the directory or the package is not there.

@@ -33,7 +33,7 @@ class PromptEncoder(Module):
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def tokenize(self, texts: list[str], **kwargs: Any) -> dict[str, Tensor]:
-        """As :meth:`preprocess`, which releases before 6 call by this name."""
+        """Do what :meth:`preprocess` does: releases before 6 call it by this name."""
         return self.preprocess(texts)
 
     def forward(self, features: dict[str, Tensor], **kwargs: Any) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ HIDDEN_STATE_POOLINGS = ("first_last", "top2")
 
 
 def model_digest(name: str) -> str:
-    """What tells one encoder from another: SHA-256 over its configuration, tokenizer and weights, wherever they are.
+    """The identity of an encoder: SHA-256 over its configuration, tokenizer and weights, wherever they are.
 
     A model of the hub is known by its name and commit.
 
@@ -27,7 +27,7 @@ def model_digest(name: str) -> str:
         name: as of ``Encoder.load``.
 
     Raises:
-        ConfigError: there is no such model, or the hub cannot tell its commit.
+        ConfigError: there is no such model, or its commit on the hub is not known.
     """
     source = resolve_model(name)
     digest = hashlib.sha256()

@@ -35,7 +35,8 @@ class ModelSettings:
 
     @property
     def other_similarity(self) -> str | None:
-        """By what embeddings are meant to be compared, where that is not the cosine nor, by unit length, as good as."""
+        """The similarity that embeddings are meant for, where it ranks otherwise than the cosine; None where it does
+        not, as with embeddings of unit length."""
         return None if self.similarity == "cosine" or self.normalize else self.similarity
 
 

@@ -1,1 +1,1 @@
-"""`clusterns plan`: what a run needs on so many workers, and how long it takes there, by a model of its step."""
+"""`clusterns plan`: what a run needs on each number of workers, and how long it takes, by a model of its step."""
