@@ -27,7 +27,7 @@ def choose_pooling(chosen: str | None, own: str | None, default: str, is_causal:
         return "last"
     raise ConfigError(
         f"encoder {name!r}: pooling is cls, but the model is causal: its first token is read before the rest, so all "
-        "sentences that begin with the same word would have the same embedding.",
+        "sentences that begin with the same token would have the same embedding.",
         "Use last or mean.",
     )
 

@@ -1,1 +1,1 @@
-"""What is looked at before a run costs anything: doctor, plan, and checks of cluster files."""
+"""Checks and plans before a run costs anything: doctor, plan, and the lint of cluster files."""

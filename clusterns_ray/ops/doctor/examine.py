@@ -31,7 +31,7 @@ from clusterns_ray.ops.doctor.node import PROBE, nearest_directory
 from clusterns_ray.ops.doctor.request import Request, Sizes
 
 DEADLINE_S = 55.0
-"""For everything."""
+"""Seconds for all checks together."""
 
 LoadStudy = Callable[[Path, Iterable[str]], Any]
 """``clusterns_ray.tuning.study.load_study``, given by whoever calls, as this layer is below that one."""
@@ -50,11 +50,11 @@ def examine(
     Args:
         path: a configuration or a study; without one only the machines are looked at.
         overrides: ``section.key=value``.
-        cluster_file: of Ray's cluster launcher or KubeRay, checked too.
-        deadline_s: in which all of it ends; what has not answered then is a finding.
+        cluster_file: a file for Ray's cluster launcher or KubeRay, which is checked too.
+        deadline_s: seconds for all of it; a check that has not answered by then is a finding.
 
     Returns:
-        Findings, as soon as they are there, always in the same order.
+        Findings, each as soon as it is known, always in the same order.
 
     Raises:
         ConfigError: there is no such file. What is wrong *in* it is a finding.
@@ -66,7 +66,7 @@ def examine(
 
 
 def verdict(findings: Iterable[Finding], seconds: float) -> str:
-    """The last line."""
+    """The last line: how many findings of each level there are, and whether a run may start."""
     levels = [finding.level for finding in findings]
     problems, warnings = levels.count("problem"), levels.count("warning")
     counts = f"{count_text(problems, 'problem')}, {count_text(warnings, 'warning')}, {levels.count('ok')} fine, in "
@@ -77,7 +77,7 @@ def verdict(findings: Iterable[Finding], seconds: float) -> str:
 
 
 def as_json(findings: list[Finding], seconds: float) -> str:
-    """All findings, for programs."""
+    """All findings and their counts as JSON, for programs."""
     levels = [finding.level for finding in findings]
     counts = {"problems": levels.count("problem"), "warnings": levels.count("warning"), "seconds": round(seconds, 1)}
     return json_text({**counts, "findings": [vars(finding) for finding in findings]})
@@ -117,10 +117,10 @@ def _findings(
 
 
 def _work(asked: Request | None, sizes: Sizes, cluster_file: Path | None) -> dict[str, Callable[[], Iterable[Finding]]]:
-    """The checks that need no other machine, by what they are of."""
+    """The checks that need no other machine, by the name under which their findings are shown."""
 
     def silent(check: Callable[[], object], *findings: Finding) -> Callable[[], Iterable[Finding]]:
-        """A check that says something only where it refuses."""
+        """A check that has something to say only where it refuses; else its findings are ``findings``."""
 
         def work() -> Iterable[Finding]:
             check()
@@ -175,7 +175,7 @@ def _inspect(asked: Request | None, deadline: float, facts: list[dict[str, Any]]
             "cpus": 1 if asked is None else asked.most * asked.concurrent * asked.config.runtime.cpus_per_worker,
             "state_api": asked is not None and asked.needs_state_api,
             "seconds": max(seconds - 10, seconds / 2),
-            "node": _of_node(None if asked is None else asked.config, on_ray, stack),
+            "node": _node_request(None if asked is None else asked.config, on_ray, stack),
         }
         # As a program and not as a module, whose directory Ray would put before others on the nodes.
         command = [sys.executable, "-c", "from clusterns_ray.ops.doctor.inspection import main; main()"]
@@ -190,7 +190,8 @@ def _inspect(asked: Request | None, deadline: float, facts: list[dict[str, Any]]
 
 
 def _output(process: subprocess.Popen[bytes], given: bytes, seconds: float) -> bytes:
-    """What the process writes until it ends; one that has not ended in time is told to, and then killed."""
+    """What the process writes until it ends; one that has not ended in time is terminated, and five seconds later
+    killed."""
     with suppress(subprocess.TimeoutExpired):
         return process.communicate(given, max(seconds, 0))[0]
     process.terminate()
@@ -200,9 +201,9 @@ def _output(process: subprocess.Popen[bytes], given: bytes, seconds: float) -> b
     return process.communicate()[0]
 
 
-def _of_node(config: Config | None, on_ray: bool, stack: ExitStack) -> dict[str, Any]:
-    """What each node is asked (see :func:`clusterns_ray.ops.doctor.node.describe`); files that show whether nodes
-    see one another's are written, and removed with ``stack``."""
+def _node_request(config: Config | None, on_ray: bool, stack: ExitStack) -> dict[str, Any]:
+    """The request that each node gets (see :func:`clusterns_ray.ops.doctor.node.describe`). The files by which nodes
+    show that they share a file system are written here, and removed when ``stack`` closes."""
     asked: dict[str, Any] = {"directories": {}, "tokens": {}, "store": None, "local_path": None, "model": None}
     if config is None:
         return asked

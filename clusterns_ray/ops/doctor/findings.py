@@ -19,16 +19,16 @@ class Finding:
     """The result of one check."""
 
     level: Level
-    """problem: a run would fail, or not be what was asked for; warning: it would run, and something should be known."""
+    """problem: a run would fail, or not be what was asked for; warning: it would run, but the user should know."""
     what: str
-    """was checked: `storage`, `versions`"""
+    """The name of the check: `storage`, `versions`."""
     value: str
-    """what was there"""
+    """What was there."""
     remedy: str = ""
-    """what to do, where it is not ok"""
+    """What to do, where it is not ok."""
 
     def text(self, width: int = 100) -> str:
-        """As lines of at most ``width`` characters."""
+        """The finding in lines of at most ``width`` characters."""
         label, indent = f"  {self.level:<8} {self.what:<14} ", " " * 26
         # A long name, such as the keys of a value in a cluster file, has a line of its own.
         head, first = (f"{label.rstrip()}\n", indent) if len(label) > len(indent) else ("", label)
@@ -93,7 +93,7 @@ class Check:
 
 
 def size_text(count: float) -> str:
-    """Bytes, as people write them."""
+    """A number of bytes as people write it, such as ``3 MiB``."""
     for unit in ("bytes", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}"

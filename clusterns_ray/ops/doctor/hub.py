@@ -22,10 +22,10 @@ ON_THE_HUB = "on the hub, to be downloaded"
 
 
 def find_model(name: str, revision: str | None = None) -> str:
-    """Where an encoder is, in words.
+    """Say where an encoder is: in a directory, in the hub's cache, or on the hub.
 
     Raises:
-        ConfigError: it is nowhere, or only a part of it is here and the hub cannot be asked for the rest.
+        ConfigError: it is in none of them, or only in part in the first two and the hub does not answer.
     """
     source = resolve_model(name)
     if os.path.isdir(source):
@@ -48,8 +48,8 @@ def find_model(name: str, revision: str | None = None) -> str:
     try:
         HfApi().model_info(source, revision=revision, timeout=TIMEOUT_S)
     except (RepositoryNotFoundError, RevisionNotFoundError):
-        value = f"encoder {name!r}: the hub has no such model, or none of revision {revision!r}."
-        raise ConfigError(value, "Correct encoder.name.") from None
+        value = f"encoder {name!r}: the hub has no such model" + (f" of revision {revision!r}." if revision else ".")
+        raise ConfigError(value, "Correct encoder.name" + (" or encoder.revision." if revision else ".")) from None
     except Exception as error:  # whatever the HTTP library of this version raises
         raise _elsewhere(name, f"{reason}, and {constants.ENDPOINT} does not answer ({_first_line(error)})") from None
     return ON_THE_HUB
@@ -57,10 +57,10 @@ def find_model(name: str, revision: str | None = None) -> str:
 
 @contextmanager
 def settings_of(name: str, revision: str | None = None) -> Iterator[str]:
-    """A directory with a hub model's configuration and tokenizer, and no weights; gone afterwards.
+    """A directory with a hub model's configuration and tokenizer, and no weights, which is removed afterwards.
 
     Raises:
-        ConfigError: they cannot be had.
+        ConfigError: they cannot be downloaded.
     """
     from huggingface_hub import snapshot_download
 
@@ -74,8 +74,8 @@ def settings_of(name: str, revision: str | None = None) -> Iterator[str]:
 
 
 def find_dataset(url: str) -> str | None:
-    """For ``hf://NAME[:split]`` or ``hf://OWNER/NAME/FILE``: None where only reading tells whether it is here, else
-    that the hub has it.
+    """Say that the hub has ``hf://NAME[:split]`` or ``hf://OWNER/NAME/FILE``; None where it is here, or where only
+    reading it shows whether it is.
 
     Raises:
         ConfigError: the hub has no such data set, or does not answer.
@@ -111,7 +111,7 @@ def find_dataset(url: str) -> str | None:
 
 
 def _lacking(directory: Path) -> str:
-    """What a model's directory lacks, in words; empty where it is whole."""
+    """What a model's directory does not hold, in words; empty where it is complete."""
     there = {path.name for path in directory.iterdir()}
     parts = {
         "config.json": "config.json" in there,

@@ -1,7 +1,7 @@
-"""The process that looks at this machine and at the Ray cluster, apart from the one that waits for it.
+"""A process of its own that looks at this machine and at the Ray cluster, so that the doctor can wait with a deadline.
 
 Ray tries for minutes where nothing answers, and may end its process; so may a broken GPU or faiss. Each answer is
-written as a line of JSON, so that what is known by then is known whatever comes.
+written as a line of JSON at once, so that those that came before are not lost with the process.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from clusterns_ray.errors import ClusterNSError
 from clusterns_ray.ops.doctor import node as one_node
 
-Tell = Callable[[dict[str, Any]], None]
+OnFact = Callable[[dict[str, Any]], None]
 
 
 def main() -> None:
@@ -27,30 +27,30 @@ def main() -> None:
     inspect(request, lambda fact: print(json.dumps(fact), file=out, flush=True))
 
 
-def inspect(request: dict[str, Any], tell: Tell) -> None:
+def inspect(request: dict[str, Any], on_fact: OnFact) -> None:
     """Look at this machine and, where ``request["ray"]``, at every node that is up.
 
     Args:
-        request: ``node``: as of :func:`node.describe`; ``ray``: whether to join or start Ray; ``cpus``: that
-            a Ray started here has at least; ``state_api``: whether it is needed; ``seconds``: for the nodes to answer.
-        tell: called with ``{"kind": ...}``: ``driver``, ``cluster`` or ``cluster_error``, then ``node``, twice for each
-            node: what ``describe`` returns, and what ``compute`` does.
+        request: ``node``: what :func:`node.describe` takes; ``ray``: whether to join or start Ray; ``cpus``: the fewest
+            that a Ray started here has; ``state_api``: whether it is needed; ``seconds``: for the nodes to answer.
+        on_fact: called with ``{"kind": ...}``: ``driver``, then ``cluster`` or ``cluster_error``, ``state_api``, and
+            ``node`` twice for each node: with what ``describe`` returns, and with what ``compute`` returns.
     """
-    tell({"kind": "driver", **one_node.describe(request["node"])})
+    on_fact({"kind": "driver", **one_node.describe(request["node"])})
     if not request["ray"]:
-        tell({"kind": "node", "node": "driver", **one_node.compute()})
+        on_fact({"kind": "node", "node": "driver", **one_node.compute()})
         return
     from clusterns_ray.launch.ray_cluster import connect
 
     try:
         with connect(request["cpus"], lambda text: None, dashboard=request["state_api"]):
-            _inspect_nodes(request, tell)
+            _inspect_nodes(request, on_fact)
     except (ClusterNSError, ConnectionError, RuntimeError, ValueError, OSError) as error:
         text = " ".join(str(getattr(error, "message", error)).split())[:600]
-        tell({"kind": "cluster_error", "error": text, "remedy": getattr(error, "remedy", "")})
+        on_fact({"kind": "cluster_error", "error": text, "remedy": getattr(error, "remedy", "")})
 
 
-def _inspect_nodes(request: dict[str, Any], tell: Tell) -> None:
+def _inspect_nodes(request: dict[str, Any], on_fact: OnFact) -> None:
     import ray
     import ray.cloudpickle
     from ray._private.authentication.authentication_utils import is_token_auth_enabled
@@ -61,7 +61,7 @@ def _inspect_nodes(request: dict[str, Any], tell: Tell) -> None:
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
     keys = {"id": "NodeID", "address": "NodeManagerAddress", "resources": "Resources"}
-    tell(
+    on_fact(
         {
             "kind": "cluster",
             "nodes": [{name: node[key] for name, key in keys.items()} for node in nodes],
@@ -78,7 +78,7 @@ def _inspect_nodes(request: dict[str, Any], tell: Tell) -> None:
         waiting[remote(one_node.describe).remote(request["node"])] = node["NodeID"]
         waiting[remote(one_node.compute).remote()] = node["NodeID"]
     deadline = time.monotonic() + request["seconds"]
-    tell({"kind": "state_api", "error": _state_api_error(min(request["seconds"], 20.0))})
+    on_fact({"kind": "state_api", "error": _state_api_error(min(request["seconds"], 20.0))})
     while waiting and time.monotonic() < deadline:
         for task in ray.wait(list(waiting), num_returns=1, timeout=1.0)[0]:
             node = waiting.pop(task)
@@ -86,7 +86,7 @@ def _inspect_nodes(request: dict[str, Any], tell: Tell) -> None:
                 answer = ray.get(task)
             except RayError as error:
                 answer = {"error": str(error).strip().splitlines()[-1][:500]}
-            tell({"kind": "node", "node": node, **answer})
+            on_fact({"kind": "node", "node": node, **answer})
 
 
 def _state_api_error(timeout_s: float) -> str | None:

@@ -16,10 +16,10 @@ from clusterns_ray.ops.doctor.request import Request, Sizes
 from clusterns_ray.ops.estimates import bank_bytes, checkpoint_bytes, held_shards, run_bytes, worker_memory
 
 NEARLY = 0.8
-"""Of what is free: what needs more than that share of it is warned of."""
+"""The share of what is free above which a need gives a warning."""
 
 TOKENS = 2.5
-"""Bytes of prepared text (tokens, and the text itself) for each byte of the corpus, about."""
+"""Approximate bytes of prepared text (tokens, and the text itself) for each byte of the corpus."""
 
 LOOK_AT_HEAD = "Look whether the head is up (`ray status`), can be reached from here, and has this version and token."
 
@@ -32,27 +32,27 @@ class Machine:
     address: str = "127.0.0.1"
     resources: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
-    """of ``node.describe`` and ``node.compute``; of one that did not answer, nothing"""
+    """What ``node.describe`` and ``node.compute`` returned there; empty where neither did."""
     failures: list[str] = field(default_factory=list)
-    """why it could not answer"""
+    """Why it could not answer."""
 
 
 @dataclass
 class Cluster:
-    """All answers."""
+    """The answers of all machines."""
 
     driver: dict[str, Any]
     machines: list[Machine]
     capacity: ClusterCapacity = field(default_factory=lambda: ClusterCapacity(()))
-    """what its nodes hold, and what its autoscaler may start"""
+    """What its nodes hold, and what its autoscaler may start."""
     authenticated: bool = True
     state_api_error: str | None = None
     joined: bool = False
-    """through RAY_ADDRESS; else Ray was started here, or is not needed"""
+    """Whether through RAY_ADDRESS; else Ray was started here, or is not needed."""
     on_ray: bool = False
-    """Ray answered"""
+    """Whether Ray answered."""
     error: ClusterNSError | None = None
-    """why Ray did not"""
+    """Why Ray did not."""
 
 
 def read_facts(lines: Iterable[Mapping[str, Any]], joined: bool) -> Cluster | None:
@@ -147,7 +147,7 @@ def check_versions(cluster: Cluster) -> Iterator[Finding]:
 
 
 def _failed(what: str, machine: Machine, outcome: Mapping[str, Any] | None, remedy: str = "") -> list[Finding]:
-    """The problem that a node has told of, see ``node.outcome``."""
+    """The problem that a node has reported, see ``node.outcome``."""
     if not outcome or not outcome["error"]:
         return []
     return [problem(what, f"{machine.name}: {outcome['error']}", outcome["remedy"] or remedy)]
@@ -209,7 +209,7 @@ def takes_gpu(request: Request, cluster: Cluster) -> bool:
     """Whether workers would take a GPU each, as a run decides it.
 
     Raises:
-        ConfigError: it is not set, and the cluster does not tell; a run would be refused.
+        ConfigError: it is not set, and cannot be derived from the cluster; a run would be refused.
     """
     if not request.on_ray:
         wanted = request.config.runtime.use_gpu
@@ -219,7 +219,7 @@ def takes_gpu(request: Request, cluster: Cluster) -> bool:
 
 
 def check_resources(request: Request, cluster: Cluster) -> list[Finding]:
-    """Whether the workers can ever start: what a run or a sweep refuses is refused here, in the same words."""
+    """Whether the workers can ever start; a request that a run or a sweep refuses is refused here in the same words."""
     if not request.on_ray:
         return []
     capacity = cluster.capacity
@@ -251,7 +251,7 @@ def check_gpus(request: Request | None, cluster: Cluster) -> list[Finding]:
         seen, torch = machine.facts.get("gpus") or [], machine.facts.get("torch")
         if torch is None:
             continue
-        remedy = "Install torch and the GPU's driver as constraints.txt has them; `nvidia-smi` tells of the driver."
+        remedy = "Install the torch of constraints.txt, and for a GPU a driver that fits it, which `nvidia-smi` shows."
         findings += _failed("GPU" if seen else "torch", machine, torch, remedy)
         if torch["error"]:
             continue
@@ -261,7 +261,7 @@ def check_gpus(request: Request | None, cluster: Cluster) -> list[Finding]:
             text = f"{len(value['gpus'])} x {value['gpus'][0]}, driver {driver}, CUDA {value['cuda']}"
             findings.append(ok("GPU", f"{machine.name}: {text}, NCCL {value['nccl']}"))
         elif (seen or machine.resources.get("GPU")) and wanted is not False:
-            names = ", ".join(gpu["name"] for gpu in seen) or "none that nvidia-smi tells of"
+            names = ", ".join(gpu["name"] for gpu in seen) or "nvidia-smi lists none"
             built = f"for CUDA {value['cuda']}" if value["cuda"] else "without CUDA"
             text = f"{machine.name}: torch sees no GPU ({names}; torch is built {built})"
             remedy = "Install a torch with CUDA and a driver for it, or set runtime.use_gpu to false."
@@ -281,7 +281,7 @@ def check_gpus(request: Request | None, cluster: Cluster) -> list[Finding]:
 
 
 def check_faiss(cluster: Cluster) -> list[Finding]:
-    """Whether K-means runs, and in what."""
+    """Whether K-means runs, and by which library."""
     remedy = "Install it again (pip install --force-reinstall faiss-cpu), or uninstall it: torch then does its work."
     outcomes = [(machine, machine.facts.get("kmeans")) for machine in cluster.machines]
     findings = [each for machine, outcome in outcomes for each in _failed("faiss", machine, outcome, remedy)]
@@ -354,7 +354,7 @@ def _fits(what: str, need: float, total: float, free: float, text: str, where: s
 
 
 def _worst(findings: list[Finding]) -> list[Finding]:
-    """What is not ok, else one that stands for all."""
+    """The findings that are not ok, else the first one, which stands for all."""
     return [finding for finding in findings if finding.level != "ok"] or findings[:1]
 
 

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("ray", "torch", "transformers", "clusterns-ray")
-"""Whose versions must be the same on every node: what a worker runs, and what it unpickles."""
+"""The packages that need the same version on every node: what a worker runs, and what it unpickles."""
 
 PROBE = ".clusterns-doctor-"
-"""How the files begin that are written to see whether they can be, and removed at once."""
+"""The prefix of files that are written to see whether that is possible, and removed at once."""
 
 
 def describe(request: dict[str, Any]) -> dict[str, Any]:
-    """What is known at once.
+    """What is known without computing anything.
 
     Args:
         request: ``directories``: key to absolute path, or None for what this machine itself chooses as the local copy
@@ -41,12 +41,13 @@ def describe(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def compute() -> dict[str, Any]:
-    """What only trying shows: whether torch computes, on each GPU and over NCCL between them, and K-means runs."""
+    """What only computing shows: whether torch works, on each GPU and over NCCL between them, and whether K-means
+    runs."""
     return {"torch": outcome(_torch), "kmeans": outcome(_kmeans)}
 
 
 def memory() -> dict[str, int]:
-    """Bytes of memory that processes here may have at most (the container's limit counts), and those now free."""
+    """Bytes of memory that processes here may use (the container's limit counts), and how many of them are free."""
     page = os.sysconf("SC_PAGE_SIZE")
     total, free = page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
     for line in _read("/proc/meminfo").splitlines():
@@ -64,7 +65,7 @@ def memory() -> dict[str, int]:
 
 
 def nvidia_smi() -> list[dict[str, Any]]:
-    """GPUs that the driver sees: name, bytes of memory, version of the driver; whether or not torch can use them."""
+    """The GPUs that the driver sees, whether or not torch can use them: name, bytes of memory, driver."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
     try:
         lines = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
@@ -78,7 +79,7 @@ def nvidia_smi() -> list[dict[str, Any]]:
 
 
 def nearest_directory(path: str) -> Path:
-    """``path``, or the nearest directory above it that is there: where it would be made."""
+    """``path``, or the nearest directory above it that exists, in which it would be made."""
     place = Path(path)
     return next((each for each in (place, *place.parents) if each.exists()), place)
 
@@ -156,7 +157,7 @@ def _kmeans() -> str:
 
 
 def outcome(work: Any, *arguments: Any, **named: Any) -> dict[str, Any]:
-    """``value``, or ``error`` and ``remedy`` in words: a node answers whatever is wrong with it."""
+    """The ``value`` of a call, or its ``error`` and ``remedy`` in words, so that a node answers whatever fails."""
     try:
         return {"value": work(*arguments, **named), "error": None, "remedy": ""}
     except Exception as error:

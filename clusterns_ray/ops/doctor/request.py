@@ -31,10 +31,10 @@ from clusterns_ray.ops.doctor.hub import ON_THE_HUB, find_dataset, find_model, s
 from clusterns_ray.ops.estimates import ModelSize, model_size
 
 SAMPLE_ROWS = 1000
-"""Sentences of the corpus that are read, if a batch has no more."""
+"""Sentences of the corpus that are read, where a batch has no more."""
 
 COMPRESSION = 4
-"""How much larger text is than a compressed file or parquet of it, about."""
+"""About how many times larger text is than a compressed file or parquet of it."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Request:
     config: Config
     study: bool = False
     concurrent: int = 1
-    """runs at the same time"""
+    """Runs at the same time."""
 
     @property
     def on_ray(self) -> bool:
@@ -67,11 +67,11 @@ class Request:
 
 @dataclass
 class Sizes:
-    """What the estimates are made of, as far as it is known."""
+    """What the estimates of memory and disk are made of; None where it is not known (yet)."""
 
     model: ModelSize | None = None
     text_bytes: int | None = None
-    """of the corpus as text, about"""
+    """Approximate bytes of the corpus as text."""
 
 
 def check_values(request: Request) -> Finding:
@@ -89,7 +89,7 @@ def check_run_name(config: Config) -> Iterable[Finding]:
     check_name(config)
     name = config.runtime.name
     if read_run_file(config, "result.json") is not None:
-        remedy = "Choose another runtime.name to train anew."
+        remedy = "Choose another runtime.name to train again."
         yield warning("name", f"{name!r} is finished, and would be left as it is", remedy)
     elif read_run_file(config, "config.yaml") is not None:
         yield ok("name", f"{name!r} was begun with this configuration, and would go on")
@@ -98,7 +98,7 @@ def check_run_name(config: Config) -> Iterable[Finding]:
 
 
 def check_corpus(config: Config, sizes: Sizes) -> Iterable[Finding]:
-    """Whether the text is there, can be read, and fills a batch, by its first rows; of a data set that is still to be
+    """Whether the text is there, can be read, and fills a batch, by its first rows; for a data set that has not been
     downloaded, whether the hub has it."""
     corpus = config.data.corpus or ""
     if corpus_is_documents(config):
