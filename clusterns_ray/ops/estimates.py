@@ -16,7 +16,7 @@ from clusterns_ray.config import Config, TrainConfig
 from clusterns_ray.models.resolve import resolve_model
 
 FLOAT = 4
-"""Bytes of a float32: weights, gradients, moments and centroids, whatever the precision of the products."""
+"""Bytes of a float32, which weights, gradients, moments and centroids are, whatever the precision of the products."""
 
 PROCESS_BYTES = 700 << 20
 """Host memory of a worker besides its tensors: Python, torch, transformers, Ray."""
@@ -27,45 +27,45 @@ CUDA_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Of the encoder in training, its head included; in parameters unless said otherwise."""
+    """The size of the encoder in training, its head included; in parameters unless said otherwise."""
 
     all: int
     trained: int
-    """those with a gradient: the pooler, which is not read, has none"""
+    """Those with a gradient: the pooler, which is not read, has none."""
     width: int
     """D"""
     layers: int
     exported_bytes: int
-    """of ``model.safetensors``"""
+    """The size of ``model.safetensors``."""
     rows_a_shard: int
     tokens_a_row: int
-    """at most: ``encoder.max_length``, and the prompt"""
+    """The most that a row may have: ``encoder.max_length``, and the prompt."""
     fixed_bytes: int
-    """saved for the backward pass once a step: the weights in the precision of the products"""
+    """Saved for the backward pass once a step: the weights in the precision of the products."""
     shard_bytes: int
-    """saved for the backward pass of one shard, both views"""
+    """Saved for the backward pass of one shard, both views."""
     loss_bytes: int
-    """saved for the backward pass of the loss of the whole batch"""
+    """Saved for the backward pass of the loss of the whole batch."""
     filled_bytes: int = 0
-    """saved for the backward pass of one shard besides ``shard_bytes`` where its rows are packed, on a CPU"""
+    """Saved for the backward pass of one shard besides ``shard_bytes`` where its rows are packed, on a CPU."""
     teacher: int = 0
-    """those of the teacher, which are held and nothing else; 0 without one"""
+    """Parameters of the teacher, which has no gradients and no moments; 0 without one."""
 
 
 @dataclass(frozen=True)
 class WorkerMemory:
-    """Bytes of one worker where it computes, at the end of a forward pass."""
+    """Bytes that one worker holds where it computes, at the end of a forward pass."""
 
     weights: int
     gradients: int
     optimizer: int
-    """AdamW's two moments"""
+    """AdamW's two moments."""
     buckets: int
-    """DDP's copies of the gradients, which it exchanges"""
+    """DDP's copies of the gradients, which it exchanges."""
     activations: int
-    """what autograd keeps for the backward pass"""
+    """What autograd keeps for the backward pass."""
     besides: int
-    """what the process has without the model"""
+    """What the process has without the model."""
 
     @property
     def total(self) -> int:
@@ -76,8 +76,8 @@ def model_size(config: Config) -> ModelSize:
     """Build the encoder without values, and pass one shard through it.
 
     Raises:
-        ConfigError: the model's configuration or tokenizer cannot be loaded, or does not fit what is asked of it: the
-            limits that training would find out once the weights are there.
+        ConfigError: the model's configuration or tokenizer cannot be loaded, or does not fit what is asked of it:
+            limits that training would meet once the weights are loaded.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -168,7 +168,7 @@ def model_size(config: Config) -> ModelSize:
 
 def _filled_bytes(backbone: Any, rows: int, tokens: int, precision: str) -> int:
     """What attention of packed rows keeps of one shard, both views, besides what padded attention does: keys, values,
-    weights and mask are ``filled`` columns wide, see ``packing.py``."""
+    weights and mask are ``filled`` columns wide, see ``kernels/packed_attention.py``."""
     from clusterns_ray.kernels.packed_attention import filled_columns
     from clusterns_ray.models.packed_bert import can_pack
     from clusterns_ray.training.objective import DTYPES
@@ -190,13 +190,13 @@ def held_shards(train: TrainConfig, workers: int) -> int:
 
 
 def worker_memory(size: ModelSize, shards: int, workers: int, *, gpu: bool) -> WorkerMemory:
-    """Of each of ``workers`` workers, on the GPU or, without one, in host memory.
+    """The memory of each of ``workers`` workers, on the GPU or, without one, of the host.
 
-    An upper estimate: every row is as long as it may be. Per trained parameter: 4 bytes of weight, 4 of gradient, 8 of
-    AdamW's moments (Kingma & Ba, "Adam", 2015: one for each of two), 4 more of DDP's buckets with two workers or more.
+    It is an upper estimate: every row is as long as it may be. Per trained parameter: 4 bytes of weight, 4 of gradient,
+    8 of AdamW's two moments (Kingma & Ba, "Adam", 2015), 4 more of DDP's buckets with two workers or more.
 
     Args:
-        shards: of all workers together, that they hold the activations of at a time; see :func:`held_shards`.
+        shards: number of shards whose activations all workers together hold at a time; see :func:`held_shards`.
     """
     mine = math.ceil(shards / workers)
     shard_bytes = size.shard_bytes + (0 if gpu else size.filled_bytes)
@@ -211,7 +211,7 @@ def worker_memory(size: ModelSize, shards: int, workers: int, *, gpu: bool) -> W
 
 
 def bank_bytes(size: ModelSize, config: Config) -> int:
-    """Of the bank of the corpus, on each worker and in each checkpoint: an embedding and an int64 a row, at most."""
+    """The most bytes of the bank of the corpus on a worker and in a checkpoint: an embedding and an int64 a row."""
     clustering = config.clustering
     if clustering.scope == "batch" or not clustering.enabled:
         return 0
@@ -219,14 +219,14 @@ def bank_bytes(size: ModelSize, config: Config) -> int:
 
 
 def checkpoint_bytes(size: ModelSize, config: Config) -> int:
-    """Of one checkpoint's tensors: all weights, two moments of the trained ones, centroids, and the bank."""
+    """Bytes of one checkpoint's tensors: all weights, two moments of the trained ones, centroids, and the bank."""
     weights = size.all + 2 * size.trained + config.clustering.num_clusters * size.width
     return FLOAT * weights + bank_bytes(size, config)
 
 
 def run_bytes(size: ModelSize, config: Config) -> int:
-    """On disk, of a run's directory: ``runtime.keep`` checkpoints and the one being written; the model, and the one
-    that replaces it; each worker's bank."""
+    """Bytes of a run's directory on disk: ``runtime.keep`` checkpoints and the one being written; the model, and the
+    one that replaces it; each worker's bank."""
     checkpoints = (config.runtime.keep + 1) * checkpoint_bytes(size, config)
     banks = config.runtime.worker_counts()[-1] * bank_bytes(size, config)
     return checkpoints + 2 * size.exported_bytes + banks
@@ -251,5 +251,5 @@ def _saved_bytes(work: Callable[[], Any], weights: Sequence[Any]) -> int:
 
 
 def _precision(config: Config) -> str:
-    """``auto`` counts as fp32, which needs more."""
+    """The precision that is estimated for: ``auto`` counts as fp32, which needs more."""
     return "fp32" if config.train.precision == "auto" else config.train.precision

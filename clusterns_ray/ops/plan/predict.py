@@ -22,14 +22,14 @@ MAX_PRICE = 1e12
 
 @dataclass(frozen=True)
 class Machine:
-    """What the plan is for; what is None is left out of it."""
+    """The machine of each worker; where a value is None, the plan leaves out what follows from it."""
 
     gpu: bool = False
     flops: float | None = None
-    """matrix products that a worker gets done, in FLOPs a second"""
+    """Matrix products that a worker gets done, in FLOPs a second."""
     network: Network | None = None
     price: float | None = None
-    """of a worker for an hour"""
+    """The price of a worker for an hour."""
 
 
 def plan_for(
@@ -45,8 +45,8 @@ def plan_for(
     """:func:`plan` from what is asked on the command line.
 
     Args:
-        workers: as of :func:`read_workers`.
-        bandwidth, latency: as of :func:`read_quantity`.
+        workers: what :func:`read_workers` reads.
+        bandwidth, latency: what :func:`read_quantity` reads.
         tflops: matrix products of one worker, in 10^12 FLOPs a second.
 
     Raises:
@@ -115,7 +115,7 @@ def predict(work: Workload, workers: int, machine: Machine) -> dict[str, Any]:
 
 
 def memory(work: Workload, workers: int, *, gpu: bool) -> dict[str, int]:
-    """Bytes of a worker where it computes: those of ``estimates.worker_memory``, and what is of the whole batch.
+    """Bytes of a worker where it computes: those of ``estimates.worker_memory``, and those of the whole batch.
 
     ``keys``: B x D float32 in three copies, as gathered, in canonical order, and normalised; one worker has only the
     last. ``clusters``: K x D float32 in four: centroids, those at the last evaluation, the sums, and where they go.

@@ -8,7 +8,11 @@ from clusterns_ray.errors import ConfigError
 
 
 def read_workers(text: str) -> list[int]:
-    """``1,8,64`` as worker counts, each once, in order."""
+    """Numbers of workers as the command line takes them, ``1,8,64``: each once, in rising order.
+
+    Raises:
+        ConfigError: one of them is no number of workers, or there are too many.
+    """
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(r"[0-9]{1,7}", part) and int(part) for part in parts) or len(parts) > MAX_COUNTS:
         remedy = f"Give up to {MAX_COUNTS} numbers of workers, 1 or more, with commas: 1,8,64."
@@ -46,7 +50,7 @@ def read_quantity(option: str, text: str) -> float:
 
 
 def bytes_text(count: float) -> str:
-    """In the decimal unit in which it has one to three digits before the point."""
+    """A number of bytes in the decimal unit that leaves one to three digits before the point."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if count < 1000 or unit == "TB":
             break
@@ -55,7 +59,7 @@ def bytes_text(count: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """In the unit in which it is a number that one can picture: 90 s rather than 1.5 min."""
+    """A time in the unit that makes it easy to read: 90 s rather than 1.5 min."""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1), ("ms", 1e-3), ("us", 1e-6)):
         if seconds >= (2 if length > 1 else 1) * length:
             return f"{seconds / length:.3g} {unit}"

@@ -30,29 +30,29 @@ BACKWARD = 2
 
 @dataclass(frozen=True)
 class EncoderWork:
-    """The matrices that a token, or a row, is multiplied by; in weights."""
+    """The sizes of the matrices by which a token, or a row, is multiplied; in weights."""
 
     width: int
     """D"""
     layers: int
     """L"""
     linear: int
-    """of the linear layers that every token passes"""
+    """The linear layers that every token passes."""
     embeddings: int = 0
-    """of the table of tokens: looked up, not multiplied"""
+    """The table of tokens, which is looked up and not multiplied."""
     pooler: int = 0
-    """of those that a row passes once, forward only: what they give is not read"""
+    """The layers that a row passes once, forward only, as their result is not read."""
     head: int = 0
-    """of those that a row passes once, with a gradient: the training head"""
+    """The layers that a row passes once, with a gradient: the training head."""
     prediction: int = 0
-    """of those that a token of the masked copy passes besides; 0 without masked language modelling"""
+    """The layers that a token of the masked copy passes besides; 0 without masked language modelling."""
     cached: bool = False
-    """whether embeddings are computed once more, without activations, before their gradient is known"""
+    """Whether embeddings are computed once more, without activations, before their gradient is known."""
 
     def forward(self, rows, length):
         """FLOPs of one forward pass of ``rows`` rows padded to ``length`` tokens; numbers, or arrays of them.
 
-        At most: packed batches (see ``packing.py``) spare the linear layers the padding.
+        It is an upper bound: packed batches (``kernels/packed_attention.py``) spare the linear layers the padding.
 
         ``rows T 2 linear + rows L 4 T^2 D``: two a weight and token, and two for each of the T x T x D products of
         attention, queries with keys and probabilities with values (Hoffmann et al., "Training Compute-Optimal Large
@@ -61,7 +61,7 @@ class EncoderWork:
         return rows * length * (2 * self.linear + 4 * self.layers * length * self.width)
 
     def encode(self, rows, length):
-        """FLOPs of embedding so many rows, without a gradient."""
+        """FLOPs of embedding ``rows`` rows padded to ``length`` tokens, without a gradient."""
         return self.forward(rows, length) + 2 * rows * self.pooler
 
     def shard(self, rows, length, second):
@@ -96,8 +96,8 @@ def busiest_worker(flops_NS: np.ndarray, padded_NS: np.ndarray, workers: int) ->
     """FLOPs of the worker that has most to do, as the others wait for it: the mean over N sampled batches.
 
     Args:
-        flops_NS: of each of a batch's S shards.
-        padded_NS: tokens of each shard with its padding, by which shards are dealt.
+        flops_NS: FLOPs of each of a batch's S shards.
+        padded_NS: tokens of each shard with its padding, by which shards are assigned to workers.
     """
     most = [
         max(flops_S[its_shards].sum() for its_shards in assign_shards(padded_S, workers))
@@ -111,14 +111,14 @@ def busiest_worker(flops_NS: np.ndarray, padded_NS: np.ndarray, workers: int) ->
 
 @dataclass(frozen=True)
 class Network:
-    """Between any two workers."""
+    """The connection between any two workers."""
 
     bandwidth: float
-    """bytes a second, each way"""
+    """Bytes a second, each way."""
     latency: float
-    """seconds of a message, whatever its size"""
+    """Seconds of a message, whatever its size."""
     trees: bool = True
-    """whether sums may take the path with fewer messages, as NCCL chooses; gloo goes around a ring always"""
+    """Whether sums may take the path with fewer messages, as NCCL chooses; gloo always goes around a ring."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Exchange:
     what: str
     kind: Literal["all_reduce", "all_gather"]
     size: float
-    """bytes of what is summed, or of what has been gathered, over all calls"""
+    """Bytes of what is summed, or of what has been gathered, over all calls."""
     calls: float = 1
 
     def sent(self, workers: int) -> float:
@@ -158,8 +158,8 @@ class Exchange:
 
 
 def gradient_exchange(trained: int) -> Exchange:
-    """DistributedDataParallel's sum of ``trained`` float32 gradients, in at most so many buckets: the parameter that
-    fills one is still in it."""
+    """DistributedDataParallel's sum of ``trained`` float32 gradients, and an upper bound of the number of its buckets:
+    each still holds the parameter that fills it."""
     size = FLOAT * trained
     return Exchange("gradients", "all_reduce", size, 1 + math.ceil(max(size - FIRST_BUCKET, 0) / BUCKET))
 
@@ -182,8 +182,8 @@ def step_exchanges(
 
     Args:
         teacher: width of its embeddings; 0 without one.
-        negatives: as of :func:`objective_flops`.
-        encoded_anew: rows of the bank, besides those of the batch.
+        negatives: see :func:`objective_flops`.
+        encoded_anew: rows of the bank that are encoded again, besides those of the batch.
         counted: whether the bank's false negatives have to be, as the loss divides by their number.
     """
     exchanges = [
@@ -217,8 +217,8 @@ def exposed_seconds(
     pass of the worker's last shard, as all of its shards add to them, and the last bucket is complete at its end.
 
     Args:
-        exchanges: as of :func:`step_exchanges`; the gradients are the first.
-        backward_s: of the last shard.
+        exchanges: what :func:`step_exchanges` returns; the gradients are the first.
+        backward_s: seconds of the last shard's backward pass.
         last: share of the gradients that is complete at its end alone: the table of tokens is.
         overlaps: whether that goes on in parallel: on a CPU both want the same cores.
     """

@@ -27,21 +27,21 @@ SAMPLED_STEPS = 64
 
 @dataclass(frozen=True, eq=False)
 class Workload:
-    """What does not depend on the number of workers. Shapes: N sampled batches, S shards."""
+    """What a step has to do, whatever the number of workers. Shapes: N sampled batches, S shards."""
 
     config: Config
     size: ModelSize
     encoder: EncoderWork
     teacher: EncoderWork | None
-    """that each row is embedded by, once; None without one"""
+    """The model by which each row is embedded once; None without one."""
     rows_NS: np.ndarray
-    """of each shard"""
+    """The rows of each shard."""
     tokens_NS: np.ndarray
-    """to which its rows are padded"""
+    """The tokens to which its rows are padded."""
     second_NS: np.ndarray
-    """to which their second views are"""
+    """The tokens to which their second views are padded."""
     sentences: int | None
-    """of the corpus; None where unknown"""
+    """The sentences of the corpus; None where unknown."""
     assumptions: tuple[str, ...]
 
     @property
@@ -55,7 +55,7 @@ class Workload:
         return self.encoder.shard(self.rows_NS, self.tokens_NS, self.second_NS) + taught
 
     def flops(self, workers: int) -> float:
-        """Of the busiest worker in a step."""
+        """FLOPs of the busiest worker in a step."""
         return _worker_flops(self, workers)
 
     def exchanges(self) -> list[Exchange]:
@@ -73,7 +73,7 @@ class Workload:
         )
 
 
-@lru_cache(maxsize=64)  # with many shards, dealing those of every sampled batch takes seconds
+@lru_cache(maxsize=64)  # with many shards, assigning those of every sampled batch takes seconds
 def _worker_flops(work: Workload, workers: int) -> float:
     train, clusters, negatives = work.config.train, work.config.clustering.num_clusters, _bank_negatives(work.config)
     encoder = busiest_worker(work.shard_flops_NS, work.rows_NS * work.tokens_NS, workers)
