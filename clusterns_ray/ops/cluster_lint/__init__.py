@@ -15,9 +15,9 @@ from clusterns_ray.ops.doctor.findings import Finding
 
 
 def check_cluster_file(path: str | Path) -> list[Finding]:
-    """What is wrong with a cluster file, and what should be known of it; empty where nothing is.
+    """The problems and warnings about a cluster file; none where nothing is wrong with it.
 
-    Nothing outside this machine is asked, so what the cloud itself would refuse stays unknown.
+    Nothing outside this machine is asked, so what the cloud itself would refuse is not found.
 
     Raises:
         ConfigError: it cannot be read, or is not a cluster file.

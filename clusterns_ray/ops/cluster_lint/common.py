@@ -20,7 +20,7 @@ _RAY_IMAGE = re.compile(r"(?:^|/)rayproject/ray(?:-ml|-llm)?:([\w.-]+)")
 
 
 def pinned_versions(path: Path) -> dict[str, str]:
-    """The versions in the ``constraints.txt`` beside a file or above it; where there is none, nothing."""
+    """The versions in the ``constraints.txt`` beside a file or above it; empty where there is none."""
     for directory in path.resolve().parents:
         constraints = directory / CONSTRAINTS
         if constraints.is_file():
@@ -29,7 +29,7 @@ def pinned_versions(path: Path) -> dict[str, str]:
 
 
 def check_versions(what: str, commands: Iterable[str], pinned: Mapping[str, str]) -> Iterable[Finding]:
-    """Versions that a command asks for, and that are not the tested ones."""
+    """A problem for each version that a command asks for and that is not the tested one."""
     for command in commands:
         for name, asked in _pins(command):
             wanted = pinned.get(name) or _installed(name)
@@ -38,7 +38,7 @@ def check_versions(what: str, commands: Iterable[str], pinned: Mapping[str, str]
 
 
 def check_image(what: str, image: str, pinned: Mapping[str, str]) -> Iterable[Finding]:
-    """An image whose content may change between two nodes, or that holds another Ray."""
+    """A problem where an image may change between the starts of two nodes, or holds another Ray."""
     tag = image.rpartition("/")[2].partition("@")[0].partition(":")[2]
     ray, match = pinned.get("ray") or _installed("ray"), _RAY_IMAGE.search(image)
     if "@sha256:" not in image and tag in ("", "latest", "nightly"):
@@ -65,7 +65,7 @@ def _installed(name: str) -> str | None:
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
-    """The value, or an empty mapping in place of anything else: what is wrong with it, Ray's schema says."""
+    """The value, or an empty mapping in place of anything else, which Ray's schema refuses."""
     return value if isinstance(value, Mapping) else {}
 
 
@@ -75,5 +75,5 @@ def listing(value: Any) -> list[Any]:
 
 
 def is_count(value: Any, least: int = 0) -> bool:
-    """Whether it is a whole number, ``least`` or more."""
+    """Whether ``value`` is a whole number, ``least`` or more."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least

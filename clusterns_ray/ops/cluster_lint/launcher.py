@@ -1,6 +1,6 @@
-"""A file for ``ray up``: what Ray's own schema refuses, and what it lets pass that costs money or opens the cluster.
+"""A file for ``ray up``: what Ray's own schema refuses, and mistakes that it accepts and that are costly or unsafe.
 
-Machines that nothing ends or caps, a missing token, versions that differ, spot machines that nobody watches.
+These are machines that nothing ends or caps, a missing token, versions that differ, spot machines without a watcher.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def check_launcher(config: Mapping[str, Any], pinned: Mapping[str, str]) -> list
 
 
 def _with_defaults(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[Finding]]:
-    """The file as Ray would fill it in, and what Ray's schema says of it.
+    """The file as Ray would complete it, and the findings of Ray's schema.
 
-    Both functions are private to Ray; where they are gone, a finding says so, and the file is checked as it is.
+    Both functions are private to Ray. Where they do not exist, a finding says so, and the file is checked as it is.
     """
     try:
         from ray.autoscaler._private.util import prepare_config, validate_config
@@ -82,7 +82,7 @@ def _is_spot(node: Mapping[str, Any]) -> bool:
 
 
 def _check_counts(given: Mapping[str, Any], config: Mapping[str, Any]) -> Iterable[Finding]:
-    """How many machines there may be, which caps what they cost."""
+    """Check how many machines there may be, which caps what they cost."""
     total = config.get("max_workers", 0)
     if "max_workers" not in given:
         yield warning("max_workers", f"is not given; Ray takes {total}", "Give it: it caps what a run costs.")
