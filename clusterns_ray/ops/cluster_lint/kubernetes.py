@@ -57,10 +57,9 @@ def _check_cluster(name: str, spec: Mapping[str, Any], pinned: Mapping[str, str]
         yield problem(f"{name}.autoscalerOptions.idleTimeoutSeconds", value, "Give it, such as 300.")
     auth = mapping(spec.get("authOptions"))
     if auth.get("mode") != "token" or not auth.get("secretName"):
-        value = f"mode is {auth.get('mode')!r} and secretName {auth.get('secretName')!r}"
-        remedy = (
-            "Use mode: token and the name of a Secret that holds auth_token; else a port is enough to run anything."
-        )
+        value = f"mode is {auth.get('mode')!r} and secretName {auth.get('secretName')!r}: "
+        value += "whoever reaches a port of the cluster could run anything on it"
+        remedy = "Use mode: token and the name of a Secret that holds auth_token."
         yield problem(f"{name}.authOptions", value, remedy)
     groups = [mapping(group) for group in listing(spec.get("workerGroupSpecs"))]
     if not groups:
