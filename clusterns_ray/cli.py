@@ -38,10 +38,10 @@ MaxLengthOption = Annotated[
 
 @contextmanager
 def readable_errors(resumption: str = "") -> Iterator[None]:
-    """One clear message and an exit code in place of a traceback, which CLUSTERNS_TRACEBACK=1 shows all the same.
+    """Turn an error into one message and an exit code; with CLUSTERNS_TRACEBACK=1 unexpected ones keep their traceback.
 
     Args:
-        resumption: where the same command would go on, had this one been interrupted.
+        resumption: where the same command goes on after this one was interrupted; empty where it begins again.
     """
     try:
         yield
@@ -55,7 +55,7 @@ def readable_errors(resumption: str = "") -> Iterator[None]:
         again = f" The same command goes on {resumption}." if resumption else ""
         typer.echo("Interrupted." + again, err=True)
         raise typer.Exit(1) from None
-    except (typer.Exit, typer.Abort, BrokenPipeError):  # typer has its own way with them
+    except (typer.Exit, typer.Abort, BrokenPipeError):  # which typer handles itself
         raise
     except Exception as error:
         if os.environ.get("CLUSTERNS_TRACEBACK") == "1":

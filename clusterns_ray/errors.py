@@ -12,7 +12,7 @@ class ClusterNSError(Exception):
         """
         Args:
             message: what failed, the value received, and why.
-            remedy: what to do about it, in whole sentences; ``str()`` has it behind the message.
+            remedy: what to do about it, in whole sentences; ``str()`` has it after the message.
         """
         super().__init__(f"{message} {remedy}".strip())
         self.message, self.remedy = message, remedy
@@ -31,7 +31,7 @@ class CheckpointError(ClusterNSError):
 
 
 class NonFiniteError(ClusterNSError):
-    """Weights, gradients or embeddings are NaN or infinite, or all alike, so that there is no model or no score."""
+    """Weights, gradients or embeddings are NaN or infinite, or all equal, so that there is no model or no score."""
 
 
 class StorageError(ClusterNSError):
@@ -43,7 +43,7 @@ class DiskError(StorageError):
 
 
 class DamagedError(StorageError):
-    """What a file or an object holds is damaged; it was reached."""
+    """A file or an object was read, and what it holds is damaged."""
 
 
 class Drained(ClusterNSError):
@@ -61,6 +61,7 @@ REASONS = {
     errno.ENOMEM: ("there is not enough memory", "Free some memory."),
     errno.EIO: ("the disk reports an error", "Check the disk, or use another one."),
 }
+UNREACHED = "Check that it exists and can be reached."
 OUT_OF_MEMORY = "there is not enough memory. Use smaller batches, or a machine with more memory."
 
 
@@ -76,7 +77,7 @@ def describe_unexpected(error: BaseException, again: str = "") -> str:
     if isinstance(error, ImportError):
         return f"a Python package cannot be imported ({text}). Install it again with pip."
     if isinstance(error, OSError):
-        what, remedy = REASONS.get(error.errno or 0, (error.strerror or text or "a file cannot be used", "Check it."))
+        what, remedy = REASONS.get(error.errno or 0, (error.strerror or text or "a file cannot be used", UNREACHED))
         where = f"{error.filename!r}: " if error.filename is not None else ""
         return f"{where}{what}. {remedy}{again}"
     return (
