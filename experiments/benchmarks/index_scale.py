@@ -33,7 +33,7 @@ from clusterns_ray.inference.faiss_index import build_index, load_faiss, nearest
 QUERIES = 200
 BLOCK = 8192
 SPREAD = 1.2
-"""Of a vector around its centre, where centres spread by 1: cosines within a cluster are about 0.4, without about 0."""
+"""Spread of vectors around their centre, where centres spread by 1: cosines are about 0.4 in a cluster, else 0."""
 
 
 def draw(rows: int, width: int, centres_CD: np.ndarray, random: np.random.Generator) -> np.ndarray:
@@ -43,7 +43,7 @@ def draw(rows: int, width: int, centres_CD: np.ndarray, random: np.random.Genera
 
 
 def write_vectors(path: Path, rows: int, width: int, seed: int) -> np.ndarray:
-    """Write ``rows`` vectors as `encode` would, and return queries drawn alike."""
+    """Write ``rows`` vectors as `encode` would, and return queries drawn in the same way."""
     random = np.random.default_rng(seed)
     centres_CD = random.standard_normal((max(rows // 500, 1), width), dtype=np.float32)
     schema = embedding_schema(width, "float32", {"format": 1, "width": width})

@@ -168,7 +168,7 @@ def loss(z1_bD: Tensor, z2_BD: Tensor, centroids_KD: Tensor | None) -> Tensor:
 
 
 def kept_bytes(work: Callable[[], Any]) -> int:
-    """Of the storages that autograd keeps for the backward pass."""
+    """Bytes of the storages that autograd keeps for the backward pass."""
     storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is given twice
 
     def pack(tensor: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ def kept_bytes(work: Callable[[], Any]) -> int:
 
 
 def largest_bytes(work: Callable[[], Any]) -> int:
-    """Of the largest storage that any operation returns, forward or backward."""
+    """Bytes of the largest storage that any operation returns, forward or backward."""
 
     class Largest(TorchDispatchMode):
         found = 0
@@ -204,8 +204,8 @@ def largest_bytes(work: Callable[[], Any]) -> int:
 def whole_step(
     corpus: str, rounds: int, *, batch: int = 512, clusters: int = 128, width: int = 768, layers: int = 1
 ) -> dict[str, Any]:
-    """Of a BERT drawn at random, with clusters and without; and the objective alone, as the noise of whole steps is
-    larger than what it takes."""
+    """Time steps of a BERT drawn at random, with clusters and without; and the objective alone, as the noise of whole
+    steps is larger than what it takes."""
     ours = f"ClusterNS, K {clusters}"
     names = {SIMCSE: 0, ours: clusters}
     with tempfile.TemporaryDirectory() as scratch:
@@ -283,9 +283,9 @@ def corpus_clusters(
     bank: int = 4096,
     refreshed: Sequence[int] = (0, 32),
 ) -> dict[str, Any]:
-    """Steps with clusters of a bank and with those of the batches; what is done once, or now and then, apart."""
+    """Time steps with clusters of a bank and with those of the batches, and what is done once, or rarely, alone."""
     against = f"scope batch, K {batch_clusters}"
-    # In the timed steps the bank is not clustered anew.
+    # In the timed steps the bank is not clustered again.
     of_corpus = ["clustering.scope=corpus", f"clustering.bank_rows={bank}", f"clustering.recluster_every_steps={10**6}"]
     settings = {against: (batch_clusters, [])} | {
         f"scope corpus, K {clusters}, refresh {rows}": (clusters, [*of_corpus, f"clustering.refresh_rows={rows}"])
@@ -309,7 +309,7 @@ def corpus_clusters(
     filled = [made.bank_seconds for made in contestants.values() if made.run.corpus is not None]
     once, now = statistics.median(filled), statistics.median(again)
     print(f"  Once: {bank:,} rows encoded, and clustered, in {once:.1f} s")
-    print(f"  Clustered anew in {1000 * now:.0f} ms: {1000 * now / every:.2f} ms a step, at every {every} of them")
+    print(f"  Clustered again in {1000 * now:.0f} ms: {1000 * now / every:.2f} ms a step, at every {every} of them")
     return {
         "batch": batch,
         "layers": layers,
@@ -477,8 +477,8 @@ def products(rounds: int, rows: int = 2688, width: int = 384, out: int = 1536) -
 
 @torch.no_grad()
 def attention(rounds: int, rows: int = 64, heads: int = 12, width: int = 32) -> dict[str, Any]:
-    """Of a batch to encode, without dropout, by the length of its rows; and its softmax, in rows of that length and in
-    whole vectors."""
+    """Time the attention of a batch to encode, without dropout, by the length of its rows; and its softmax, in rows of
+    that length and in whole vectors."""
     print(f"Attention of {rows} rows, {heads} heads of {width}, by torch's fused kernel with a mask and by ours")
     contests: list[Any] = []
     for dtype in (torch.float32, torch.bfloat16):

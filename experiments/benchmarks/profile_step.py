@@ -1,4 +1,4 @@
-"""Where the time of one training step goes, and how fast it could be at most on this machine.
+"""Show where the time of one training step goes, and how fast it could be at most on this machine.
 
     python experiments/benchmarks/profile_step.py [--precision bf16] [--layers 3] [--batch 128]
 
@@ -77,13 +77,13 @@ OPERATIONS = {
         "masked_fill_",
     ),
 }
-"""By operation of torch, elsewhere."""
+"""The groups of the other operations, by their names in torch."""
 GROUPS = {f"aten::{name}": group for group, names in OPERATIONS.items() for name in names}
 GROUPS |= {"mkldnn::_linear_pointwise": PRODUCTS, WORDS: "dropout"}
 
 
 class Product(NamedTuple):
-    """Of a matrix m x k with one k x n."""
+    """A product of a matrix m x k with one k x n."""
 
     m: int
     k: int
@@ -209,8 +209,8 @@ def group_of(names: Sequence[str]) -> str:
 
 
 def step_flops(run: TrainingParts, work: EncoderWork, number: int) -> StepFlops:
-    """Of batch ``number``, whose rows are packed: linear layers see N real tokens, attention shards of b rows with T
-    queries and T' keys, whole vectors of them.
+    """FLOPs of batch ``number``, whose rows are packed: linear layers see N real tokens, and attention shards of b rows
+    with T queries and T' keys, whole vectors of them.
 
     Linear layers ``2 views x 3 x 2 linear N`` (forward, and back to inputs and weights), the training head
     ``2 views x 3 x 2 head`` a row. Attention ``2 views x 3 x 4 L D b T T'``. The loss: ``objective_flops``.
@@ -259,7 +259,7 @@ def measure_ceilings(run: TrainingParts, numbers: Sequence[int], rounds: int) ->
 
 
 def take(product: Product, room: Tensor) -> Tensor:
-    """Of numbers that lie one after the other in the two rows of ``room``."""
+    """Take the product of two matrices whose numbers lie one after the other in the two rows of ``room``."""
 
     def matrix(values: Tensor, rows: int, columns: int, lies: str) -> Tensor:
         values = values[: rows * columns]

@@ -34,7 +34,7 @@ Contestant = Callable[[Sequence[int]], float]
 
 
 def race(contestants: dict[str, Contestant], rounds: int, steps: int = 1) -> dict[str, list[float]]:
-    """Seconds of every round, in each of which all take the same ``steps`` batches, in an order drawn anew.
+    """Seconds of every round, in each of which all take the same ``steps`` batches, in a new random order.
 
     One more round comes first and is not counted.
     """
@@ -51,7 +51,7 @@ def race(contestants: dict[str, Contestant], rounds: int, steps: int = 1) -> dic
 
 
 def timed(work: Callable[[], Any], repeats: int = 1) -> Contestant:
-    """One that does the same whatever the batches are; its seconds are those of one of ``repeats`` calls."""
+    """A contestant that does the same whatever the batches are; its seconds are those of one of ``repeats`` calls."""
 
     def contest(batches: Sequence[int]) -> float:
         began = time.perf_counter()
@@ -63,7 +63,7 @@ def timed(work: Callable[[], Any], repeats: int = 1) -> Contestant:
 
 
 class Ratio(NamedTuple):
-    """Of two medians, with an interval of 95 %."""
+    """A ratio of two medians, with an interval of 95 %."""
 
     value: float
     low: float
@@ -74,8 +74,8 @@ class Ratio(NamedTuple):
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
-    """Of the medians of figures from the same rounds; the interval is a percentile bootstrap over the rounds, drawn
-    again with replacement, the same for both."""
+    """The ratio of the medians of figures from the same rounds; the interval is a percentile bootstrap over the rounds,
+    which are resampled with replacement, the same for both."""
     a, b = np.asarray(ours), np.asarray(theirs)
     draws = np.random.default_rng(0).integers(len(a), size=(2000, len(a)))
     ratios = np.median(a[draws], axis=1) / np.median(b[draws], axis=1)
@@ -84,7 +84,7 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
 
 
 def summary(seconds: dict[str, list[float]], against: str) -> dict[str, dict[str, Any]]:
-    """Of each contestant, as JSON: seconds of its rounds, their median, and its ratio to that of ``against``."""
+    """Seconds of each contestant's rounds, their median, and its ratio to that of ``against``, as JSON."""
     return {
         name: {
             "seconds": found,
@@ -181,7 +181,7 @@ def environment(*packages: str) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Its name where Linux tells it, else its architecture."""
+    """The processor's name where Linux has it, else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -2,11 +2,11 @@
 
     CLUSTERNS_DATA=/data python experiments/benchmarks/scaling.py experiments/minilm-cpu.yaml --json scaling.json
 
-The same global batch each time, one thread a process, gloo over loopback; several interleaved rounds, of which medians
-are told. The plan is given the step of one process, how fast gloo sums on loopback (timed here, with nothing else to
-do), and how many cores all share. What it leaves out is named by a third figure: the workers' shares side by side, each
-a run of its own that exchanges nothing. Where that is more than the plan's computing, processes wait for one another's
-memory and caches; where the step is more than both, exchanges meet computing on the same cores.
+The same global batch each time, one thread a process, gloo over loopback; medians of several interleaved rounds. The
+plan is given the step of one process, how fast gloo sums on loopback (timed here, with nothing else to do), and how
+many cores all share. A third figure shows what it leaves out: the workers' shares side by side, each a run of its own
+that exchanges nothing. Where that is more than the plan's computing, processes wait for one another's memory and
+caches; where the step is more than both, exchanges and computing share the same cores.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from clusterns_ray.ops.plan.workload import Workload, workload
 WARM_UP_STEPS = 2
 """Not counted: the first one creates the centroids, and allocators and caches fill."""
 TRIES = 7
-"""Of a sum over all workers; the median is taken."""
+"""Times that a sum over all workers is taken; the median counts."""
 
 
 def main() -> None:
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--workers", default="1,2,4", help="1 is always among them")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5, help="timed in each round, after a warm-up")
-    parser.add_argument("--threads", type=int, default=1, help="above 1: one process with so many, too")
+    parser.add_argument("--threads", type=int, default=1, help="above 1: also time one process with this many")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), help="that all workers share")
     parser.add_argument("--deadline", type=float, default=900.0, help="seconds for each start of processes")
     parser.add_argument("--json", type=Path)
@@ -184,7 +184,7 @@ def timed_steps(run: Any, steps: int) -> dict[str, float]:
 
 
 def seconds_of_a_sum(numbers: int) -> float:
-    """Of so many float32 numbers over all workers."""
+    """Seconds of a sum of ``numbers`` float32 numbers over all workers."""
     tensor = torch.zeros(numbers)
     taken = []
     for _ in range(TRIES):

@@ -5,7 +5,7 @@
 
 The same encoder (the first layers of all-MiniLM-L6-v2, as pip brings it), sentences (the quickstart's, or lines of
 --corpus FILE), batches, longest input and threads for all, in one process. In each round every contestant takes the
-same batches, in an order drawn anew; medians over rounds, and intervals of the ratios by a bootstrap over rounds.
+same batches, in a new random order; medians over rounds, and intervals of the ratios by a bootstrap over rounds.
 
 The plain loop is what the field's scripts do: fp32, padded to the longest of the batch, cosines by a B x B x D
 broadcast. sentence-transformers runs its MultipleNegativesRankingLoss on pairs of a sentence with itself.
