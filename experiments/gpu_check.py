@@ -88,8 +88,8 @@ class Check:
         n = 512 if self.small else 8192
         x = torch.randn(n, n, device=self.device, dtype=torch.bfloat16)
         self.fastest_product = 2 * n**3 / self.seconds(lambda: x @ x, 20)
-        found = {"cuda": torch.version.cuda, "product_tflops": self.fastest_product / 1e12}
-        return describe_environment(self.device, sys.argv, 1) | found
+        speed = {"cuda": torch.version.cuda, "product_tflops": self.fastest_product / 1e12}
+        return describe_environment(self.device, sys.argv, 1) | speed
 
     def mode(self, name: str) -> dict[str, list[float]]:
         """Compare the losses of a mode in fp32, without dropout, with a CPU's; in 16 bits, with dropout, they have to
@@ -111,7 +111,7 @@ class Check:
 
     def repetition(self) -> dict[str, Any]:
         """How many tensors of the checkpoint differ in a second run, and in one that was resumed twice; none should."""
-        found = {}
+        differences = {}
         for name in ("plain", "corpus"):
             config, states = self.config(MODES[name], {"train": {"precision": "bf16"}}), {}
             for run, stops in (("first", ()), ("repeated", ()), ("resumed", (3, 6))):
@@ -120,14 +120,14 @@ class Check:
                 leaves = tree_leaves(torch.load(newest / "state.pt", weights_only=True))
                 states[run] = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
                 differ = sum(not torch.equal(a, b) for a, b in zip(states["first"], states[run], strict=True))
-                found[f"{name}, {run}"] = f"{differ} of {len(states[run])} tensors differ"
+                differences[f"{name}, {run}"] = f"{differ} of {len(states[run])} tensors differ"
                 if differ:
                     self.problems.append(f"{name}, {run}: {differ} tensors differ from the first run's")
-        return found
+        return differences
 
     def step(self) -> dict[str, Any]:
         """The step of BERT-base that training takes, by shards, and sentence-transformers' step on the same text."""
-        found, batch = dict[str, Any](), 64 if self.small else 512
+        results, batch = dict[str, Any](), 64 if self.small else 512
         for shards in (8, 1):
             run = self.base_run(shards, batch)
             step = partial(take_step, run, 0)
@@ -137,12 +137,14 @@ class Check:
             flops = 6 * layers * float((24 * lengths * width**2 + 4 * lengths**2 * width).sum())
             speed = {"sentences_per_second": batch / seconds, "milliseconds": 1e3 * seconds}
             use = {"tflops": flops / seconds / 1e12, "utilisation": flops / seconds / self.fastest_product}
-            found[f"clusterns_ray, {shards} shards"] = speed | use | self.on_device(step)
+            results[f"clusterns_ray, {shards} shards"] = speed | use | self.on_device(step)
         if find_spec("sentence_transformers"):
             texts = run.tokens.texts(run.batch(0)[0].rows_B)
             peer = SentenceTransformers(lambda _: texts, str(self.base), bf16=True, device=self.device)
-            found["sentence-transformers, bf16"] = {"sentences_per_second": batch / self.seconds(lambda: peer([0]), 8)}
-        return found
+            results["sentence-transformers, bf16"] = {
+                "sentences_per_second": batch / self.seconds(lambda: peer([0]), 8)
+            }
+        return results
 
     def encode(self) -> dict[str, Any]:
         """Sentences a second, with tokenising."""
@@ -238,7 +240,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8.0, help="no section begins later")
     parser.add_argument("--out", type=Path, default=Path("gpu_check.json"))
     options = parser.parse_args()
-    found, began = dict[str, Any](), time.monotonic()
+    results, began = dict[str, Any](), time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         check = Check(options, Path(scratch))
         # Each mode is a section, so that one that fails leaves the results of the others.
@@ -248,12 +250,12 @@ def main() -> None:
         for name, section in sections.items():
             try:
                 late = time.monotonic() - began > 60 * options.minutes
-                found[name] = "left out, as the time was up" if late else section()
+                results[name] = "left out, as the time was up" if late else section()
             except Exception as error:  # the other sections go on
-                found[name] = f"{type(error).__name__}: {str(error)[:600]}"
-                check.problems.append(f"{name} failed: {found[name]}")
-            print(f"{time.monotonic() - began:5.0f} s  {name}: {json.dumps(found[name])[:1500]}", flush=True)
-            options.out.write_text(json.dumps({**found, "problems": check.problems}, indent=1) + "\n")
+                results[name] = f"{type(error).__name__}: {str(error)[:600]}"
+                check.problems.append(f"{name} failed: {results[name]}")
+            print(f"{time.monotonic() - began:5.0f} s  {name}: {json.dumps(results[name])[:1500]}", flush=True)
+            options.out.write_text(json.dumps({**results, "problems": check.problems}, indent=1) + "\n")
         if options.carry:
             CARRIED.write_text(json.dumps(check.carried, indent=1) + "\n")
     sys.exit("\n".join(check.problems) or 0)

@@ -72,9 +72,9 @@ def print_scores(results: dict[str, dict[str, Any]]) -> None:
         print(f"  {name}")
         before, after = result["sts_dev_before"], result["sts_dev"]
         print(f"    {before:.2f} to {after:.2f} ({after - before:+.2f})  {result['dev']}, graded by document structure")
-        for other, found in result["also"].items():
-            gain = f"{found['after'] - found['before']:+.2f}; {found['low']:+.2f} to {found['high']:+.2f}"
-            print(f"    {found['before']:.2f} to {found['after']:.2f} ({gain})  {other}, graded by people")
+        for other, scores in result["also"].items():
+            gain = f"{scores['after'] - scores['before']:+.2f}; {scores['low']:+.2f} to {scores['high']:+.2f}"
+            print(f"    {scores['before']:.2f} to {scores['after']:.2f} ({gain})  {other}, graded by people")
         if not result["best_step"]:
             print("    No step beat the untrained encoder, so model/ holds that one.")
 

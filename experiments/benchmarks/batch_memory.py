@@ -36,14 +36,14 @@ def main() -> None:
             if not cached and batch > arguments.held:
                 continue
             command = [sys.executable, __file__, str(batch), "--chunk", str(arguments.chunk), "--worker"]
-            said = subprocess.run(command + ["--cached"] * cached, capture_output=True, text=True, check=False)
-            if said.returncode:
-                sys.exit(said.stderr)
-            found = json.loads(said.stdout.splitlines()[-1])
+            done = subprocess.run(command + ["--cached"] * cached, capture_output=True, text=True, check=False)
+            if done.returncode:
+                sys.exit(done.stderr)
+            used = json.loads(done.stdout.splitlines()[-1])
             kind = f"of {arguments.chunk} at a time" if cached else "all held"
-            peak, step = (found[key] / 2**30 for key in ("peak", "step"))
+            peak, step = (used[key] / 2**30 for key in ("peak", "step"))
             worst = max(worst, peak) if cached else worst
-            print(f"{batch:>6} {kind:>24} {peak:>10.2f} GiB {step:>8.2f} GiB {found['seconds']:>8.1f}", flush=True)
+            print(f"{batch:>6} {kind:>24} {peak:>10.2f} GiB {step:>8.2f} GiB {used['seconds']:>8.1f}", flush=True)
     if arguments.limit_gb is not None and worst > arguments.limit_gb:
         sys.exit(f"A cached step took {worst:.2f} GiB, more than {arguments.limit_gb}.")
 

@@ -33,7 +33,7 @@ def main() -> None:
     results: dict[str, list[dict[str, Any]]] = {"hardly any": [], "as configured": []}
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(arguments.rounds):
-            for kind, found in results.items():
+            for kind, runs in results.items():
                 settings = [
                     *arguments.set,
                     "evaluation.sts=null",
@@ -45,14 +45,13 @@ def main() -> None:
                 if kind == "hardly any":
                     settings.append("runtime.checkpoint_every_steps=1000000")
                 config = load_config(arguments.config, settings)
-                found.append(train(config))
+                runs.append(train(config))
     every = config.runtime.checkpoint_every_steps or config.evaluation.every_steps  # of the last, as configured
     shown = {
         kind: {
-            key: statistics.median(result[key] for result in found)
-            for key in ("steps", "seconds", "checkpoint_seconds")
+            key: statistics.median(result[key] for result in runs) for key in ("steps", "seconds", "checkpoint_seconds")
         }
-        for kind, found in results.items()
+        for kind, runs in results.items()
     }
     for kind, values in shown.items():
         share = values["checkpoint_seconds"] / (values["seconds"] + values["checkpoint_seconds"])

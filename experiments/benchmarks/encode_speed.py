@@ -108,8 +108,8 @@ def main() -> int:
         faster = ratio(seconds[THEIRS_HALF], seconds["Encoder.encode, bf16"])
         print(f"In bf16 {faster} times as fast as {THEIRS_HALF}")
     if arguments.json:
-        found = {"sentences": len(sentences), "seconds": seconds, "largest_difference": largest}
-        arguments.json.write_text(json.dumps({**environment("sentence-transformers"), **found}, indent=1) + "\n")
+        record = {"sentences": len(sentences), "seconds": seconds, "largest_difference": largest}
+        arguments.json.write_text(json.dumps({**environment("sentence-transformers"), **record}, indent=1) + "\n")
     return int(largest["Encoder.encode"] > TOLERANCE)
 
 

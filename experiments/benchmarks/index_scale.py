@@ -107,13 +107,13 @@ def ask(folder: Path) -> dict[str, Any]:
     before, started = memory(), time.perf_counter()
     index = open_index(folder, info)
     opened_s, after_open = time.perf_counter() - started, memory()
-    times, found = [], []
+    times, nearest_QK = [], []
     for query_1D in np.split(queries_QD, len(queries_QD)):
         started = time.perf_counter()
-        found.append(nearest(index, info, query_1D, 10)[1][0])
+        nearest_QK.append(nearest(index, info, query_1D, 10)[1][0])
         times.append(time.perf_counter() - started)
     after = memory()
-    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(np.array(found).tolist(), exact_QK.tolist())])
+    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(np.array(nearest_QK).tolist(), exact_QK.tolist())])
     return {
         "open_s": opened_s,
         "open_mb": after_open["resident"] - before["resident"],

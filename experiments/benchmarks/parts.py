@@ -98,9 +98,9 @@ def main() -> None:
         "attention": lambda: attention(rounds),
         "corpus": lambda: corpus_clusters(corpus, rounds),
     }
-    found = {**environment("scikit-learn"), **{name: parts[name]() for name in PARTS if name in arguments.only}}
+    results = {**environment("scikit-learn"), **{name: parts[name]() for name in PARTS if name in arguments.only}}
     if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
         print(f"Wrote {arguments.json}")
 
 
@@ -111,7 +111,7 @@ def losses(batches: Sequence[int], clusters: Sequence[int], rounds: int, width: 
     """Time, bytes that autograd keeps, and the largest tensor that is made: all grow with b x B and b x K."""
     print(f"The loss of one of {WORKERS} workers, width {width}, forward and backward")
     print(f"{'B':>7}{'K':>7}{'ms':>10}{'MB kept':>10}{'largest tensor':>16}{'B x B x D':>14}   x without clusters")
-    found = []
+    rows = []
     for batch in batches:
         sizes = [k for k in clusters if k <= batch]
         works = {k: loss_work(batch, k, width) for k in sizes}
@@ -122,13 +122,13 @@ def losses(batches: Sequence[int], clusters: Sequence[int], rounds: int, width: 
             row = {"batch": batch, "clusters": k, "seconds": taken, "median": statistics.median(taken)}
             against = ratio(taken, seconds[f"B {batch}, K 0"]) if k and 0 in sizes else None
             row |= {"kept_bytes": kept, "largest_tensor_bytes": largest, "ratio": against and against._asdict()}
-            found.append(row)
+            rows.append(row)
             print(
                 f"{batch:>7}{k:>7}{1000 * row['median']:>10.1f}{kept / 1e6:>10.1f}{largest / 1e6:>13.1f} MB"
                 f"{4 * batch**2 * width / 1e6:>11,.0f} MB   {against or ''}",
                 flush=True,
             )
-    return found
+    return rows
 
 
 def loss_work(batch: int, clusters: int, width: int) -> Callable[[], None]:
@@ -185,17 +185,17 @@ def largest_bytes(work: Callable[[], Any]) -> int:
     """Bytes of the largest storage that any operation returns, forward or backward."""
 
     class Largest(TorchDispatchMode):
-        found = 0
+        nbytes = 0
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
             sizes = [leaf.untyped_storage().nbytes() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-            self.found = max([self.found, *sizes])
+            self.nbytes = max([self.nbytes, *sizes])
             return out
 
     with Largest() as largest:
         work()
-    return largest.found
+    return largest.nbytes
 
 
 # ---- whole steps ----------------------------------------------------------------------------------------------------
@@ -266,8 +266,8 @@ def objective(contestant: ClusterNS) -> Contestant:
     z1_BD, z2_BD = torch.randn(2, layout.size, run.encoder.width).unbind()
 
     def work() -> None:
-        found = run.objective(z1_BD.detach().requires_grad_(), z2_BD.detach().requires_grad_(), layout)
-        found.scaled_loss.backward()
+        step = run.objective(z1_BD.detach().requires_grad_(), z2_BD.detach().requires_grad_(), layout)
+        step.scaled_loss.backward()
 
     return timed(work, repeats=5)
 
@@ -334,9 +334,9 @@ def kmeans(rounds: int, rows: int = 20_000, width: int = 384, k: int = 128) -> d
     n_ND = z_ND / np.linalg.norm(z_ND, axis=1, keepdims=True)
 
     def with_faiss() -> np.ndarray:
-        found = faiss.Kmeans(width, k, niter=25, seed=0, spherical=True, max_points_per_centroid=len(n_ND))
-        found.train(n_ND)
-        return np.asarray(found.centroids)
+        model = faiss.Kmeans(width, k, niter=25, seed=0, spherical=True, max_points_per_centroid=len(n_ND))
+        model.train(n_ND)
+        return np.asarray(model.centroids)
 
     def with_sklearn() -> np.ndarray:
         model = KMeans(k, n_init=1, max_iter=25, random_state=0)  # type: ignore[arg-type]
@@ -350,13 +350,13 @@ def kmeans(rounds: int, rows: int = 20_000, width: int = 384, k: int = 128) -> d
     print(f"K-means of {rows:,} x {width} into {k} clusters")
     seconds = race({name: timed(work) for name, work in contestants.items()}, min(rounds, 3))
     print_race(seconds, "faiss.Kmeans")
-    found = summary(seconds, "faiss.Kmeans")
+    results = summary(seconds, "faiss.Kmeans")
     for name, work in contestants.items():
         centroids_KD = work()
         centroids_KD = centroids_KD / np.linalg.norm(centroids_KD, axis=1, keepdims=True)
-        found[name]["mean_cosine"] = float((n_ND @ centroids_KD.T).max(axis=1).mean())
-        print(f"  {name:<36}{found[name]['mean_cosine']:>12.4f} mean cosine of a row with its centroid", flush=True)
-    return found
+        results[name]["mean_cosine"] = float((n_ND @ centroids_KD.T).max(axis=1).mean())
+        print(f"  {name:<36}{results[name]['mean_cosine']:>12.4f} mean cosine of a row with its centroid", flush=True)
+    return results
 
 
 def reading(corpus: str, rounds: int, batch: int = 1024) -> dict[str, Any]:
@@ -505,12 +505,12 @@ def attention(rounds: int, rows: int = 64, heads: int = 12, width: int = 32) -> 
 
 def race_all(contests: Sequence[dict[str, Callable[[], Any]]], rounds: int, repeats: int) -> dict[str, Any]:
     """Each contest against its first contestant."""
-    found = {}
+    results = {}
     for works in contests:
         seconds = race({name: timed(work, repeats) for name, work in works.items()}, rounds)
         print_race(seconds, next(iter(works)))
-        found |= summary(seconds, next(iter(works)))
-    return found
+        results |= summary(seconds, next(iter(works)))
+    return results
 
 
 if __name__ == "__main__":

@@ -144,10 +144,10 @@ def main() -> None:
         work = encoder_work(config)
         flops = [step_flops(ours.run, work, number) for number in numbers]
         ceilings = measure_ceilings(ours.run, numbers, arguments.rounds)
-    found = bounds(arguments, seconds, shares, flops, ceilings)
-    show(arguments, found)
+    results = bounds(arguments, seconds, shares, flops, ceilings)
+    show(arguments, results)
     if arguments.json:
-        arguments.json.write_text(json.dumps({**environment(), **found}, indent=1) + "\n")
+        arguments.json.write_text(json.dumps({**environment(), **results}, indent=1) + "\n")
         print(f"Wrote {arguments.json}")
 
 
@@ -230,14 +230,14 @@ def linear_products(run: TrainingParts, numbers: Sequence[int]) -> Counter[Produ
     and N tokens (N x in)(in x out), back to the inputs (N x out)(out x in), to the weights (out x N)(N x in)."""
     layers = PackedBert(run.encoder.backbone, torch.float32).layers
     linears = [linear for layer in layers for linear in layer if isinstance(linear, Linear)]
-    found: Counter[Product] = Counter()
+    counts: Counter[Product] = Counter()
     for number in numbers:
         tokens = 2 * sum(int(shard.attention_mask_BT.sum()) for shard in run.batch(number)[1])  # both views
         for out, width in (linear.weight.shape for linear in linears):
-            found[Product(tokens, width, out, "nt")] += 1
-            found[Product(tokens, out, width, "nn")] += 1
-            found[Product(out, tokens, width, "tn")] += 1
-    return found
+            counts[Product(tokens, width, out, "nt")] += 1
+            counts[Product(tokens, out, width, "nn")] += 1
+            counts[Product(out, tokens, width, "tn")] += 1
+    return counts
 
 
 def measure_ceilings(run: TrainingParts, numbers: Sequence[int], rounds: int) -> dict[str, float]:
@@ -305,22 +305,22 @@ def bounds(
     }
 
 
-def show(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
-    whole = found["profiled_step_seconds"]
-    alone = statistics.median(found["step_seconds"])
+def show(arguments: argparse.Namespace, results: dict[str, Any]) -> None:
+    whole = results["profiled_step_seconds"]
+    alone = statistics.median(results["step_seconds"])
     print(f"\nOne step, profiled: {whole:.3f} s ({alone:.3f} s without the profiler)")
-    for group, seconds in found["profile_seconds"].items():
+    for group, seconds in results["profile_seconds"].items():
         print(f"  {group:<36}{1000 * seconds:>10.1f} ms{seconds / whole:>8.1%}")
-    parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in found["flops_of_a_step"].items())
-    print(f"\nGFLOP of a step: {parts}; {found['flops_of_a_sentence'] / 1e9:.3f} a sentence")
-    within = found["products_within_the_step_flops_per_second"]
+    parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in results["flops_of_a_step"].items())
+    print(f"\nGFLOP of a step: {parts}; {results['flops_of_a_sentence'] / 1e9:.3f} a sentence")
+    within = results["products_within_the_step_flops_per_second"]
     print(f"Linear layers' products within the step: {within / 1e9:.0f} GFLOP/s; alone, in the same shapes:")
-    for precision, ceiling in found["ceiling_flops_per_second"].items():
-        bound = found["bound_sentences_per_second"][precision]
+    for precision, ceiling in results["ceiling_flops_per_second"].items():
+        bound = results["bound_sentences_per_second"][precision]
         print(f"  {precision}: {ceiling / 1e9:.0f} GFLOP/s, which bounds a step by {bound:.1f} sentences/s")
     print(
-        f"This step in {arguments.precision}: {found['sentences_per_second']:.1f} sentences/s, "
-        f"{found['share_of_the_bound']:.0%} of its bound"
+        f"This step in {arguments.precision}: {results['sentences_per_second']:.1f} sentences/s, "
+        f"{results['share_of_the_bound']:.0%} of its bound"
     )
 
 

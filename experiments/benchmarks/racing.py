@@ -43,9 +43,9 @@ def race(contestants: dict[str, Contestant], rounds: int, steps: int = 1) -> dic
         batches = range(number * steps, (number + 1) * steps)
         for name in random.sample(list(contestants), len(contestants)):
             print(f"\r  round {number} of {rounds}: {name:<50}", end="", file=sys.stderr, flush=True)
-            found = contestants[name](batches)
+            taken = contestants[name](batches)
             if number:
-                seconds[name].append(found)
+                seconds[name].append(taken)
     print("\r" + " " * 80 + "\r", end="", file=sys.stderr, flush=True)
     return seconds
 
@@ -87,18 +87,18 @@ def summary(seconds: dict[str, list[float]], against: str) -> dict[str, dict[str
     """Seconds of each contestant's rounds, their median, and its ratio to that of ``against``, as JSON."""
     return {
         name: {
-            "seconds": found,
-            "median": statistics.median(found),
-            f"ratio to {against}": ratio(found, seconds[against])._asdict(),
+            "seconds": taken,
+            "median": statistics.median(taken),
+            f"ratio to {against}": ratio(taken, seconds[against])._asdict(),
         }
-        for name, found in seconds.items()
+        for name, taken in seconds.items()
     }
 
 
 def print_race(seconds: dict[str, list[float]], against: str) -> None:
-    for name, found in seconds.items():
-        text = "" if name == against else f"   {ratio(found, seconds[against])} x {against}"
-        print(f"  {name:<36}{1000 * statistics.median(found):>12.3f} ms{text}", flush=True)
+    for name, taken in seconds.items():
+        text = "" if name == against else f"   {ratio(taken, seconds[against])} x {against}"
+        print(f"  {name:<36}{1000 * statistics.median(taken):>12.3f} ms{text}", flush=True)
 
 
 # ---- steps of ours --------------------------------------------------------------------------------------------------
@@ -174,10 +174,10 @@ def environment(*packages: str) -> dict[str, Any]:
     data = os.environ.get("CLUSTERNS_DATA")
     words = [f"experiments/benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
     command = ["python", *(word.replace(data, "$CLUSTERNS_DATA") if data else word for word in words)]
-    found = describe_environment(CPU, command, 1)
-    found["versions"] |= {name: version(name) for name in packages}
-    found["machine"] |= {"processor": processor(), "threads": torch.get_num_threads()}
-    return found
+    record = describe_environment(CPU, command, 1)
+    record["versions"] |= {name: version(name) for name in packages}
+    record["machine"] |= {"processor": processor(), "threads": torch.get_num_threads()}
+    return record
 
 
 def processor() -> str:

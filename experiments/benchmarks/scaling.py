@@ -67,8 +67,8 @@ def main() -> None:
         config = changed(config, "runtime", storage_path=storage, trackers=[], use_gpu=False, cpus_per_worker=1)
         config = changed(config, "clustering", start_cosine=1.0, init="farthest_chain")
         prepared = prepare(config, lambda text: print(text, file=sys.stderr, flush=True))
-        found = measure(config, prepared.tokens_dir, counts, arguments)
-        result = compare(workload(config), found, arguments)
+        outcomes = measure(config, prepared.tokens_dir, counts, arguments)
+        result = compare(workload(config), outcomes, arguments)
     print_result(result)
     if arguments.json is not None:
         write_atomic(arguments.json, json.dumps(result, indent=2) + "\n")
@@ -97,12 +97,12 @@ def share_of(config: Config, workers: int) -> Config:
 
 
 def measure(config: Config, tokens_dir: Path, counts: list[int], arguments: argparse.Namespace) -> dict[str, list]:
-    """What every round found, by what was run: ``together 2``, ``apart 2``, ``threads 2``."""
+    """The outcomes of every round, by what was run: ``together 2``, ``apart 2``, ``threads 2``."""
     cases = {f"together {n}": (config, n, 1, True) for n in counts}
     cases |= {f"apart {n}": (share_of(config, n), n, 1, False) for n in counts if n > 1}
     if arguments.threads > 1:
         cases[f"threads {arguments.threads}"] = config, 1, arguments.threads, True
-    found: dict[str, list] = {name: [] for name in cases}
+    outcomes: dict[str, list] = {name: [] for name in cases}
     for number in range(arguments.rounds):
         for name, (settings, workers, threads, grouped) in cases.items():
             began = time.perf_counter()
@@ -110,14 +110,14 @@ def measure(config: Config, tokens_dir: Path, counts: list[int], arguments: argp
                 job = (settings.resolved(), str(tokens_dir), workers, threads, grouped, arguments.steps, scratch)
                 run_processes(job, workers, arguments.deadline)
                 outcome = json.loads((Path(scratch) / "0.json").read_text())
-            found[name].append(outcome)
+            outcomes[name].append(outcome)
             print(
                 f"round {number + 1} of {arguments.rounds}, {name}: {outcome['step']:.3f} s a step "
                 f"({time.perf_counter() - began:.0f} s in all)",
                 file=sys.stderr,
                 flush=True,
             )
-    return found
+    return outcomes
 
 
 def run_processes(job: tuple, workers: int, deadline_s: float) -> None:
@@ -204,15 +204,15 @@ def loopback(small_s: float, large_s: float, size: float, workers: int) -> Netwo
 # ---- comparing ------------------------------------------------------------------------------------------------------
 
 
-def compare(work: Workload, found: dict[str, list], arguments: argparse.Namespace) -> dict[str, Any]:
+def compare(work: Workload, outcomes: dict[str, list], arguments: argparse.Namespace) -> dict[str, Any]:
     def median(case: str, key: str = "step") -> float:
-        return statistics.median(outcome[key] for outcome in found[case])
+        return statistics.median(outcome[key] for outcome in outcomes[case])
 
     alone = median("together 1")
     each_worker = median("together 1", "each_worker")
     flops = work.flops(1) / (alone - each_worker)
     rows = []
-    for case in found:
+    for case in outcomes:
         kind, count = case.split()
         if kind != "together":
             continue
@@ -232,7 +232,7 @@ def compare(work: Workload, found: dict[str, list], arguments: argparse.Namespac
             {
                 "workers": workers,
                 "measured_s": measured,
-                "rounds_s": [outcome["step"] for outcome in found[case]],
+                "rounds_s": [outcome["step"] for outcome in outcomes[case]],
                 "planned_s": planned,
                 "planned_compute_s": compute,
                 "planned_exchange_s": expected["exchange"],
@@ -243,7 +243,7 @@ def compare(work: Workload, found: dict[str, list], arguments: argparse.Namespac
                 "loopback": network and {"bytes_per_second": network.bandwidth, "latency_s": network.latency},
             }
         )
-    threads = {case.split()[1]: median(case) for case in found if case.startswith("threads")}
+    threads = {case.split()[1]: median(case) for case in outcomes if case.startswith("threads")}
     return {
         "config": {"file": Path(arguments.config).name, "set": arguments.set},  # its paths are this machine's
         "cores": arguments.cores,

@@ -58,7 +58,7 @@ def main() -> None:
             f"torch {torch.__version__}; {arguments.rounds} rounds of {arguments.steps} steps"
         )
         seconds = race({name: make() for name, make in contestants.items()}, arguments.rounds, arguments.steps)
-    speeds = {name: [arguments.steps * arguments.batch / s for s in found] for name, found in seconds.items()}
+    speeds = {name: [arguments.steps * arguments.batch / s for s in taken] for name, taken in seconds.items()}
     show(speeds)
     if arguments.json:
         arguments.json.write_text(json.dumps(record(arguments, speeds), indent=1) + "\n")
@@ -68,9 +68,9 @@ def main() -> None:
 def show(speeds: dict[str, list[float]]) -> None:
     against = peers(speeds)
     print(f"{'':<36}{'sentences/s':>12}   " + "   ".join(f"{'x ' + name:>28}" for name in against))
-    for name, found in speeds.items():
-        ratios = "   ".join(f"{ratio(found, speeds[other])!s:>28}" for other in against)
-        print(f"{name:<36}{statistics.median(found):>12.1f}   {ratios}")
+    for name, rounds in speeds.items():
+        ratios = "   ".join(f"{ratio(rounds, speeds[other])!s:>28}" for other in against)
+        print(f"{name:<36}{statistics.median(rounds):>12.1f}   {ratios}")
 
 
 def peers(speeds: dict[str, list[float]]) -> list[str]:
@@ -82,11 +82,11 @@ def record(arguments: argparse.Namespace, speeds: dict[str, list[float]]) -> dic
         **environment("sentence-transformers"),
         "layers": arguments.layers,
         "batch": arguments.batch,
-        "sentences_per_second": {name: [round(v, 2) for v in found] for name, found in speeds.items()},
-        "medians": {name: round(statistics.median(found), 1) for name, found in speeds.items()},
+        "sentences_per_second": {name: [round(v, 2) for v in rounds] for name, rounds in speeds.items()},
+        "medians": {name: round(statistics.median(rounds), 1) for name, rounds in speeds.items()},
         "ratios": {
-            name: {other: ratio(found, speeds[other])._asdict() for other in peers(speeds)}
-            for name, found in speeds.items()
+            name: {other: ratio(rounds, speeds[other])._asdict() for other in peers(speeds)}
+            for name, rounds in speeds.items()
         },
     }
 
