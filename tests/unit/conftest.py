@@ -12,7 +12,7 @@ from helpers import write_pairs
 from typer.testing import CliRunner, Result
 
 from clusterns_ray.cli import app
-from clusterns_ray.config import make_config
+from clusterns_ray.config import Config, make_config
 from clusterns_ray.data.prepare import prepare
 from clusterns_ray.evaluation.sts import TASKS
 
@@ -95,3 +95,23 @@ def clusterns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., 
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.chdir(tmp_path)
     return lambda *arguments: CliRunner().invoke(app, list(map(str, arguments)))
+
+
+@pytest.fixture
+def run_values(tmp_path: Path, tiny_model: Path, corpus_file: Path, sts_dir: Path) -> Callable[..., dict[str, Any]]:
+    """``run_values(section={...})``: a configuration in which nothing is wrong, with these changes."""
+    values: dict[str, dict[str, Any]] = {
+        "encoder": {"name": str(tiny_model), "num_layers": 1, "dropout": 0.1},
+        "data": {"corpus": str(corpus_file)},
+        "clustering": {"num_clusters": 4},
+        "train": {"global_batch_size": 16, "shards": 4, "max_steps": 2},
+        "evaluation": {"sts": str(sts_dir)},
+        "runtime": {"storage_path": str(tmp_path / "runs"), "name": "first", "use_gpu": False},
+    }
+    return lambda **changes: {name: values.get(name, {}) | changes.get(name, {}) for name in {**values, **changes}}
+
+
+@pytest.fixture
+def run_config(run_values: Callable[..., dict[str, Any]]) -> Callable[..., Config]:
+    """:func:`run_values` as a ``Config``."""
+    return lambda **changes: make_config(run_values(**changes))
