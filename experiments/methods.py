@@ -1,12 +1,12 @@
 """Compare methods over seeds on one testbed: mean, deviation, and the difference from the first method, seed by seed.
 
-    python experiments/methods.py experiments/methods/minilm-cpu.yaml --jobs 2 --test
+    python experiments/methods.py experiments/methods/minilm-cpu.yaml --jobs 2 --test DIR
 
 A file of methods names a base configuration, values that all methods share, and for each method the values that make
 it. Every method runs with the same seeds, so with the same batches and first dropout masks. Finished runs are not
-repeated, unfinished ones are resumed. The dev score of the best step is what a method would be chosen by. The sets of
-evaluation.also at that step, and with --test STS-B dev (where it does not select) and the seven STS tests, choose
-nothing: they are for the final figure alone.
+repeated, unfinished ones are resumed, and those of other values are refused. A method would be chosen by its dev score
+at the best step. The sets of evaluation.also at that step, and with --test STS-B dev (where it does not select) and the
+seven STS tests, choose nothing: they are for the final figure alone.
 
 A value may name another method's model of the same seed as ``model:METHOD``, such as a teacher; that one runs first.
 """
@@ -31,6 +31,7 @@ import yaml
 from clusterns_ray import load_config
 from clusterns_ray.errors import ClusterNSError, ConfigError
 from clusterns_ray.io.files import write_atomic
+from clusterns_ray.launch.preflight import check_name
 
 COLUMNS = {"dev": "dev, best step", "last": "dev, last step", "tests": "seven tests"}
 DEV = "STSB/dev"
@@ -128,15 +129,16 @@ class Study:
                     for run in as_completed(runs):
                         run.result()
                 except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)  # those that train end by themselves
+                    pool.shutdown(wait=False, cancel_futures=True)  # runs that train end by themselves
                     raise
         return {name: self.scores(name, seeds, test) for name in names}
 
     def one(self, method: str, seed: int, test: str | None) -> None:
         """Train, and score the tests, in processes of their own with this job's share of the cores."""
-        path = self.path(method, seed)
+        path, values = self.path(method, seed), self.values(method, seed)
+        check_name(load_config(self.base, values))
         if not (path / "result.json").exists():
-            pairs = [part for value in self.values(method, seed) for part in ("--set", value)]
+            pairs = [part for value in values for part in ("--set", value)]
             self.command(path, "train", str(self.base), *pairs)
         if test and not (path / "evaluation.json").exists():
             arguments = ["--sts", test, "--dev", DEV, "--json", f"{path}/evaluation.json"]

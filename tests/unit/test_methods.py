@@ -90,6 +90,8 @@ def test_it_trains_what_is_named_first_and_nothing_twice(
     assert len(written) == 6
     assert study.run(list(study.methods), [1, 2], test=None) == scores
     assert {path: path.stat().st_mtime_ns for path in written} == written
+    with pytest.raises(ConfigError, match="holds already with another config"):
+        methods.Study(file, tmp_path / "runs", ["train.learning_rate=1e-2"], 1).run(["SimCSE"], [1], test=None)
 
 
 def test_a_run_that_fails_is_named_with_its_last_lines(methods: ModuleType, file: Path, tmp_path: Path) -> None:
