@@ -59,7 +59,8 @@ def main(overrides: list[str]) -> None:
 def simcse(config: Config) -> Config:
     """The same run with a sentence's own dropout copy as its positive, and without clusters."""
     values = config.resolved()
-    values["data"] |= {"positives": "dropout", "neighbour_distance": 1, "crop_ratio": 0.5}
+    for key in ("positives", "neighbour_distance", "crop_ratio"):
+        del values["data"][key]  # the defaults are SimCSE's
     values["clustering"] |= {"scope": "batch", "num_clusters": 0}
     values["runtime"]["name"] += "-simcse"
     return make_config(values)
