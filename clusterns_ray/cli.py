@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -65,6 +65,11 @@ def readable_errors(resumption: str = "") -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
+def notes_of(on_event: Callable[[dict[str, Any]], None]) -> Callable[[str], None]:
+    """The function that shows a text as a note among the events of ``on_event``."""
+    return lambda text: on_event({"event": "note", "text": text})
+
+
 @app.callback(invoke_without_command=True)
 def version(
     context: typer.Context, show: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False
@@ -109,7 +114,7 @@ def prepare(config: ConfigFile, set: Overrides = None) -> None:
         try:
             prepared = data.prepare(
                 settings,
-                lambda text: on_event({"event": "note", "text": text}),
+                notes_of(on_event),
                 lambda rows: on_event({"event": "tokenised", "rows": rows}),
             )
         finally:
@@ -241,21 +246,21 @@ def evaluate(
         clusters = [Path(check_path("--clusters", path, ())).expanduser() for path in clusters or ()]
         names = [name for part in suite or () for name in part.split(",")]
         further, texts = tuple(dev or ()), tuple(documents or ())
-        request = check_suite(Suite(tuple(names), sts, transfer, tuple(clusters or ()), further, seed, texts))
+        request = check_suite(Suite(tuple(names), sts, transfer, tuple(clusters), further, seed, texts))
         if json_file is not None and is_url(json_file):
             check_store("--json", split_url(json_file)[0])
         elif json_file is not None:
             check_writable(Path(json_file), "--json")
         on_event = progress_view()
         for model in (*models, *((against,) if against else ())):
-            resolve_model(model, lambda text: on_event({"event": "note", "text": text}))
+            resolve_model(model, notes_of(on_event))
         result = evaluate_models(
             models,
             request,
             pooling=pooling,
             max_length=max_length,
             against=against,
-            note=lambda text: on_event({"event": "note", "text": text}),
+            note=notes_of(on_event),
         )
         render(result)
         if json_file is not None:
@@ -292,7 +297,7 @@ def encode(
         output = Path(check_path("--output", output, ()))
         on_event = progress_view()
         try:
-            resolve_model(model, lambda text: on_event({"event": "note", "text": text}))
+            resolve_model(model, notes_of(on_event))
             result = run_encoding(
                 model,
                 files,
@@ -341,7 +346,7 @@ def search(
         check_k(k)
         on_event = progress_view(sys.stderr)
         try:
-            resolve_model(model, lambda text: on_event({"event": "note", "text": text}))
+            resolve_model(model, notes_of(on_event))
             results = SemanticIndex.build(
                 model, corpus, index, text_column=text_column, limit=limit, rebuild=rebuild, on_event=on_event
             ).search(queries, k)
