@@ -271,8 +271,8 @@ def check_dropout(config: Any, name: str) -> None:
         else f"The architecture {config.model_type!r} has none that encoder.dropout could set: start from another."
     )
     raise ConfigError(
-        f"{name} has no dropout, so the two views of a sentence would be equal and there would be nothing to learn. "
-        + remedy
+        f"{name} has no dropout, so the two views of a sentence would be equal and there would be nothing to learn.",
+        remedy,
     )
 
 

@@ -113,7 +113,8 @@ class Encoder(nn.Module):
         if has_decoder(backbone) and (pooling in HIDDEN_STATE_POOLINGS or denoise):
             raise ConfigError(
                 f"encoder.pooling is {pooling} and encoder.denoise {str(denoise).lower()}, but the model is an "
-                "encoder-decoder, of which the last layer alone is read. Use mean or last, without denoise."
+                "encoder-decoder, of which the last layer alone is read.",
+                "Use mean or last, without denoise.",
             )
         if pooling == "mask":
             _check_mask_prompt("prompt", prompt, tokenizer)
@@ -159,7 +160,7 @@ class Encoder(nn.Module):
         limit = longest_text(backbone, tokenizer, settings.prompt)
         if max_length is not None and limit is not None and max_length > limit:
             raise ConfigError(
-                f"max_length is {max_length}, but {name} reads at most {limit} tokens. Use at most {limit}."
+                f"max_length is {max_length}, but {name} reads at most {limit} tokens.", f"Use at most {limit}."
             )
         length = max_length or own_length(settings, tokenizer, name) or 128
         return cls(
@@ -209,8 +210,8 @@ class Encoder(nn.Module):
         if limit is not None and config.max_length > limit:
             besides = " besides the prompt" if config.prompt else ""
             raise ConfigError(
-                f"encoder.max_length is {config.max_length}, but {config.name} reads at most {limit} tokens{besides}. "
-                f"Set encoder.max_length to {limit} or less."
+                f"encoder.max_length is {config.max_length}, but {config.name} reads at most {limit} tokens{besides}.",
+                f"Set encoder.max_length to {limit} or less.",
             )
         use_fast_training(backbone)
         width = backbone.config.hidden_size
@@ -417,8 +418,8 @@ class Encoder(nn.Module):
         if len(broken):
             raise NonFiniteError(
                 f"{len(broken):,} of {len(embeddings):,} embeddings are NaN or infinite, such as that of "
-                f"{sentences[int(broken[0])][:60]!r}: the model's weights are damaged, or too large to compute with. "
-                "Copy or download the model again, or take an earlier checkpoint."
+                f"{sentences[int(broken[0])][:60]!r}: the model's weights are damaged, or too large to compute with.",
+                "Copy or download the model again, or take an earlier checkpoint.",
             )
         return embeddings
 
@@ -473,8 +474,8 @@ def own_length(settings: ModelSettings, tokenizer: Any, name: str) -> int | None
     if length <= tokenizer.num_special_tokens_to_add(False):
         raise ConfigError(
             f"encoder {name!r}: it reads {settings.max_length} tokens (max_seq_length), of which its default prompt "
-            f"{settings.prompt.removesuffix('{sentence}')!r} leaves none for the text. Raise max_seq_length in its "
-            "sentence_bert_config.json."
+            f"{settings.prompt.removesuffix('{sentence}')!r} leaves none for the text.",
+            "Raise max_seq_length in its sentence_bert_config.json.",
         )
     return length
 

@@ -27,10 +27,10 @@ MOST_LAYERS = 1000
 NAMED = 3
 """Weights that a message names; it counts the others."""
 
-_HAS_CODE = (
-    "it has code of its own (auto_map in its {file}), and code that comes with a model is never run. Use a model whose "
-    "architecture is part of transformers; where transformers' own class is right for this one, remove auto_map from a "
-    "copy of it."
+_HAS_CODE = "it has code of its own (auto_map in its {file}), and code that comes with a model is never run."
+_NO_CODE = (
+    "Use a model whose architecture is part of transformers; where transformers' own class is right for this one, "
+    "remove auto_map from a copy of it."
 )
 
 
@@ -64,7 +64,7 @@ def check_code(source: str, file: str, auto_map: Any) -> None:
         ConfigError: it does.
     """
     if auto_map:
-        raise _refused(source, _HAS_CODE.format(file=file))
+        raise _refused(source, _HAS_CODE.format(file=file), _NO_CODE)
 
 
 def load_weights(
@@ -102,21 +102,22 @@ def load_weights(
                 raise
             raise _refused(
                 source,
-                f"its config.json does not describe its weights, which have other shapes: {_some(other)}. Copy or "
-                "download both files again from one place.",
+                f"its config.json does not describe its weights, which have other shapes: {_some(other)}.",
+                "Copy or download both files again from one place.",
             ) from error
     if not shortened and (further := _further_layers(model, report["unexpected_keys"])):
         raise _refused(
             source,
             f"its config.json states {getattr(config, 'num_hidden_layers', 'fewer')} layers, but its weights are of "
-            f"more: {_some(further)}. Correct num_hidden_layers in config.json; encoder.num_layers takes the first "
-            "layers of a model.",
+            f"more: {_some(further)}.",
+            "Correct num_hidden_layers in config.json; encoder.num_layers takes the first layers of a model.",
         )
     bad = [name for name, value in model.named_parameters() if not torch.isfinite(value).all()]
     if bad:
         raise NonFiniteError(
             f"encoder {source!r} cannot be used: its weights hold values that are not finite (NaN or infinity): "
-            f"{_some(bad)}. Copy or download it again, or take an earlier checkpoint."
+            f"{_some(bad)}.",
+            "Copy or download it again, or take an earlier checkpoint.",
         )
     return model, sorted(report["missing_keys"])
 
@@ -132,9 +133,9 @@ def check_complete(source: str, missing: Iterable[str]) -> None:
         return
     raise _refused(
         source,
-        f"its files lack weights, which would have to be drawn at random: {_some(lacking)}. Their names must be those "
-        "of the architecture in config.json: save the model itself with save_pretrained, not a module around it, or "
-        "copy or download it again.",
+        f"its files lack weights, which would have to be drawn at random: {_some(lacking)}.",
+        "Their names must be those of the architecture in config.json: save the model itself with save_pretrained, not "
+        "a module around it, or copy or download it again.",
     )
 
 
@@ -152,7 +153,8 @@ def check_vocabulary(source: str, tokenizer: Any, rows: int | None) -> None:
         raise _refused(
             source,
             f"its tokenizer has token ids up to {max(ids)} ({len(tokenizer)} tokens), but the model has embeddings for "
-            f"{rows} tokens. Use the tokenizer that the model came with, or, where tokens were added, call "
+            f"{rows} tokens.",
+            "Use the tokenizer that the model came with, or, where tokens were added, call "
             f"model.resize_token_embeddings({max(ids) + 1}), train them, and save both.",
         )
 
@@ -198,7 +200,7 @@ def cannot_load(source: str, part: str, error: BaseException) -> ConfigError:
     """What to say when a library cannot load ``part`` of a model: the reason in one line, and a remedy that helps."""
     text = one_line(error)
     if "trust_remote_code" in text or "custom code" in text:
-        return _refused(source, _HAS_CODE.format(file="config.json"))
+        return _refused(source, _HAS_CODE.format(file="config.json"), _NO_CODE)
     if isinstance(error, pickle.UnpicklingError) or "Weights only load failed" in text:
         reason = (
             "its weights file is a pickle that holds more than tensors, and unpickling it could run code, so it is not "
@@ -221,7 +223,7 @@ def cannot_load(source: str, part: str, error: BaseException) -> ConfigError:
     else:
         reason = f"{part} cannot be had ({text})"
         remedy = "Check the name and the revision; without a network give a directory or package:PYTHON_PACKAGE/SUBDIR."
-    return _refused(source, f"{reason}. {remedy}")
+    return _refused(source, f"{reason}.", remedy)
 
 
 def one_line(error: BaseException, length: int = 300) -> str:
@@ -276,13 +278,13 @@ def _hub_is_silent(source: str, revision: str | None) -> bool:
         return True
     raise _refused(
         source,
-        f"{constants.ENDPOINT} {reason}, and the model is not in the hub's cache here. Open the network or correct "
-        "HF_ENDPOINT; without a network give a directory or package:PYTHON_PACKAGE/SUBDIR.",
+        f"{constants.ENDPOINT} {reason}, and the model is not in the hub's cache here.",
+        "Open the network or correct HF_ENDPOINT; without a network give a directory or package:PYTHON_PACKAGE/SUBDIR.",
     )
 
 
-def _refused(source: str, reason: str) -> ConfigError:
-    return ConfigError(f"encoder {source!r} cannot be loaded: {reason}")
+def _refused(source: str, reason: str, remedy: str) -> ConfigError:
+    return ConfigError(f"encoder {source!r} cannot be loaded: {reason}", remedy)
 
 
 def _check_readable(source: str, config: Any) -> None:
@@ -290,18 +292,18 @@ def _check_readable(source: str, config: Any) -> None:
     if getattr(config, "quantization_config", None):
         raise _refused(
             source,
-            "its weights are quantised (quantization_config in its config.json), and float32 is needed here. Name the "
-            "model that it was made from.",
+            "its weights are quantised (quantization_config in its config.json), and float32 is needed here.",
+            "Name the model that it was made from.",
         )
     if (Path(source) / "adapter_config.json").is_file():
         raise _refused(
             source,
-            "it has an adapter beside its weights (adapter_config.json), which would be left out. Merge it "
-            "(merge_and_unload of the peft library), and save the model that comes out with save_pretrained.",
+            "it has an adapter beside its weights (adapter_config.json), which would be left out.",
+            "Merge it (merge_and_unload of the peft library), and save the model that comes out with save_pretrained.",
         )
     layers = getattr(config, "num_hidden_layers", None)
     if isinstance(layers, int) and not 1 <= layers <= MOST_LAYERS:
-        raise _refused(source, f"its config.json states {layers} layers. Correct it, or copy or download it again.")
+        raise _refused(source, f"its config.json states {layers} layers.", "Correct it, or copy or download it again.")
 
 
 def _further_layers(model: Any, unexpected: Iterable[str]) -> list[str]:

@@ -88,7 +88,7 @@ def _check_directory(name: str, path: Path) -> None:
                 "It is an adapter: merge it into its model (merge_and_unload of the peft library), and save the model "
                 "that comes out with save_pretrained."
             )
-        raise ConfigError(f"encoder {name!r}: {str(path)!r} holds no config.json, so it is not a transformer. {remedy}")
+        raise ConfigError(f"encoder {name!r}: {str(path)!r} holds no config.json, so it is not a transformer.", remedy)
     try:
         files = [entry.name for entry in os.scandir(path) if entry.name.endswith(_READ)]
     except OSError as error:
@@ -105,10 +105,11 @@ def _fetch(url: str, note: Callable[[str], None]) -> Path:
     path = local_copy(holder) / (name or ".")
     if name and Store(holder).pull_directory(name, path, note):
         return path
-    inside = "" if Store(url).manifest("model") is None else f" It is a run: give {url.rstrip('/')}/model."
+    remedy = "Give the model/ of a run that has come to its first evaluation, or copy the files here."
+    if Store(url).manifest("model") is not None:
+        remedy = f"It is a run: give {url.rstrip('/')}/model."
     raise ConfigError(
-        f"encoder {url!r}: there is no whole directory, as {name or 'the bucket'}{MANIFEST} is missing."
-        + (inside or " Give the model/ of a run that has come to its first evaluation, or copy the files here.")
+        f"encoder {url!r}: there is no whole directory, as {name or 'the bucket'}{MANIFEST} is missing.", remedy
     )
 
 
