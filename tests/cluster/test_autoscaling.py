@@ -86,7 +86,7 @@ VERSIONS = pytest.mark.parametrize("version", [1, 2])
 
 @pytest.mark.parametrize("version", [1, pytest.param(2, marks=pytest.mark.nightly)])
 def test_runs_where_the_machines_have_gpus(nodes, make_run_on, version):
-    """`runtime.use_gpu` unset and false, from a head without CPUs: none, two and back."""
+    """`runtime.use_gpu` unset, true and false, from a head without CPUs: none, two and back."""
     nodes.start_autoscaling_head(most=2, version=version, gpus=1, idle_s=5)
     short = ("runtime.num_workers=2", "train.max_steps=20", "evaluation.every_steps=10")
 
@@ -97,11 +97,12 @@ def test_runs_where_the_machines_have_gpus(nodes, make_run_on, version):
     assert f"an autoscaler (version {version}) that may start at most 2 {NODE_TYPE} with 1 CPU, 1 GPU" in said.err
     assert nodes.instances() == {} and not refused.directory.joinpath("config.yaml").exists()
 
-    command = make_run_on(f"gpus-{version}", *short, "runtime.use_gpu=null").start()
-    command.until(lambda: len(nodes.instances()) == 2, TIMEOUT_S)
-    said = command.wait(TIMEOUT_S)
-    assert said.code == 1 and NO_GPU in said.err, said.out + said.err
-    assert "Traceback" not in said.err and "set runtime.use_gpu to false" in said.err
+    for use_gpu in ("null", "true"):
+        command = make_run_on(f"gpus-{use_gpu}-{version}", *short, f"runtime.use_gpu={use_gpu}").start()
+        command.until(lambda: len(nodes.instances()) == 2, TIMEOUT_S)
+        said = command.wait(TIMEOUT_S)
+        assert said.code == 1 and NO_GPU in said.err, said.out + said.err
+        assert "Traceback" not in said.err and "set runtime.use_gpu to false" in said.err
 
     said = make_run_on(f"cpus-{version}", *short, "runtime.use_gpu=false").train(TIMEOUT_S)
     assert said.code == 0, said.out + said.err

@@ -71,6 +71,7 @@ def test_a_driver_killed_with_its_machine_inside_a_trial_and_while_confirming(
     study = StoredStudy(made.project, made.env, made.name, made.settings)
     moments = [
         "trials/0000/checkpoints/step-00000020.manifest.json",  # inside a trial, of which the snapshot knows less
+        "trials/0002/config.yaml",  # as a trial begins
         "-seed1/result.json",  # between runs that confirm
     ]
     for number, moment in enumerate(moments):

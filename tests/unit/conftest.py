@@ -98,8 +98,8 @@ def clusterns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., 
 
 
 @pytest.fixture
-def run_values(tmp_path: Path, tiny_model: Path, corpus_file: Path, sts_dir: Path) -> Callable[..., dict[str, Any]]:
-    """``run_values(section={...})``: a configuration in which nothing is wrong, with these changes."""
+def sound_values(tmp_path: Path, tiny_model: Path, corpus_file: Path, sts_dir: Path) -> Callable[..., dict[str, Any]]:
+    """``sound_values(section={...})``: a configuration in which nothing is wrong, with these changes."""
     values: dict[str, dict[str, Any]] = {
         "encoder": {"name": str(tiny_model), "num_layers": 1, "dropout": 0.1},
         "data": {"corpus": str(corpus_file)},
@@ -112,6 +112,6 @@ def run_values(tmp_path: Path, tiny_model: Path, corpus_file: Path, sts_dir: Pat
 
 
 @pytest.fixture
-def run_config(run_values: Callable[..., dict[str, Any]]) -> Callable[..., Config]:
-    """:func:`run_values` as a ``Config``."""
-    return lambda **changes: make_config(run_values(**changes))
+def run_config(sound_values: Callable[..., dict[str, Any]]) -> Callable[..., Config]:
+    """:func:`sound_values` as a ``Config``."""
+    return lambda **changes: make_config(sound_values(**changes))

@@ -33,9 +33,9 @@ from clusterns_ray.tuning.study import load_study
 
 @pytest.fixture
 def doctor(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run_values: Callable[..., dict[str, Any]]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sound_values: Callable[..., dict[str, Any]]
 ) -> Callable[..., tuple[Result, dict[str, Finding]]]:
-    """The command on ``run_values`` with changes; its findings by what was looked at, the worst of each."""
+    """The command on ``sound_values`` with changes; its findings by what was looked at, the worst of each."""
     for name in [name for name in os.environ if name.startswith("RAY_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -43,7 +43,7 @@ def doctor(
 
     def call(*arguments: str, **sections: dict[str, Any]) -> tuple[Result, dict[str, Finding]]:
         file, findings = tmp_path / "asked.yaml", tmp_path / "findings.json"
-        file.write_text(yaml.safe_dump(run_values(**sections)))
+        file.write_text(yaml.safe_dump(sound_values(**sections)))
         result = CliRunner().invoke(app, ["doctor", str(file), "--json", str(findings), *arguments])
         found: dict[str, Finding] = {}
         order = ("ok", "warning", "problem")
@@ -117,9 +117,9 @@ def test_five_mistakes_at_once(doctor: Callable[..., Any], monkeypatch: pytest.M
     ],
 )
 def test_what_the_configuration_refuses_is_a_finding(
-    run_values: Callable[..., dict[str, Any]], tmp_path: Path, sections: dict[str, dict[str, Any]], says: str
+    sound_values: Callable[..., dict[str, Any]], tmp_path: Path, sections: dict[str, dict[str, Any]], says: str
 ) -> None:
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_values(**sections)))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(sound_values(**sections)))
     finding = next(examine(tmp_path / "run.yaml", load_study=load_study))
     assert (finding.level, finding.what) == ("problem", "configuration")
     assert says in finding.value
@@ -300,8 +300,8 @@ def test_an_encoder_without_weights(run_config: Callable[..., Config], tmp_path:
         list(request.check_model(run_config(encoder={"name": str(model)}), Sizes()))
 
 
-def test_a_study(tmp_path: Path, run_values: Callable[..., dict[str, Any]]) -> None:
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump(run_values()))
+def test_a_study(tmp_path: Path, sound_values: Callable[..., dict[str, Any]]) -> None:
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(sound_values()))
     study = {
         "name": "study",
         "base": "base.yaml",

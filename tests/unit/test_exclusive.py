@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,15 @@ ELSEWHERE = {"host": "far", "pid": 7, "process": "another-boot pid:[1] 7 99", "s
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> Store:
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A store of files. Its objects are replaced in one step, as an object store does, so that none is read half."""
+
+    def write(self: Store, name: str, data: bytes) -> None:
+        (path := Path(self.root) / name).parent.mkdir(parents=True, exist_ok=True)
+        (partial := tmp_path / uuid.uuid4().hex).write_bytes(data)
+        partial.replace(path)
+
+    monkeypatch.setattr(Store, "write", write)
     return Store(f"file://{tmp_path}/run")
 
 
