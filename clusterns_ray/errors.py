@@ -80,6 +80,10 @@ def describe_unexpected(error: BaseException, again: str = "") -> str:
         what, remedy = REASONS.get(error.errno or 0, (error.strerror or text or "a file cannot be used", UNREACHED))
         where = f"{error.filename!r}: " if error.filename is not None else ""
         return f"{where}{what}. {remedy}{again}"
+    if text.startswith("Symlink loop from "):  # pathlib's RuntimeError, before Python 3.13
+        return (
+            f"{text.removeprefix('Symlink loop from ')}: a link leads back to itself. Correct it, or remove it.{again}"
+        )
     return (
         f"internal error, {type(error).__name__}: {text.rstrip('.')}. Please report it, with what the same command "
         "shows if the environment variable CLUSTERNS_TRACEBACK is 1."

@@ -59,6 +59,11 @@ def check_data(config: Config) -> None:
         list_documents(documents)
     if not corpus_is_documents(config):
         list_sources(config.data.corpus or "")
+    check_sts(config)
+
+
+def check_sts(config: Config) -> None:
+    """Check that the dev set, and those of ``evaluation.also``, are there."""
     sts = config.evaluation.sts
     for key, names in (("dev", [config.evaluation.dev]), ("also", config.evaluation.also)):
         for name in names:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from clusterns_ray.config import Config
 from clusterns_ray.training.state import TrainState
 
+POSITIVES = {"neighbour": "a neighbouring sentence", "crop": "a crop of the sentence"}
+
 
 def model_card(config: Config, state: TrainState) -> str:
     """Markdown: how to load the model, how it was trained, and what was measured."""
@@ -12,10 +14,12 @@ def model_card(config: Config, state: TrainState) -> str:
         f"ClusterNS with {config.clustering.num_clusters} clusters"
         + (" of the whole corpus" if config.clustering.scope == "corpus" else "")
         if config.clustering.enabled
-        else "SimCSE (ClusterNS with num_clusters 0)"
+        else "SimCSE"
     )
     if config.loss.teacher is not None:
         method += f" and the ranking of `{config.loss.teacher}`"
+    if config.data.positives != "dropout":
+        method += f", with {POSITIVES[config.data.positives]} as the second view"
     before, after = state.score_before, state.best_score
     if after is None or before is None:
         measured = "No dev set was given, so this is the model of the last step."
@@ -29,6 +33,8 @@ def model_card(config: Config, state: TrainState) -> str:
             f"Spearman x 100 on {config.evaluation.dev}, which also chose the step: {before:.2f} before training, "
             f"**{after:.2f}** after step {state.best_step}."
         )
+    for name, also in state.also.items():
+        measured += f" On {name}, which chose nothing: {also['before']:.2f} before, {also['after']:.2f} after."
     return f"""---
 library_name: sentence-transformers
 tags: [sentence-transformers, sentence-similarity, feature-extraction, clusterns]

@@ -59,6 +59,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_a_link_that_leads_back_to_itself_is_one_line(here: Path) -> None:
+    (here / "loop").symlink_to("loop")
+    said = CliRunner().invoke(cli.app, ["report", "loop", "other"])
+    assert said.exit_code in (1, 2) and "'" + str(here / "loop") + "': a link leads back" in said.output
+    assert "internal error" not in said.output
+
+
 def inject(monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException) -> None:
     def fail(*given: object, **named: object) -> None:
         raise error

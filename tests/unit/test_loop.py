@@ -109,6 +109,8 @@ def test_sets_that_are_scored_as_well_select_nothing(lab: Lab, tmp_path: Path) -
     }
     assert set(records) == {2, 4, 6} and found["after"] == records[result["best_step"]]
     assert found["low"] <= found["after"] - found["before"] <= found["high"]
+    card = (tmp_path / "also" / "model" / "README.md").read_text()
+    assert f"On LEE50/test, which chose nothing: {found['before']:.2f} before, {found['after']:.2f} after." in card
     pairs = read_pairs(tmp_path, "LEE50/test")
     encoders = (Encoder.for_training(config.encoder, seed=0).eval(), Encoder.load(tmp_path / "also" / "model"))
     for key, encoder in zip(("before", "after"), encoders, strict=True):
@@ -187,7 +189,13 @@ def test_plain_simcse(lab: Lab, tmp_path: Path) -> None:
     assert len(records) == 3
     assert all(record["loss"] == record["info_nce"] and "clusters_used" not in record for record in records)
     assert not (tmp_path / "centroids.npy").exists()
-    assert "SimCSE" in (tmp_path / "model" / "README.md").read_text()
+    assert "\nSimCSE, from" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_the_model_card_names_the_positives(lab: Lab, tmp_path: Path) -> None:
+    lab.run(tmp_path, lab.config(data={"positives": "crop"}, train={"max_steps": 2}))
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "ClusterNS with 6 clusters, with a crop of the sentence as the second view, from" in card
 
 
 def test_logging_is_as_often_as_asked(lab: Lab, tmp_path: Path) -> None:

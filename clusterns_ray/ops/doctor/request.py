@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clusterns_ray.config import Config
-from clusterns_ray.data.corpus import ReadCounts, list_sources, read_sentences
+from clusterns_ray.data.corpus import ReadCounts, list_sources, read_corpus
 from clusterns_ray.data.documents import list_documents
 from clusterns_ray.data.prepare import (
     cache_directory,
@@ -24,7 +24,7 @@ from clusterns_ray.data.prepare import (
     most_rows,
 )
 from clusterns_ray.errors import ConfigError
-from clusterns_ray.launch.preflight import check_data, check_encoder, check_name
+from clusterns_ray.launch.preflight import check_encoder, check_name, check_sts
 from clusterns_ray.launch.staging import read_run_file
 from clusterns_ray.ops.doctor.findings import Finding, count_text, ok, size_text, warning
 from clusterns_ray.ops.doctor.hub import ON_THE_HUB, find_dataset, find_model, settings_of
@@ -117,7 +117,8 @@ def check_corpus(config: Config, sizes: Sizes) -> Iterable[Finding]:
     sizes.text_bytes = size * (COMPRESSION if any(each.path.lower().endswith(packed) for each in sources) else 1)
     check_batch(config, most_rows(config))
     limit = min(max(SAMPLE_ROWS, config.train.global_batch_size), config.data.limit or 2**53)
-    rows = sum(1 for _ in read_sentences(corpus, text_column=config.data.text_column, limit=limit, counts=ReadCounts()))
+    columns = {"text_column": config.data.text_column, "document_column": config.data.document_column}
+    rows = sum(1 for _ in read_corpus(corpus, **columns, limit=limit, counts=ReadCounts()))
     if not rows:
         raise ConfigError(f"data.corpus is {corpus!r}, which holds no text.", "Give a file with a sentence a line.")
     if rows < limit:
@@ -127,10 +128,11 @@ def check_corpus(config: Config, sizes: Sizes) -> Iterable[Finding]:
 
 
 def check_dev_set(config: Config) -> Iterable[Finding]:
-    """Whether the dev set is there, and whole."""
+    """Whether the dev set, and those of ``evaluation.also``, are there, and whole."""
     from clusterns_ray.evaluation.hub import HUB, check_hub, fetch_sts, hub_cache
     from clusterns_ray.evaluation.sts import read_pairs
 
+    check_sts(config)
     sts, dev = config.evaluation.sts, config.evaluation.dev
     if sts is None:
         remedy = "Set evaluation.sts, unless that is meant."
@@ -141,8 +143,9 @@ def check_dev_set(config: Config) -> Iterable[Finding]:
     elif sts != "hf":
         directory = Path(sts).expanduser()
         yield ok("dev set", f"{dev}, {len(read_pairs(directory, dev)):,} graded pairs in {directory}")
+        for also in config.evaluation.also:
+            yield ok("dev set", f"{also}, {len(read_pairs(directory, also)):,} graded pairs, which select nothing")
     else:
-        check_data(config)
         for kept in (cache_directory(config) / "sts-hub", hub_cache()):
             if (kept / f"{dev}.jsonl").is_file():
                 yield ok("dev set", f"{dev}, {len(read_pairs(kept, dev)):,} graded pairs from the hub, kept in {kept}")
