@@ -280,6 +280,11 @@ def head_answers() -> bool:
 
 def _check_answers(address: str) -> None:
     """Check that something listens there: Ray itself would try for a quarter of an hour."""
+    if re.match("https?://", address):
+        raise ClusterNSError(
+            f"RAY_ADDRESS is {address!r}, the address of Ray's dashboard: it takes jobs, and nothing else joins by it.",
+            "Submit the command (`ray job submit -- clusterns ...`), or run it on a node with the address HEAD:6379.",
+        )
     parts = re.fullmatch(r"(?:ray://)?\[?(.+?)\]?:(\d+)", address)
     if not parts:  # "auto"
         return

@@ -148,6 +148,13 @@ def test_nothing_listens_at_ray_address(monkeypatch: pytest.MonkeyPatch) -> None
     assert finding.level == "problem" and "nothing answers" in finding.value
 
 
+def test_ray_address_is_the_dashboards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
+    (finding,) = (finding for finding in examine(None, load_study=load_study) if finding.what == "cluster")
+    assert finding.level == "problem" and "the address of Ray's dashboard" in finding.value
+    assert "ray job submit" in finding.remedy
+
+
 def test_a_wrong_request(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["doctor", str(tmp_path / "none.yaml")])
     assert result.exit_code == 2 and "No such file" in result.output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,12 @@ def two(asked: dict[str, Any]) -> Cluster:
     cluster = machines.read_facts(json.loads(json.dumps(lines)), joined=True)
     assert cluster is not None and len(cluster.machines) == 2
     return cluster
+
+
+def test_no_gpu_where_nothing_is_asked_for(two: Cluster) -> None:
+    for on_ray, text in ((True, "none on the nodes that are up"), (False, "none on this machine")):
+        (found,) = machines.check_gpus(None, replace(two, on_ray=on_ray))
+        assert (found.level, found.value) == ("ok", text)
 
 
 def test_two_sound_nodes(two: Cluster, run_config: Callable[..., Config]) -> None:

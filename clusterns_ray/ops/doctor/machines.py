@@ -271,6 +271,8 @@ def check_gpus(request: Request | None, cluster: Cluster) -> list[Finding]:
     if wanted is not False and (names := cluster.capacity.gpu_types()):
         text = f"no node with one is up, so none was tried; the autoscaler starts {', '.join(names)}"
         return [ok("GPU", text)]
+    if request is None:
+        return [ok("GPU", "none on the nodes that are up" if cluster.on_ray else "none on this machine")]
     if not wanted:
         return [ok("GPU", "none, and none asked for: training is on CPUs")]
     if request is not None and request.on_ray and cluster.capacity.offers_gpu() is None:
