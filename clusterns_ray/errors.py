@@ -46,6 +46,10 @@ class DamagedError(StorageError):
     """A file or an object was read, and what it holds is damaged."""
 
 
+class GpuError(ClusterNSError):
+    """The GPU that Ray has given to a process cannot be used there."""
+
+
 class Drained(ClusterNSError):
     """A machine of the group is about to be taken away; what was done is in a checkpoint."""
 

@@ -15,7 +15,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from clusterns_ray.config import Config, RuntimeConfig
-from clusterns_ray.errors import ClusterNSError, ConfigError, DataError, Drained
+from clusterns_ray.errors import ClusterNSError, Drained, GpuError
 from clusterns_ray.launch.capacity import worker_resources
 from clusterns_ray.launch.ray_cluster import head_answers
 
@@ -43,8 +43,8 @@ def run_workers(
     taken away are started anew without limit, as each time they have made progress.
 
     Args:
-        work: returns ``{"result": ...}``, ``{"error": message}`` (with ``refused`` where the request or the data was
-            wrong) or ``{"drained": message}`` (see :func:`worker_result`), the same on every worker.
+        work: returns ``{"result": ...}``, ``{"error": message, "kind": class}`` or ``{"drained": message}`` (see
+            :func:`worker_result`), the same on every worker.
         storage_path: where Ray keeps what is its own; a run's checkpoints are elsewhere.
         listen: takes what the workers sent, and returns whether there was anything. Called several times a second.
 
@@ -53,8 +53,7 @@ def run_workers(
 
     Raises:
         WorkersFailed: they died too often, or sent nothing for too long.
-        DataError: they refused the request or the data.
-        ClusterNSError: they failed; the message is theirs.
+        ClusterNSError: they failed; the kind of error and the message are theirs.
     """
     # Train looks this often at its workers, and each report waits for a look.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -81,7 +80,7 @@ def run_workers(
         if "drained" not in value:
             break
     if "error" in value:
-        raise (DataError if value.get("refused") else ClusterNSError)(value["error"])
+        raise value["kind"](value["error"])
     return value["result"]
 
 
@@ -209,10 +208,10 @@ def gpu_problem() -> str | None:
 
 
 def check_gpu() -> None:
-    """Raise ClusterNSError where the GPU that Ray has given to this process cannot be used."""
+    """Raise GpuError where the GPU that Ray has given to this process cannot be used."""
     problem = gpu_problem()
     if problem:
-        raise ClusterNSError(problem)
+        raise GpuError(problem)
 
 
 def worker_result(train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -222,22 +221,21 @@ def worker_result(train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"result": train()}
     except Drained as error:
         return {"drained": str(error)}
-    except (ConfigError, DataError) as error:
-        return {"error": str(error), "refused": True}
     except ClusterNSError as error:
-        return {"error": str(error)}
+        kind = next(kind for kind in type(error).__mro__ if kind.__module__ == ClusterNSError.__module__)
+        return {"error": str(error), "kind": kind}
 
 
 def worker_device(config: Config) -> Any:
     """This worker's device; on a CPU it computes with as many threads as were reserved.
 
     Raises:
-        ClusterNSError: torch does not see the GPUs that Ray has given to the workers.
+        GpuError: torch does not see the GPUs that Ray has given to the workers.
     """
     import torch
 
     if _problem is not None:
-        raise ClusterNSError(_problem)
+        raise GpuError(_problem)
     device = get_device()
     assert isinstance(device, torch.device)
     if device.type == "cpu":

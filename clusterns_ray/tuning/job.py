@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from clusterns_ray.config import Config
@@ -60,8 +60,8 @@ class Failed:
 
     reason: str
     seconds: float = 0.0
-    storage: bool = False
-    """Whether its files could not be kept, which says nothing about its values."""
+    fault: Literal["storage", "gpu"] | None = None
+    """What failed where it was not the job: its files could not be kept, or its GPU could not be used."""
 
 
 Result = Evaluation | Finished | Failed

@@ -12,7 +12,7 @@ from clusterns_ray.config import Config, dump_config, make_config
 from clusterns_ray.data.prepare import prepare
 from clusterns_ray.errors import ClusterNSError, ConfigError, DamagedError, DataError
 from clusterns_ray.evaluation.sts import StsTests, read_pairs
-from clusterns_ray.io.files import json_text
+from clusterns_ray.io.files import check_unchanged, json_text
 from clusterns_ray.io.object_store import Place
 from clusterns_ray.models.base_model import complete
 from clusterns_ray.tuning.comparison import (
@@ -109,7 +109,7 @@ def write_outcome(
     """``trials.parquet``, ``best.yaml``, ``model/`` and ``result.json``, from what the study and its runs hold.
 
     Raises:
-        ClusterNSError: No trial finished.
+        ClusterNSError: No trial finished, or the winner's model is missing or was changed.
     """
     home, trials = study.home, optuna_study.trials()
     clean_up(study, optuna_study)
@@ -125,6 +125,8 @@ def write_outcome(
         )
     outcome = decide(study, optuna_study)
     winner, config = outcome.winner, study.space.config(outcome.winner.overrides)
+    model = best_run(study, winner).fetch("model")
+    check_unchanged(model)
     result = {
         "study": study.config.name,
         "dev": study.base.evaluation.dev,
@@ -150,7 +152,7 @@ def write_outcome(
     best = make_config(with_values(config.resolved(), {"runtime.name": f"{study.config.name}-best"}))
     about = [winner_sentence(result), *sentences(result)]
     home.write("best.yaml", "".join(f"# {line}\n" for line in about) + dump_config(best))
-    copy_model(best_run(study, winner).fetch("model"), home.local / "model", about)
+    copy_model(model, home.local / "model", about)
     home.publish("model")
     optuna_study.save()
     home.write("result.json", json_text(result))  # last, since it says that everything is there

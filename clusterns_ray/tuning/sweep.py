@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from clusterns_ray.config import Config, dump_config
 from clusterns_ray.data.digests import check_digests, data_digests
 from clusterns_ray.data.prepare import Prepared, check_batch, describe, most_rows, prepare
-from clusterns_ray.errors import ClusterNSError, ConfigError, DiskError, StorageError
+from clusterns_ray.errors import ClusterNSError, ConfigError, DiskError, GpuError, StorageError
 from clusterns_ray.evaluation.sts import read_pairs
 from clusterns_ray.io.files import write_probe
 from clusterns_ray.io.lease import Held, exclusive, leased
@@ -284,14 +284,15 @@ class Sweep:
         """Put a job's own end into the study.
 
         Raises:
-            DiskError: The storage and not the job failed, so the sweep ends; the same command takes the job up again.
+            DiskError, GpuError: The storage or a GPU and not the job failed, so the sweep ends; the same command takes
+                the job up again.
         """
         if isinstance(result, Finished):
             if job.number is not None:
                 self.optuna_study.complete(job.number, result)
             self._show(job, "finished", score=result.score, step=result.steps)
         elif isinstance(result, Failed):
-            self._check_storage(job, result)
+            self._check_fault(job, result)
             if job.number is not None:
                 self.optuna_study.fail(job.number, result.reason, result.seconds)
             else:
@@ -301,15 +302,18 @@ class Sweep:
             self._show(job, "failed", reason=result.reason)
         self._tidy(job)
 
-    def _check_storage(self, job: Job, result: Failed) -> None:
+    def _check_fault(self, job: Job, result: Failed) -> None:
         # A process that died of a full disk may not have said so, which is why the disk is tried as well.
-        reason = result.reason if result.storage else full_disk(self.study.directory)
+        reason = result.reason if result.fault else full_disk(self.study.directory)
         if reason is None:
             return
         if job.number is not None:
             with suppress(Exception):  # the study is on the same disk
                 self.optuna_study.take_back(job.number)
-        raise DiskError(f"The sweep stopped in {job.name}: {reason.rstrip('.')}. {DISK_REMEDY}")
+        text = f"The sweep stopped in {job.name}: {reason.rstrip('.')}."
+        if result.fault == "gpu":
+            raise GpuError(text, "Then the same command goes on, and no trial is lost.")
+        raise DiskError(text, DISK_REMEDY)
 
     def _show(self, job: Job, what: str, **more: Any) -> None:
         self.on_event({"event": "trial", "what": what, "id": job.name, "values": job.overrides, **more})

@@ -20,7 +20,7 @@ from typing import Any
 
 from ray import tune
 
-from clusterns_ray.errors import ClusterNSError, DiskError, StorageError
+from clusterns_ray.errors import ClusterNSError, DiskError, GpuError, StorageError
 from clusterns_ray.io.files import disk_fault
 from clusterns_ray.io.object_store import Place
 from clusterns_ray.launch.staging import read_run_file, run_place
@@ -60,7 +60,7 @@ class TrialProcess(tune.Trainable):
                 self.storage_faults += 1
                 job = self.run.job
                 if isinstance(error, DiskError) or self.storage_faults > job.config.runtime.max_failures:
-                    return Failed(str(error), storage=True)
+                    return Failed(str(error), fault="storage")
                 self.cleanup()
                 self.run = TrialRun(job)
 
@@ -140,6 +140,8 @@ class TrialRun:
             pass
         except StorageError as error:  # no fault of the trial's values
             self.results.put(error)
+        except GpuError as error:
+            self.results.put(Failed(str(error), fault="gpu"))
         except BaseException as error:
             reason = disk_fault(error)
             if reason is not None:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -22,8 +22,9 @@ from rich.console import Console
 from typer.testing import Result
 
 from clusterns_ray.console.study import Lines, clock, read_progress, render, render_result, summary_line
-from clusterns_ray.errors import ClusterNSError, ConfigError, DataError
+from clusterns_ray.errors import ClusterNSError, ConfigError, DataError, DiskError, GpuError, StorageError
 from clusterns_ray.evaluation.sts import TASKS
+from clusterns_ray.io.files import write_manifest
 from clusterns_ray.io.object_store import Place
 from clusterns_ray.launch.staging import run_directory
 from clusterns_ray.tuning import distributed_trial
@@ -210,6 +211,22 @@ def test_a_trial_that_always_takes_the_sweep_down_is_given_up(write_study: Calla
     assert failed.state.name == "FAIL" and failed.user_attrs["reason"].startswith("was begun 5 times")
 
 
+@pytest.mark.parametrize(("fault", "kind"), [("gpu", GpuError), ("storage", DiskError)])
+def test_what_fails_on_a_machine_ends_the_sweep_and_no_trial(
+    write_study: Callable[..., Path], fault: Literal["gpu", "storage"], kind: type[ClusterNSError]
+) -> None:
+    study = load_study(write_study())
+    for _ in range(6):
+        sweep = sweep_of(study)
+        sweep.prepare()
+        job = sweep.next_job()
+        assert job is not None
+        with pytest.raises(kind, match=r"stopped in 0000: why not\. .*the same command goes on, and no trial is lost"):
+            sweep.close(job, Failed("why not", fault=fault))
+        (trial,) = read_optuna_study(study.directory).trials
+        assert trial.state.name == "RUNNING"
+
+
 def test_a_confirmation_that_fails_is_not_tried_for_ever(write_study: Callable[..., Path]) -> None:
     sweep = sweep_of(load_study(write_study(budget={"trials": 1}, confirmation={"top": 1, "seeds": [1, 2]})))
 
@@ -223,6 +240,18 @@ def test_a_confirmation_that_fails_is_not_tried_for_ever(write_study: Callable[.
     result = write_outcome(again.study, again.optuna_study)
     assert result["confirmation_failures"] == {"0000-seed1": "why not"}
     assert list(result["winner"]["scores"]) == ["2"]
+
+
+def test_a_winner_whose_model_was_changed_is_refused(write_study: Callable[..., Path]) -> None:
+    sweep = sweep_of(load_study(write_study(budget={"trials": 1}, confirmation={"top": 1, "seeds": [1]})))
+    begun(sweep)
+    model = sweep.study.directory / "confirmation" / "0000-seed1" / "model"
+    (model / "modules.json").write_text("[]")
+    write_manifest(model)
+    (model / "modules.json").write_text("{}")
+    with pytest.raises(StorageError, match=r"0000-seed1/model' was changed or damaged .*modules\.json"):
+        write_outcome(sweep.study, sweep.optuna_study)
+    assert not (sweep.study.directory / "result.json").exists()
 
 
 def test_a_killed_study_ends_as_the_whole_one(write_study: Callable[..., Path]) -> None:

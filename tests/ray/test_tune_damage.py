@@ -1,0 +1,74 @@
+"""Each file of a finished study is damaged in turn: `clusterns tune` has the same winner and model, or refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from studies import StudyRun
+from test_tune import make_study  # noqa: F401  a fixture
+
+from clusterns_ray.io.files import UNCHECKED
+
+pytestmark = [pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(3600)]
+
+
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "flipped": flipped,
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "removed": Path.unlink,
+}
+
+
+def model_of(study: StudyRun) -> dict[str, str]:
+    model = study.directory / "model"
+    return {
+        path.relative_to(model).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(model.rglob("*"))
+        if path.is_file() and path.name not in UNCHECKED
+    }
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_study_has_the_same_winner_or_is_refused(make_study, tmp_path, damage):  # noqa: F811
+    study = make_study("damaged", "budget.trials=2", "confirmation.top=1", "confirmation.seeds=[1]")
+    if not (study.directory / "result.json").exists():
+        assert study.tune().code == 0
+    copy = shutil.copytree(study.directory, tmp_path / "copy")
+    winner, model = study.result()["winner"], model_of(study)
+    names = sorted(
+        path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file() and path.stat().st_size
+    )
+    assert {"study.db", "study.yaml", "result.json", "best.yaml", "trials/0000/metrics.jsonl"} <= set(names)
+    for name in names:
+        DAMAGE[damage](study.directory / name)
+        said = study.tune(timeout_s=300)
+        assert said.code in (0, 1, 2) and "Traceback" not in said.out + said.err, (name, said.err)
+        if said.code == 0:
+            assert study.result()["winner"] == winner and model_of(study) == model, (name, said.out)
+        else:
+            assert str(study.directory) in said.err, (name, said.err)
+        for command in (["tune", "study.yaml", "--set", "name=damaged", "--status"], ["report", "runs/damaged"]):
+            done = subprocess.run(
+                [sys.executable, "-m", "clusterns_ray.cli", *command],
+                cwd=study.project,
+                env=study.env,
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
+            assert done.returncode in (0, 1, 2) and "Traceback" not in done.stderr, (name, done.stderr)
+        shutil.rmtree(study.directory)
+        shutil.copytree(copy, study.directory)
