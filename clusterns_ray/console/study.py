@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from clusterns_ray.console.progress import Lines, clock, describe_trial, show_values
 from clusterns_ray.errors import DamagedError
+from clusterns_ray.io.files import is_locked
 from clusterns_ray.io.object_store import reading_place
 from clusterns_ray.io.terminal import printable
 from clusterns_ray.tuning.analysis import STATES, Trial, read_trial
@@ -239,6 +240,10 @@ def show_status(study: Study) -> None:
     if "result.json" in names:
         for line in render_result(read_result(study)):
             console.print(line, soft_wrap=True, markup=False)
+    elif store is None and not is_locked(here.local / ".lock"):
+        console.print(
+            "No process of this machine runs the study now; the command without --status goes on with it."
+        )
     for name, text in (("result.json", "Finished"), ("final.json", "Finalized")):
         if name in names:
             console.print(f"{text}: {(study.home / name).address}", soft_wrap=True)

@@ -79,6 +79,16 @@ def file_lock(lock: Path, refusal: ClusterNSError, wait_s: float = 0.0) -> Itera
                 return
 
 
+def is_locked(lock: Path) -> bool:
+    """Whether a process of this machine holds a :func:`file_lock`."""
+    try:
+        with lock.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (FileNotFoundError, BlockingIOError) as error:
+        return isinstance(error, BlockingIOError)
+    return False
+
+
 def json_text(value: Any, indent: int | None = 2) -> str:
     """JSON that any reader takes, ending in a newline: NaN and infinities, which JSON does not have, become null."""
     return json.dumps(null_for_nan(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"

@@ -347,6 +347,18 @@ def test_clock() -> None:
     assert [clock(seconds) for seconds in (0, 59.9, 61, 3600, 36_061)] == shown.split()
 
 
+def test_status_says_whether_a_study_is_at_work(
+    write_study: Callable[..., Path], clusterns: Callable[..., Result]
+) -> None:
+    file = write_study()
+    begun(sweep_of(load_study(file)), stop_after=1)
+    idle = "No process of this machine runs the study now"
+    assert idle in clusterns("tune", file, "--status").stdout
+    with owner(load_study(file)):
+        said = clusterns("tune", file, "--status")
+    assert said.exit_code == 0 and idle not in said.stdout
+
+
 def test_status_of_a_finished_study(done: Any, clusterns: Callable[..., Result]) -> None:
     file, study, _, result = done
     said = clusterns("tune", file, "--status")
