@@ -18,7 +18,7 @@ check: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@$(BIN)/pyright --pythonpath $(BIN)/python & pyright=$$!; \
-	$(BIN)/python -m pytest tests/unit -m "not slow and not nightly" -n 2 --dist loadfile; tests=$$?; \
+	$(BIN)/python -m pytest tests/unit -m "not slow and not nightly" -n 2 --dist loadfile --durations 10; tests=$$?; \
 	wait $$pyright && exit $$tests
 
 # Everything but clusters and what is nightly: check, then the slow tests.

@@ -241,9 +241,7 @@ def show_status(study: Study) -> None:
         for line in render_result(read_result(study)):
             console.print(line, soft_wrap=True, markup=False)
     elif store is None and not is_locked(here.local / ".lock"):
-        console.print(
-            "No process of this machine runs the study now; the command without --status goes on with it."
-        )
+        console.print("No process of this machine runs the study now; the command without --status goes on with it.")
     for name, text in (("result.json", "Finished"), ("final.json", "Finalized")):
         if name in names:
             console.print(f"{text}: {(study.home / name).address}", soft_wrap=True)
