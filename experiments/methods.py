@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="for every method")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="runs are RUNS/FILE/METHOD-seedS")
     parser.add_argument("--against", help="the method that differences are from, by default the first")
-    parser.add_argument("--test", metavar="DIR", help="score STS-B dev and the seven STS tests of this directory, too")
+    parser.add_argument("--test", metavar="DIR", help="score STS-B dev, and the seven STS tests if they are there, too")
     parser.add_argument("--json", type=Path, help="where to write all scores")
     arguments = parser.parse_args()
 
@@ -177,7 +177,8 @@ class Study:
             evaluations = [json.loads(file.read_text()) for file in files]
             if results[0]["dev"] != DEV:
                 scores[DEV] = [evaluation["extra"][DEV] for evaluation in evaluations]
-            scores["tests"] = [evaluation["average"] for evaluation in evaluations]
+            if all(evaluation["average"] is not None for evaluation in evaluations):
+                scores["tests"] = [evaluation["average"] for evaluation in evaluations]
         return scores
 
 

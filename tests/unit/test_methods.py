@@ -94,6 +94,19 @@ def test_it_trains_what_is_named_first_and_nothing_twice(
         methods.Study(file, tmp_path / "runs", ["train.learning_rate=1e-2"], 1).run(["SimCSE"], [1], test=None)
 
 
+def test_without_the_seven_tests_there_is_no_average(methods: ModuleType, file: Path, tmp_path: Path) -> None:
+    study = methods.Study(file, tmp_path / "runs", [], 1)
+    path = study.path("SimCSE", 1)
+    path.mkdir(parents=True)
+    result = {"sts_dev_trained": 61.0, "sts_dev_last": 60.0, "also": {}, "dev": "STRUCTURE/dev"}
+    (path / "result.json").write_text(json.dumps(result))
+    (path / "evaluation.json").write_text(json.dumps({"extra": {"STSB/dev": 58.0}, "average": None}))
+    expected = {"dev": [61.0], "last": [60.0], "STSB/dev": [58.0]}
+    assert study.scores("SimCSE", [1], test="DIR") == expected
+    (path / "evaluation.json").write_text(json.dumps({"extra": {"STSB/dev": 58.0}, "average": 70.0}))
+    assert study.scores("SimCSE", [1], test="DIR") == {**expected, "tests": [70.0]}
+
+
 def test_a_run_that_fails_is_named_with_its_last_lines(methods: ModuleType, file: Path, tmp_path: Path) -> None:
     study = methods.Study(file, tmp_path / "runs", [], 1)
     (tmp_path / "corpus.txt").unlink()
