@@ -13,11 +13,11 @@ SPREAD := -n $(PARALLEL) --dist loadfile --durations 10
 demo: .venv/.demo
 	$(BIN)/python experiments/quickstart.py
 
-# ruff, pyright and the unit tests. pyright has one thread, so that it runs beside the tests.
+# ruff, pyright and the unit tests. pyright has one thread, and runs beside the tests without slowing them.
 check: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@$(BIN)/pyright --pythonpath $(BIN)/python & pyright=$$!; \
+	@nice $(BIN)/pyright --pythonpath $(BIN)/python & pyright=$$!; \
 	$(BIN)/python -m pytest tests/unit -m "not slow and not nightly" -n 2 --dist loadfile --durations 10; tests=$$?; \
 	wait $$pyright && exit $$tests
 

@@ -68,6 +68,7 @@ def test_the_shipped_files_name_possible_runs(
     assert {config.seed for config in configs.values()} == {3}
 
 
+@pytest.mark.slow
 def test_it_trains_what_is_named_first_and_nothing_twice(
     methods: ModuleType, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
