@@ -347,7 +347,7 @@ def _argument(text: str) -> str:
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TooLong after so many seconds of computing; of waiting, ten times as many, as a machine may be busy."""
+    """Raise TooLong after this many seconds of computing, or ten times as many of waiting, as a machine may be busy."""
     computed, began = time.process_time(), time.monotonic()
 
     def stop(*given: object) -> None:

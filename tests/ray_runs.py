@@ -1,4 +1,4 @@
-"""``clusterns train`` in processes of its own, told of runs that are killed and given again; fixtures for these."""
+"""``clusterns train`` in processes of its own, with runs that are killed and resumed; fixtures for these."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ import psutil  # isort: skip
 
 @dataclass
 class Run:
-    """A run, which ``clusterns train`` may be told of several times."""
+    """A run, for which ``clusterns train`` may be started several times."""
 
     project: Path
     env: dict[str, str]

@@ -18,7 +18,7 @@ from clusterns_ray.tuning.study_file import read_optuna_study
 
 @dataclass
 class StudyRun:
-    """A study, which ``clusterns tune`` may be told of several times."""
+    """A study, for which ``clusterns tune`` may be run several times."""
 
     project: Path
     env: dict[str, str]

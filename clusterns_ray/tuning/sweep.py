@@ -210,7 +210,7 @@ class Sweep:
         return None
 
     def _take_up(self, number: int) -> Proposal | None:
-        """A half-done trial again, unless it was begun too often in vain."""
+        """Resume a half-done trial; None where it fails, as too many attempts at it ended before an evaluation."""
         attempts = self.optuna_study.trials()[number].user_attrs.get("attempts", 0)
         proposal = self.optuna_study.resume(number)
         if attempts < FRUITLESS_ATTEMPTS:

@@ -30,7 +30,7 @@ def nodes(environment: dict[str, str], tmp_path: Path) -> Iterator[Nodes]:  # no
 
 @pytest.fixture
 def make_run_on(make_run: Callable[..., Run], nodes: Nodes) -> Callable[..., Run]:  # noqa: F811
-    """Runs that are told of on the head of ``nodes``, which has to be up: ``make_run_on(name, setting, ...)``."""
+    """Runs whose commands join the head of ``nodes``, which has to be up: ``make_run_on(name, setting, ...)``."""
 
     def make(name: str, *settings: str) -> Run:
         return replace(make_run(name, *UNHURRIED, *settings), env=nodes.driver_env)

@@ -122,7 +122,7 @@ def test_a_node_of_another_version_that_does_not_share_the_storage(make_run: Any
     )
     code, found, said = doctor(run, *settings(run))
     assert (code, problems(found)) == (1, {"versions", "storage"}), said
-    told = {finding["value"].partition(" has ")[2] for finding in found["versions"]}
-    assert {value.partition(",")[0] for value in told} == {"transformers 4.0.0", "clusterns-ray 0.0.1"}
+    values = {finding["value"].partition(" has ")[2] for finding in found["versions"]}
+    assert {value.partition(",")[0] for value in values} == {"transformers 4.0.0", "clusterns-ray 0.0.1"}
     (storage,) = found["storage"]
     assert "does not see what the driver wrote" in storage["value"] and "s3://" in storage["remedy"]

@@ -15,7 +15,7 @@ TIMEOUT_S = 240.0
 
 
 def check_same_run(run, undisturbed, attempts: int = 2) -> None:
-    """Bit for bit, on two workers at every step; at least so many groups of workers did it."""
+    """Bit for bit, on two workers at every step; at least this many groups of workers did it."""
     assert run.losses() == undisturbed.losses() and len(run.losses()) == run.steps
     assert run.weights() == undisturbed.weights()
     for key in ("best_step", "sts_dev", "sts_dev_before", "sts_dev_last", "clustering_started_at", "steps"):

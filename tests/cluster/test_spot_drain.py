@@ -95,9 +95,9 @@ def test_the_notice_reaches_ray(
         until(drove, lambda said: "works_on" in said, driver)
         until(watched, lambda said: "Watching" in said, watcher)
         assert len(fake.asked) > 1 and watcher.poll() is None
-        fake.notice, told = aws_notice(90), time.time()
+        fake.notice, noticed_at = aws_notice(90), time.time()
         assert watcher.wait(WAIT_S) == 0, watched.read_text()
-        heard = time.time() - told
+        heard = time.time() - noticed_at
         assert driver.wait(WAIT_S) == 0, drove.read_text()
     finally:
         for process in (watcher, driver):
@@ -108,7 +108,7 @@ def test_the_notice_reaches_ray(
     said: list[dict[str, Any]] = [json.loads(line) for line in drove.read_text().splitlines() if line.startswith("{")]
     assert said[0] == {"works_on": node, "draining": []}
     assert list(said[1]["draining"]) == [node], "the other nodes stay"
-    assert said[1]["draining"][node] / 1000 - told == pytest.approx(90, abs=3)
+    assert said[1]["draining"][node] / 1000 - noticed_at == pytest.approx(90, abs=3)
     assert heard < 30, f"{heard:.1f} s from the notice to the end of the watcher"
     assert said[2] == {"answers": node}, "what runs there goes on until it leaves by itself"
     assert said[3] == {"alive": 2}, "a node that is drained and idle ends"

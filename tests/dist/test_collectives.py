@@ -157,10 +157,10 @@ def test_a_deadline_ends_ranks_that_hang():
     assert time.monotonic() - began < 15
 
 
-@pytest.mark.parametrize(("how", "told"), [("raise", "RuntimeError: no luck"), ("kill", r"\{1: -9\}")])
-def test_a_rank_that_fails_ends_the_others(how: str, told: str):
+@pytest.mark.parametrize(("how", "reason"), [("raise", "RuntimeError: no luck"), ("kill", r"\{1: -9\}")])
+def test_a_rank_that_fails_ends_the_others(how: str, reason: str):
     began = time.monotonic()
-    with pytest.raises(RanksFailed, match=told):
+    with pytest.raises(RanksFailed, match=reason):
         run_ranks(one_rank_fails, 2, how)
     assert time.monotonic() - began < 15
 

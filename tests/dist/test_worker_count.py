@@ -157,7 +157,7 @@ CORPUS = {
 
 
 def corpus_job(make_job, case: str, every: int, **runtime: Any) -> Job:
-    """More clusters than the batch has rows, from the first step on, clustered anew ``every`` so many."""
+    """More clusters than the batch has rows, from the first step on, clustered anew every ``every`` steps."""
     sections = {name: dict(section) for name, section in CORPUS[case].items()}
     sections["clustering"] = {
         "scope": "corpus",

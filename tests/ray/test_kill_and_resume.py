@@ -24,7 +24,7 @@ def check_same_run(run, undisturbed) -> None:
 
 
 def writing(run) -> bool:
-    """Whether a checkpoint is being written; so that no test waits in vain, also late in the run."""
+    """Whether a checkpoint is being written, or the run is so close to its end that the wait for one is over."""
     late = run.checkpointed() >= run.steps - 4 * run.checkpoint_every
     return late or any(run.directory.glob("checkpoints/.step-*"))
 

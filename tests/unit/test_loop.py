@@ -128,8 +128,10 @@ def test_a_fall_of_a_set_that_selects_nothing_is_warned_of_once(
     result = lab.run(tmp_path, lab.config(evaluation={"also": ["LEE50/test"]}))
     found = result["also"]["LEE50/test"]
     assert (found["before"], found["after"]) == pytest.approx((100, -100))
-    told = [note["text"] for note in lab.seen("note") if "LEE50/test" in note["text"]]
-    assert len(told) == 1 and "fell from 100.00 to -100.00 at step 2" in told[0] and "whatever STSB/dev says" in told[0]
+    notes = [note["text"] for note in lab.seen("note") if "LEE50/test" in note["text"]]
+    assert (
+        len(notes) == 1 and "fell from 100.00 to -100.00 at step 2" in notes[0] and "whatever STSB/dev says" in notes[0]
+    )
 
 
 def test_a_score_that_is_known_is_not_measured_again(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,7 +358,7 @@ def test_where_no_step_is_better_the_untrained_encoder_is_exported(
     config = lab.config(encoder={"pooling": "mean"})
     result = lab.run(tmp_path, config)
     assert (result["sts_dev_before"], result["sts_dev"], result["best_step"]) == (50.0, 50.0, 0)
-    assert result["sts_dev_trained"] == 30.0, "what a search is told of"
+    assert result["sts_dev_trained"] == 30.0, "the score that a search gets"
     assert [report["best_sts_dev"] for report in lab.reports] == [10.0, 20.0, 30.0]
     assert not any(event["best"] for event in lab.seen("evaluation")[1:])
     model = Encoder.load(tmp_path / "model")

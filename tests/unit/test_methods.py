@@ -84,8 +84,8 @@ def test_it_trains_what_is_named_first_and_nothing_twice(
     config = load_config(tmp_path / "runs" / "from-SimCSE-seed2" / "config.yaml")
     assert config.encoder.name == str(tmp_path / "runs" / "clusters-seed2" / "model")
     assert config.train.weight_decay == 0.01 and config.seed == 2
-    told = capsys.readouterr().err
-    assert told.index("clusters, seed 1") < told.index("from SimCSE, seed 1") and "6/6" in told
+    printed = capsys.readouterr().err
+    assert printed.index("clusters, seed 1") < printed.index("from SimCSE, seed 1") and "6/6" in printed
 
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("result.json")}
     assert len(written) == 6

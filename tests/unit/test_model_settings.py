@@ -216,9 +216,9 @@ def test_training_takes_what_the_model_says(directory: Callable[..., Path]) -> N
         cased=True,
     )
     config = EncoderConfig(name=str(path), max_length=8)
-    complete, told = complete_encoder(config)
+    complete, notes = complete_encoder(config)
     assert (complete.pooling, complete.prompt) == ("mean", "the baker : {sentence}")
-    assert len(told) == 1 and "compared by dot" in told[0]
+    assert len(notes) == 1 and "compared by dot" in notes[0]
     encoder = Encoder.for_training(config, seed=1).eval()
     np.testing.assert_allclose(encoder.encode(TEXTS), Encoder.load(path).encode(TEXTS), atol=1e-6)
     assert complete_encoder(complete)[0] == complete
@@ -226,22 +226,22 @@ def test_training_takes_what_the_model_says(directory: Callable[..., Path]) -> N
 
 def test_what_differs_from_the_model_is_said(directory: Callable[..., Path]) -> None:
     path = directory(model={**PROMPTS, "default_prompt_name": "query"})
-    complete, told = complete_encoder(EncoderConfig(name=str(path), pooling="cls", prompt="{sentence}"))
+    complete, notes = complete_encoder(EncoderConfig(name=str(path), pooling="cls", prompt="{sentence}"))
     assert (complete.pooling, complete.prompt) == ("cls", "{sentence}")
-    assert [text.split()[0] for text in told] == ["encoder.pooling", "encoder.prompt"]
-    assert "'cls'" in told[0] and "'mean'" in told[0] and "'the baker : {sentence}'" in told[1]
+    assert [text.split()[0] for text in notes] == ["encoder.pooling", "encoder.prompt"]
+    assert "'cls'" in notes[0] and "'mean'" in notes[0] and "'the baker : {sentence}'" in notes[1]
 
 
 def test_a_run_goes_on_from_a_run_as_it_was(tiny_model: Path, tmp_path: Path) -> None:
     prompt = "this sentence : {sentence} means [MASK] ."
     Encoder.for_training(EncoderConfig(name=str(tiny_model), pooling="mask", prompt=prompt), seed=1).save(tmp_path)
-    complete, told = complete_encoder(EncoderConfig(name=str(tmp_path)))
-    assert (complete.pooling, complete.prompt, told) == ("mask", prompt, [])
+    complete, notes = complete_encoder(EncoderConfig(name=str(tmp_path)))
+    assert (complete.pooling, complete.prompt, notes) == ("mask", prompt, [])
 
 
 def test_a_plain_encoder_is_still_pooled_by_its_first_token(tiny_model: Path) -> None:
-    complete, told = complete_encoder(EncoderConfig(name=str(tiny_model)))
-    assert (complete.pooling, complete.prompt, told) == ("cls", None, [])
+    complete, notes = complete_encoder(EncoderConfig(name=str(tiny_model)))
+    assert (complete.pooling, complete.prompt, notes) == ("cls", None, [])
 
 
 # ---- decoders, encoder-decoders ------------------------------------------------------------------------------------

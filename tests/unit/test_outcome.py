@@ -98,8 +98,8 @@ def test_both_answers_occur_and_equal_scores_are_compared_as_they_are() -> None:
 
 
 def test_the_summary_holds_every_score() -> None:
-    told = summary(Candidate(3, {"train.epochs": 2}, 74.0, {1: 72.0, 5: 73.0}))
-    assert told == {
+    values = summary(Candidate(3, {"train.epochs": 2}, 74.0, {1: 72.0, 5: 73.0}))
+    assert values == {
         "trial": 3,
         "values": {"train.epochs": 2},
         "mean": 72.5,

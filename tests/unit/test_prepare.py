@@ -181,7 +181,7 @@ def documents(tmp_path: Path) -> Path:
 
 
 PAIRS = 80
-"""Fewer than 2,000, as the invented documents have not so many."""
+"""Fewer than 2,000, as the invented documents hold no more."""
 STRUCTURE = {"sts": "structure", "structure_pairs": PAIRS}
 
 

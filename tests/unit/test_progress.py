@@ -31,12 +31,12 @@ def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
     lines = Lines()
     for event in (START, BEFORE, EARLY, STEP, BEST, WORSE, ALARM, {"event": "done"}):
         lines(event)
-    told = capsys.readouterr().out.splitlines()
-    assert told[0] == "Training: 40 steps over 1,234 sentences."
-    assert told[1] == "step 0  dev 56.85 before training"
-    assert told[2].startswith("step 10/40  loss 0.5000  sent/s 1,234  ") and told[2].endswith(" left")
-    assert "loss 0.1235  clusters 30/32  false neg. 4.2 %  sent/s 91" in told[3]
-    assert told[4:] == ["step 20  dev 61.00  (best so far)", "step 30  dev 60.50", "Collapse at step 30: [all] alike"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Training: 40 steps over 1,234 sentences."
+    assert lines[1] == "step 0  dev 56.85 before training"
+    assert lines[2].startswith("step 10/40  loss 0.5000  sent/s 1,234  ") and lines[2].endswith(" left")
+    assert "loss 0.1235  clusters 30/32  false neg. 4.2 %  sent/s 91" in lines[3]
+    assert lines[4:] == ["step 20  dev 61.00  (best so far)", "step 30  dev 60.50", "Collapse at step 30: [all] alike"]
 
 
 def test_lines_say_that_steps_were_skipped(capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,13 +67,13 @@ def test_a_resumed_run_is_the_same_to_the_bit(lab: Lab, tmp_path: Path, case: st
     for key in ("best_step", "sts_dev", "sts_dev_before", "also", "steps", "clustering_started_at", "fingerprint"):
         assert resumed[key] == whole[key], key
 
-    def told(name: str) -> list[dict[str, Any]]:
+    def step_records(name: str) -> list[dict[str, Any]]:
         timing = ("sentences_per_second",)
         records = read_metrics(tmp_path / name / "metrics.jsonl")
         return [{key: value for key, value in record.items() if key not in timing} for record in records]
 
-    assert len(told("whole")) == 10
-    assert told("killed") == told("whole"), "steps are missing, doubled, or other"
+    assert len(step_records("whole")) == 10
+    assert step_records("killed") == step_records("whole"), "steps are missing, doubled, or other"
 
 
 def test_killed_before_the_first_checkpoint_it_starts_anew(lab: Lab, tmp_path: Path) -> None:

@@ -156,9 +156,9 @@ def test_a_winner_at_the_edge_is_told(study: Study, record: StudyRecord) -> None
     assert result is not None
     inside = {"trial": 0, "values": {RATE: 1e-4}, "scores": {"1": 70.0}, "mean": 70.0}
     at = {**inside, "values": {RATE: 9.9e-4}}
-    told = "lies at the high edge of the space (1e-5 to 0.001)"
-    assert not any(told in text for text in warnings_of(study, record, winner=inside))
-    assert any(f"The winner's {RATE} (9.9e-4) {told}" in text for text in warnings_of(study, record, winner=at))
+    message = "lies at the high edge of the space (1e-5 to 0.001)"
+    assert not any(message in text for text in warnings_of(study, record, winner=inside))
+    assert any(f"The winner's {RATE} (9.9e-4) {message}" in text for text in warnings_of(study, record, winner=at))
 
 
 def test_seed_noise_is_told(study: Study, record: StudyRecord) -> None:

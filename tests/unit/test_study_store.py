@@ -150,7 +150,7 @@ def test_snapshots_come_with_a_trials_beginning_and_end_and_meanwhile_in_time(
     first = optuna_study.propose().number
     assert elsewhere() == [("RUNNING", 0)]
     optuna_study.report(first, Evaluation(1, 50.0, False, 1.0))
-    assert elsewhere() == [("RUNNING", 1)], "the first, as its attempt was not in vain"
+    assert elsewhere() == [("RUNNING", 1)], "the first, as its attempt came to an evaluation"
     optuna_study.report(first, Evaluation(2, 50.0, False, 1.0))
     optuna_study.save_if_due()
     assert elsewhere() == [("RUNNING", 1)], "the last one is not long ago"

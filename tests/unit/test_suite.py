@@ -246,11 +246,11 @@ def test_several_models_give_one_table(
 def test_notes_come_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1, 3.9, 4, 4, 5, 9, 9]).__next__
     monkeypatch.setattr(module.time, "monotonic", clock)
-    told: list[str] = []
-    note = paced_note(told.append, "m: ", seconds=4)
+    notes: list[str] = []
+    note = paced_note(notes.append, "m: ", seconds=4)
     for text in "abcde":
         note(text)
-    assert told == ["m: c", "m: e"]
+    assert notes == ["m: c", "m: e"]
 
 
 def test_encode_tells_how_far_it_is(tiny_model: Path) -> None:

@@ -20,7 +20,7 @@ def config(*names: str) -> Config:
     return make_config({"data": {"corpus": "x.txt"}, "runtime": {"trackers": list(names), "name": "tracked"}})
 
 
-def told(names: tuple[str, ...], run_dir: Path, records: list[dict[str, Any]], step: int = 0) -> list[str]:
+def warnings_of(names: tuple[str, ...], run_dir: Path, records: list[dict[str, Any]], step: int = 0) -> list[str]:
     """Run the trackers over some records; what they warned of."""
     warnings: list[str] = []
     trackers = Trackers()
@@ -41,15 +41,15 @@ def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
 
 def test_tensorboard_holds_the_numbers(tmp_path: Path) -> None:
     records = [{"step": n, "loss": 1 / n, "best": True, "sizes": [1, 2], "bml": math.nan} for n in (1, 2, 3)]
-    assert told(("tensorboard",), tmp_path, records) == []
+    assert warnings_of(("tensorboard",), tmp_path, records) == []
     found = scalars(tmp_path)
     assert set(found) == {"loss", "best"}, "no step, no list, nothing that is not finite"
     assert found["loss"] == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
 
 
 def test_a_resumed_run_goes_on_in_the_same_chart(tmp_path: Path) -> None:
-    told(("tensorboard",), tmp_path, [{"step": n, "loss": 10.0 + n} for n in (1, 2, 3, 4)])
-    told(("tensorboard",), tmp_path, [{"step": n, "loss": 20.0 + n} for n in (3, 4)], step=2)
+    warnings_of(("tensorboard",), tmp_path, [{"step": n, "loss": 10.0 + n} for n in (1, 2, 3, 4)])
+    warnings_of(("tensorboard",), tmp_path, [{"step": n, "loss": 20.0 + n} for n in (3, 4)], step=2)
     assert scalars(tmp_path)["loss"] == [(1, 11.0), (2, 12.0), (3, 23.0), (4, 24.0)]
 
 
@@ -68,7 +68,7 @@ def test_one_that_fails_is_left_out_and_the_others_go_on(tmp_path: Path, monkeyp
             raise AssertionError("it was closed, though left out")
 
     monkeypatch.setitem(module.KINDS, "wandb", Broken)
-    warnings = told(("wandb", "tensorboard"), tmp_path, [{"step": n, "loss": 1.0} for n in (1, 2, 3)])
+    warnings = warnings_of(("wandb", "tensorboard"), tmp_path, [{"step": n, "loss": 1.0} for n in (1, 2, 3)])
     assert len(warnings) == 1 and "wandb is left out" in warnings[0] and "no network" in warnings[0]
     assert [step for step, _ in scalars(tmp_path)["loss"]] == [1, 2, 3]
 
@@ -88,7 +88,7 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    assert told(("wandb",), tmp_path, [{"step": n, "loss": 1 / n} for n in (1, 2)]) == []
+    assert warnings_of(("wandb",), tmp_path, [{"step": n, "loss": 1 / n} for n in (1, 2)]) == []
     files = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == 1 and files[0].stat().st_size > 1000
 
@@ -98,8 +98,8 @@ def test_mlflow_in_a_local_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setattr(os, "environ", {**os.environ})
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    assert told(("mlflow",), tmp_path, [{"step": n, "loss": 1 / n} for n in (1, 2)]) == []
-    assert told(("mlflow",), tmp_path, [{"step": 3, "loss": 1 / 3}], step=2) == []
+    assert warnings_of(("mlflow",), tmp_path, [{"step": n, "loss": 1 / n} for n in (1, 2)]) == []
+    assert warnings_of(("mlflow",), tmp_path, [{"step": 3, "loss": 1 / 3}], step=2) == []
     client = mlflow.MlflowClient()
     run_id = (tmp_path / "mlflow-run-id").read_text().strip()
     assert [(m.step, m.value) for m in client.get_metric_history(run_id, "loss")] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
