@@ -12,9 +12,10 @@ from helpers import write_pairs
 from typer.testing import CliRunner, Result
 
 from clusterns_ray.cli import app
-from clusterns_ray.config import Config, make_config
+from clusterns_ray.config import Config, dump_config, load_config, make_config
 from clusterns_ray.data.prepare import prepare
 from clusterns_ray.evaluation.sts import TASKS
+from clusterns_ray.models.base_model import complete
 
 if TYPE_CHECKING:
     from training_runs import Lab
@@ -86,6 +87,30 @@ def run_dir(tmp_path: Path) -> Path:
     from report_runs import make_run
 
     return make_run(tmp_path)
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, tiny_model: Path, corpus_file: Path) -> Path:
+    """A configuration that would train two steps in no time."""
+    path = tmp_path / "run.yaml"
+    values = {
+        "encoder": {"name": str(tiny_model), "num_layers": 1},
+        "data": {"corpus": str(corpus_file), "limit": 64},
+        "clustering": {"num_clusters": 4, "start_cosine": 1.0},
+        "train": {"global_batch_size": 16, "shards": 4, "max_steps": 2},
+        "runtime": {"storage_path": str(tmp_path / "runs"), "name": "first", "use_gpu": False},
+    }
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture
+def begun_run(config_file: Path, tmp_path: Path) -> Path:
+    """The directory of a run of ``config_file`` that has begun."""
+    run = tmp_path / "runs" / "first"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(dump_config(complete(load_config(config_file))))
+    return run
 
 
 @pytest.fixture
