@@ -222,6 +222,7 @@ def worker_result(train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     except Drained as error:
         return {"drained": str(error)}
     except ClusterNSError as error:
+        # Its class in errors.py, which takes a message; one defined elsewhere may take other arguments.
         kind = next(kind for kind in type(error).__mro__ if kind.__module__ == ClusterNSError.__module__)
         return {"error": str(error), "kind": kind}
 

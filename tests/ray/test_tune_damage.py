@@ -2,41 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
+from damage import DAMAGE, digest
 from studies import StudyRun
 from test_tune import make_study  # noqa: F401  a fixture
 from typer.testing import CliRunner
 
 from clusterns_ray.cli import app
-from clusterns_ray.io.files import UNCHECKED
+from clusterns_ray.io.files import DIRECTORY_MANIFEST
 
 pytestmark = [pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(3600)]
 
 
-def flipped(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    path.write_bytes(content)
-
-
-DAMAGE: dict[str, Callable[[Path], object]] = {"flipped": flipped, "removed": Path.unlink}
-
-
 def model_of(study: StudyRun) -> dict[str, str]:
-    model = study.directory / "model"
-    return {
-        path.relative_to(model).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(model.rglob("*"))
-        if path.is_file() and path.name not in UNCHECKED
-    }
+    """The files of the study's model; a run without a manifest is not checked, and its model has none either."""
+    return {name: value for name, value in digest(study.directory / "model").items() if name != DIRECTORY_MANIFEST}
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("damage", ["flipped", "removed"])
 def test_a_damaged_study_has_the_same_winner_or_is_refused(make_study, tmp_path, monkeypatch, damage):  # noqa: F811
     study = make_study("damaged", "budget.trials=2", "confirmation.top=1", "confirmation.seeds=[1]")
     if not (study.directory / "result.json").exists():

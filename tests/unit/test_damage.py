@@ -5,63 +5,22 @@ The command that needs it gives the right result, the same to the bit, or refuse
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from damage import DAMAGE, digest
 from helpers import make_tiny_model, sentences, write_corpus, write_pairs
 from typer.testing import CliRunner, Result
 
 from clusterns_ray.cli import app
 from clusterns_ray.io.files import DIRECTORY_MANIFEST
 
-
-def truncated(path: Path) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-
-
-def emptied(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def zeros(path: Path) -> None:
-    """In place of the middle third."""
-    content = path.read_bytes()
-    third = len(content) // 3
-    path.write_bytes(content[:third] + bytes(third) + content[2 * third :])
-
-
-def flipped(path: Path) -> None:
-    """One bit in the middle, the size as before."""
-    content = bytearray(path.read_bytes())
-    if content:
-        content[len(content) // 2] ^= 4
-    path.write_bytes(content)
-
-
-def not_utf8(path: Path) -> None:
-    path.write_bytes(b"\xff\xfe\x80" + path.read_bytes())
-
-
-def removed(path: Path) -> None:
-    path.unlink()
-
-
-def a_directory(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-DAMAGE: dict[str, Callable[[Path], None]] = {
-    damage.__name__: damage for damage in (truncated, emptied, zeros, flipped, not_utf8, removed, a_directory)
-}
 QUICK = {"flipped", "not_utf8"}
 """What is tried of a few files in every check; the rest is tried every night."""
 
@@ -82,14 +41,6 @@ def assert_no_traceback(result: Result) -> None:
     assert result.exit_code in (0, 1, 2)
     if result.exit_code:
         assert re.match(r"(error|failed): .{20,}", result.stderr.splitlines()[-1]), result.stderr
-
-
-def digest(directory: Path) -> dict[str, str]:
-    return {
-        path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name != "README.md"
-    }
 
 
 @dataclass(frozen=True)
