@@ -6,7 +6,9 @@ Exit codes: 0 done, 1 the job failed, 2 the request was wrong.
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
@@ -462,9 +464,28 @@ def doctor(
             raise typer.Exit(1)
 
 
+def repeat_swallowed_interrupts() -> None:
+    """Let Control-C stop the process even where it falls into a destructor or a callback of a weak reference.
+
+    Python prints what is raised there and goes on; SQLAlchemy has such a callback for each connection it closes.
+    """
+    show = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            main_thread = threading.main_thread().ident or 0
+            again = threading.Timer(0.1, signal.pthread_kill, (main_thread, signal.SIGINT))
+            again.start()  # by then the callback has returned
+        else:
+            show(unraisable)
+
+    sys.unraisablehook = hook
+
+
 def main() -> None:
     """Entry point of the ``clusterns`` command. Files and pipes get UTF-8 whatever the locale; a terminal that cannot
     show a character shows its number."""
+    repeat_swallowed_interrupts()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="backslashreplace")

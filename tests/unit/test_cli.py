@@ -2,6 +2,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -401,6 +405,36 @@ def test_an_interrupted_job_says_how_to_go_on(
     monkeypatch.setattr("clusterns_ray.data.prepare.prepare", interrupt)
     result = clusterns("prepare", config_file)
     assert result.exit_code == 1 and result.stderr.splitlines()[-1] == "Interrupted.", "tokens may have been written"
+
+
+def test_control_c_inside_a_callback_of_the_interpreter_still_stops_the_command() -> None:
+    """Python swallows what is raised where an object is taken down; the command ends all the same."""
+    script = """
+        import os, signal, time, weakref
+        from clusterns_ray import cli
+
+        class Connection:
+            pass
+
+        @cli.app.command()
+        def work() -> None:
+            with cli.readable_errors():
+                connection = Connection()
+                reference = weakref.ref(connection, lambda _: signal.raise_signal(signal.SIGINT))
+                del connection
+                print("went on", flush=True)
+                time.sleep(60)
+
+        cli.main()
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), "work"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as from a shell
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (1, "went on\n", "Interrupted.\n")
 
 
 def test_invented_sentences_are_different() -> None:
