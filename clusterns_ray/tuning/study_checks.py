@@ -22,7 +22,7 @@ NOT_SEARCHED = {
 }
 """Keys that a space may not hold, and why; nor any of `runtime`."""
 
-COMBINATIONS = 4096
+COMBINATIONS = 512
 """How many combinations of extreme values, and of random ones, are tried before a study starts."""
 
 GRID_POINTS = 10_000
