@@ -155,24 +155,28 @@ def importances(trials: Sequence[FrozenTrial]) -> list[Importance]:
     """
     finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     keys = list(dict.fromkeys(key for trial in finished for key in trial.params))
-    importances = []
+    judged_together: dict[tuple[int, ...], list[str]] = {}
     for key in keys:
-        having = [trial for trial in finished if key in trial.params]
-        common = [other for other in keys if all(other in trial.params for trial in having)]
-        if len(having) < MIN_TRIALS or len({trial.params[key] for trial in having}) < 2:
-            continue
-        shares = [_share(having, common, key)]
-        draw = random.Random(0)
-        shares += [_share(draw.choices(having, k=len(having)), common, key) for _ in range(RESAMPLES)]
-        known = [share for share in shares[1:] if share is not None]
-        if shares[0] is not None and len(known) > 1:
-            importances.append(Importance(key, shares[0], statistics.stdev(known), len(having)))
+        having = tuple(number for number, trial in enumerate(finished) if key in trial.params)
+        if len(having) >= MIN_TRIALS and len({finished[number].params[key] for number in having}) > 1:
+            judged_together.setdefault(having, []).append(key)
+    importances = []
+    for numbers, judged in judged_together.items():
+        having = [finished[number] for number in numbers]
+        common = [key for key in keys if all(key in trial.params for trial in having)]
+        shares, draw = _shares(having, common), random.Random(0)
+        resampled = [_shares(draw.choices(having, k=len(having)), common) for _ in range(RESAMPLES)]
+        for key in judged:
+            known = [others[key] for others in resampled if math.isfinite(others[key])]
+            if math.isfinite(shares[key]) and len(known) > 1:
+                importances.append(Importance(key, shares[key], statistics.stdev(known), len(having)))
     return sorted(importances, key=lambda importance: -importance.share)
 
 
-def _share(trials: Sequence[FrozenTrial], keys: Sequence[str], key: str) -> float | None:
+def _shares(trials: Sequence[FrozenTrial], keys: Sequence[str]) -> dict[str, float]:
+    """Each key's share of what varies in the scores; NaN where that is not known."""
     if len({trial.value for trial in trials}) < 2:
-        return None
+        return dict.fromkeys(keys, math.nan)
     study = optuna.create_study(direction="maximize")
     study.add_trials(
         [
@@ -187,9 +191,7 @@ def _share(trials: Sequence[FrozenTrial], keys: Sequence[str], key: str) -> floa
     evaluator = optuna.importance.FanovaImportanceEvaluator(n_trees=TREES, seed=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        shares = optuna.importance.get_param_importances(study, evaluator=evaluator, params=list(keys), normalize=False)
-    share = shares[key]
-    return share if math.isfinite(share) else None
+        return optuna.importance.get_param_importances(study, evaluator=evaluator, params=list(keys), normalize=False)
 
 
 def place_in_range(parameter: dict[str, Any], value: Any) -> float:

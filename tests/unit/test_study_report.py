@@ -246,7 +246,8 @@ def test_choices_are_texts() -> None:
         assert "&lt;b&gt;x" in text and "<b>" not in text
 
 
-def test_the_page_is_whole(study: Study, record: StudyRecord, tmp_path: Path) -> None:
+def test_the_page_is_whole(study: Study, record: StudyRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clusterns_ray.tuning.analysis.RESAMPLES", 2)
     path, page = write_study_report(study.directory, tmp_path / "study.html")
     html = path.read_text()
     assert path.parent == tmp_path and "<script src" not in html

@@ -350,12 +350,19 @@ def test_a_dev_set_alone_is_scored_where_it_is_named(tmp_path: Path, tiny_model:
 
 
 @pytest.fixture
-def run_of_demo(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The directory of a run whose dev set is graded by the packaged documents; nothing is in the cache."""
+def run_of_documents(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory of a run whose dev set is graded by the structure of documents; nothing is in the cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    texts = sentences(240)
+    for number in range(4):
+        lines = []
+        for section in range(5):
+            start = 60 * number + 12 * section
+            lines += [f"## Part {section}", " ".join(texts[start : start + 6]), " ".join(texts[start + 6 : start + 12])]
+        (tmp_path / f"document{number}.md").write_text("\n\n".join(lines))
     values = {
         "encoder": {"name": str(tiny_model)},
-        "data": {"corpus": "demo"},
+        "data": {"documents": str(tmp_path / "document*.md")},
         "evaluation": {"sts": "structure", "structure_pairs": 60},
         "runtime": {"storage_path": str(tmp_path)},
     }
@@ -366,16 +373,17 @@ def run_of_demo(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "best.yaml"])
-def test_structure_is_what_chose_the_model(run_of_demo: Path, tmp_path: Path, name: str) -> None:
-    (run_of_demo / "config.yaml").rename(run_of_demo / name)
-    found = evaluate_model(str(run_of_demo / "model"), "structure")
-    pairs = structure_dev_set("demo", tmp_path / "other", pairs=60)
-    encoder = Encoder.load(run_of_demo / "model")
+def test_structure_is_what_chose_the_model(run_of_documents: Path, tmp_path: Path, name: str) -> None:
+    (run_of_documents / "config.yaml").rename(run_of_documents / name)
+    found = evaluate_model(str(run_of_documents / "model"), "structure")
+    documents = str(tmp_path / "document*.md")
+    pairs = structure_dev_set(documents, tmp_path / "other", pairs=60)
+    encoder = Encoder.load(run_of_documents / "model")
     assert len(read_pairs(pairs, "STRUCTURE/dev")) == 60
     tests = read_tests(pairs)
     separately = score_tests(tests, cosines_of(tests, encoder.encode))
     assert found["extra"] == pytest.approx(separately["extra"], abs=1e-6)
-    assert found["data"] == {"sts": "structure", "documents": "demo"} and found["average"] is None
+    assert found["data"] == {"sts": "structure", "documents": documents} and found["average"] is None
 
 
 def test_documents_may_be_named_for_structure(tmp_path: Path, tiny_model: Path, monkeypatch: Any) -> None:
@@ -391,11 +399,11 @@ def test_documents_may_be_named_for_structure(tmp_path: Path, tiny_model: Path, 
     assert found["data"]["documents"] == ["demo"]
 
 
-def test_documents_of_a_run_that_are_gone_are_asked_for(run_of_demo: Path) -> None:
-    text = (run_of_demo / "config.yaml").read_text().replace("corpus: demo", "corpus: x\n  documents: gone/*.md")
-    (run_of_demo / "config.yaml").write_text(text.replace("documents: null", ""))
-    with pytest.raises(ConfigError, match=r"No documents found at 'gone/\*\.md'.* give --documents FILES"):
-        evaluate_model(str(run_of_demo / "model"), "structure")
+def test_documents_of_a_run_that_are_gone_are_asked_for(run_of_documents: Path, tmp_path: Path) -> None:
+    for path in tmp_path.glob("document*.md"):
+        path.unlink()
+    with pytest.raises(ConfigError, match=r"No documents found at '.*document\*\.md'.* give --documents FILES"):
+        evaluate_model(str(run_of_documents / "model"), "structure")
 
 
 # ---- no score is no number ----------------------------------------------------------------------------------------
