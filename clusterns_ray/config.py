@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, TypeAlias, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -24,6 +24,10 @@ from clusterns_ray.io.yaml_text import dump_yaml, load_setting, load_yaml, read_
 MAX_WORKERS = 2**16
 LARGEST, SMALLEST = 1e30, 1e-30
 """Bounds of any number but 0: beyond them 32-bit floats, in which training computes, overflow or become 0."""
+
+
+Plain: TypeAlias = "Mapping[Any, Plain] | list[Plain] | tuple[Plain, ...] | str | int | float | None"
+"""What YAML and JSON hold; the keys of a mapping may be anything until they have been checked."""
 
 
 class Section(BaseModel):
@@ -86,7 +90,7 @@ class EncoderConfig(Section):
         return check_path("encoder.name", value)
 
     @model_validator(mode="after")
-    def _prompt_and_pooling(self):
+    def _prompt_and_pooling(self) -> Self:
         for name, prompt in (("prompt", self.prompt), ("second_prompt", self.second_prompt)):
             if prompt is not None and prompt.count("{sentence}") != 1:
                 raise ValueError(
@@ -150,7 +154,7 @@ class DataConfig(Section):
         return _checked(f"data.{info.field_name}", value, ())
 
     @model_validator(mode="after")
-    def _positives(self):
+    def _positives(self) -> Self:
         fields = type(self).model_fields
         for key, kind in (("neighbour_distance", "neighbour"), ("crop_ratio", "crop")):
             if self.positives != kind and getattr(self, key) != fields[key].default:
@@ -210,7 +214,7 @@ class LossConfig(Section):
         return value if value is None else check_path("loss.teacher", value)
 
     @model_validator(mode="after")
-    def _margins(self):
+    def _margins(self) -> Self:
         if self.bml_weight > 0 and self.bml_alpha > self.bml_beta:
             raise ValueError(
                 f"loss.bml_alpha is {self.bml_alpha} and loss.bml_beta {self.bml_beta}: the margins cross, as a false "
@@ -321,7 +325,7 @@ class EvaluationConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _structure_dev(cls, values: Any):
+    def _structure_dev(cls, values: Mapping[str, Any] | Section) -> Mapping[str, Any] | Section:
         if isinstance(values, Mapping) and values.get("sts") == "structure":
             return {"dev": "STRUCTURE/dev", **values}
         return values
@@ -335,7 +339,7 @@ class EvaluationConfig(Section):
         return value
 
     @model_validator(mode="after")
-    def _also(self):
+    def _also(self) -> Self:
         if self.also and self.sts is None:
             raise ValueError(
                 f"evaluation.also is {self.also}, but evaluation.sts is not set, so nothing is evaluated; set it, or "
@@ -444,7 +448,7 @@ class Config(Section):
     runtime: RuntimeConfig = RuntimeConfig()
 
     @model_validator(mode="after")
-    def _batch_shards_workers_clusters(self):
+    def _batch_shards_workers_clusters(self) -> Self:
         batch, shards, k = self.train.global_batch_size, self.train.shards, self.clustering.num_clusters
         if batch % shards:
             raise ValueError(
@@ -481,11 +485,11 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _bank(self):
+    def _bank(self) -> Self:
         clustering = self.clustering
         if clustering.scope == "batch":
             for section, key in BANK_KEYS:
-                values = getattr(self, section)
+                values: Section = getattr(self, section)
                 if getattr(values, key) != type(values).model_fields[key].default:
                     raise ValueError(
                         f"{section}.{key} is {getattr(values, key)}, but clustering.scope is batch, which has no bank "
@@ -579,7 +583,7 @@ def parse_saved_config(text: str, source: str) -> Config:
 
 
 def _tree(text: str, source: str) -> dict[str, Any]:
-    values = load_yaml(text, source)
+    values: Plain = load_yaml(text, source)
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -603,7 +607,7 @@ def make_config(values: Mapping[str, Any], source: str = "configuration") -> Con
         raise ConfigError(_describe(error, source)) from None
 
 
-def check_plain_values(values: Any, source: str, no_booleans: Collection[str] = (), key: str = "") -> None:
+def check_plain_values(values: Plain, source: str, no_booleans: Collection[str] = (), key: str = "") -> None:
     """Refuse what no field could take: numbers out of the machine's range, half characters, keys that are not text.
 
     Args:
@@ -654,15 +658,15 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {shown(override)} is not section.key=value, such as train.learning_rate=3e-5.")
     node = values
     for key in keys[:-1]:
-        if node.get(key) is None:
-            node[key] = {}
-        node = node[key]
-        if not isinstance(node, dict):
+        section: Plain = {} if node.get(key) is None else node[key]
+        if not isinstance(section, dict):
             raise ConfigError(f"--set {shown(override)}: {key!r} is a value, not a section.")
+        node[key] = section
+        node = section
     node[keys[-1]] = load_setting(raw, f"--set {shown(override)}")
 
 
-def _expand_variables(value: Any, source: str, key: str = "") -> Any:
+def _expand_variables(value: Plain, source: str, key: str = "") -> Any:
     """Replace ``${NAME}`` in every text by the environment variable NAME."""
     if isinstance(value, dict):
         return {k: _expand_variables(v, source, f"{key}.{k}" if key else str(k)) for k, v in value.items()}
@@ -708,7 +712,7 @@ def known_keys() -> list[str]:
 def _describe(error: ValidationError, source: str) -> str:
     import difflib
 
-    lines = []
+    lines: list[str] = []
     for item in error.errors():
         location = _keys_of(item["loc"])
         key = ".".join(location)
@@ -743,7 +747,7 @@ def quote_hint(item: Any) -> str:
 def _keys_of(location: tuple[int | str, ...]) -> list[str]:
     """The keys as the user wrote them: pydantic adds the branch of a union behind them."""
     node: Any = Config
-    keys = []
+    keys: list[str] = []
     for part in location:
         if not (isinstance(node, type) and issubclass(node, Section)):
             break

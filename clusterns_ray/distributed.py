@@ -1,5 +1,7 @@
 """Collectives: the only importer of torch.distributed. Everything works without a process group, as one worker."""
 
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 from typing import Any
@@ -59,20 +61,21 @@ def all_gather_rows(rows: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return rows
-    return _AllGatherRows.apply(rows)  # type: ignore[no-any-return]
+    return _AllGatherRows.apply(rows)  # type: ignore[return-value]
 
 
 class _AllGatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
         gathered = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
-        dist.all_gather_into_tensor(gathered, rows.contiguous())
+        # Its successor, all_gather_single, is not in torch 2.8.
+        dist.all_gather_into_tensor(gathered, rows.contiguous())  # pyright: ignore[reportDeprecated]
         return gathered
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         # gloo has no reduce-scatter in every version: the all-reduce costs more bytes, and is B x D alone.
-        gradient = gradient.contiguous().clone()
+        gradient = gradients[0].contiguous().clone()
         dist.all_reduce(gradient)
         return gradient.chunk(world_size())[rank()].contiguous()
 

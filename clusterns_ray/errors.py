@@ -8,7 +8,7 @@ import errno
 class ClusterNSError(Exception):
     """Base class: the job failed (exit code 1 on the command line)."""
 
-    def __init__(self, message: str = "", remedy: str = ""):
+    def __init__(self, message: str = "", remedy: str = "") -> None:
         """
         Args:
             message: what failed, the value received, and why.

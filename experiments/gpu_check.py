@@ -69,7 +69,7 @@ MODES: dict[str, dict[str, dict[str, Any]]] = {
 class Check:
     """The sections, and what they share."""
 
-    def __init__(self, options: argparse.Namespace, place: Path):
+    def __init__(self, options: argparse.Namespace, place: Path) -> None:
         self.device, self.small, self.carry, self.place = options.device, options.small, options.carry, place
         self.on_gpu = self.device.type == "cuda"
         self.tiny = make_tiny_model(place / "tiny", layers=3)

@@ -65,7 +65,7 @@ def main() -> None:
 class Study:
     """The methods of a file, and their runs."""
 
-    def __init__(self, file: Path, runs: Path, overrides: list[str], jobs: int):
+    def __init__(self, file: Path, runs: Path, overrides: list[str], jobs: int) -> None:
         """
         Raises:
             ConfigError: the file is no such file, or one of its methods is no possible configuration.

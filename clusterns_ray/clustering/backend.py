@@ -67,15 +67,15 @@ def _torch_kmeans(
     n_ND: np.ndarray, k: int, seed: int, iterations: int, initial_KD: np.ndarray | None, device: torch.device
 ) -> np.ndarray:
     """Lloyd's iterations on the sphere; an empty cluster restarts at the row farthest from its centroid."""
-    rows_ND = torch.from_numpy(n_ND).to(device)
+    rows_ND = torch.as_tensor(n_ND).to(device)
     if initial_KD is None:
         first_K = torch.randperm(len(rows_ND), generator=torch.Generator().manual_seed(seed))[:k]
         centroids_KD = rows_ND[first_K.to(device)]
     else:
-        centroids_KD = torch.from_numpy(initial_KD).to(device)
+        centroids_KD = torch.as_tensor(initial_KD).to(device)
     for _ in range(iterations):
         # In parts, as the cosines of all rows with all centroids may be larger than the rows.
-        parts = [(part_ND @ centroids_KD.T).max(dim=1) for part_ND in rows_ND.split(AT_ONCE)]
+        parts = [(part_ND @ centroids_KD.T).max(dim=1) for part_ND in torch.split(rows_ND, AT_ONCE)]
         cosine_N, nearest_N = torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
         sums_KD, counts_K = member_statistics(rows_ND, nearest_N, k)
         empty = (counts_K == 0).nonzero().squeeze(1)
@@ -86,7 +86,7 @@ def _torch_kmeans(
 
 def faiss_conflict() -> str | None:
     """A warning where both faiss wheels are installed, which overwrite one another; None where they are not."""
-    wheels = set()
+    wheels: set[str] = set()
     for distribution in importlib.metadata.distributions():
         name = (distribution.metadata["Name"] or "").lower().replace("_", "-")
         if name.startswith("faiss-"):

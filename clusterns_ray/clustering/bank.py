@@ -84,7 +84,9 @@ class Bank:
     On a CPU the embeddings are a memory-mapped file without a name, which goes with the process; else GPU memory.
     """
 
-    def __init__(self, rows_N: np.ndarray, width: int, num_clusters: int, directory: Path, device: torch.device):
+    def __init__(
+        self, rows_N: np.ndarray, width: int, num_clusters: int, directory: Path, device: torch.device
+    ) -> None:
         """
         Args:
             rows_N: int64, the rows of the corpus that it keeps, in ascending order.
@@ -153,8 +155,8 @@ class Bank:
                 initial_KD=None if initial_KD is None else F.normalize(initial_KD, eps=COSINE_EPS).cpu().numpy(),
                 device=self.device,
             )
-            directions_KD = torch.from_numpy(unit_KD).to(self.device)
-            parts = self.z_ND.split(AT_ONCE)
+            directions_KD = torch.as_tensor(unit_KD).to(self.device)
+            parts = torch.split(self.z_ND, AT_ONCE)
             cluster_N = torch.cat([cosine_matrix(part, directions_KD).argmax(dim=1) for part in parts])
         directions_KD = distributed.broadcast(directions_KD)
         self.members = list_members(distributed.broadcast(cluster_N), self.num_clusters)
@@ -188,8 +190,10 @@ def mapped_zeros(directory: Path, *shape: int) -> Tensor:
         handle, name = tempfile.mkstemp(prefix=".bank-", dir=directory)
         try:
             # Taken now, as a mapped file that finds the disk full later kills the process.
-            take = getattr(os, "posix_fallocate", lambda file, start, size: os.truncate(file, size))
-            take(handle, 0, 4 * count)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(handle, 0, 4 * count)
+            else:
+                os.truncate(handle, 4 * count)
         finally:
             os.close(handle)
         return torch.from_file(name, shared=True, size=count, dtype=torch.float32).view(shape)

@@ -29,10 +29,10 @@ def describe_clusters(
         For each ``cluster`` (its number), ``size`` (of the N), ``tightness`` (mean cosine of its sentences to the
         centroid) and ``examples`` (sentences, the nearest to the centroid first).
     """
-    cos_NK = cosine_matrix(torch.from_numpy(z_ND).float(), torch.from_numpy(centroids_KD).float()).numpy()
+    cos_NK = cosine_matrix(torch.as_tensor(z_ND).float(), torch.as_tensor(centroids_KD).float()).numpy()
     nearest_N = cos_NK.argmax(axis=1)
     cos_N = cos_NK[np.arange(len(cos_NK)), nearest_N]
-    clusters = []
+    clusters: list[dict[str, Any]] = []
     for cluster in np.unique(nearest_N):
         members = np.flatnonzero(nearest_N == cluster)
         typical = members[np.argsort(-cos_N[members], kind="stable")[:examples]]

@@ -32,7 +32,7 @@ class Clustering:
         rate: float,
         update: UpdateRule,
         device: torch.device | str = "cpu",
-    ):
+    ) -> None:
         """
         Args:
             device: where the centroids of a checkpoint are loaded to; new ones are on the device of the embeddings.

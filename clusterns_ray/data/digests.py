@@ -53,7 +53,7 @@ def check_digests(what: str, before: dict[str, str | None] | None, now: dict[str
 class DataDigests:
     """The digests of a run's data as a part of its checkpoints: one of other data is refused when it is loaded."""
 
-    def __init__(self, what: str, digests: dict[str, str | None]):
+    def __init__(self, what: str, digests: dict[str, str | None]) -> None:
         self.what, self.digests = what, digests
 
     def state_dict(self) -> dict[str, str | None]:

@@ -112,7 +112,7 @@ def cut_rows(
 class Positives:
     """The tokens of second views, as ``data.positives`` has them."""
 
-    def __init__(self, config: Config, tokens: TokenStore, tokenizer: Any):
+    def __init__(self, config: Config, tokens: TokenStore, tokenizer: Any) -> None:
         """
         Raises:
             DataError: neighbours are asked for, and the corpus has no documents.

@@ -234,7 +234,7 @@ class _LineEnds:
     """Numbered lines, and by what those that are a row of one field ended: in such a file a stray CR would cut a row in
     two, which no count of fields shows."""
 
-    def __init__(self, lines: Iterator[tuple[int, str]]):
+    def __init__(self, lines: Iterator[tuple[int, str]]) -> None:
         self._lines, self._line, self._first = lines, "", ""
 
     def __iter__(self) -> Iterator[tuple[int, str]]:

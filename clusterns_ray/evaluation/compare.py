@@ -73,7 +73,7 @@ def fall_text(name: str, also: dict[str, float], when: str, dev: str) -> str:
 class CountedRanks:
     """Average ranks of values, each of which may count several times or not at all."""
 
-    def __init__(self, values_N: np.ndarray):
+    def __init__(self, values_N: np.ndarray) -> None:
         _, self.group_N = np.unique(values_N, return_inverse=True)
         self.order_N = np.argsort(self.group_N, kind="stable")
         self.starts = np.flatnonzero(np.diff(self.group_N[self.order_N], prepend=-1))

@@ -99,7 +99,7 @@ def encode_on_ray(
 class _Worker:
     """An actor that holds an encoder."""
 
-    def __init__(self, encoder: Encoder):
+    def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
 
     def ready(self) -> None:
@@ -121,7 +121,7 @@ class _Worker:
 class _Workers:
     """The workers, and which part is with which."""
 
-    def __init__(self, encoder: Encoder, batch_size: int, count: int, note: Callable[[str], None]):
+    def __init__(self, encoder: Encoder, batch_size: int, count: int, note: Callable[[str], None]) -> None:
         import ray
 
         self.batch_size, self.count, self.note = batch_size, count, note

@@ -101,7 +101,7 @@ class EmbeddingFile:
         DataError: it is not such a file.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike) -> None:
         import pyarrow.parquet as pq
 
         self.path = Path(path)

@@ -471,7 +471,7 @@ def _holds(path: Path, texts: list[str], schema: pa.Schema) -> bool:
 class _Progress:
     """Counts the sentences that are done, and reports them as events with speed and time left."""
 
-    def __init__(self, total: int | None, on_event: OnEvent):
+    def __init__(self, total: int | None, on_event: OnEvent) -> None:
         self.total, self.on_event = total, on_event
         self.rows = self.new = 0
         self.started = time.monotonic()

@@ -77,7 +77,7 @@ class SemanticIndex:
         >>> index.search(["a boat on the river"], k=3)[0][0].text
     """
 
-    def __init__(self, directory: str | os.PathLike, *, model: str | None = None):
+    def __init__(self, directory: str | os.PathLike, *, model: str | None = None) -> None:
         """Open an index, as :meth:`load` does."""
         self.directory = Path(os.path.abspath(Path(directory).expanduser()))
         load_faiss()

@@ -43,7 +43,7 @@ Note = Callable[[str], None]
 class Held(ClusterNSError):
     """Another process writes there, and is alive."""
 
-    def __init__(self, address: str, holder: Claim):
+    def __init__(self, address: str, holder: Claim) -> None:
         self.holder = holder
         super().__init__(
             f"{address!r} is being written by {holder}. Let it finish, end it, or choose another runtime.name."
@@ -94,7 +94,7 @@ class Claim:
 class Lease:
     """The right to write to a prefix of an object store. Not for use again once released."""
 
-    def __init__(self, store: Store):
+    def __init__(self, store: Store) -> None:
         self.claims, self.address = store / ".lease", store.address
         self.name = f"{uuid.uuid4().hex}.json"
         self.lost: str | None = None

@@ -91,7 +91,7 @@ class Store:
     AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL, or the machine's role.
     """
 
-    def __init__(self, url: str, attempts: int = ATTEMPTS):
+    def __init__(self, url: str, attempts: int = ATTEMPTS) -> None:
         from pyarrow.fs import FileSystem
 
         self.url, self.attempts = url.rstrip("/"), attempts

@@ -28,7 +28,7 @@ LAST_COPY_S = 60.0
 class LocalFiles:
     """The files of a run on a file system that every machine sees, where there is nothing to copy."""
 
-    def __init__(self, run_dir: Path):
+    def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
 
     def address(self, name: str) -> str:
@@ -81,7 +81,7 @@ class LocalFiles:
 class Uploader(LocalFiles):
     """Copies a run's files to an object store; ``run_dir`` is the local copy, ``store`` the run's prefix."""
 
-    def __init__(self, store: Store, run_dir: Path):
+    def __init__(self, store: Store, run_dir: Path) -> None:
         super().__init__(run_dir)
         self.store = store
         self.aside = run_dir / ".uploads"

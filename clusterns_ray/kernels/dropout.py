@@ -46,22 +46,25 @@ def keep_mask(like: Tensor, p: float) -> Tensor:
 class Streams:
     """Random numbers of several streams, numpy's SFC64, drawn side by side."""
 
-    def __init__(self, keys: Sequence[int]):
+    def __init__(self, keys: Sequence[int]) -> None:
         self.generators = [np.random.Generator(np.random.SFC64(key)) for key in keys]
 
     def fill(self, masks: Sequence[Tensor], p: float) -> None:
         """Fill each mask as :func:`keep_mask` does, from the stream of the same number."""
         for words, mask in zip(self._draw([_num_words(mask) for mask in masks]), masks, strict=True):
-            _compare(torch.from_numpy(words), p, mask)
+            _compare(torch.as_tensor(words), p, mask)
 
     def _draw(self, sizes: Sequence[int]) -> list[np.ndarray]:
         """int64 words of each stream."""
-        low, high = np.iinfo(np.int64).min, np.iinfo(np.int64).max
+        limits = np.iinfo(np.int64)
+
+        def draw(generator: np.random.Generator, size: int) -> np.ndarray:
+            return generator.integers(limits.min, limits.max, size, endpoint=True)
+
         threads = min(torch.get_num_threads(), len(sizes))
         if threads == 1 or sum(sizes) < SIDE_BY_SIDE:
-            return [g.integers(low, high, n, endpoint=True) for g, n in zip(self.generators, sizes, strict=True)]
-        drawn = _pool(threads).map(lambda g, n: g.integers(low, high, n, endpoint=True), self.generators, sizes)
-        return list(drawn)
+            return [draw(generator, size) for generator, size in zip(self.generators, sizes, strict=True)]
+        return list(_pool(threads).map(draw, self.generators, sizes))
 
 
 @cache
@@ -110,7 +113,7 @@ def drop(x: Tensor, p: float, streams: Streams | None = None, rows: Sequence[int
         keep = keep_mask(x, p)
     else:
         keep = torch.empty(x.shape, dtype=x.dtype)
-        streams.fill(keep.split(list(rows)), p)
+        streams.fill(torch.split(keep, list(rows)), p)
     return _Drop.apply(x, keep, dropout_scale(p))  # type: ignore[return-value]
 
 

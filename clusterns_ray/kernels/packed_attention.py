@@ -92,7 +92,9 @@ class _Take(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor, None]:
         (rows_N,) = ctx.saved_tensors
         return gradients[0].new_zeros(ctx.shape).index_copy_(0, rows_N, gradients[0]), None
 
@@ -143,7 +145,7 @@ class UnpackIndex(NamedTuple):
     def split(self, taken: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (M, T, d), keys and values (M, T', d), as views of ``M (T + 2 T') x d``."""
         sizes = [len(self.bias_M1T) * t for t in (self.longest, self.filled, self.filled)]
-        query, key, value = (part.view(len(self.bias_M1T), -1, taken.shape[1]) for part in taken.split(sizes))
+        query, key, value = (part.view(len(self.bias_M1T), -1, taken.shape[1]) for part in torch.split(taken, sizes))
         return query, key, value
 
 
@@ -178,8 +180,10 @@ class _Attention(torch.autograd.Function):
         if streams is not None and drops(p):
             keeps = masks = [qkv_N3D.new_empty(len(part.bias_M1T), part.longest, part.filled) for part in parts]
             streams.fill(masks, p)
-        saved = []
-        for part, keep, qkv, out in zip(parts, keeps, qkv_N3D.split(sizes), out_ND.split(sizes), strict=True):
+        saved: list[Tensor | None] = []
+        for part, keep, qkv, out in zip(
+            parts, keeps, torch.split(qkv_N3D, sizes), torch.split(out_ND, sizes), strict=True
+        ):
             taken = qkv.view(-1, width).index_select(0, part.take)
             query, key, value = part.split(taken)
             if not ctx.needs_input_grad[0] and keep is None and part.longest > FUSED_FROM:
@@ -206,7 +210,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
         sizes = [part.tokens for part in ctx.parts]
         d_out_ND = gradients[0] * ctx.dropout_scale

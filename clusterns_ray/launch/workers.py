@@ -252,7 +252,7 @@ class PreemptionWatcher:
     a pace that worker 0 sets.
     """
 
-    def __init__(self, alive: Callable[[], Any]):
+    def __init__(self, alive: Callable[[], Any]) -> None:
         """
         Args:
             alive: called by every worker each time that it asks Ray.

@@ -86,7 +86,7 @@ class Encoder(nn.Module):
         similarity: str = "cosine",
         second_prompt: str | None = None,
         head: nn.Module | None = None,
-    ):
+    ) -> None:
         """
         Args:
             lower_case: whether the tokenizer was made to put text into lower case, which a saved one may forget.

@@ -120,7 +120,7 @@ class Layer(NamedTuple):
 class PackedBert:
     """The layers of a model that :func:`can_pack`, its weights in ``dtype``; they follow the model's no further."""
 
-    def __init__(self, backbone: Any, dtype: torch.dtype):
+    def __init__(self, backbone: Any, dtype: torch.dtype) -> None:
         self.backbone, self.dtype, self.first = backbone, dtype, first_position(backbone)
         self.heads = backbone.config.num_attention_heads
         self.layers = []

@@ -20,7 +20,7 @@ class PromptEncoder(Module):
 
     save_in_root = True
 
-    def __init__(self, encoder: Encoder):
+    def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
         self.tokenizer = encoder.tokenizer

@@ -166,7 +166,7 @@ def read_settings(source: str, *, revision: str | None = None) -> ModelSettings:
 class _Files:
     """The JSON files of a model, in a directory or on the hub."""
 
-    def __init__(self, source: str, revision: str | None):
+    def __init__(self, source: str, revision: str | None) -> None:
         self.source, self.revision = source, revision
 
     def read(self, name: str, kind: type = dict) -> Any:

@@ -41,7 +41,7 @@ class Stateful(Protocol):
 class Checkpointer:
     """Saves and loads the parts of a run that change, which are equal on every worker, each under its own name."""
 
-    def __init__(self, context: RunContext, parts: dict[str, Stateful]):
+    def __init__(self, context: RunContext, parts: dict[str, Stateful]) -> None:
         """
         Args:
             parts: in the order in which they are loaded.

@@ -14,7 +14,7 @@ SPREAD_COSINE, COLLAPSED_COSINE = 0.8, 0.9
 class CollapseMonitor:
     """Checks each logged step; warns once of each problem, and again if it returns after it had passed."""
 
-    def __init__(self, num_clusters: int, of_corpus: bool = False):
+    def __init__(self, num_clusters: int, of_corpus: bool = False) -> None:
         """
         Args:
             of_corpus: whether the clusters are those of a bank, not of the batches.

@@ -38,7 +38,7 @@ class Shard(NamedTuple):
 class ShardReader:
     """Reads a shard of a step: tokens of both views, and the streams of random numbers that are its own."""
 
-    def __init__(self, config: Config, tokens: TokenStore, tokenizer: Any, device: torch.device):
+    def __init__(self, config: Config, tokens: TokenStore, tokenizer: Any, device: torch.device) -> None:
         self.config, self.tokens, self.tokenizer, self.device = config, tokens, tokenizer, device
         prompts = (config.encoder.prompt, config.encoder.second_prompt)
         self.positives = Positives(config, tokens, tokenizer)

@@ -47,7 +47,7 @@ class CorpusClusters:
         encoder: Encoder,
         directory: Path,
         note: Callable[[str], None] = lambda text: None,
-    ):
+    ) -> None:
         """
         Args:
             directory: where the bank's file may be.

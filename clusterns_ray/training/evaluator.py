@@ -54,7 +54,7 @@ class Evaluator:
         encoder: Encoder,
         state: TrainState,
         note: Callable[[str], None] = lambda text: None,
-    ):
+    ) -> None:
         """
         Args:
             sts_dir: the directory of the dev set; None for a run without one, which is never evaluated.

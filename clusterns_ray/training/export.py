@@ -28,7 +28,7 @@ DESCRIBED_SENTENCES = 2048
 class Exporter:
     """Writes the encoder as the step of ``state.best_step`` left it."""
 
-    def __init__(self, context: RunContext, parts: TrainingParts, state: TrainState):
+    def __init__(self, context: RunContext, parts: TrainingParts, state: TrainState) -> None:
         self.context, self.parts, self.state = context, parts, state
         self.fingerprint = context.config.fingerprint()
 

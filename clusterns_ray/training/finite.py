@@ -25,7 +25,7 @@ SAMPLED_SENTENCES = 64
 class FiniteChecks:
     """The checks of a run, which raise NonFiniteError on every worker alike, with what to change."""
 
-    def __init__(self, parts: TrainingParts, state: TrainState):
+    def __init__(self, parts: TrainingParts, state: TrainState) -> None:
         self.parts, self.state = parts, state
 
     def gradients(self, most: int = MAX_SKIPPED_IN_A_ROW) -> int:

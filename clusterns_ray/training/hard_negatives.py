@@ -71,7 +71,7 @@ class CentroidNegatives:
         clustering: Clustering,
         first_centroid: int,
         initial_centroids: Callable[[], Tensor] | None = None,
-    ):
+    ) -> None:
         """
         Args:
             first_centroid: where the chain of first centroids begins, a number taken modulo the batch's rows.

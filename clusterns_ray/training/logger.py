@@ -19,7 +19,7 @@ OnEvent = Callable[[dict[str, Any]], None]
 class RunLogger:
     """Silent on workers but the first, so that all of them may call it."""
 
-    def __init__(self, context: RunContext, on_event: OnEvent):
+    def __init__(self, context: RunContext, on_event: OnEvent) -> None:
         self.context = context
         self.is_main = distributed.rank() == 0
         self._on_event = on_event

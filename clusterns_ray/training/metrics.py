@@ -21,7 +21,7 @@ class MetricsLog:
     On resume it removes the records after the checkpoint's step, as these steps are done again.
     """
 
-    def __init__(self, path: Path, step: int):
+    def __init__(self, path: Path, step: int) -> None:
         self.path = path
         lines = _lines(path)
         self.damaged = sum(_step_of(line) == NO_STEP for line in lines[:-1])

@@ -58,7 +58,7 @@ def prediction_loss(model: nn.Module, ids_BT: Tensor, mask_BT: Tensor, labels_BT
 class LanguageModelHead:
     """What a masked language model has besides its backbone, as a part of a checkpoint."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     def state_dict(self) -> dict[str, Tensor]:

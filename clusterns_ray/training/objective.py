@@ -27,7 +27,7 @@ class TwoViews(nn.Module):
     """Both views of every shard: two dropout draws of one batch, or a batch of each where their tokens differ. The part
     with gradients, so DDP wraps it."""
 
-    def __init__(self, encoder: Encoder, precision: str, language_model: nn.Module | None = None):
+    def __init__(self, encoder: Encoder, precision: str, language_model: nn.Module | None = None) -> None:
         super().__init__()
         self.encoder = encoder
         self.language_model = language_model
@@ -94,7 +94,7 @@ SHARE_NAMES = ("loss", "info_nce", "bml", "mean_cosine", "hard_negative_cosine",
 class Objective:
     """The loss of a step, and the centroids it moves."""
 
-    def __init__(self, loss: LossConfig, hard_negatives: HardNegatives | None = None):
+    def __init__(self, loss: LossConfig, hard_negatives: HardNegatives | None = None) -> None:
         """
         Args:
             hard_negatives: where they come from; None for plain SimCSE.

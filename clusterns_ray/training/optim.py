@@ -35,7 +35,7 @@ class Optimizer:
     fp16 scales the loss up and halves the scale after such a step; other precisions count it (`skipped`).
     """
 
-    def __init__(self, module: nn.Module, config: TrainConfig, precision: str, device: torch.device):
+    def __init__(self, module: nn.Module, config: TrainConfig, precision: str, device: torch.device) -> None:
         self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.max_grad_norm = config.max_grad_norm
         self.adamw = torch.optim.AdamW(

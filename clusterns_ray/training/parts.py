@@ -33,7 +33,9 @@ from clusterns_ray.training.views import CachedViews, Views, chunked
 class TrainingParts:
     """The parts of a step, equal on every worker; tests, ``plan`` and benchmarks take steps with them too."""
 
-    def __init__(self, context: RunContext, device: torch.device, note: Callable[[str], None] = lambda text: None):
+    def __init__(
+        self, context: RunContext, device: torch.device, note: Callable[[str], None] = lambda text: None
+    ) -> None:
         config = context.config
         self.config, self.device, self.note = config, device, note
         self.tokens = TokenStore.open(context.tokens_dir)

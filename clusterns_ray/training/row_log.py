@@ -21,7 +21,7 @@ class RowLog(NoRowLog):
     A step that was done again after a failure is there once more, under a later attempt.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path) -> None:
         self.attempt = distributed.broadcast_object(time.time_ns() // 1_000_000)
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / f"{self.attempt}-{distributed.rank()}.jsonl"

@@ -17,7 +17,7 @@ from clusterns_ray.training.collate import Shard
 class Teacher:
     """Embeds the rows of a batch as a finished encoder does: without dropout, without a training head."""
 
-    def __init__(self, name: str, device: torch.device):
+    def __init__(self, name: str, device: torch.device) -> None:
         self.encoder: Any = Encoder.load(name).to(device).requires_grad_(False)
 
     @torch.no_grad()

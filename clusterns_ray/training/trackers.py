@@ -26,7 +26,7 @@ class Tracker(Protocol):
 class TensorBoard:
     """Event files in ``RUN/tensorboard``, for ``tensorboard --logdir STORAGE_PATH``."""
 
-    def __init__(self, config: Config, run_dir: Path, step: int):
+    def __init__(self, config: Config, run_dir: Path, step: int) -> None:
         from tensorboardX import SummaryWriter
 
         # What came after the checkpoint that the run resumes from will come again. By themselves the names of event
@@ -47,7 +47,7 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run of Weights & Biases; project and login as wandb's own environment variables say."""
 
-    def __init__(self, config: Config, run_dir: Path, step: int):
+    def __init__(self, config: Config, run_dir: Path, step: int) -> None:
         import wandb  # pyright: ignore[reportMissingImports]
 
         self.run = wandb.init(
@@ -69,7 +69,7 @@ class WeightsAndBiases:
 class MLflow:
     """An MLflow run; server and experiment as MLflow's own environment variables say."""
 
-    def __init__(self, config: Config, run_dir: Path, step: int):
+    def __init__(self, config: Config, run_dir: Path, step: int) -> None:
         import mlflow  # pyright: ignore[reportMissingImports]
 
         self.client = mlflow.MlflowClient()

@@ -17,7 +17,7 @@ from clusterns_ray.models.encoder import Encoder, length_batches
 class DevSet:
     """Graded pairs, tokenised once."""
 
-    def __init__(self, directory: str | Path, name: str, encoder: Encoder):
+    def __init__(self, directory: str | Path, name: str, encoder: Encoder) -> None:
         self.name = name
         self.pairs = read_pairs(directory, name)
         self.ids = encoder.tokenize(self.pairs.sentences())

@@ -22,7 +22,7 @@ from clusterns_ray.training.collate import Shard
 class Views:
     """``z1_bD, z2_bD, mlm`` as :class:`TwoViews` gives them."""
 
-    def __init__(self, model: nn.Module, shards: list[Shard]):
+    def __init__(self, model: nn.Module, shards: list[Shard]) -> None:
         self.z1_bD, self.z2_bD, self.mlm = model(shards)
 
     def backward(self, loss: Tensor) -> None:
@@ -33,7 +33,7 @@ class Views:
 class CachedViews(Views):
     """The same values and gradients, with the activations of one chunk at a time."""
 
-    def __init__(self, model: nn.Module, chunks: Sequence[list[Shard]]):
+    def __init__(self, model: nn.Module, chunks: Sequence[list[Shard]]) -> None:
         self.model, self.chunks = model, chunks
         with torch.no_grad():
             parts = [model(chunk) for chunk in chunks]

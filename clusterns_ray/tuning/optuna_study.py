@@ -61,7 +61,7 @@ class OptunaStudy:
         study: Study,
         clock: Callable[[], float] = time.monotonic,
         permit: Callable[[], None] = lambda: None,
-    ):
+    ) -> None:
         self.config, self.space, self.workers = study.config, study.space, max(study.config.workers_per_trial, 1)
         self.home, self.permit = study.home, permit
         self._changed, self._saved_at = False, -math.inf

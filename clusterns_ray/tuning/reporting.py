@@ -36,7 +36,7 @@ class Reporter:
     Evaluations that a resumed run has behind it and the study does not know yet come first.
     """
 
-    def __init__(self, job: Job, send: Callable[[Evaluation], Any]):
+    def __init__(self, job: Job, send: Callable[[Evaluation], Any]) -> None:
         self.job, self.send, self.total_steps = job, send, 0
 
     def evaluation(self, metrics: dict[str, Any]) -> Evaluation:

@@ -21,7 +21,7 @@ class Sampler(optuna.samplers.BaseSampler):
     So a proposal that was cut off after some of its values gets the others as it would have.
     """
 
-    def __init__(self, config: Any):
+    def __init__(self, config: Any) -> None:
         self.config = config
         self.joint: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler()
 
@@ -60,7 +60,7 @@ class SobolSampler(optuna.samplers.QMCSampler):
     The first trial, and keys that it did not have, are drawn by ``independent``.
     """
 
-    def __init__(self, seed: int, number: int, independent: optuna.samplers.BaseSampler):
+    def __init__(self, seed: int, number: int, independent: optuna.samplers.BaseSampler) -> None:
         super().__init__(scramble=True, seed=seed, independent_sampler=independent, warn_independent_sampling=False)
         self.number = number
 

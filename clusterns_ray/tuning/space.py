@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, Self
 
 from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
@@ -36,7 +36,7 @@ class Comparison(Section):
     not_: Scalar = Field(default=None, alias="not")
 
     @model_validator(mode="after")
-    def _not_empty(self):
+    def _not_empty(self) -> Self:
         if not self.model_fields_set:
             raise ValueError("a condition needs one of above, below, not; or write the value itself, or a list of them")
         return self
@@ -84,7 +84,7 @@ class IntParameter(_Varied):
     """Draw uniformly in the logarithm."""
 
     @model_validator(mode="after")
-    def _range(self):
+    def _range(self) -> Self:
         _check_range(self.low, self.high, self.step if self.step > 1 else None, self.log)
         return self
 
@@ -117,7 +117,7 @@ class FloatParameter(_Varied):
     """Draw uniformly in the logarithm."""
 
     @model_validator(mode="after")
-    def _range(self):
+    def _range(self) -> Self:
         _check_range(self.low, self.high, self.step, self.log)
         return self
 
@@ -154,7 +154,7 @@ class ChoiceParameter(_Varied):
     """The values there are."""
 
     @model_validator(mode="after")
-    def _choices(self):
+    def _choices(self) -> Self:
         if not self.choices:
             raise ValueError("choices is empty; list at least two values, or give the key role: fixed with a value")
         if len({(isinstance(choice, bool), choice) for choice in self.choices}) < len(self.choices):
@@ -220,7 +220,7 @@ class Space:
         ValueError: conditions lead in a circle, or name a key that is not in the configuration.
     """
 
-    def __init__(self, parameters: Mapping[str, Varied], base: Config):
+    def __init__(self, parameters: Mapping[str, Varied], base: Config) -> None:
         self.base, self._base = base, base.resolved()
         self._base_values = flatten(self._base)
         for name, parameter in parameters.items():

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, ValidationError, field_validator, model_validator
 
@@ -154,7 +154,7 @@ class StudyConfig(Section):
         return check_path("base", value)
 
     @model_validator(mode="after")
-    def _whole(self):
+    def _whole(self) -> Self:
         if not self.varied():
             raise ValueError("space varies nothing; give at least one key a type (int, float or choice)")
         if self.sampler.name == "grid":

@@ -150,7 +150,7 @@ def run_jobs(sweep: Sweep, jobs: Jobs) -> None:
 class Sweep:
     """Which job is next, and what its results change in the study."""
 
-    def __init__(self, study: Study, optuna_study: OptunaStudy, on_event: OnEvent):
+    def __init__(self, study: Study, optuna_study: OptunaStudy, on_event: OnEvent) -> None:
         self.study, self.optuna_study, self.on_event = study, optuna_study, on_event
         self.use_gpu = False
         self.live: set[str] = set()

@@ -85,7 +85,7 @@ def return_memory() -> None:
 class TrialRun:
     """One job, in a thread of this process or on Ray workers that the thread waits for."""
 
-    def __init__(self, job: Job):
+    def __init__(self, job: Job) -> None:
         self.job = job
         self.results: queue.Queue[Result | StorageError] = queue.Queue()
         self.verdicts: queue.Queue[bool] = queue.Queue()

@@ -132,7 +132,7 @@ class Pool:
 class _Feed(Searcher):
     """Gives Tune the jobs that were begun, and takes their ends."""
 
-    def __init__(self, pool: Pool):
+    def __init__(self, pool: Pool) -> None:
         super().__init__()
         self.pool = pool
 
@@ -166,7 +166,7 @@ class _Feed(Searcher):
 class _Verdicts(FIFOScheduler):
     """Waits after every evaluation for the sweep's verdict."""
 
-    def __init__(self, pool: Pool):
+    def __init__(self, pool: Pool) -> None:
         super().__init__()
         self.pool = pool
 
@@ -187,7 +187,7 @@ class _Verdicts(FIFOScheduler):
 class _Stop(Stopper):
     """Ends all jobs when the pool closes."""
 
-    def __init__(self, pool: Pool):
+    def __init__(self, pool: Pool) -> None:
         self.pool = pool
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -200,7 +200,7 @@ class _Stop(Stopper):
 class _Starts(Callback):
     """Notes which jobs have a process."""
 
-    def __init__(self, pool: Pool):
+    def __init__(self, pool: Pool) -> None:
         self.pool = pool
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from clusterns_ray.inference import faiss_index as vectors
 from clusterns_ray.inference.embedding_file import EmbeddingFile, embedding_schema, embedding_table, write_tables
@@ -48,7 +49,7 @@ def write_vectors(path: Path, rows: int, width: int, seed: int) -> np.ndarray:
     centres_CD = random.standard_normal((max(rows // 500, 1), width), dtype=np.float32)
     schema = embedding_schema(width, "float32", {"format": 1, "width": width})
 
-    def tables():
+    def tables() -> Iterator[pa.Table]:
         for start in range(0, rows, BLOCK):
             z = draw(min(BLOCK, rows - start), width, centres_CD, random)
             yield embedding_table([f"sentence {start + i}" for i in range(len(z))], z, schema)

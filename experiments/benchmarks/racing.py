@@ -150,7 +150,7 @@ def take_step(run: TrainingParts, number: int) -> None:
 class ClusterNS:
     """Steps of ours once clustering has started."""
 
-    def __init__(self, config: Config, tokens_dir: Path, scratch: Path):
+    def __init__(self, config: Config, tokens_dir: Path, scratch: Path) -> None:
         self.run = quiet_run(config, tokens_dir, scratch)
         self.bank_seconds = 0.0
         """of filling the bank of the corpus and clustering it, where there is one"""

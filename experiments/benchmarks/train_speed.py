@@ -136,7 +136,7 @@ class SentenceTransformers:
         bf16: bool,
         layers: int | None = None,
         device: torch.device = CPU,
-    ):
+    ) -> None:
         import sentence_transformers
         from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
@@ -168,7 +168,7 @@ class SentenceTransformers:
 class PlainLoop:
     """Two dropout views in one forward pass, the batch padded as a whole, a broadcast for the cosines."""
 
-    def __init__(self, texts: Callable[[int], list[str]], arguments: argparse.Namespace):
+    def __init__(self, texts: Callable[[int], list[str]], arguments: argparse.Namespace) -> None:
         import transformers
 
         source = resolve_model(MODEL)

@@ -7,14 +7,14 @@ import re
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 from xml.etree import ElementTree
 
 from clusterns_ray.data.document import Document, parse_document
 from clusterns_ray.errors import DataError
 
 if TYPE_CHECKING:
-    from mwparserfromhell.nodes import Node
+    from mwparserfromhell.nodes import Node, Tag, Template
     from mwparserfromhell.wikicode import Wikicode
 
 SAMPLE = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
@@ -84,7 +84,7 @@ def read_wikipedia_dump(path: str | Path) -> Iterator[Document]:
         ) from error
 
 
-def _articles(stream) -> Iterator[tuple[str, str]]:
+def _articles(stream: IO[bytes]) -> Iterator[tuple[str, str]]:
     """Title and wikitext of each article, holding one page in memory at a time."""
     events = ElementTree.iterparse(stream, events=("start", "end"))
     _, root = next(events)
@@ -145,7 +145,7 @@ def _render(node: Node) -> str:
     return ""
 
 
-def _render_tag(node) -> str:
+def _render_tag(node: Tag) -> str:
     name = str(node.tag).strip().lower()
     if name in _SKIPPED_TAGS:
         return ""
@@ -158,7 +158,7 @@ def _render_tag(node) -> str:
     return " " if name == "br" else _render_all(node.contents)
 
 
-def _render_template(node) -> str:
+def _render_template(node: Template) -> str:
     """Text of the few templates that carry words of the sentence they stand in; nothing for the others."""
     name = str(node.name).strip().lower()
     if name in _HOLE_TEMPLATES:

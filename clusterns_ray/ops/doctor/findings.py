@@ -61,7 +61,7 @@ def from_error(what: str, error: ClusterNSError) -> list[Finding]:
 class Check:
     """Work that begins in a thread of its own when this is made, and is not waited for beyond a deadline."""
 
-    def __init__(self, what: str, work: Callable[[], Iterable[Finding]], deadline: float):
+    def __init__(self, what: str, work: Callable[[], Iterable[Finding]], deadline: float) -> None:
         """
         Args:
             deadline: of ``time.monotonic()``.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,9 @@ FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20
 
 BACKWARD = 2
 """FLOPs of a backward pass over those of its forward pass: a gradient of the weights, and one of the inputs."""
+
+Number = TypeVar("Number", float, np.ndarray)
+"""A number, or an array of them."""
 
 
 # ---- computing ------------------------------------------------------------------------------------------------------
@@ -49,8 +52,8 @@ class EncoderWork:
     cached: bool = False
     """Whether embeddings are computed once more, without activations, before their gradient is known."""
 
-    def forward(self, rows, length):
-        """FLOPs of one forward pass of ``rows`` rows padded to ``length`` tokens; numbers, or arrays of them.
+    def forward(self, rows: Number, length: Number) -> Number:
+        """FLOPs of one forward pass of ``rows`` rows padded to ``length`` tokens.
 
         It is an upper bound: packed batches (``kernels/packed_attention.py``) spare the linear layers the padding.
 
@@ -60,11 +63,11 @@ class EncoderWork:
         """
         return rows * length * (2 * self.linear + 4 * self.layers * length * self.width)
 
-    def encode(self, rows, length):
+    def encode(self, rows: Number, length: Number) -> Number:
         """FLOPs of embedding ``rows`` rows padded to ``length`` tokens, without a gradient."""
         return self.forward(rows, length) + 2 * rows * self.pooler
 
-    def shard(self, rows, length, second):
+    def shard(self, rows: Number, length: Number, second: Number) -> Number:
         """FLOPs of both views of a shard, padded to ``length`` and ``second`` tokens, and their backward pass; and of
         its masked copy where there is one."""
         forwards = 2 if self.cached else 1
