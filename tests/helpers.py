@@ -190,3 +190,10 @@ def _byte_tokenizer() -> Any:
         mask_token="<mask>",
         model_input_names=["input_ids", "attention_mask"],
     )
+
+
+def document_sentences(document: Any) -> list[str]:
+    """The usable sentences of a document in reading order."""
+    from clusterns_ray.data.documents import all_sentences, is_usable
+
+    return [sentence.text for sentence in all_sentences(document) if is_usable(sentence.text)]

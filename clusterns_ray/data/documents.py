@@ -137,28 +137,26 @@ def _read_jsonl(path: Path, text_column: str) -> Iterator[Document]:
                 yield parse_document(text or "", str(row.get("title") or f"{path.stem}:{number}"))
 
 
-def split_sentences(paragraph: str, language: str = "en") -> list[str]:
-    """Sentences of a paragraph in order, stripped; ``language`` is an ISO 639-1 code."""
-    sentences = (
-        _segment(paragraph, language) if len(paragraph) <= _LONG_PARAGRAPH else _segment_long(paragraph, language)
-    )
+def split_sentences(paragraph: str) -> list[str]:
+    """Sentences of a paragraph in order, stripped."""
+    sentences = _segment(paragraph) if len(paragraph) <= _LONG_PARAGRAPH else _segment_long(paragraph)
     parts = sentences if paragraph.isascii() else (part for s in sentences for part in _MORE_ENDS.split(s))
     return [stripped for part in parts if (stripped := part.strip())]
 
 
-def _segment(text: str, language: str) -> list[str]:
+def _segment(text: str) -> list[str]:
     from sentencex import segment  # pyright: ignore[reportAttributeAccessIssue]  (compiled, without stubs)
 
-    return segment(language, text)
+    return segment("en", text)
 
 
-def _segment_long(paragraph: str, language: str) -> Iterator[str]:
+def _segment_long(paragraph: str) -> Iterator[str]:
     """Sentences of a paragraph of any length, a window at a time: the splitter takes a time that grows with the square
     of a text without spaces. What a window splits near its end is split anew by the next, as quotes may close there."""
     start, begun = 0, ""
     while start < len(paragraph):
         window = paragraph[start : start + _WINDOW]
-        sentences = _segment(window, language)
+        sentences = _segment(window)
         taken, is_last = 0, start + len(window) == len(paragraph)
         for number, sentence in enumerate(sentences, start=1):
             if not is_last and taken and (taken + len(sentence) > 3 * _WINDOW // 4 or number == len(sentences)):
@@ -199,18 +197,13 @@ def is_usable(sentence: str) -> bool:
     return sum(map(str.isalpha, visible)) >= needed or sum(category(c)[0] in "LM" for c in visible) >= needed
 
 
-def document_sentences(document: Document, language: str = "en") -> Iterator[str]:
-    """Usable sentences of a document in reading order."""
-    return (sentence.text for sentence in all_sentences(document, language) if is_usable(sentence.text))
-
-
-def all_sentences(document: Document, language: str = "en") -> Iterator[Sentence]:
+def all_sentences(document: Document) -> Iterator[Sentence]:
     """Sentences of a document in reading order with their boundaries, also those that are not usable."""
     boundary = Boundary.DOCUMENT
     for section in document.sections:
         boundary = max(boundary, Boundary.SECTION)
         for paragraph in section.paragraphs:
             boundary = max(boundary, Boundary.PARAGRAPH)
-            for text in split_sentences(paragraph, language):
+            for text in split_sentences(paragraph):
                 yield Sentence(text, boundary)
                 boundary = Boundary.NONE

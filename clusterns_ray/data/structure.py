@@ -54,16 +54,13 @@ class _Layout:
         return self.sentences[earlier], self.sentences[later]
 
 
-def structure_graded_pairs(
-    documents: Iterable[Document], *, pairs: int = 2000, seed: int, language: str = "en"
-) -> list[dict]:
+def structure_graded_pairs(documents: Iterable[Document], *, pairs: int = 2000, seed: int) -> list[dict]:
     """Draw pairs of sentences graded 3 (neighbours) to 0 (different documents), a quarter of each.
 
     Args:
         documents: at least two, with several sections and paragraphs between them.
         pairs: number of pairs, at least 4; the counts per grade differ by at most one.
         seed: of the draw; the same documents and seed give the same list.
-        language: ISO 639-1 code for the sentence splitter.
 
     Returns:
         Dicts with ``sentence1``, ``sentence2`` and ``score`` (int), in random order. No pair occurs twice, in
@@ -80,7 +77,7 @@ def structure_graded_pairs(
             f"{len(GRADES)} grades. Set pairs to {len(GRADES)} or more."
         )
     rng = np.random.default_rng(seed)
-    layouts = _layouts(documents, language)
+    layouts = _layouts(documents)
     rows = []
     for offset, grade in enumerate(GRADES):
         need = (pairs + offset) // len(GRADES)
@@ -95,7 +92,6 @@ def write_structure_dev(
     *,
     pairs: int = 2000,
     seed: int,
-    language: str = "en",
 ) -> Path:
     """Write a structure-graded dev set as ``directory/STRUCTURE/dev.jsonl``, described by ``ABOUT.json``.
 
@@ -108,7 +104,7 @@ def write_structure_dev(
         ConfigError, DataError: as `structure_graded_pairs`.
     """
     documents = list(documents)
-    rows = structure_graded_pairs(documents, pairs=pairs, seed=seed, language=language)
+    rows = structure_graded_pairs(documents, pairs=pairs, seed=seed)
     counts = Counter(row["score"] for row in rows)
     about = {
         "about": ABOUT,
@@ -125,9 +121,9 @@ def write_structure_dev(
     return folder / "dev.jsonl"
 
 
-def _layouts(documents: Iterable[Document], language: str) -> list[_Layout]:
+def _layouts(documents: Iterable[Document]) -> list[_Layout]:
     split = [
-        [[split_sentences(paragraph, language) for paragraph in section.paragraphs] for section in document.sections]
+        [[split_sentences(paragraph) for paragraph in section.paragraphs] for section in document.sections]
         for document in documents
     ]
     counts = Counter(

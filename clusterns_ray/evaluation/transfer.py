@@ -156,16 +156,13 @@ def evaluate_transfer(
             "rows": len(predicted),
         }
         if task.name in PAIRS:
-            scores[task.name]["f1"] = 100 * f1(predicted == "1", labels[-1] == "1")
+            from sklearn.metrics import f1_score
+
+            of_paraphrases = f1_score(labels[-1], predicted, pos_label="1", zero_division=0)  # pyright: ignore[reportArgumentType]
+            scores[task.name]["f1"] = 100 * float(of_paraphrases)
     missing = [name for name in TASKS if name not in scores]
     average = None if missing else float(np.mean([score["accuracy"] for score in scores.values()]))
     return {"tasks": scores, "missing": missing, "average": average, "folds": FOLDS, "seed": seed}, right
-
-
-def f1(predicted: np.ndarray, true: np.ndarray) -> float:
-    """Harmonic mean of precision and recall of bools, in [0, 1]; 0 where nothing is true or predicted."""
-    total = predicted.sum() + true.sum()
-    return float(2 * (predicted & true).sum() / total) if total else 0.0
 
 
 def _features(rows: Labelled, embed: Embed) -> np.ndarray:

@@ -269,6 +269,19 @@ def on_this_node() -> dict[str, Any]:
     return {"num_cpus": 0, "scheduling_strategy": here}
 
 
+def state_api_error(timeout_s: float) -> str | None:
+    """Why Ray's State API does not answer in time; None where it does."""
+    import ray
+    from ray.util.state import list_nodes
+
+    try:
+        # By address, as another Ray may run on this machine.
+        list_nodes(address=ray.get_runtime_context().gcs_address, limit=1, timeout=int(timeout_s))
+    except Exception as error:
+        return " ".join(str(error).split())
+    return None
+
+
 def head_answers() -> bool:
     """Whether the cluster that was joined is there still."""
     try:

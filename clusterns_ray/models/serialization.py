@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
-from clusterns_ray.io.files import follow_umask, json_text
+from clusterns_ray.io.files import follow_umask, json_text, sha256
 from clusterns_ray.models.pretrained import hub_options, loading
 from clusterns_ray.models.resolve import resolve_model
 from clusterns_ray.models.settings import SAVED, SETTINGS_FILE, ModelSettings
@@ -38,8 +38,7 @@ def model_digest(name: str) -> str:
     weights = list(path.glob("*.safetensors")) or list(path.glob("*.bin"))
     small = [*path.glob("*.json"), *path.glob("*.txt"), *path.glob("*.model"), *path.glob("*/config.json")]
     for file in sorted({*small, *weights}):
-        with file.open("rb") as handle:
-            digest.update(f"{file.relative_to(path).as_posix()} {_sha256(handle)}\n".encode())
+        digest.update(f"{file.relative_to(path).as_posix()} {sha256(file)}\n".encode())
     return digest.hexdigest()
 
 
@@ -48,13 +47,6 @@ def _hub_commit(source: str) -> str | None:
 
     with loading(source, "its config.json"):
         return extract_commit_hash(cached_file(source, "config.json", **hub_options(source)), None)
-
-
-def _sha256(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def write_settings(path: Path, settings: ModelSettings) -> None:

@@ -37,7 +37,6 @@ class ModelSize:
     layers: int
     exported_bytes: int
     """The size of ``model.safetensors``."""
-    rows_a_shard: int
     tokens_a_row: int
     """The most that a row may have: ``encoder.max_length``, and the prompt."""
     fixed_bytes: int
@@ -156,7 +155,6 @@ def model_size(config: Config) -> ModelSize:
         width=width,
         layers=backbone.config.num_hidden_layers,
         exported_bytes=FLOAT * sum(p.numel() for p in backbone.parameters()),
-        rows_a_shard=rows,
         tokens_a_row=tokens,
         fixed_bytes=max(2 * one - two, 0),
         shard_bytes=two - one,

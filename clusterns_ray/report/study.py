@@ -15,6 +15,7 @@ from clusterns_ray.report.words import NONE, count, duration, fixed, listing
 from clusterns_ray.tuning.analysis import STATES, StudyRecord, Trial, at_the_edge, read_study, rungs
 from clusterns_ray.tuning.comparison import sentences, show_value
 from clusterns_ray.tuning.selection import check_result
+from clusterns_ray.tuning.space import flatten
 
 FEW = 20
 """Importances from fewer finished trials are a hint at most."""
@@ -49,7 +50,7 @@ def study_page(study: StudyRecord, result: dict[str, Any] | None) -> Page:
         outcome_section(study, result),
         history_section(study, result),
         importance_section(study),
-        slice_section(study, result),
+        slice_section(study),
         trial_section(study, result),
         setup_section(study),
     ]
@@ -202,8 +203,8 @@ def outcome_section(study: StudyRecord, result: dict[str, Any] | None) -> Sectio
     ]
     base = result.get("base")
     if base and base["trial"] not in [c["trial"] for c in candidates]:
-        values = {key: _base_value(study, key) for key in keys}
-        rows.append(_outcome_row("base configuration", "no search", {**base, "values": values}, keys, confirmed))
+        values = {**base, "values": flatten(study.config["base"])}
+        rows.append(_outcome_row("base configuration", "no search", values, keys, confirmed))
     if result.get("sts_dev_before") is not None:
         untrained = {
             "mean": result["sts_dev_before"],
@@ -250,12 +251,6 @@ def _verdict(candidate: dict[str, Any], winner: int, alike: set[int]) -> str:
 def _outcome_row(name: Cell, verdict: str, of: dict[str, Any], keys: list[str], confirmed: bool) -> list[Cell]:
     chosen = [fixed(of["deviation"]), str(len(of["scores"]) or NONE), fixed(of["trial_score"])] if confirmed else []
     return [name, verdict, fixed(of["mean"]), *chosen, *(_value(of["values"], key) for key in keys)]
-
-
-def _base_value(study: StudyRecord, key: str) -> Any:
-    section, _, name = key.rpartition(".")
-    values = study.config["base"]
-    return (values.get(section) or {}).get(name) if section else values.get(name)
 
 
 def history_section(study: StudyRecord, result: dict[str, Any] | None) -> Section | None:
@@ -317,22 +312,11 @@ def importance_section(study: StudyRecord) -> Section | None:
     return Section("What mattered", figures=figures)
 
 
-def slice_section(study: StudyRecord, result: dict[str, Any] | None) -> Section | None:
+def slice_section(study: StudyRecord) -> Section | None:
     if not study.finished:
         return None
-    figures = []
-    if len(study.finished) > 1:
-        figures.append(
-            Figure(
-                "Finished trials through all keys",
-                charts.parallel(study.finished, study.varied, result["winner"]["trial"] if result else None),
-                "Each axis runs from the low to the high end of its key; a line has a gap where a key did not matter. "
-                "Blue is the best quarter, green the winner.",
-                wide=True,
-            )
-        )
     having = [key for key in study.varied if any(key in trial.values for trial in study.finished)]
-    figures += [Figure(key, charts.slice_chart(study, key)) for key in having]
+    figures = [Figure(key, charts.slice_chart(study, key)) for key in having]
     return Section("Scores over the values of each key", figures=figures)
 
 

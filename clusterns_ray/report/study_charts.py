@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import optuna.visualization
@@ -10,8 +10,7 @@ import plotly.graph_objects as go
 
 from clusterns_ray.report.charts import add_level, add_moment, page_figure, plain
 from clusterns_ray.report.page import color
-from clusterns_ray.tuning.analysis import Importance, StudyRecord, Trial, place_in_range
-from clusterns_ray.tuning.comparison import show_value
+from clusterns_ray.tuning.analysis import Importance, StudyRecord, Trial
 
 DOTS = {"color": color("blue"), "size": 8}
 SCORE = "dev score (Spearman × 100)"
@@ -57,51 +56,6 @@ def learning_curves(study: StudyRecord, rungs: Sequence[int], winner: int | None
     for step in rungs:
         add_moment(figure, step, f"rung {step:,}", last)
     return page_figure(figure, "training step", SCORE)
-
-
-def parallel(trials: Sequence[Trial], space: Mapping[str, dict[str, Any]], winner: int | None = None) -> dict[str, Any]:
-    """One line a finished trial through its values, each axis from the low to the high end of its key, to its score.
-
-    A line has a gap where a key did not matter. The best quarter is blue, the winner green. (Optuna's own figure is
-    drawn by WebGL, which the page's content security policy does not let plotly.js set up.)
-    """
-    ranked = sorted(trials, key=lambda trial: trial.score or 0.0)
-    scores = [trial.score or 0.0 for trial in ranked]
-    best = {trial.number for trial in ranked[-max(len(ranked) // 4, 1) :]}
-    names = [plain(key.rpartition(".")[2]) for key in space] + ["dev score"]
-    figure = go.Figure()
-    for trial, score in zip(ranked, scores):
-        chosen = trial.number == winner
-        values = [f"{name} {show_value(trial.values[key])}" for key, name in zip(space, names) if key in trial.values]
-        heights = [place_in_range(space[key], trial.values[key]) if key in trial.values else None for key in space]
-        figure.add_scatter(
-            x=names,
-            y=[*heights, (score - scores[0]) / ((scores[-1] - scores[0]) or 1)],
-            mode="lines+markers",
-            line={
-                "color": color("green" if chosen else "blue" if trial.number in best else "muted"),
-                "width": 3 if chosen else 1.5,
-            },
-            marker={"size": 5},
-            opacity=1 if chosen else 0.7 if trial.number in best else 0.3,
-            showlegend=False,
-            text="<br>".join([f"trial {trial.number}: {score:.2f}", *map(plain, values)]),
-            hovertemplate="%{text}<extra></extra>",
-        )
-    ends = [_ends(parameter) for parameter in space.values()] + [(f"{scores[0]:.2f}", f"{scores[-1]:.2f}")]
-    for name, (low, high) in zip(names, ends):
-        figure.add_vline(name, line={"color": color("rule"), "width": 1})
-        for text, y, yanchor, shift in ((low, 0, "top", -4), (high, 1, "bottom", 4)):
-            note = {"text": plain(text), "font": {"color": color("muted"), "size": 12}, "showarrow": False}
-            figure.add_annotation(**note, x=name, y=y, yanchor=yanchor, yshift=shift)
-    figure.update_xaxes(showgrid=False, ticklabelstandoff=18, range=[-0.3, len(names) - 0.7])
-    figure.update_yaxes(visible=False, range=[-0.12, 1.12])
-    return page_figure(figure, "", "")
-
-
-def _ends(parameter: dict[str, Any]) -> tuple[str, str]:
-    ends = parameter["choices"] if parameter["type"] == "choice" else (parameter["low"], parameter["high"])
-    return show_value(ends[0]), show_value(ends[-1])
 
 
 def slice_chart(study: StudyRecord, key: str) -> dict[str, Any]:

@@ -194,20 +194,13 @@ def _shares(trials: Sequence[FrozenTrial], keys: Sequence[str]) -> dict[str, flo
         return optuna.importance.get_param_importances(study, evaluator=evaluator, params=list(keys), normalize=False)
 
 
-def place_in_range(parameter: dict[str, Any], value: Any) -> float:
-    """Where a value lies between the ends of its key's range, from 0 to 1, as it is searched; choices by number."""
-    if parameter["type"] == "choice":
-        return parameter["choices"].index(value) / max(len(parameter["choices"]) - 1, 1)
-    scale = math.log if parameter.get("log") else float
-    low, high = scale(parameter["low"]), scale(parameter["high"])
-    return (scale(value) - low) / (high - low)
-
-
 def at_the_edge(parameter: dict[str, Any], value: Any) -> str | None:
     """``low`` or ``high`` where a number lies in the outer twentieth of its range, as it is searched."""
     if parameter["type"] == "choice":
         return None
-    place = place_in_range(parameter, value)
+    scale = math.log if parameter.get("log") else float
+    low, high = scale(parameter["low"]), scale(parameter["high"])
+    place = (scale(value) - low) / (high - low)
     return "low" if place <= 0.05 else "high" if place >= 0.95 else None
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import ray
-
 from clusterns_ray.errors import ConfigError
 from clusterns_ray.launch.capacity import worker_resources
-from clusterns_ray.launch.ray_cluster import check_workers, connect
+from clusterns_ray.launch.ray_cluster import check_workers, connect, state_api_error
 from clusterns_ray.tuning.study import Study
 
 HEAD = {"node:__internal_head__": 0.001}
@@ -47,13 +45,9 @@ def trial_resources(study: Study, use_gpu: bool) -> dict[str, float]:
 
 def check_state_api() -> None:
     """Whether Ray's State API answers: without it the workers of a trial that is stopped may stay for ever."""
-    from ray.util.state import list_nodes
-
-    try:
-        # By address, as another Ray may run on this machine.
-        list_nodes(address=ray.get_runtime_context().gcs_address, limit=1, timeout=20)
-    except Exception as error:
+    error = state_api_error(20)
+    if error is not None:
         raise ConfigError(
-            f"Ray's State API does not answer ({' '.join(str(error).split())[:200]}), and trials with workers of their "
-            'own need it. Install "ray[default]" and start the head with its dashboard, or set workers_per_trial to 0.'
-        ) from None
+            f"Ray's State API does not answer ({error[:200]}), and trials with workers of their own need it. Install "
+            '"ray[default]" and start the head with its dashboard, or set workers_per_trial to 0.'
+        )

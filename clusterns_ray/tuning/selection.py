@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import statistics
 from collections.abc import Mapping, Sequence
@@ -14,9 +13,8 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from clusterns_ray.errors import DataError
+from clusterns_ray.tuning.comparison import difference_over_seeds
 from clusterns_ray.tuning.space import Overrides
-
-SIGNIFICANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -62,15 +60,8 @@ def choose(candidates: Sequence[Candidate], seeds: int) -> tuple[Candidate, list
 
 def differ(a: Mapping[int, float], b: Mapping[int, float]) -> bool:
     """Whether two means over seeds differ: Welch's t-test, two-sided, at 5%. False with fewer than two seeds each."""
-    if len(a) < 2 or len(b) < 2:
-        return False
-    x, y = list(a.values()), list(b.values())
-    if statistics.pvariance(x) == 0 == statistics.pvariance(y):
-        return statistics.fmean(x) != statistics.fmean(y)
-    from scipy.stats import ttest_ind
-
-    p = float(ttest_ind(x, y, equal_var=False).pvalue)  # type: ignore[union-attr]
-    return not math.isnan(p) and p < SIGNIFICANCE
+    interval = difference_over_seeds(list(a.values()), list(b.values())) if min(len(a), len(b)) > 1 else None
+    return interval is not None and not interval["low"] <= 0 <= interval["high"]
 
 
 def summary(candidate: Candidate) -> dict[str, Any]:

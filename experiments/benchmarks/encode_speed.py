@@ -2,9 +2,9 @@
 
     CLUSTERNS_DATA=... python experiments/benchmarks/encode_speed.py --sentences 4000 --rounds 5 --threads 2
 
-Rounds are interleaved, so that a machine that slows down slows both; medians are compared. Both run at their defaults,
-in fp32, with the same threads and the same longest input; with --bf16 both in bfloat16 too, sentence-transformers with
-weights of that kind, which is its fastest way. The exit code is 1 if embeddings differ by more than 1e-6.
+They take turns in random order; medians are compared. Both run at their defaults, in fp32, with the same threads and the
+same longest input; with --bf16 both in bfloat16 too, sentence-transformers with weights of that kind, which is its
+fastest way. The exit code is 1 if embeddings differ by more than 1e-6.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import os
 import random
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from racing import environment, ratio
+from racing import environment, race, ratio, timed
 
 from clusterns_ray import Encoder
 from clusterns_ray.errors import ClusterNSError, ConfigError
@@ -29,8 +29,7 @@ from clusterns_ray.evaluation.sts import read_tests
 from clusterns_ray.models.resolve import resolve_model
 
 TOLERANCE = 1e-6
-THEIRS = "sentence-transformers"
-THEIRS_HALF = f"{THEIRS}, bf16"
+THEIRS, OURS = "sentence-transformers", "Encoder.encode"
 
 
 def main() -> int:
@@ -64,53 +63,33 @@ def main() -> int:
         f"sentence-transformers {sentence_transformers.__version__}"
     )
 
-    def theirs_encode(texts: list[str]) -> np.ndarray:
-        return np.asarray(theirs.encode(texts, show_progress_bar=False))
-
-    contestants: dict[str, Callable[[list[str]], np.ndarray]] = {
-        THEIRS: theirs_encode,
-        "Encoder.encode": ours.encode,
+    contestants: dict[str, Callable[[], np.ndarray]] = {
+        THEIRS: lambda: np.asarray(theirs.encode(sentences, show_progress_bar=False)),
+        OURS: lambda: ours.encode(sentences),
     }
     if arguments.bf16:
         half = sentence_transformers.SentenceTransformer(
             resolve_model(arguments.model), device="cpu", model_kwargs={"dtype": torch.bfloat16}
         )
         half.max_seq_length = arguments.max_length
-
-        def theirs_half(texts: list[str]) -> np.ndarray:
-            return half.encode(texts, show_progress_bar=False, convert_to_tensor=True).float().numpy()
-
-        contestants[THEIRS_HALF] = theirs_half
-        contestants["Encoder.encode, bf16"] = lambda texts: ours.encode(texts, bf16=True)
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    largest = dict.fromkeys(contestants, 0.0)
-    for encode in contestants.values():
-        encode(sentences[:64])
-    for number in range(1, arguments.rounds + 1):
-        expected_ND = None
-        for name, encode in contestants.items():
-            began = time.perf_counter()
-            z_ND = encode(sentences)
-            seconds[name].append(time.perf_counter() - began)
-            expected_ND = z_ND if expected_ND is None else expected_ND
-            largest[name] = max(largest[name], float(np.abs(z_ND - expected_ND).max()))
+        options: dict[str, Any] = {"show_progress_bar": False, "convert_to_tensor": True}
+        contestants[f"{THEIRS}, bf16"] = lambda: half.encode(sentences, **options).float().numpy()
+        contestants[f"{OURS}, bf16"] = lambda: ours.encode(sentences, bf16=True)
+    seconds = race({name: timed(encode) for name, encode in contestants.items()}, arguments.rounds)
+    expected_ND = contestants[THEIRS]()
+    largest = {name: float(np.abs(encode() - expected_ND).max()) for name, encode in contestants.items()}
+    for name, taken in seconds.items():
         print(
-            f"round {number}: " + ", ".join(f"{name} {values[-1]:.2f} s" for name, values in seconds.items()),
-            flush=True,
-        )
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    for name, median in medians.items():
-        print(
-            f"{name:28} {len(sentences) / median:7,.0f} sentences/s, {medians[THEIRS] / median:.2f} times; largest "
-            f"difference of any value {largest[name]:.1e}"
+            f"{name:28} {len(sentences) / statistics.median(taken):7,.0f} sentences/s, {ratio(seconds[THEIRS], taken)} "
+            f"times; largest difference of any value {largest[name]:.1e}"
         )
     if arguments.bf16:
-        faster = ratio(seconds[THEIRS_HALF], seconds["Encoder.encode, bf16"])
-        print(f"In bf16 {faster} times as fast as {THEIRS_HALF}")
+        faster = ratio(seconds[f"{THEIRS}, bf16"], seconds[f"{OURS}, bf16"])
+        print(f"In bf16 {faster} times as fast as {THEIRS}, bf16")
     if arguments.json:
         record = {"sentences": len(sentences), "seconds": seconds, "largest_difference": largest}
         arguments.json.write_text(json.dumps({**environment("sentence-transformers"), **record}, indent=1) + "\n")
-    return int(largest["Encoder.encode"] > TOLERANCE)
+    return int(largest[OURS] > TOLERANCE)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     python experiments/benchmarks/profile_step.py [--precision bf16] [--layers 3] [--batch 128]
 
-Shares are those of torch's profiler, of the thread that leads: while others help it, it works or waits for them. The
-profiler makes a step slower, so speeds are taken from steps without it. The ceiling is what the step's own matrix
-products take alone, in the same shapes and with nothing between them: FLOPs of a step over that time. By it a step has
-a bound that only fewer or faster products could lift.
+Shares are those of torch's operations by its profiler, in the thread that leads: while others help it, it works or
+waits for them. The profiler makes a step slower, so speeds are taken from steps without it. The ceiling is what the
+step's own matrix products take alone, in the same shapes and with nothing between them: FLOPs of a step over that time.
+By it a step has a bound that only fewer or faster products could lift.
 """
 
 from __future__ import annotations
@@ -21,65 +21,27 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
-from racing import ClusterNS, environment, processor, race, step_config, timed
+from racing import ClusterNS, environment, processor, race, step_config, take_step, timed
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from clusterns_ray.data.prepare import prepare
 from clusterns_ray.errors import ClusterNSError
-from clusterns_ray.kernels.dropout import Streams
 from clusterns_ray.kernels.packed_attention import filled_columns
 from clusterns_ray.models.packed_bert import Linear, PackedBert, multiply
 from clusterns_ray.ops.plan.step import BACKWARD, EncoderWork, objective_flops
 from clusterns_ray.ops.plan.workload import encoder_work
 from clusterns_ray.training.objective import DTYPES
-from clusterns_ray.training.optim import learning_rate
 from clusterns_ray.training.parts import TrainingParts
 
 WARM_UP_STEPS = 2
-PART = "part: "
-READING, FORWARD, LOSS, BACKWARDS, UPDATE = (PART + name for name in ("read", "forward", "loss", "backward", "update"))
-
-WHOLE = {
-    READING: "reading the batch",
-    LOSS: "loss and centroids",
-    UPDATE: "clipping and AdamW",
-    "_Drop": "dropout",
-    "_DropBackward": "dropout",
-    "aten::embedding": "embedding",
-    "EmbeddingBackward0": "embedding",
-}
-"""What all operations within a part of the step, or within one operation, belong to."""
-
-WORDS = "random words"
-PRODUCTS, ATTENTION, OTHER = "matrix products", "products of attention", "other: Python, views, allocation"
-
-OPERATIONS = {
-    PRODUCTS: ("mm", "addmm"),
-    ATTENTION: ("bmm", "baddbmm"),
-    "softmax": ("_softmax", "_softmax_backward_data"),
-    "GELU": ("gelu", "gelu_backward"),
-    "LayerNorm": ("native_layer_norm", "native_layer_norm_backward"),
-    "dropout": ("random_", "ge", "bernoulli_", "native_dropout", "native_dropout_backward"),
-    "other elementwise": ("add", "add_", "sub", "mul", "mul_", "div", "div_", "sum", "tanh", "tanh_backward"),
-    "copies, casts and zeros": (
-        "copy_",
-        "cat",
-        "index_select",
-        "index_copy",
-        "index_copy_",
-        "fill_",
-        "zero_",
-        "repeat",
-        "masked_fill_",
-    ),
-}
-"""The groups of the other operations, by their names in torch."""
-GROUPS = {f"aten::{name}": group for group, names in OPERATIONS.items() for name in names}
-GROUPS |= {"mkldnn::_linear_pointwise": PRODUCTS, WORDS: "dropout"}
+SHOWN = 20
+"""Operations that are printed; the JSON has all of them."""
+PRODUCTS = ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise")
+"""Torch's names of the operations that multiply in linear layers, forward and back, and in the loss."""
+REST = "the rest: Python, and the random numbers of dropout"
 
 
 class Product(NamedTuple):
@@ -154,55 +116,16 @@ def main() -> None:
 # ---- the profile ----------------------------------------------------------------------------------------------------
 
 
-def take_step(run: TrainingParts, number: int) -> None:
-    """A step of the loop, its parts under names of their own: the loss goes back to the embeddings first, and from
-    there through the encoder, which changes no gradient."""
-    with record_function(READING):
-        layout, shards = run.batch(number)
-    with record_function(FORWARD):
-        views = run.forward(shards)
-    with record_function(LOSS):
-        z1_bD, z2_bD = (z_bD.detach().requires_grad_() for z_bD in (views.z1_bD, views.z2_bD))
-        loss = run.objective(z1_bD, z2_bD, layout, views.mlm)
-        run.health.observe(run.clustering.centroids_KD, loss.counts_K)
-        loss.scaled_loss.backward()
-    with record_function(UPDATE):
-        run.optimizer.zero_grad()
-        with record_function(BACKWARDS):
-            torch.autograd.backward([views.z1_bD, views.z2_bD], [z1_bD.grad, z2_bD.grad])
-        run.optimizer.clip_gradients()
-        run.optimizer.step(learning_rate(number, run.total_steps, run.config.train))
-
-
 def profile_steps(run: TrainingParts, numbers: Sequence[int]) -> dict[str, float]:
-    """Seconds of one step by group, largest first; they add up to the whole profiled step."""
+    """Seconds of one step by torch's operation, largest first; they add up to the whole profiled step."""
     for number in range(WARM_UP_STEPS):
         take_step(run, number)
-    drawn = record_function(WORDS)(Streams._draw)  # numpy's, which torch's profiler does not see
-    with patch.object(Streams, "_draw", drawn), profile(activities=[ProfilerActivity.CPU]) as profiler:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for number in numbers:
-            take_step(run, number)
-    seconds: Counter[str] = Counter()
-    for event in profiler.events() or ():
-        names = []
-        above = event
-        while above is not None:
-            names.append(above.name)
-            above = above.cpu_parent
-        if names[-1].startswith(PART):  # else the profiler's own
-            seconds[group_of(names)] += event.self_cpu_time_total / 1e6 / len(numbers)
-    return dict(seconds.most_common())
-
-
-def group_of(names: Sequence[str]) -> str:
-    """The group of an operation.
-
-    Args:
-        names: its own, and those of what it is part of, inwards first; the backward pass is within the update.
-    """
-    parts = [name for name in names if name.startswith(PART)]
-    whole = [WHOLE[name] for name in (*names[: -len(parts)], parts[0]) if name in WHOLE]
-    return whole[-1] if whole else GROUPS.get(names[0], OTHER)
+            with record_function(REST):
+                take_step(run, number)
+    seconds = {event.key: event.self_cpu_time_total / 1e6 / len(numbers) for event in profiler.key_averages()}
+    return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
 # ---- what a step has to compute -------------------------------------------------------------------------------------
@@ -286,7 +209,7 @@ def bounds(
     per_sentence = mean.total / arguments.batch
     profiled = sum(shares.values())
     # In the profile a product is as long as ever; it is what lies between them that the profiler makes longer.
-    within = mean.linear / shares[PRODUCTS]
+    within = (mean.linear + mean.objective) / sum(shares.get(name, 0.0) for name in PRODUCTS)
     speed, bound = arguments.batch / step, ceilings[arguments.precision] / per_sentence
     return {
         "precision": arguments.precision,
@@ -309,8 +232,8 @@ def show(arguments: argparse.Namespace, results: dict[str, Any]) -> None:
     whole = results["profiled_step_seconds"]
     alone = statistics.median(results["step_seconds"])
     print(f"\nOne step, profiled: {whole:.3f} s ({alone:.3f} s without the profiler)")
-    for group, seconds in results["profile_seconds"].items():
-        print(f"  {group:<36}{1000 * seconds:>10.1f} ms{seconds / whole:>8.1%}")
+    for operation, seconds in list(results["profile_seconds"].items())[:SHOWN]:
+        print(f"  {operation:<60}{1000 * seconds:>10.1f} ms{seconds / whole:>8.1%}")
     parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in results["flops_of_a_step"].items())
     print(f"\nGFLOP of a step: {parts}; {results['flops_of_a_sentence'] / 1e9:.3f} a sentence")
     within = results["products_within_the_step_flops_per_second"]

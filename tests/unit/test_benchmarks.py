@@ -150,29 +150,6 @@ def test_flops_of_a_packed_step_are_those_that_torch_counts(
     assert sum(product.flops * times for product, times in products.items()) + once == flops.linear
 
 
-def test_a_profiled_step_is_a_step_of_the_loop(tiny_model: Path, corpus_file: Path, tmp_path: Path):
-    config = tiny_config(tiny_model, corpus_file)
-    ours, profiled = (tiny_steps(config, tmp_path / name) for name in ("a", "b"))
-    before = {name: value.clone() for name, value in ours.run.encoder.state_dict().items()}
-    ours([1])
-    profile_step.take_step(profiled.run, 1)
-    after = ours.run.encoder.state_dict()
-    assert any(not torch.equal(before[name], value) for name, value in after.items())
-    torch.testing.assert_close(profiled.run.encoder.state_dict(), after)
-    torch.testing.assert_close(profiled.run.clustering.centroids_KD, ours.run.clustering.centroids_KD)
-
-
-def test_operations_belong_to_what_they_are_part_of():
-    group, p = profile_step.group_of, profile_step
-    assert group(["aten::addmm", "aten::linear", p.FORWARD]) == p.PRODUCTS
-    assert group(["aten::mm", "AddmmBackward0", p.BACKWARDS, p.UPDATE]) == p.PRODUCTS
-    assert group(["aten::mm", "aten::matmul", p.LOSS]) == p.WHOLE[p.LOSS]
-    assert group(["aten::mul", "_Drop", p.FORWARD]) == "dropout"
-    assert group(["aten::fill_", "EmbeddingBackward0", p.BACKWARDS, p.UPDATE]) == "embedding"
-    assert group(["aten::_fused_adamw_", p.UPDATE]) == p.WHOLE[p.UPDATE]
-    assert group(["aten::view", p.BACKWARDS, p.UPDATE]) == group([p.FORWARD]) == p.OTHER
-
-
 def test_products_alone_are_multiplied_as_within_a_step():
     room = torch.randn(2, 12)
     product = profile_step.Product(3, 4, 2, "nt")
@@ -197,8 +174,8 @@ def test_profile_runs(corpus_file: Path, monkeypatch: pytest.MonkeyPatch):
     options = ["--layers", "1", "--batch", "8", "--clusters", "4", "--rounds", "1", "--steps", "1"]
     found = run_script(profile_step, monkeypatch, *options, "--corpus", str(corpus_file), "--precision", "bf16")
     shares = found["profile_seconds"]
-    assert {profile_step.PRODUCTS, profile_step.ATTENTION, "dropout", "GELU", "LayerNorm", "embedding"} <= shares.keys()
-    assert all(seconds > 0 for seconds in shares.values())
+    assert {profile_step.REST, "aten::gelu", "aten::embedding"} <= shares.keys()
+    assert any(shares.get(name, 0) > 0 for name in profile_step.PRODUCTS)
     assert found["share_of_the_bound"] == pytest.approx(
         found["sentences_per_second"] / found["bound_sentences_per_second"]["bf16"]
     )

@@ -6,9 +6,9 @@ from importlib.util import find_spec
 from xml.sax.saxutils import escape
 
 import pytest
+from helpers import document_sentences
 
 from clusterns_ray.data import demo
-from clusterns_ray.data.documents import document_sentences
 from clusterns_ray.errors import DataError
 
 needs_parser = pytest.mark.skipif(find_spec("mwparserfromhell") is None, reason="needs mwparserfromhell")

@@ -6,13 +6,13 @@ import os
 import time
 
 import pytest
+from helpers import document_sentences
 
 from clusterns_ray.data.document import Document, Section, parse_document
 from clusterns_ray.data.documents import (
     MAX_WORDS,
     MIN_WORDS,
     count_words,
-    document_sentences,
     is_usable,
     list_documents,
     read_documents,

@@ -140,7 +140,7 @@ def test_activations_are_those_of_real_tensors(tiny_model: Path, precision: str,
     encoder = {"dropout": 0.1, "max_length": tokens, "pooling": pooling}
     config = config_of(tiny_model, encoder=encoder, train={"precision": precision})
     size = model_size(config)
-    assert (size.rows_a_shard, size.tokens_a_row) == (4, tokens)
+    assert size.tokens_a_row == tokens
     estimate = size.fixed_bytes + size.shard_bytes
     assert estimate == pytest.approx(saved_by_real_tensors(config, 4, tokens, packs=False), rel=0.02)
     packed, estimate = saved_by_real_tensors(config, 4, tokens, packs=True), estimate + size.filled_bytes
@@ -171,7 +171,6 @@ def test_memory_of_a_worker() -> None:
         width=8,
         layers=1,
         exported_bytes=4000,
-        rows_a_shard=4,
         tokens_a_row=8,
         fixed_bytes=10,
         shard_bytes=100,

@@ -5,9 +5,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from helpers import document_sentences
 
 from clusterns_ray.data.document import Document, Section
-from clusterns_ray.data.documents import document_sentences
 from clusterns_ray.data.structure import (
     _across_documents,
     _layouts,
@@ -87,9 +87,9 @@ def test_pairs_across_documents_can_be_exhausted(count):
     documents = [invent(d, sections=2, paragraphs=2, sentences=4) for d in range(count)]
     short = [Document(f"slip {d}", (Section("", (sentence(d, 9, 9, 9),)),)) for d in range(count)]
     total = count * (count - 1) // 2
-    drawn = _across_documents(_layouts(short, "en"), total, np.random.default_rng(0))
+    drawn = _across_documents(_layouts(short), total, np.random.default_rng(0))
     assert len({frozenset(pair) for pair in drawn}) == total
-    layouts = _layouts(documents, "en")
+    layouts = _layouts(documents)
     assert (
         len({frozenset(pair) for pair in _across_documents(layouts, total * 256, np.random.default_rng(0))})
         == total * 256

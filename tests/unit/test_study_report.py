@@ -206,18 +206,6 @@ def test_figures_show_their_trials(record: StudyRecord) -> None:
     assert hues[f"Trial{winner}"] == color("green")
     assert {hues[f"Trial{t.number}"] for t in by_state["PRUNED"]} == {color("orange")}
 
-    lines = charts.parallel(record.finished, record.varied, winner)
-    names = ["num_clusters", "start_cosine", "learning_rate", "schedule", "dev score"]
-    by_score = sorted(record.finished, key=lambda t: t.score or 0)
-    assert [trace["text"].split(":")[0] for trace in lines["data"]] == [f"trial {t.number}" for t in by_score]
-    for trace, trial in zip(lines["data"], by_score):
-        assert trace["x"] == names
-        clusters, start, rate, schedule, place = trace["y"]
-        assert clusters == [0, 16, 32].index(trial.values["clustering.num_clusters"]) / 2
-        assert start == (None if START not in trial.values else pytest.approx((trial.values[START] - 0.2) / 0.4))
-        assert rate == pytest.approx((math.log10(trial.values[RATE]) + 5) / 2)
-        assert schedule == ["linear", "cosine"].index(trial.values[SCHEDULE]) and 0 <= place <= 1
-
     slices = charts.slice_chart(record, START)
     assert len(slices["data"][0]["x"]) == sum(START in t.values for t in by_state["COMPLETE"])
     assert len(slices["data"][1]["x"]) == sum(START in t.values for t in by_state["PRUNED"])

@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.optimize
-import sklearn.metrics
 
 from clusterns_ray.errors import ConfigError, DataError
 from clusterns_ray.evaluation import transfer
 from clusterns_ray.evaluation.labelled import labelled, read_labelled
-from clusterns_ray.evaluation.transfer import TASKS, evaluate_transfer, f1, in_order, read_transfer
+from clusterns_ray.evaluation.transfer import TASKS, evaluate_transfer, in_order, read_transfer
 
 
 def write(path: Path, rows: Sequence[tuple[str, ...]]) -> Path:
@@ -189,14 +188,6 @@ def test_the_folds_choose_the_strength() -> None:
 def test_the_strongest_of_equals_is_taken() -> None:
     x, y = np.array([[1.0], [-1.0]] * 20), np.array(["a", "b"] * 20)
     assert transfer._choose(x, y, [0.5, 1.0, 2.0], seed=1) == (0.5, 100.0)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_f1_is_scikit_learns(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    true, predicted = rng.random(40) < 0.6, rng.random(40) < 0.5
-    assert f1(predicted, true) == pytest.approx(sklearn.metrics.f1_score(true, predicted))
-    assert f1(predicted & False, true & False) == 0
 
 
 def test_the_published_protocol() -> None:

@@ -57,7 +57,7 @@ def _inspect_nodes(request: dict[str, Any], on_fact: OnFact) -> None:
     from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from clusterns_ray.launch.ray_cluster import cluster_capacity
+    from clusterns_ray.launch.ray_cluster import cluster_capacity, state_api_error
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
     keys = {"id": "NodeID", "address": "NodeManagerAddress", "resources": "Resources"}
@@ -78,7 +78,8 @@ def _inspect_nodes(request: dict[str, Any], on_fact: OnFact) -> None:
         waiting[remote(one_node.describe).remote(request["node"])] = node["NodeID"]
         waiting[remote(one_node.compute).remote()] = node["NodeID"]
     deadline = time.monotonic() + request["seconds"]
-    on_fact({"kind": "state_api", "error": _state_api_error(min(request["seconds"], 20.0))})
+    error = state_api_error(min(request["seconds"], 20.0))
+    on_fact({"kind": "state_api", "error": error and error.partition(". ")[0][:300]})
     while waiting and time.monotonic() < deadline:
         for task in ray.wait(list(waiting), num_returns=1, timeout=1.0)[0]:
             node = waiting.pop(task)
@@ -87,15 +88,3 @@ def _inspect_nodes(request: dict[str, Any], on_fact: OnFact) -> None:
             except RayError as error:
                 answer = {"error": str(error).strip().splitlines()[-1][:500]}
             on_fact({"kind": "node", "node": node, **answer})
-
-
-def _state_api_error(timeout_s: float) -> str | None:
-    import ray
-    from ray.util.state import list_nodes
-
-    try:
-        # By address, as another Ray may run on this machine.
-        list_nodes(address=ray.get_runtime_context().gcs_address, limit=1, timeout=int(timeout_s))
-    except Exception as error:
-        return " ".join(str(error).split()).partition(". ")[0][:300]
-    return None
