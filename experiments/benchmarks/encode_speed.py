@@ -2,8 +2,8 @@
 
     CLUSTERNS_DATA=... python experiments/benchmarks/encode_speed.py --sentences 4000 --rounds 5 --threads 2
 
-They take turns in random order; medians are compared. Both run at their defaults, in fp32, with the same threads and the
-same longest input; with --bf16 both in bfloat16 too, sentence-transformers with weights of that kind, which is its
+They take turns in random order; medians are compared. Both run at their defaults, in fp32, with the same threads and
+the same longest input; with --bf16 both in bfloat16 too, sentence-transformers with weights of that kind, which is its
 fastest way. The exit code is 1 if embeddings differ by more than 1e-6.
 """
 
