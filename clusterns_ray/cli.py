@@ -9,16 +9,17 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
 import clusterns_ray
 from clusterns_ray.errors import ClusterNSError, ConfigError, DataError, describe_unexpected
+from clusterns_ray.io.events import notes_to
 from clusterns_ray.io.terminal import printable
 
 app = typer.Typer(
@@ -67,11 +68,6 @@ def readable_errors(resumption: str = "") -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-def notes_of(on_event: Callable[[dict[str, Any]], None]) -> Callable[[str], None]:
-    """The function that shows a text as a note among the events of ``on_event``."""
-    return lambda text: on_event({"event": "note", "text": text})
-
-
 @app.callback(invoke_without_command=True)
 def version(
     context: typer.Context, show: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False
@@ -114,11 +110,7 @@ def prepare(config: ConfigFile, set: Overrides = None) -> None:
         settings = check_encoder(settings)
         check_storage(settings)
         try:
-            prepared = data.prepare(
-                settings,
-                notes_of(on_event),
-                lambda rows: on_event({"event": "tokenised", "rows": rows}),
-            )
+            prepared = data.prepare(settings, on_event)
         finally:
             on_event.close()
         typer.echo(data.describe(prepared.manifest))
@@ -255,14 +247,14 @@ def evaluate(
             check_writable(Path(json_file), "--json")
         on_event = progress_view()
         for model in (*models, *((against,) if against else ())):
-            resolve_model(model, notes_of(on_event))
+            resolve_model(model, notes_to(on_event))
         result = evaluate_models(
             models,
             request,
             pooling=pooling,
             max_length=max_length,
             against=against,
-            note=notes_of(on_event),
+            note=notes_to(on_event),
         )
         render(result)
         if json_file is not None:
@@ -299,7 +291,7 @@ def encode(
         output = Path(check_path("--output", output, ()))
         on_event = progress_view()
         try:
-            resolve_model(model, notes_of(on_event))
+            resolve_model(model, notes_to(on_event))
             result = run_encoding(
                 model,
                 files,
@@ -348,7 +340,7 @@ def search(
         check_k(k)
         on_event = progress_view(sys.stderr)
         try:
-            resolve_model(model, notes_of(on_event))
+            resolve_model(model, notes_to(on_event))
             results = SemanticIndex.build(
                 model, corpus, index, text_column=text_column, limit=limit, rebuild=rebuild, on_event=on_event
             ).search(queries, k)

@@ -22,7 +22,8 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "clusterns_ray"
 MATHEMATICS = ("losses", "clustering.kmeans")
-"""Modules whose functions are on the API page, besides the public names."""
+EVENTS = ("io.events", "tuning.events")
+"""Modules that are on the API page, besides the public names."""
 log = logging.getLogger("mkdocs.hooks.clusterns_ray")
 
 
@@ -205,10 +206,17 @@ def api_page() -> str:
         lines += ["", f"::: clusterns_ray.{name}"]
         if name == "Encoder":
             lines += ["    options: {members: [load, for_training, encode, encode_ids, save]}"]
-    lines += ["", "## The method, as pure functions", ""]
-    lines += ["Tensors in, tensors out, in any floating-point type: what the workers compute together."]
-    for module in MATHEMATICS:
-        lines += ["", f"::: clusterns_ray.{module}", "    options: {heading_level: 3}"]
+    sections = {
+        "Events": ("What the functions above pass to `on_event`, so that a program can follow their work.", EVENTS),
+        "The method, as pure functions": (
+            "Tensors in, tensors out, in any floating-point type: what the workers compute together.",
+            MATHEMATICS,
+        ),
+    }
+    for title, (about, modules) in sections.items():
+        lines += ["", f"## {title}", "", about]
+        for module in modules:
+            lines += ["", f"::: clusterns_ray.{module}", "    options: {heading_level: 3}"]
     return "\n".join(lines)
 
 

@@ -5,16 +5,16 @@ The fixtures over them are in ``unit/conftest.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from helpers import make_tiny_model, sentences
 
 from clusterns_ray.config import Config, make_config
 from clusterns_ray.data.prepare import Prepared, prepare
+from clusterns_ray.io.events import Evaluated, Event, Note, OnEvent, StepLogged
 from clusterns_ray.training.context import RunContext
 from clusterns_ray.training.loop import train_worker
 
@@ -27,6 +27,8 @@ TWO_PROMPTS: dict[str, dict[str, Any]] = {
     "encoder": {"pooling": "mask", "prompt": PROMPT, "second_prompt": SECOND_PROMPT, "denoise": True}
 }
 
+Kind = TypeVar("Kind", bound=Event)
+
 
 @dataclass
 class Lab:
@@ -34,8 +36,8 @@ class Lab:
 
     base: dict[str, dict[str, Any]]
     prepared: Prepared
-    events: list[dict[str, Any]] = field(default_factory=list)
-    reports: list[dict[str, Any]] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    reports: list[Evaluated] = field(default_factory=list)
 
     def config(self, **sections: dict[str, Any]) -> Config:
         values: dict[str, Any] = {name: dict(section) for name, section in self.base.items()}
@@ -47,12 +49,12 @@ class Lab:
         self,
         run_dir: Path,
         config: Config,
-        on_event: Callable[[dict[str, Any]], None] = lambda event: None,
+        on_event: OnEvent = lambda event: None,
         score_before: float | None = None,
     ) -> dict:
         self.events, self.reports = [], []
 
-        def see(event: dict[str, Any]) -> None:
+        def see(event: Event) -> None:
             self.events.append(event)
             on_event(event)
 
@@ -71,17 +73,21 @@ class Lab:
             score_before=score_before,
         )
 
-    def seen(self, kind: str) -> list[dict[str, Any]]:
-        return [event for event in self.events if event["event"] == kind]
+    def seen(self, kind: type[Kind]) -> list[Kind]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+    @property
+    def notes(self) -> list[str]:
+        return [note.text for note in self.seen(Note)]
 
 
 class Killed(BaseException):
     """What no handler of errors sees."""
 
 
-def kill_at(step: int, kind: str = "step") -> Callable[[dict[str, Any]], None]:
-    def on_event(event: dict[str, Any]) -> None:
-        if event["event"] == kind and event["step"] == step:
+def kill_at(step: int) -> OnEvent:
+    def on_event(event: Event) -> None:
+        if isinstance(event, StepLogged) and event.step == step:
             raise Killed
 
     return on_event

@@ -1,7 +1,6 @@
 """What a person sees of work that takes its time: a bar on a terminal, plain lines elsewhere.
 
-Both are ``on_event`` callbacks. Events are those of training (``start``, ``step``, ``evaluation``, ``done``), of a
-sweep (``trial``), of rows that are worked through (``tokenised``, ``encoded``, ``indexed``), and ``note``, a text.
+Both are ``on_event`` callbacks, and pass over events that they do not know.
 """
 
 from __future__ import annotations
@@ -12,7 +11,9 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TextIO
 
+from clusterns_ray.io.events import Evaluated, Event, Note, RowsDone, RunDone, RunStarted, StepLogged
 from clusterns_ray.io.terminal import printable
+from clusterns_ray.tuning.events import TrialBegan, TrialEvent, TrialFailed, TrialScored
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 EVERY_S = 5.0
 """Seconds between two lines on the rows that are done."""
 DOING = {"tokenised": "tokenising", "encoded": "encoding", "indexed": "indexing"}
-"""Events that count rows, and what is being done to them."""
+"""What has been done to rows, and the work that does it."""
 
 
 def progress_view(stream: TextIO | None = None) -> Lines | Bar:
@@ -37,7 +38,7 @@ class Lines:
         self.before: float | None = None
         self.started = self.last = time.monotonic()
 
-    def __call__(self, event: dict[str, Any]) -> None:
+    def __call__(self, event: Event) -> None:
         text = self.describe(event)
         if text:
             print(printable(text), file=self.stream, flush=True)
@@ -45,32 +46,32 @@ class Lines:
     def close(self) -> None:
         pass
 
-    def describe(self, event: dict[str, Any]) -> str | None:
+    def describe(self, event: Event) -> str | None:
         """An event as a line; None where it is not worth one."""
-        kind = event["event"]
-        if kind == "note":
-            return event["text"]
-        if kind in DOING:
-            if time.monotonic() - self.last < EVERY_S:
-                return None
-            self.last = time.monotonic()
-            of = f" of {event['total']:,}" if event.get("total") else ""
-            return "  ".join([f"  {event['rows']:,}{of} sentences {kind}", *speed(event)])
-        if kind == "trial":
-            return describe_trial(event)
-        if kind == "start":
-            self.total_steps, self.first_step, self.started = event["total_steps"], event["step"], time.monotonic()
-            self.clusters, self.before = event["num_clusters"], event.get("sts_dev_before")
-            where = f" from step {event['step']}" if event["step"] else ""
-            return f"Training{where}: {event['total_steps']} steps over {event['rows']:,} sentences."
-        if kind == "step":
-            facts = "  ".join(f"{name} {value}" for name, value in step_facts(event, self.clusters).items())
-            return f"step {event['step']}/{self.total_steps}  {facts}  {self.time_left(event['step'])} left"
-        if kind == "evaluation":
-            if event["step"] == 0:
-                self.before = event["sts_dev"]
-            also = "".join(f"  {name} {score}" for name, score in also_scores(event).items())
-            return f"step {event['step']}  {evaluation_text(event, self.before)}{also}"
+        match event:
+            case Note(text):
+                return text
+            case RowsDone():
+                if time.monotonic() - self.last < EVERY_S:
+                    return None
+                self.last = time.monotonic()
+                of = f" of {event.total:,}" if event.total else ""
+                return "  ".join([f"  {event.rows:,}{of} sentences {event.what}", *speed(event)])
+            case TrialEvent():
+                return describe_trial(event)
+            case RunStarted():
+                self.total_steps, self.first_step, self.started = event.total_steps, event.step, time.monotonic()
+                self.clusters, self.before = event.num_clusters, event.score_before
+                where = f" from step {event.step}" if event.step else ""
+                return f"Training{where}: {event.total_steps} steps over {event.rows:,} sentences."
+            case StepLogged(step):
+                facts = "  ".join(f"{name} {value}" for name, value in step_facts(event, self.clusters).items())
+                return f"step {step}/{self.total_steps}  {facts}  {self.time_left(step)} left"
+            case Evaluated(step, score):
+                if step == 0:
+                    self.before = score
+                also = "".join(f"  {name} {value}" for name, value in also_scores(event).items())
+                return f"step {step}  {evaluation_text(event, self.before)}{also}"
         return None
 
     def time_left(self, step: int) -> str:
@@ -85,10 +86,10 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
-def speed(event: dict[str, Any]) -> list[str]:
+def speed(event: RowsDone) -> list[str]:
     """Sentences a second, and the time left, where they are known."""
-    parts = [f"{event['sentences_per_second']:,.0f} sentences/s"] if event.get("sentences_per_second") else []
-    return parts + ([f"{clock(event['seconds_left'])} left"] if event.get("seconds_left") is not None else [])
+    parts = [f"{event.sentences_per_second:,.0f} sentences/s"] if event.sentences_per_second else []
+    return parts + ([f"{clock(event.seconds_left)} left"] if event.seconds_left is not None else [])
 
 
 def show_values(values: Mapping[str, Any]) -> str:
@@ -98,43 +99,46 @@ def show_values(values: Mapping[str, Any]) -> str:
     return "  ".join(f"{key.rpartition('.')[2]} {show_value(value)}" for key, value in values.items())
 
 
-def describe_trial(event: dict[str, Any]) -> str:
+def describe_trial(event: TrialEvent) -> str:
     """What has become of a trial, with the time of day."""
-    name, what = f"{datetime.now():%H:%M:%S}  {event['id']}", event["what"]
-    if what == "begins":
-        return f"{name} begins  {show_values(event['values'])}"
-    if what == "evaluated":
-        return f"{name}   step {event['step']}  dev {event['score']:.2f}"
-    if what == "failed":
-        return f"{name} failed: {event['reason']}"
-    return f"{name} {what} at step {event['step']} with dev {event['score']:.2f}"
+    trial = f"{datetime.now():%H:%M:%S}  {event.name}"
+    match event:
+        case TrialBegan():
+            return f"{trial} begins  {show_values(event.overrides)}"
+        case TrialScored(state="evaluated"):
+            return f"{trial}   step {event.step}  dev {event.score:.2f}"
+        case TrialScored():
+            return f"{trial} {event.state} at step {event.step} with dev {event.score:.2f}"
+        case TrialFailed():
+            return f"{trial} failed: {event.reason}"
+    return trial
 
 
-def step_facts(event: dict[str, Any], clusters: int = 0) -> dict[str, str]:
-    """What a logged step has to say, by name."""
-    facts = {"loss": f"{event['loss']:.4f}"}
-    if "clusters_used" in event:
-        facts["clusters"] = f"{event['clusters_used']}" + (f"/{clusters}" if clusters else "")
-        facts["false neg."] = f"{100 * event['false_negative_rate']:.1f} %"
-    facts["sent/s"] = f"{event['sentences_per_second']:,.0f}"
-    if event.get("skipped_steps"):
-        facts["steps skipped (gradient not finite)"] = str(event["skipped_steps"])
+def step_facts(event: StepLogged, clusters: int = 0) -> dict[str, str]:
+    """The figures of a logged step, by name."""
+    record, facts = event.record, {"loss": f"{event.loss:.4f}"}
+    if "clusters_used" in record:
+        facts["clusters"] = f"{record['clusters_used']}" + (f"/{clusters}" if clusters else "")
+        facts["false neg."] = f"{100 * record['false_negative_rate']:.1f} %"
+    facts["sent/s"] = f"{event.sentences_per_second:,.0f}"
+    if record.get("skipped_steps"):
+        facts["steps skipped (gradient not finite)"] = str(record["skipped_steps"])
     return facts
 
 
-def evaluation_text(event: dict[str, Any], before: float | None) -> str:
+def evaluation_text(event: Evaluated, before: float | None) -> str:
     """A dev score, and how it compares: with the best, and with that of the untrained encoder (``before``)."""
-    score = event["sts_dev"]
-    if event["step"] == 0:
+    score = event.score
+    if event.step == 0:
         return f"dev {score:.2f} before training"
-    if event.get("best"):
+    if event.best:
         return f"dev {score:.2f}  (best so far)"
     return f"dev {score:.2f}" + (f"  (untrained: {before:.2f})" if before is not None and score <= before else "")
 
 
-def also_scores(event: dict[str, Any]) -> dict[str, str]:
+def also_scores(event: Evaluated) -> dict[str, str]:
     """An evaluation's scores on the sets that select nothing, by the name of the set."""
-    also = {key.removeprefix("also "): score for key, score in event.items() if key.startswith("also ")}
+    also = {key.removeprefix("also "): score for key, score in event.record.items() if key.startswith("also ")}
     return {name: f"{score:.2f}" for name, score in also.items() if score is not None}
 
 
@@ -184,33 +188,33 @@ class Bar:
         self.facts: dict[str, str] = {}
         self.dev: dict[str, str] = {}
 
-    def __call__(self, event: dict[str, Any]) -> None:
-        kind = event["event"]
-        if kind == "note":
-            self.console.print(printable(event["text"]), highlight=False, markup=False, soft_wrap=True)
-        elif kind in DOING:
-            if self.doing != kind:
-                self._begin(kind, event.get("total"), 0)
-            self.facts = dict.fromkeys(speed(event), "")
-            self._update(event["rows"])
-        elif kind == "start":
-            self.clusters = event["num_clusters"]
-            self._begin("training", event["total_steps"], event["step"])
-        elif kind == "step":
-            self.facts = step_facts(event, self.clusters)
-            self._update(event["step"])
-        elif kind == "evaluation":
-            score = f"{event['sts_dev']:.2f}"
-            if event["step"] == 0:
-                self.dev = {"dev before": score}
-            else:
-                self.dev["dev"] = score
-                if event.get("best"):
-                    self.dev["best"] = f"{score} at step {event['step']}"
-            self.dev |= also_scores(event)
-            self._update(event["step"])
-        elif kind == "done":
-            self.close()
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Note(text):
+                self.console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
+            case RowsDone():
+                if self.doing != event.what:
+                    self._begin(event.what, event.total, 0)
+                self.facts = dict.fromkeys(speed(event), "")
+                self._update(event.rows)
+            case RunStarted():
+                self.clusters = event.num_clusters
+                self._begin("training", event.total_steps, event.step)
+            case StepLogged(step):
+                self.facts = step_facts(event, self.clusters)
+                self._update(step)
+            case Evaluated(step):
+                score = f"{event.score:.2f}"
+                if step == 0:
+                    self.dev = {"dev before": score}
+                else:
+                    self.dev["dev"] = score
+                    if event.best:
+                        self.dev["best"] = f"{score} at step {step}"
+                self.dev |= also_scores(event)
+                self._update(step)
+            case RunDone():
+                self.close()
 
     def view(self) -> Any:
         """The bar, and the figures that are known, as many in a line as fit."""

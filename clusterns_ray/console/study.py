@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from clusterns_ray.console.progress import Lines, clock, describe_trial, show_values
 from clusterns_ray.errors import DamagedError
+from clusterns_ray.io.events import Event, Note
 from clusterns_ray.io.files import is_locked
 from clusterns_ray.io.object_store import reading_place
 from clusterns_ray.io.terminal import printable
 from clusterns_ray.tuning.analysis import STATES, Trial, read_trial
 from clusterns_ray.tuning.comparison import sentences, show_value
+from clusterns_ray.tuning.events import StudyChecked, TrialEvent
 from clusterns_ray.tuning.optuna_study import begun
 from clusterns_ray.tuning.selection import check_result
 from clusterns_ray.tuning.study_file import FILES, read_optuna_study
@@ -147,20 +149,20 @@ class LiveTable:
         self.live = Live(auto_refresh=False)
         self.confirming: dict[str, str] = {}
 
-    def __call__(self, event: dict[str, Any]) -> None:
+    def __call__(self, event: Event) -> None:
         from rich.console import Group
         from rich.text import Text
 
-        kind = event["event"]
-        if kind == "note":
-            self.live.console.print(printable(event["text"]), highlight=False, markup=False)
-        elif kind == "trial" and "-seed" in event["id"]:
-            self.confirming[event["id"]] = describe_trial(event)
-        elif kind == "look":
-            if not self.live.is_started:
-                self.live.start()
-            table = render(read_progress(self.study, event["study"]))
-            self.live.update(Group(table, *map(Text, self.confirming.values())), refresh=True)
+        match event:
+            case Note(text):
+                self.live.console.print(printable(text), highlight=False, markup=False)
+            case TrialEvent(name) if "-seed" in name:
+                self.confirming[name] = describe_trial(event)
+            case StudyChecked(optuna_study):
+                if not self.live.is_started:
+                    self.live.start()
+                table = render(read_progress(self.study, optuna_study))
+                self.live.update(Group(table, *map(Text, self.confirming.values())), refresh=True)
 
     def close(self) -> None:
         self.live.stop()

@@ -20,6 +20,7 @@ from clusterns_ray.data.token_store import TokenStore, prepare_tokens, reuse_tok
 from clusterns_ray.errors import ConfigError
 from clusterns_ray.evaluation.hub import fetch_sts
 from clusterns_ray.evaluation.lee import LEE
+from clusterns_ray.io.events import OnEvent, RowsDone, notes_to
 from clusterns_ray.io.object_store import local_copy
 from clusterns_ray.models.resolve import resolve_model
 
@@ -54,20 +55,16 @@ def corpus_is_documents(config: Config) -> bool:
     return config.data.corpus is None or config.data.corpus == "demo"
 
 
-def prepare(
-    config: Config,
-    note: Callable[[str], None] = lambda text: None,
-    progress: Callable[[int], None] | None = None,
-) -> Prepared:
+def prepare(config: Config, on_event: OnEvent = lambda event: None) -> Prepared:
     """Make, or find again, the token shards and the dev set that ``config`` asks for.
 
     Args:
-        note: called with a text for each thing that is done.
-        progress: called with the number of sentences tokenised.
+        on_event: called with a note for each thing that is done, and with the number of sentences tokenised.
 
     Raises:
         ConfigError, DataError: the encoder, the corpus or the documents cannot be used.
     """
+    note = notes_to(on_event)
     cache = cache_directory(config)
     spec = documents_of(config)
     document_files = document_sources(spec or [])
@@ -116,7 +113,7 @@ def prepare(
             directory=tokens_dir,
             fingerprint=fingerprint,
             counts=counts,
-            progress=progress,
+            progress=lambda rows: on_event(RowsDone("tokenised", rows)),
         )
     check_positives(config, store.manifest)
     if sts_dir == "structure":

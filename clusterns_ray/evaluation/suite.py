@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -33,6 +33,7 @@ from clusterns_ray.evaluation.sts import (
 )
 from clusterns_ray.evaluation.transfer import SEED, Task, check_transfer_directory, evaluate_transfer, read_transfer
 from clusterns_ray.evaluation.transfer import TASKS as TRANSFER_TASKS
+from clusterns_ray.io.events import OnNote
 from clusterns_ray.io.files import null_for_nan
 from clusterns_ray.io.object_store import is_url, read_text, split_url
 from clusterns_ray.models.resolve import resolve_model
@@ -49,7 +50,6 @@ ALIKE = 1e-5
 """Unit embeddings that differ by less than this in every value are the same: float32 may leave as much."""
 
 PACKAGES = ("clusterns-ray", "torch", "transformers", "numpy", "scipy", "scikit-learn", "faiss-cpu", "faiss-gpu")
-Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def _config_of_run(model: str) -> Config | None:
     return None
 
 
-def _with_structure_set(suite: Suite, models: Sequence[str], note: Note) -> Suite:
+def _with_structure_set(suite: Suite, models: Sequence[str], note: OnNote) -> Suite:
     """The suite with the directory of the graded pairs in place of ``structure``."""
     documents, column, pairs = structure_source(models, suite)
     try:
@@ -207,7 +207,7 @@ def _with_structure_set(suite: Suite, models: Sequence[str], note: Note) -> Suit
     return replace(suite, sts=directory, extra=(STRUCTURE_SET,), documents=())
 
 
-def read_data(suite: Suite, note: Note = lambda text: None) -> Data:
+def read_data(suite: Suite, note: OnNote = lambda text: None) -> Data:
     """Everything that a checked suite needs; ``sts`` of hf is fetched where it has not been before.
 
     Raises:
@@ -232,7 +232,7 @@ def evaluate_models(
     pooling: str | None = None,
     max_length: int | None = None,
     against: str | None = None,
-    note: Note = lambda text: None,
+    note: OnNote = lambda text: None,
 ) -> dict[str, Any]:
     """Evaluate models on the same data, one after the other.
 
@@ -315,7 +315,7 @@ def evaluate_model(
     pooling: str | None = None,
     max_length: int | None = None,
     seed: int = SEED,
-    note: Note = lambda text: None,
+    note: OnNote = lambda text: None,
 ) -> dict[str, Any]:
     """Evaluate one model; the arguments are those of :class:`Suite`.
 
@@ -340,7 +340,7 @@ class _Items:
     clusters: dict[str, np.ndarray]
 
 
-def _evaluate(encoder: Encoder, suite: Suite, data: Data, note: Note) -> tuple[dict[str, Any], _Items]:
+def _evaluate(encoder: Encoder, suite: Suite, data: Data, note: OnNote) -> tuple[dict[str, Any], _Items]:
     import torch
 
     if torch.cuda.is_available():
@@ -392,7 +392,7 @@ def _compare(data: Data, a: _Items, b: _Items, seed: int) -> dict[str, Any]:
     return by_suite
 
 
-def paced_note(note: Note, prefix: str = "", seconds: float = 10.0) -> Note:
+def paced_note(note: OnNote, prefix: str = "", seconds: float = 10.0) -> OnNote:
     """``note``, but called at most once every ``seconds``, and not before the first of them have passed."""
     last = time.monotonic()
 

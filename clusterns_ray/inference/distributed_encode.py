@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clusterns_ray.config import MAX_WORKERS
 from clusterns_ray.errors import ClusterNSError, ConfigError
-from clusterns_ray.inference.encode import Encoded, OnEvent, OnProgress, Part, encode_files
+from clusterns_ray.inference.encode import Encoded, OnProgress, Part, encode_files
+from clusterns_ray.io.events import OnEvent, OnNote, notes_to
 from clusterns_ray.launch.capacity import check_room
 from clusterns_ray.launch.ray_cluster import check_ray_directory, cluster_capacity, connect
 from clusterns_ray.models.resolve import resolve_model
@@ -56,11 +57,7 @@ def encode(
     """
     if not 0 <= workers <= MAX_WORKERS:
         raise ConfigError(f"--workers is {workers}; it must be 0, for this process, or up to {MAX_WORKERS:,}.")
-
-    def note(text: str) -> None:
-        on_event({"event": "note", "text": text})
-
-    encode_parts = None
+    note, encode_parts = notes_to(on_event), None
     if workers:
         check_ray_directory()
         encode_parts = partial(encode_on_ray, workers=workers, note=note)
@@ -78,7 +75,7 @@ def encode_on_ray(
     on_progress: OnProgress = lambda rows: None,
     *,
     workers: int,
-    note: Callable[[str], None] = lambda text: None,
+    note: OnNote = lambda text: None,
 ) -> Iterator[tuple[int, list[str], np.ndarray]]:
     """Encode parts on Ray workers, one part at a time each; the part of a worker that dies goes to another.
 
@@ -121,7 +118,7 @@ class _Worker:
 class _Workers:
     """The workers, and which part is with which."""
 
-    def __init__(self, encoder: Encoder, batch_size: int, count: int, note: Callable[[str], None]) -> None:
+    def __init__(self, encoder: Encoder, batch_size: int, count: int, note: OnNote) -> None:
         import ray
 
         self.batch_size, self.count, self.note = batch_size, count, note

@@ -32,6 +32,7 @@ from clusterns_ray.inference.embedding_file import (
     read_info,
     write_tables,
 )
+from clusterns_ray.io.events import Note, OnEvent, RowsDone
 from clusterns_ray.io.files import check_writable, file_lock, replacing, write_json
 from clusterns_ray.models.resolve import resolve_model
 
@@ -55,10 +56,6 @@ OnProgress = Callable[[int], None]
 EncodeParts = Callable[["Encoder", Iterable[Part], int, OnProgress], Iterator[tuple[int, list[str], np.ndarray]]]
 """Takes an encoder, parts, the batch size and a callback, which it may call; yields
 ``(number, sentences, float32 (N, D))`` of each part, in any order."""
-
-OnEvent = Callable[[dict[str, Any]], None]
-"""Called with ``{"event": "note", "text"}`` and ``{"event": "encoded", "rows", "total", "sentences_per_second",
-"seconds_left"}``, where ``total`` and ``seconds_left`` are None if it is not known how many sentences there are."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +97,7 @@ def encode_files(
         normalize: to unit length; a model that does so by itself does so in any case.
         overwrite: replace a file, or parts, that something else made.
         encode_parts: where the work is done; in this process if not given.
+        on_event: called with notes, and with :class:`~clusterns_ray.io.events.RowsDone` after each batch or part.
 
     Raises:
         ConfigError, DataError: the request cannot work, or ``out`` belongs to another one.
@@ -313,7 +311,7 @@ def _claim(parts_dir: Path, plan: dict[str, Any], overwrite: bool, on_event: OnE
     _check_parts(parts_dir, plan, overwrite)
     saved = _read_plan(parts_dir)
     if saved is not None and saved != plan and _has_parts(parts_dir):
-        on_event({"event": "note", "text": f"Discarding the parts in {parts_dir}, which another request made."})
+        on_event(Note(f"Discarding the parts in {parts_dir}, which another request made."))
     for path in parts_dir.iterdir():
         if path.name != ".lock" and (saved != plan or path.name.startswith(".")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -342,14 +340,14 @@ def _count(
     """
     if any("://" in source.path for source in sources):
         return limit
-    on_event({"event": "note", "text": f"Counting the sentences of {_names(files)}"})
+    on_event(Note(f"Counting the sentences of {_names(files)}"))
     counts = ReadCounts()
     total = sum(1 for _ in read_sentences(files, text_column=text_column, limit=limit, counts=counts))
     if not total:
         raise DataError(f"{_names(files)}: no sentence in {counts.rows:,} rows, so there is nothing to encode.")
     empty = f"; {counts.empty:,} empty rows skipped" if counts.empty else ""
     cut = f"; {counts.cut:,} over-long rows cut" if counts.cut else ""
-    on_event({"event": "note", "text": f"{total:,} sentences{empty}{cut}"})
+    on_event(Note(f"{total:,} sentences{empty}{cut}"))
     return total
 
 
@@ -409,7 +407,7 @@ def _encode(
             progress.encoded(len(texts))
     if not parts:
         raise DataError(f"{_names(files)}: there is no sentence to encode.")
-    on_event({"event": "note", "text": f"Joining {parts:,} parts"})
+    on_event(Note(f"Joining {parts:,} parts"))
     with replacing(out, parts_dir) as path:  # where a kill's leftovers are cleared away
         write_tables(path, (_read_part(_part_path(parts_dir, number)) for number in range(parts)), schema)
     _remove(parts_dir)
@@ -491,5 +489,4 @@ class _Progress:
     def _report(self, working: int) -> None:
         rows, speed = self.rows + working, (self.new + working) / max(time.monotonic() - self.started, 1e-9)
         left = (self.total - rows) / speed if self.total and speed else None
-        event = {"rows": rows, "total": self.total, "sentences_per_second": speed, "seconds_left": left}
-        self.on_event({"event": "encoded", **event})
+        self.on_event(RowsDone("encoded", rows, self.total, speed, left))

@@ -19,7 +19,8 @@ import numpy as np
 
 from clusterns_ray.errors import ConfigError
 from clusterns_ray.inference.embedding_file import EmbeddingFile
-from clusterns_ray.inference.encode import OnEvent, unit_rows
+from clusterns_ray.inference.encode import unit_rows
+from clusterns_ray.io.events import Note, OnEvent, RowsDone
 from clusterns_ray.io.files import replacing, sha256
 
 FLAT_ROWS = 100_000
@@ -58,13 +59,10 @@ def build_index(file: EmbeddingFile, folder: Path, on_event: OnEvent = lambda ev
         info = {"kind": "flat", **common, "bytes_per_embedding": 4 * width, "files": files}
         return {**info, "sha256": _digests(files, folder)}
 
-    def note(text: str) -> None:
-        on_event({"event": "note", "text": text})
-
     lists = round(4 * math.sqrt(rows))
     draw = np.random.default_rng(SEED)
     sample = min(rows, TRAINING_ROWS_PER_LIST * lists, MAX_TRAINING_ROWS)
-    note(f"Training {lists:,} lists on {sample:,} of {rows:,} embeddings")
+    on_event(Note(f"Training {lists:,} lists on {sample:,} of {rows:,} embeddings"))
     index = _empty_ivf(width, lists)
     index.cp.min_points_per_centroid = 1
     sample_SD = file.vectors(np.sort(draw.choice(rows, sample, replace=False)))
@@ -84,7 +82,7 @@ def build_index(file: EmbeddingFile, folder: Path, on_event: OnEvent = lambda ev
     info = {"kind": "ivf", **common, "bytes_per_embedding": index.code_size + 8, "files": files, "lists": lists}
     info["sha256"] = _digests(files, folder)
     queries = np.sort(draw.choice(rows, min(RECALL_QUERIES, rows), replace=False))
-    note(f"Measuring recall@{RECALL_K} on {len(queries)} sentences against exact search")
+    on_event(Note(f"Measuring recall@{RECALL_K} on {len(queries)} sentences against exact search"))
     return {**info, **_choose_nprobe(open_index(folder, info), info, file, queries)}
 
 
@@ -100,7 +98,7 @@ def _unit_blocks(file: EmbeddingFile, on_event: OnEvent = lambda event: None) ->
     for z_BD in file.blocks():
         yield unit_rows(z_BD)
         done += len(z_BD)
-        on_event({"event": "indexed", "rows": done, "total": len(file)})
+        on_event(RowsDone("indexed", done, len(file)))
 
 
 def _save(index: Any, folder: Path, number: int) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from clusterns_ray.data.corpus import ReadCounts, list_sources, read_sentences
 from clusterns_ray.errors import ConfigError, DataError
 from clusterns_ray.inference.embedding_file import EmbeddingFile, read_info
 from clusterns_ray.inference.encode import (
-    OnEvent,
     check_settings,
     describe_changes,
     encode_files,
@@ -33,6 +32,7 @@ from clusterns_ray.inference.encode import (
     writer_lock,
 )
 from clusterns_ray.inference.faiss_index import RECALL_K, build_index, load_faiss, nearest, open_index, stamp_of
+from clusterns_ray.io.events import OnEvent, notes_to
 from clusterns_ray.io.files import (
     checksum_holds,
     json_text,
@@ -118,7 +118,7 @@ class SemanticIndex:
                 directory that was named, one of another model is not, unless ``rebuild``.
             rebuild: build the index anew; embeddings that are up to date are kept.
             on_event: called with what ``encode_files`` reports, and with
-                ``{"event": "indexed", "rows", "total"}``.
+                :class:`~clusterns_ray.io.events.RowsDone` while the index is made.
 
         Raises:
             ConfigError, DataError: the request cannot work, faiss is missing, or ``directory`` is not ours.
@@ -139,9 +139,7 @@ class SemanticIndex:
         }
         embeddings, request = _request(model, corpus, settings)
         _check_directory(folder)
-
-        def note(text: str) -> None:
-            on_event({"event": "note", "text": text})
+        note = notes_to(on_event)
 
         def up_to_date() -> bool:
             saved = _read_manifest(folder)

@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from clusterns_ray.errors import ClusterNSError, StorageError
+from clusterns_ray.io.events import OnNote
 from clusterns_ray.io.files import file_lock, storage_error
 from clusterns_ray.io.object_store import Store
 
@@ -35,9 +36,6 @@ STALE_S = 20.0
 """A claim without a heartbeat for this long is taken over."""
 MARGIN_S = 5.0
 """A holder stops writing this long before others may take it for gone."""
-
-
-Note = Callable[[str], None]
 
 
 class Held(ClusterNSError):
@@ -110,7 +108,7 @@ class Lease:
         ).encode()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
 
-    def acquire(self, wait_s: float, note: Note = lambda text: None) -> None:
+    def acquire(self, wait_s: float, note: OnNote = lambda text: None) -> None:
         """Wait until no other process holds it. One that is dead is waited for at most :data:`STALE_S`, and not at
         all where it ran on this machine.
 
@@ -208,7 +206,7 @@ class Lease:
 
 @contextmanager
 def leased(
-    store: Store | None, wanted: bool, wait_s: float = 30.0, note: Note = lambda text: None
+    store: Store | None, wanted: bool, wait_s: float = 30.0, note: OnNote = lambda text: None
 ) -> Iterator[Lease | None]:
     """Hold a prefix among all machines, if ``wanted`` and there is one; see :meth:`Lease.acquire`."""
     if store is None or not wanted:

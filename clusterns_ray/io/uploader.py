@@ -16,10 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from clusterns_ray.errors import StorageError
+from clusterns_ray.io.events import OnNote
 from clusterns_ray.io.lease import Lease, leased
 from clusterns_ray.io.object_store import Place, Store, download_lock, is_url
-
-Warn = Callable[[str], None]
 
 LAST_COPY_S = 60.0
 """How long the end waits for a copy that has begun, before others may write."""
@@ -36,7 +35,7 @@ class LocalFiles:
         return str((self.run_dir / name).resolve())
 
     @contextmanager
-    def writer_lease(self, wanted: bool, note: Warn = lambda text: None) -> Iterator[None]:
+    def writer_lease(self, wanted: bool, note: OnNote = lambda text: None) -> Iterator[None]:
         """Be the one writer among all machines, if ``wanted``; around everything else.
 
         Args:
@@ -54,7 +53,7 @@ class LocalFiles:
             files: the run's small files as well; for worker 0, which alone goes on writing them.
         """
 
-    def begin(self, warn: Warn) -> None:
+    def begin(self, warn: OnNote) -> None:
         """Start to copy; on worker 0 alone."""
 
     def push(self, name: str) -> None:
@@ -85,7 +84,7 @@ class Uploader(LocalFiles):
         super().__init__(run_dir)
         self.store = store
         self.aside = run_dir / ".uploads"
-        self.warn: Warn = lambda text: None
+        self.warn: OnNote = lambda text: None
         self.failed: dict[str, str] = {}
         self._waiting: dict[str, tuple[Callable[[], None], Path | None]] = {}
         self._busy = False
@@ -97,7 +96,7 @@ class Uploader(LocalFiles):
         return f"{self.store.address}/{name}"
 
     @contextmanager
-    def writer_lease(self, wanted: bool, note: Warn = lambda text: None) -> Iterator[None]:
+    def writer_lease(self, wanted: bool, note: OnNote = lambda text: None) -> Iterator[None]:
         with leased(self.store, wanted, note=note) as self._lease:
             try:
                 yield
@@ -141,7 +140,7 @@ class Uploader(LocalFiles):
 
     # ---- copying ------------------------------------------------------------------------------------------------
 
-    def begin(self, warn: Warn) -> None:
+    def begin(self, warn: OnNote) -> None:
         self.warn = warn
         shutil.rmtree(self.aside, ignore_errors=True)
         self.aside.mkdir(parents=True)

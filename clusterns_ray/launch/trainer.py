@@ -5,19 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from clusterns_ray.config import Config, make_config
 from clusterns_ray.data.prepare import Prepared, check_batch, describe, most_rows, prepare
 from clusterns_ray.errors import ClusterNSError, ConfigError
+from clusterns_ray.io.events import Evaluated, Event, OnEvent, notes_to
 from clusterns_ray.io.uploader import uploader_for
 from clusterns_ray.launch.preflight import check_request, warn_of_faiss
 from clusterns_ray.launch.ray_cluster import check_workers, connect, on_this_node
 from clusterns_ray.launch.staging import read_run_file, run_directory, run_place, run_url, stage, unstage
 from clusterns_ray.training.run_files import model_damage, read_result
-
-if TYPE_CHECKING:
-    from clusterns_ray.training.logger import OnEvent
 
 
 def train(config: Config, on_event: OnEvent = lambda event: None) -> dict[str, Any]:
@@ -26,7 +24,7 @@ def train(config: Config, on_event: OnEvent = lambda event: None) -> dict[str, A
     A finished run is left as it is. An unfinished one goes on from its newest checkpoint.
 
     Args:
-        on_event: called in this process with what happens (see ``clusterns_ray.training.logger.OnEvent``).
+        on_event: called in this process with each event as it happens (see ``clusterns_ray.io.events``).
 
     Returns:
         What ``result.json`` holds.
@@ -35,10 +33,7 @@ def train(config: Config, on_event: OnEvent = lambda event: None) -> dict[str, A
         ConfigError, DataError: the request cannot work; nothing was started.
         ClusterNSError: the run failed; its checkpoints are kept.
     """
-
-    def note(text: str) -> None:
-        on_event({"event": "note", "text": text})
-
+    note = notes_to(on_event)
     config = check_request(config, note)
     run_dir = run_directory(config)
     finished = finished_result(config, note)
@@ -52,7 +47,7 @@ def train(config: Config, on_event: OnEvent = lambda event: None) -> dict[str, A
     check_batch(config, most_rows(config))
 
     def prepare_data() -> Prepared:
-        prepared = prepare(config, note, lambda rows: on_event({"event": "tokenised", "rows": rows}))
+        prepared = prepare(config, on_event)
         note(("Corpus, as prepared before: " if prepared.reused else "Corpus: ") + describe(prepared.manifest))
         check_batch(config, prepared.manifest["rows"])
         return prepared
@@ -133,7 +128,7 @@ def _fit(config: Config, prepared: Prepared, run_dir: Path, on_event: OnEvent, u
     def listen() -> bool:
         events = _take(mailbox)
         for event in events:
-            if event["event"] != "alive":
+            if event is not None:
                 on_event(event)
         return bool(events)
 
@@ -166,21 +161,22 @@ def _fit(config: Config, prepared: Prepared, run_dir: Path, on_event: OnEvent, u
 class _Mailbox:
     """An actor between worker 0 and the driver, so that progress is shown where the command was given.
 
-    In contrast to ``ray.util.queue.Queue``, the worker does not wait until an event has arrived.
+    In contrast to ``ray.util.queue.Queue``, the worker does not wait until an event has arrived. None in place of an
+    event says that the worker is alive.
     """
 
     def __init__(self) -> None:
-        self.events: list[dict[str, Any]] = []
+        self.events: list[Event | None] = []
 
-    def put(self, event: dict[str, Any]) -> None:
+    def put(self, event: Event | None) -> None:
         self.events.append(event)
 
-    def take(self) -> list[dict[str, Any]]:
+    def take(self) -> list[Event | None]:
         events, self.events = self.events, []
         return events
 
 
-def _take(mailbox: Any) -> list[dict[str, Any]]:
+def _take(mailbox: Any) -> list[Event | None]:
     import ray
     from ray.exceptions import GetTimeoutError
 
@@ -202,12 +198,15 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
     config = make_config(settings["config"])
     send = settings["mailbox"].put.remote
 
+    def report(event: Evaluated) -> None:
+        ray.train.report({"step": event.step, "sts_dev": event.score, "best_sts_dev": event.best_score})
+
     def train() -> dict[str, Any]:
         tokens_dir, sts_dir = unstage(config, settings["staged"])
         run_dir = Path(settings["run_dir"] or run_directory(config))
         uploader = uploader_for(run_url(config), run_dir)
         context = RunContext(config, tokens_dir, sts_dir, run_dir, uploader, tuple(settings["command"]))
-        watcher = PreemptionWatcher(lambda: send({"event": "alive"}) if distributed.rank() == 0 else None)
-        return train_worker(context, worker_device(config), send, on_evaluation=ray.train.report, should_stop=watcher)
+        watcher = PreemptionWatcher(lambda: send(None) if distributed.rank() == 0 else None)
+        return train_worker(context, worker_device(config), send, on_evaluation=report, should_stop=watcher)
 
     return worker_result(train)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from clusterns_ray import distributed
+from clusterns_ray.io.events import Evaluated, Event, Note, OnEvent, StepLogged
 from clusterns_ray.training.context import RunContext
 from clusterns_ray.training.metrics import MetricsLog
 from clusterns_ray.training.trackers import Trackers
-
-OnEvent = Callable[[dict[str, Any]], None]
-"""Called with what happens: ``{"event": "start" | "step" | "evaluation" | "note" | "done", ...}``."""
 
 
 class RunLogger:
@@ -41,14 +39,14 @@ class RunLogger:
             self.note(f"metrics.jsonl was damaged: {self.metrics.damaged} of its lines are lost. Weights are whole.")
         self.trackers.begin(self.context.config, self.context.run_dir, step or 0, self.note)
 
-    def event(self, event: dict[str, Any]) -> None:
+    def event(self, event: Event) -> None:
         """Pass an event on to the caller of the run."""
         if self.is_main:
             self._on_event(event)
 
     def note(self, text: str) -> None:
         """Pass a text on to the caller of the run."""
-        self.event({"event": "note", "text": text})
+        self.event(Note(text))
 
     def log_step(self, step: int, batch_size: int, values: dict[str, Any]) -> None:
         """Record a step.
@@ -60,11 +58,7 @@ class RunLogger:
         sentences = (step - self._last_step) * batch_size
         speed = round(sentences / (now - self._last_time), 2)
         self._last_step, self._last_time = step, now
-        self._record("step", {"step": step, **values, "sentences_per_second": speed})
-
-    def log_evaluation(self, step: int, values: dict[str, Any]) -> None:
-        """Record an evaluation."""
-        self._record("evaluation", {"step": step, **values})
+        self.record(StepLogged(step, values["loss"], speed, {"step": step, **values, "sentences_per_second": speed}))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -76,8 +70,9 @@ class RunLogger:
     def close(self) -> None:
         self.trackers.close()
 
-    def _record(self, kind: str, record: dict[str, Any]) -> None:
+    def record(self, event: StepLogged | Evaluated) -> None:
+        """Write the record of an event to the run's files and trackers, and pass the event on."""
         if self.metrics is not None:
-            self.metrics.append(record)
-            self.trackers.log(record)
-        self.event({"event": kind, **record})
+            self.metrics.append(event.record)
+            self.trackers.log(event.record)
+        self.event(event)

@@ -19,6 +19,7 @@ from clusterns_ray.config import dump_config
 from clusterns_ray.data.digests import DataDigests, data_digests
 from clusterns_ray.data.token_store import TokenStore
 from clusterns_ray.errors import Drained, StorageError
+from clusterns_ray.io.events import Evaluated, OnEvent, RunDone, RunStarted
 from clusterns_ray.io.files import with_checksum
 from clusterns_ray.training.checkpoint import Checkpointer, list_checkpoints
 from clusterns_ray.training.collapse_monitor import CollapseMonitor
@@ -27,7 +28,7 @@ from clusterns_ray.training.environment import changed_versions, describe_enviro
 from clusterns_ray.training.evaluator import Evaluator
 from clusterns_ray.training.export import Exporter
 from clusterns_ray.training.finite import FiniteChecks
-from clusterns_ray.training.logger import OnEvent, RunLogger
+from clusterns_ray.training.logger import RunLogger
 from clusterns_ray.training.metrics import step_metrics
 from clusterns_ray.training.optim import learning_rate
 from clusterns_ray.training.parts import TrainingParts
@@ -36,7 +37,7 @@ from clusterns_ray.training.row_log import NoRowLog, RowLog
 from clusterns_ray.training.run_access import on_worker_0, one_writer, storage_errors, take_over
 from clusterns_ray.training.state import TrainState
 
-OnEvaluation = Callable[[dict[str, Any]], None]
+OnEvaluation = Callable[[Evaluated], None]
 """Called by every worker after an evaluation; where Ray (or a sweep's scheduler) learns how the run does."""
 
 ShouldStop = Callable[[int], bool]
@@ -51,7 +52,7 @@ def train_worker(
     device: torch.device,
     on_event: OnEvent,
     *,
-    on_evaluation: OnEvaluation = lambda metrics: None,
+    on_evaluation: OnEvaluation = lambda event: None,
     should_stop: ShouldStop = lambda step: False,
     score_before: float | None = None,
 ) -> dict[str, Any]:
@@ -129,14 +130,7 @@ def _train(
     total_steps = parts.total_steps
     _note_early_end(parts, logger)
     logger.event(
-        {
-            "event": "start",
-            "step": state.step,
-            "total_steps": total_steps,
-            "rows": len(parts.tokens),
-            "num_clusters": config.clustering.num_clusters,
-            "sts_dev_before": state.score_before,
-        }
+        RunStarted(state.step, total_steps, len(parts.tokens), config.clustering.num_clusters, state.score_before)
     )
 
     def due(every_steps: int) -> bool:
@@ -156,8 +150,8 @@ def _train(
         with logger.paused():
             evaluation = evaluator.evaluate_untrained(score_before)
             export()
-            values = {"epoch": 0.0, "sts_dev": evaluation.score, **evaluation.also, **evaluation.geometry}
-            logger.log_evaluation(0, values)
+            record = {"step": 0, "epoch": 0.0, "sts_dev": evaluation.score, **evaluation.also, **evaluation.geometry}
+            logger.record(Evaluated(0, evaluation.score, record))
 
     while state.step < total_steps and not evaluator.out_of_patience():
         began = time.perf_counter()
@@ -204,14 +198,14 @@ def _train(
                 evaluation = evaluator.evaluate()
                 if evaluation.best:
                     export()
-                values = {"epoch": parts.epoch(state.step), "sts_dev": evaluation.score, "best": evaluation.best}
-                values |= evaluation.also | evaluation.geometry
+                score, best = evaluation.score, evaluation.best
+                record = {"step": state.step, "epoch": parts.epoch(state.step), "sts_dev": score, "best": best}
+                record |= evaluation.also | evaluation.geometry
                 if parts.clustering.centroids_KD is not None and parts.health.steps:
-                    values |= parts.health.take(parts.clustering.centroids_KD)
-                logger.log_evaluation(state.step, values)
-                on_evaluation(
-                    {"step": state.step, "sts_dev": evaluation.score, "best_sts_dev": state.best_trained_score}
-                )
+                    record |= parts.health.take(parts.clustering.centroids_KD)
+                event = Evaluated(state.step, score, record, best, state.best_trained_score)
+                logger.record(event)
+                on_evaluation(event)
         state.seconds += time.perf_counter() - began
 
         stopping = state.step < total_steps and should_stop(state.step)
@@ -294,5 +288,5 @@ def _write_result(context: RunContext, state: TrainState, total_steps: int, logg
     )
     context.write_json("result.json", result)
     uploader.finish(config.runtime.step_timeout_s)
-    logger.event({"event": "done", **result})
+    logger.event(RunDone(result))
     return result

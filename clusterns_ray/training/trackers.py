@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -119,7 +119,7 @@ class Trackers:
         for name in config.runtime.trackers:
             self._guarded(name, lambda name=name: self.open.update({name: KINDS[name](config, run_dir, step)}))
 
-    def log(self, record: dict[str, Any]) -> None:
+    def log(self, record: Mapping[str, Any]) -> None:
         """The numbers of one record of ``metrics.jsonl``."""
         values = {
             name: float(value)

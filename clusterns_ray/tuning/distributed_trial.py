@@ -10,6 +10,7 @@ from ray.util.queue import Empty, Queue
 
 from clusterns_ray import distributed
 from clusterns_ray.errors import ClusterNSError
+from clusterns_ray.io.events import Evaluated
 from clusterns_ray.launch.ray_cluster import on_this_node
 from clusterns_ray.launch.staging import run_place
 from clusterns_ray.launch.workers import PreemptionWatcher, run_workers, worker_device, worker_result
@@ -90,8 +91,8 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
     # Only reports are obeyed: there all workers stop together.
     reporter = Reporter(job, channel.ask)
 
-    def report(metrics: dict[str, Any]) -> None:
-        go_on = channel.ask(reporter.evaluation(metrics)) if distributed.rank() == 0 else True
+    def report(event: Evaluated) -> None:
+        go_on = channel.ask(reporter.evaluation(event.step, event.score)) if distributed.rank() == 0 else True
         if not distributed.broadcast_object(go_on):
             raise Stopped
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from clusterns_ray.config import Config, dump_config, make_config
 from clusterns_ray.data.prepare import prepare
 from clusterns_ray.errors import ClusterNSError, ConfigError, DamagedError, DataError
 from clusterns_ray.evaluation.sts import StsTests, read_pairs
+from clusterns_ray.io.events import OnEvent, notes_to
 from clusterns_ray.io.files import check_unchanged, json_text
 from clusterns_ray.io.object_store import Place
 from clusterns_ray.models.base_model import complete
@@ -103,9 +103,7 @@ def best_run(study: Study, winner: Candidate) -> Place:
     return runs[seeds.index(min(seeds, key=lambda seed: (-winner.scores[seed], seed)))] if seeds else runs[0]
 
 
-def write_outcome(
-    study: Study, optuna_study: OptunaStudy, note: Callable[[str], None] = lambda text: None
-) -> dict[str, Any]:
+def write_outcome(study: Study, optuna_study: OptunaStudy, on_event: OnEvent = lambda event: None) -> dict[str, Any]:
     """``trials.parquet``, ``best.yaml``, ``model/`` and ``result.json``, from what the study and its runs hold.
 
     Raises:
@@ -148,7 +146,7 @@ def write_outcome(
         "best": (home / "best.yaml").address,
         "model": (home / "model").address,
     }
-    result["against"] = compare_winner(study, optuna_study, outcome, result, note)
+    result["against"] = compare_winner(study, optuna_study, outcome, result, on_event)
     best = make_config(with_values(config.resolved(), {"runtime.name": f"{study.config.name}-best"}))
     about = [winner_sentence(result), *sentences(result)]
     home.write("best.yaml", "".join(f"# {line}\n" for line in about) + dump_config(best))
@@ -178,7 +176,7 @@ def compare_winner(
     optuna_study: OptunaStudy,
     outcome: Outcome,
     result: dict[str, Any],
-    note: Callable[[str], None],
+    on_event: OnEvent,
 ) -> dict[str, dict[str, Any] | None]:
     """Score, difference and intervals of the winner against the untrained encoder and the base configuration.
 
@@ -193,7 +191,7 @@ def compare_winner(
     scores_key = json.dumps([result[key] for key in ("winner", "base", "sts_dev_before")], sort_keys=True)
     kept = optuna_study.recall("comparison", {})
     if kept.get("of") != scores_key:
-        kept = {"of": scores_key, "intervals": _pair_intervals(study, outcome, note)}
+        kept = {"of": scores_key, "intervals": _pair_intervals(study, outcome, on_event)}
         optuna_study.remember("comparison", kept if kept["intervals"] else {})
     return {
         name: None
@@ -209,13 +207,14 @@ def compare_winner(
     }
 
 
-def _pair_intervals(study: Study, outcome: Outcome, note: Callable[[str], None]) -> dict[str, Any]:
+def _pair_intervals(study: Study, outcome: Outcome, on_event: OnEvent) -> dict[str, Any]:
     """Over the dev pairs, by name of what the winner is compared with; empty if a model cannot be run."""
     config = study.space.config(outcome.winner.overrides)
+    note = notes_to(on_event)
     note("Comparing the winner with the untrained encoder and the base configuration on the pairs of the dev set")
     winner_runs, base_runs = models_of(study, outcome.winner), models_of(study, outcome.base)
     try:
-        prepared = prepare(config, note)
+        prepared = prepare(config, on_event)
         assert prepared.sts_dir is not None
         tests = StsTests({}, [read_pairs(prepared.sts_dir, config.evaluation.dev)])
         if not all(map(was_trained, winner_runs)):

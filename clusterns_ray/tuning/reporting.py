@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from clusterns_ray import distributed
+from clusterns_ray.io.events import Evaluated, Event, RunStarted
 from clusterns_ray.io.uploader import uploader_for
 from clusterns_ray.launch.staging import run_directory, run_url, unstage
 from clusterns_ray.training.context import RunContext
@@ -39,19 +40,20 @@ class Reporter:
     def __init__(self, job: Job, send: Callable[[Evaluation], Any]) -> None:
         self.job, self.send, self.total_steps = job, send, 0
 
-    def evaluation(self, metrics: dict[str, Any]) -> Evaluation:
-        return Evaluation(metrics["step"], metrics["sts_dev"], last=metrics["step"] >= self.total_steps)
+    def evaluation(self, step: int, score: float) -> Evaluation:
+        return Evaluation(step, score, last=step >= self.total_steps)
 
-    def on_event(self, event: dict[str, Any]) -> None:
-        if event["event"] == "start":
-            self.total_steps = event["total_steps"]
-            for metrics in self._unknown(event["step"]):
-                self.report(metrics)
-        if event["event"] == "evaluation" and event["step"] == 0:
-            self.report(event)
+    def on_event(self, event: Event) -> None:
+        match event:
+            case RunStarted():
+                self.total_steps = event.total_steps
+                for record in self._unknown(event.step):
+                    self.send(self.evaluation(record["step"], record["sts_dev"]))
+            case Evaluated(step=0):
+                self.on_evaluation(event)
 
-    def report(self, metrics: dict[str, Any]) -> None:
-        self.send(self.evaluation(metrics))
+    def on_evaluation(self, event: Evaluated) -> None:
+        self.send(self.evaluation(event.step, event.score))
 
     def _unknown(self, reached: int) -> list[dict[str, Any]]:
         known = self.job.known_step

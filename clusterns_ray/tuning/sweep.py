@@ -21,11 +21,13 @@ from clusterns_ray.data.digests import check_digests, data_digests
 from clusterns_ray.data.prepare import Prepared, check_batch, describe, most_rows, prepare
 from clusterns_ray.errors import ClusterNSError, ConfigError, DiskError, GpuError, StorageError
 from clusterns_ray.evaluation.sts import read_pairs
+from clusterns_ray.io.events import OnEvent, notes_to
 from clusterns_ray.io.files import write_probe
 from clusterns_ray.io.lease import Held, exclusive, leased
 from clusterns_ray.launch.preflight import check_data, check_encoder, check_storage
 from clusterns_ray.launch.ray_cluster import check_ray_directory
 from clusterns_ray.launch.staging import stage
+from clusterns_ray.tuning.events import StudyChecked, TrialBegan, TrialFailed, TrialScored
 from clusterns_ray.tuning.job import Evaluation, Failed, Finished, Job, Result
 from clusterns_ray.tuning.optuna_study import OptunaStudy, Proposal
 from clusterns_ray.tuning.outcome import check_not_finalized, encoder_key, write_outcome
@@ -40,8 +42,6 @@ from clusterns_ray.tuning.runs import (
 from clusterns_ray.tuning.space import Overrides
 from clusterns_ray.tuning.study import Study, dump_study
 from clusterns_ray.tuning.study_file import DISK_REMEDY, readable_study_errors
-
-OnEvent = Callable[[dict[str, Any]], None]
 
 FRUITLESS_ATTEMPTS = 5
 """A trial that takes the whole sweep down this often before its first evaluation is given up."""
@@ -65,8 +65,7 @@ def tune(study: Study, on_event: OnEvent = lambda event: None) -> dict[str, Any]
     """Run a study, or go on with it: what is finished is kept, what is half done is resumed.
 
     Args:
-        on_event: Called with what happens: ``{"event": "note" | "tokenised" | "trial" | "look", ...}``;
-            ``look`` comes a few times a second, with the Optuna study.
+        on_event: Called with each event as it happens (see ``clusterns_ray.tuning.events``).
 
     Returns:
         What ``result.json`` holds.
@@ -76,10 +75,7 @@ def tune(study: Study, on_event: OnEvent = lambda event: None) -> dict[str, Any]
         ClusterNSError: No trial finished, or the cluster failed; what is finished is kept.
     """
     check_request(study)
-
-    def note(text: str) -> None:
-        on_event({"event": "note", "text": text})
-
+    note = notes_to(on_event)
     with readable_study_errors(study), owner(study, note) as permit:
         optuna_study = OptunaStudy(study, permit=permit)
         if optuna_study.begins_anew:
@@ -95,7 +91,7 @@ def tune(study: Study, on_event: OnEvent = lambda event: None) -> dict[str, Any]
             check_not_finalized(study)
             study.home.remove_file("result.json")  # that of an earlier budget
             run_on_ray(sweep)
-        return write_outcome(study, optuna_study, note)
+        return write_outcome(study, optuna_study, on_event)
 
 
 def run_on_ray(sweep: Sweep) -> None:
@@ -152,6 +148,7 @@ class Sweep:
 
     def __init__(self, study: Study, optuna_study: OptunaStudy, on_event: OnEvent) -> None:
         self.study, self.optuna_study, self.on_event = study, optuna_study, on_event
+        self.note = notes_to(on_event)
         self.use_gpu = False
         self.live: set[str] = set()
         """Names of the jobs that run."""
@@ -161,16 +158,13 @@ class Sweep:
         self._prepared: dict[str, tuple[Prepared, dict[str, Any]]] = {}
         self._shown_at = 0.0
 
-    def note(self, text: str) -> None:
-        self.on_event({"event": "note", "text": text})
-
     def look(self) -> None:
         """What is done a few times a second: check the lease, save the study if it is time, show it."""
         self.optuna_study.permit()
         self.optuna_study.save_if_due()
         if time.monotonic() - self._shown_at > LOOK_S:
             self._shown_at = time.monotonic()
-            self.on_event({"event": "look", "study": self.optuna_study.optuna})
+            self.on_event(StudyChecked(self.optuna_study.optuna))
 
     def prepare(self) -> None:
         """Tokenise the corpus, once for all trials."""
@@ -233,7 +227,7 @@ class Sweep:
             known_step = -1 if before is None else self.optuna_study.known_step(number)
         self.live.add(name)
         job = Job(name, number, overrides, config, staged, self.use_gpu, before, known_step)
-        self._show(job, "begins")
+        self.on_event(TrialBegan(name, overrides))
         return job
 
     def _data(self, config: Config) -> tuple[Prepared, dict[str, Any]]:
@@ -241,7 +235,7 @@ class Sweep:
         values = config.identity()
         key = json.dumps([values["data"], values["encoder"], values["evaluation"]["sts"]], sort_keys=True)
         if key not in self._prepared:
-            prepared = prepare(config, self.note, lambda rows: self.on_event({"event": "tokenised", "rows": rows}))
+            prepared = prepare(config, self.on_event)
             self._check_unchanged(key, config, prepared)
             if self.study.home.store is not None:
                 self.note(f"Staging its tokens in {self.study.base.runtime.storage_path}")
@@ -275,7 +269,8 @@ class Sweep:
             return False
         self.optuna_study.add_elapsed_time()
         pruned = job.number is not None and self.optuna_study.report(job.number, evaluation)
-        self._show(job, "pruned" if pruned else "evaluated", step=evaluation.step, score=evaluation.score)
+        state = "pruned" if pruned else "evaluated"
+        self.on_event(TrialScored(job.name, state, evaluation.step, evaluation.score))
         if pruned:
             self._tidy(job)
         return pruned
@@ -290,7 +285,7 @@ class Sweep:
         if isinstance(result, Finished):
             if job.number is not None:
                 self.optuna_study.complete(job.number, result)
-            self._show(job, "finished", score=result.score, step=result.steps)
+            self.on_event(TrialScored(job.name, "finished", result.steps, result.score))
         elif isinstance(result, Failed):
             self._check_fault(job, result)
             if job.number is not None:
@@ -299,7 +294,7 @@ class Sweep:
                 failures = self.optuna_study.recall("confirmation_failures", {})
                 self.optuna_study.remember("confirmation_failures", {**failures, job.name: result.reason})
                 self.optuna_study.save()
-            self._show(job, "failed", reason=result.reason)
+            self.on_event(TrialFailed(job.name, result.reason))
         self._tidy(job)
 
     def _check_fault(self, job: Job, result: Failed) -> None:
@@ -314,9 +309,6 @@ class Sweep:
         if result.fault == "gpu":
             raise GpuError(text, "Then the same command goes on, and no trial is lost.")
         raise DiskError(text, DISK_REMEDY)
-
-    def _show(self, job: Job, what: str, **more: Any) -> None:
-        self.on_event({"event": "trial", "what": what, "id": job.name, "values": job.overrides, **more})
 
     def _tidy(self, job: Job) -> None:
         self.live.discard(job.name)

@@ -185,7 +185,7 @@ def train_here(job: Job, report: Callable[[Evaluation], None]) -> dict[str, Any]
                 context,
                 device,
                 reporter.on_event,
-                on_evaluation=reporter.report,
+                on_evaluation=reporter.on_evaluation,
                 score_before=job.score_before,
             )
     finally:

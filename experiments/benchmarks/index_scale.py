@@ -30,6 +30,7 @@ from clusterns_ray.inference import faiss_index as vectors
 from clusterns_ray.inference.embedding_file import EmbeddingFile, embedding_schema, embedding_table, write_tables
 from clusterns_ray.inference.encode import unit_rows
 from clusterns_ray.inference.faiss_index import build_index, load_faiss, nearest, open_index
+from clusterns_ray.io.events import Event, Note
 
 QUERIES = 200
 BLOCK = 8192
@@ -88,9 +89,9 @@ def build(folder: Path, flat_rows: int) -> dict[str, Any]:
     load_faiss()
     before, started = memory(), time.perf_counter()
 
-    def on_event(event: dict[str, Any]) -> None:
-        if event["event"] == "note":
-            print(f"  {event['text']}", file=sys.stderr, flush=True)
+    def on_event(event: Event) -> None:
+        if isinstance(event, Note):
+            print(f"  {event.text}", file=sys.stderr, flush=True)
 
     with watching_memory() as peak:
         info = build_index(EmbeddingFile(folder / "vectors.parquet"), folder, on_event)

@@ -14,10 +14,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from clusterns_ray import load_study, tune
+from clusterns_ray.console.progress import describe_trial
 from clusterns_ray.errors import ClusterNSError
+from clusterns_ray.io.events import Event
+from clusterns_ray.tuning.events import TrialFailed, TrialScored
 
 WAYS = {"kept process": 0, "workers started for each trial": 1}
 
@@ -57,10 +59,11 @@ def measure(study: str, overrides: list[str], trials: int) -> tuple[float, float
     """Trials an hour, with and without the start."""
     ends: list[float] = []
 
-    def on_event(event: dict[str, Any]) -> None:
-        if event["event"] == "trial" and event["what"] in ("finished", "failed"):
-            ends.append(time.perf_counter())
-            print(f"  {event['id']} {event['what']}", file=sys.stderr, flush=True)
+    def on_event(event: Event) -> None:
+        match event:
+            case TrialScored(state="finished") | TrialFailed():
+                ends.append(time.perf_counter())
+                print(f"  {describe_trial(event)}", file=sys.stderr, flush=True)
 
     began = time.perf_counter()
     tune(load_study(study, overrides), on_event)

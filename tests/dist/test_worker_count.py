@@ -15,6 +15,7 @@ from spawn import RanksFailed, run_ranks, small_config
 
 from clusterns_ray.config import Config
 from clusterns_ray.data.prepare import prepare
+from clusterns_ray.io.events import Event, StepLogged
 from clusterns_ray.training.checkpoint import list_checkpoints
 from clusterns_ray.training.context import RunContext
 from clusterns_ray.training.loop import train_worker
@@ -37,8 +38,8 @@ class Job(NamedTuple):
 
 
 def train_here(job: Job, kill_at_step: int | None = None) -> dict[str, Any]:
-    def on_event(event: dict[str, Any]) -> None:
-        if event["event"] == "step" and event["step"] == kill_at_step:
+    def on_event(event: Event) -> None:
+        if isinstance(event, StepLogged) and event.step == kill_at_step:
             os.kill(os.getpid(), signal.SIGKILL)
 
     context = RunContext(job.config, job.tokens_dir, job.config.evaluation.sts, job.run_dir)

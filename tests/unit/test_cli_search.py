@@ -20,6 +20,7 @@ from helpers import sentences, write_corpus
 from typer.testing import Result
 
 from clusterns_ray.console import progress
+from clusterns_ray.io.events import Note, RowsDone
 from clusterns_ray.models.encoder import Encoder
 
 
@@ -209,8 +210,8 @@ class Screen(io.StringIO):
         return True
 
 
-def encoded(rows: int, total: int | None, left: float | None) -> dict:
-    return {"event": "encoded", "rows": rows, "total": total, "sentences_per_second": 1234.4, "seconds_left": left}
+def encoded(rows: int, total: int | None, left: float | None) -> RowsDone:
+    return RowsDone("encoded", rows, total, 1234.4, left)
 
 
 def test_lines_are_few_and_say_speed_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,11 +235,11 @@ def test_a_terminal_shows_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     screen = Screen()
     on_event = progress.progress_view(screen)
-    on_event({"event": "note", "text": "Counting [bold] the sentences"})
+    on_event(Note("Counting [bold] the sentences"))
     on_event(encoded(2000, 5000, 65.0))
-    on_event({"event": "note", "text": "half way"})
+    on_event(Note("half way"))
     on_event(encoded(5000, 5000, 0.0))
-    on_event({"event": "indexed", "rows": 10, "total": 20})
+    on_event(RowsDone("indexed", 10, 20))
     on_event.close()
     shown = screen.getvalue()
     for words in (

@@ -29,6 +29,7 @@ from clusterns_ray.inference.embedding_file import (
 )
 from clusterns_ray.inference.encode import Encoded, describe_changes, encode_files, encode_here, unit_rows, writer_lock
 from clusterns_ray.io import files
+from clusterns_ray.io.events import Event, Note, RowsDone
 from clusterns_ray.models.encoder import Encoder
 from clusterns_ray.models.serialization import model_digest
 
@@ -157,10 +158,10 @@ def test_any_text_survives(encode: Callable[..., Encoded], tmp_path: Path) -> No
 def test_empty_lines_are_no_sentences_and_are_counted(encode: Callable[..., Encoded], tmp_path: Path) -> None:
     path = tmp_path / "gaps.txt"
     path.write_text("\none\n\n   \ntwo\n")
-    said: list[dict[str, Any]] = []
+    said: list[Event] = []
     result = encode(files=str(path), on_event=said.append)
     assert pq.read_table(result.path)["text"].to_pylist() == ["one", "two"]
-    assert {"event": "note", "text": "2 sentences; 3 empty rows skipped"} in said
+    assert Note("2 sentences; 3 empty rows skipped") in said
 
 
 def test_several_files_and_formats(encode: Callable[..., Encoded], tmp_path: Path) -> None:
@@ -171,16 +172,17 @@ def test_several_files_and_formats(encode: Callable[..., Encoded], tmp_path: Pat
 
 
 def test_progress_events_have_rows_speed_and_the_time_left(encode: Callable[..., Encoded]) -> None:
-    said: list[dict[str, Any]] = []
+    said: list[Event] = []
     encode(on_event=said.append, batch_size=8)
-    events = [event for event in said if event["event"] == "encoded"]
-    rows = [event["rows"] for event in events]
+    events = [event for event in said if isinstance(event, RowsDone)]
+    rows = [event.rows for event in events]
     assert {PART, 2 * PART, 2 * PART + 8, ROWS} <= set(rows), "parts, and batches within them"
-    assert {event["total"] for event in events} == {ROWS}
-    assert all(event["sentences_per_second"] > 0 for event in events)
-    assert events[0]["seconds_left"] > events[-1]["seconds_left"] == 0
-    middle = events[len(events) // 2]
-    assert middle["seconds_left"] == pytest.approx((ROWS - middle["rows"]) / middle["sentences_per_second"])
+    assert {event.total for event in events} == {ROWS}
+    speeds = [event.sentences_per_second or 0 for event in events]
+    assert all(speed > 0 for speed in speeds)
+    assert (events[0].seconds_left or 0) > 0 == events[-1].seconds_left
+    middle = len(events) // 2
+    assert events[middle].seconds_left == pytest.approx((ROWS - rows[middle]) / speeds[middle])
 
 
 def test_what_is_far_away_is_not_read_twice() -> None:
@@ -222,9 +224,9 @@ def kill_me() -> None:
 def after_part_three(monkeypatch: Any) -> dict[str, Any]:
     times = 0
 
-    def on_event(event: dict[str, Any]) -> None:
+    def on_event(event: Event) -> None:
         nonlocal times
-        times += event.get("rows") == 3 * PART
+        times += isinstance(event, RowsDone) and event.rows == 3 * PART
         if times == 2:  # once when its last batch is done, and once when it is written
             kill_me()
 
@@ -232,7 +234,11 @@ def after_part_three(monkeypatch: Any) -> dict[str, Any]:
 
 
 def while_encoding(monkeypatch: Any) -> dict[str, Any]:
-    return {"on_event": lambda event: kill_me() if event.get("rows") == 5 * PART + 8 else None, "batch_size": 8}
+    def on_event(event: Event) -> None:
+        if isinstance(event, RowsDone) and event.rows == 5 * PART + 8:
+            kill_me()
+
+    return {"on_event": on_event, "batch_size": 8}
 
 
 def while_a_part_is_written(monkeypatch: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from clusterns_ray.config import make_config
 from clusterns_ray.console.progress import outcome_lines
 from clusterns_ray.data.prepare import prepare
 from clusterns_ray.evaluation.sts import read_pairs, score_pairs
+from clusterns_ray.io.events import Evaluated, RunDone, RunStarted
 from clusterns_ray.models.encoder import Encoder
 from clusterns_ray.models.tokenization import tokenize
 from clusterns_ray.training.checkpoint import list_checkpoints
@@ -74,12 +75,12 @@ def test_a_whole_run(lab: Lab, tmp_path: Path) -> None:
     assert result["sts_dev_before"] == scores.pop(0)
     assert result["sts_dev"] == max(scores.values()) == scores[result["best_step"]]
     assert len(set(scores.values())) > 1
-    assert [report["step"] for report in lab.reports] == [2, 4, 6]
-    assert lab.reports[-1]["best_sts_dev"] == result["sts_dev"]
+    assert [report.step for report in lab.reports] == [2, 4, 6]
+    assert lab.reports[-1].best_score == result["sts_dev"]
 
-    assert lab.events[0]["event"] == "start" and lab.events[-1]["event"] == "done"
-    assert lab.seen("start")[0]["total_steps"] == 6 and lab.seen("start")[0]["rows"] == 300
-    assert any("Clustering starts after step 1 with 6 centroids" in note["text"] for note in lab.seen("note"))
+    assert isinstance(lab.events[0], RunStarted) and isinstance(lab.events[-1], RunDone)
+    assert lab.events[0].total_steps == 6 and lab.events[0].rows == 300
+    assert any("Clustering starts after step 1 with 6 centroids" in note for note in lab.notes)
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == [f"step-0000000{n}" for n in (6, 4, 2)]
     assert np.load(tmp_path / "centroids.npy").shape == (6, WIDTH)
 
@@ -128,7 +129,7 @@ def test_a_fall_of_a_set_that_selects_nothing_is_warned_of_once(
     result = lab.run(tmp_path, lab.config(evaluation={"also": ["LEE50/test"]}))
     found = result["also"]["LEE50/test"]
     assert (found["before"], found["after"]) == pytest.approx((100, -100))
-    notes = [note["text"] for note in lab.seen("note") if "LEE50/test" in note["text"]]
+    notes = [note for note in lab.notes if "LEE50/test" in note]
     assert (
         len(notes) == 1 and "fell from 100.00 to -100.00 at step 2" in notes[0] and "whatever STSB/dev says" in notes[0]
     )
@@ -177,7 +178,7 @@ def test_training_changes_the_weights_and_only_those_it_should(lab: Lab, tmp_pat
 def test_without_a_dev_set_the_last_step_is_exported(lab: Lab, tmp_path: Path) -> None:
     result = lab.run(tmp_path, lab.config(evaluation={"sts": None}, train={"max_steps": 3}))
     assert (result["best_step"], result["sts_dev"], result["sts_dev_before"], result["dev"]) == (3, None, None, None)
-    assert lab.reports == [] and lab.seen("evaluation") == []
+    assert lab.reports == [] and lab.seen(Evaluated) == []
     last = weights(tmp_path, 3)
     for name, value in Encoder.load(tmp_path / "model").backbone.state_dict().items():
         assert torch.equal(value, last[f"encoder.backbone.{name}"])
@@ -341,11 +342,11 @@ def test_both_scores_before_training_where_pooling_is_not_the_models_own(
         "encoder": {"name": str(tmp_path / "own"), "num_layers": None},
     }
     lab.run(tmp_path / "mean", lab.config(**{**sections, "encoder": {**sections["encoder"], "pooling": "mean"}}))
-    expected = lab.seen("evaluation")[0]["sts_dev"]
-    assert not any("by its own settings" in note["text"] for note in lab.seen("note"))
+    expected = lab.seen(Evaluated)[0].score
+    assert not any("by its own settings" in note for note in lab.notes)
     lab.run(tmp_path / "cls", lab.config(**{**sections, "encoder": {**sections["encoder"], "pooling": "cls"}}))
-    before = lab.seen("evaluation")[0]["sts_dev"]
-    (text,) = [note["text"] for note in lab.seen("note") if "by its own settings" in note["text"]]
+    before = lab.seen(Evaluated)[0].score
+    (text,) = [note for note in lab.notes if "by its own settings" in note]
     assert f"(pooling mean) scores {expected:.2f} before training" in text
     assert text.endswith(f"with encoder.pooling cls it scores {before:.2f}.")
 
@@ -359,8 +360,8 @@ def test_where_no_step_is_better_the_untrained_encoder_is_exported(
     result = lab.run(tmp_path, config)
     assert (result["sts_dev_before"], result["sts_dev"], result["best_step"]) == (50.0, 50.0, 0)
     assert result["sts_dev_trained"] == 30.0, "the score that a search gets"
-    assert [report["best_sts_dev"] for report in lab.reports] == [10.0, 20.0, 30.0]
-    assert not any(event["best"] for event in lab.seen("evaluation")[1:])
+    assert [report.best_score for report in lab.reports] == [10.0, 20.0, 30.0]
+    assert not any(event.best for event in lab.seen(Evaluated)[1:])
     model = Encoder.load(tmp_path / "model")
     untrained = Encoder.for_training(config.encoder, seed=0)
     assert (model.pooling, model.max_length, model.training) == ("mean", untrained.max_length, False)
@@ -382,7 +383,7 @@ def test_patience_counts_steps_that_are_below_the_untrained_encoder(
     result = lab.run(tmp_path, lab.config(evaluation={"every_steps": 1, "patience": 2}))
     assert (result["steps"], result["best_step"], result["sts_dev"]) == (5, 0, 50.0)
     assert result["total_steps"] == 6 and "stopped early, after step 5 of 6" in outcome_lines(result)[0]
-    assert any("Stopped early after step 5 of 6: the last 2 eval" in note["text"] for note in lab.seen("note"))
+    assert any("Stopped early after step 5 of 6: the last 2 eval" in note for note in lab.notes)
 
 
 def test_a_score_that_is_not_a_number_does_not_become_the_best(
@@ -393,21 +394,21 @@ def test_a_score_that_is_not_a_number_does_not_become_the_best(
     monkeypatch.setattr(DevSet, "score", lambda self, encoder: next(scores))
     result = lab.run(tmp_path, lab.config())
     assert (result["best_step"], result["sts_dev"]) == (6, 30.0)
-    assert any("no dev score at step 2, as all embeddings are alike" in note["text"] for note in lab.seen("note"))
+    assert any("no dev score at step 2, as all embeddings are alike" in note for note in lab.notes)
 
 
 def test_collapsed_before_and_after_nothing_is_best(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DevSet, "score", lambda self, encoder: math.nan)
     result = lab.run(tmp_path, lab.config())
     assert (result["best_step"], result["sts_dev"], result["sts_dev_before"]) == (0, COLLAPSED, COLLAPSED)
-    assert not any(event.get("best") for event in lab.seen("evaluation"))
+    assert not any(event.best for event in lab.seen(Evaluated))
 
 
 @pytest.mark.parametrize(("max_steps", "said"), [(25, True), (10, False)])
 def test_epochs_that_end_before_max_steps_are_said(lab: Lab, tmp_path: Path, max_steps: int, said: bool) -> None:
     config = lab.config(train={"max_steps": max_steps, "epochs": 1}, evaluation={"sts": None})
     assert lab.run(tmp_path, config)["steps"] == 10, "300 rows in batches of 32"
-    notes = [note["text"] for note in lab.seen("note") if "max_steps" in note["text"]]
+    notes = [note for note in lab.notes if "max_steps" in note]
     assert notes == said * [
         "train.max_steps is 25, but 1 epoch of this corpus has 10 steps: training ends after 10. For more, raise "
         "train.epochs (to 3 for 25 steps)."

@@ -25,6 +25,7 @@ from clusterns_ray.data.token_store import TokenStore
 from clusterns_ray.errors import ConfigError, DataError
 from clusterns_ray.evaluation import hub
 from clusterns_ray.evaluation.sts import read_pairs
+from clusterns_ray.io.events import Event, Note, RowsDone
 from clusterns_ray.io.files import PROBE_BYTES
 from clusterns_ray.launch.trainer import train
 
@@ -60,9 +61,8 @@ def rows(prepared: Prepared) -> tuple[list[str], list[list[int]]]:
 
 
 def test_text_to_tokens(config: Callable[..., Config], tmp_path: Path) -> None:
-    notes: list[str] = []
-    progress: list[int] = []
-    prepared = prepare(config(), notes.append, progress.append)
+    events: list[Event] = []
+    prepared = prepare(config(), events.append)
     assert prepared.tokens_dir.parent == tmp_path / "runs" / "cache"
     assert not prepared.reused and prepared.sts_dir is None
     texts, ids = rows(prepared)
@@ -70,18 +70,19 @@ def test_text_to_tokens(config: Callable[..., Config], tmp_path: Path) -> None:
     tokenizer = prepare_module.load_tokenizer(config())
     assert ids == tokenizer(texts, truncation=True, max_length=32)["input_ids"]
     assert prepared.manifest["rows"] == 30 and prepared.manifest["tokens"] == sum(map(len, ids))
-    assert len(notes) == 1 and "corpus.txt" in notes[0] and progress and progress[-1] == 30
+    assert isinstance(events[0], Note) and "corpus.txt" in events[0].text
+    assert {type(event) for event in events[1:]} == {RowsDone} and events[-1] == RowsDone("tokenised", 30)
 
 
 def test_the_second_time_it_is_reused(config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepare(config())
     stamps = {path: path.stat().st_mtime_ns for path in first.tokens_dir.iterdir()}
     monkeypatch.setattr(prepare_module, "prepare_tokens", lambda *_, **__: pytest.fail("it was tokenised again"))
-    notes: list[str] = []
-    second = prepare(config(train={"learning_rate": 1e-3}, loss={"temperature": 0.1}), notes.append)
+    events: list[Event] = []
+    second = prepare(config(train={"learning_rate": 1e-3}, loss={"temperature": 0.1}), events.append)
     assert second.reused and second.tokens_dir == first.tokens_dir and second.manifest == first.manifest
     assert stamps == {path: path.stat().st_mtime_ns for path in first.tokens_dir.iterdir()}
-    assert notes == []
+    assert events == []
 
 
 @pytest.mark.parametrize(

@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from dataclasses import dataclass, replace
 
 import pytest
 from rich.console import Console
 
 from clusterns_ray.console.progress import Bar, Lines, progress_view
+from clusterns_ray.io.events import Evaluated, Event, Note, RowsDone, RunDone, RunStarted, StepLogged
 
-START = {"event": "start", "step": 0, "total_steps": 40, "rows": 1234, "num_clusters": 32}
-BEFORE = {"event": "evaluation", "step": 0, "sts_dev": 56.85}
-EARLY = {"event": "step", "step": 10, "loss": 0.5, "sentences_per_second": 1234.5}
-STEP = {
-    "event": "step",
-    "step": 20,
-    "loss": 0.12345,
-    "sentences_per_second": 91.2,
-    "clusters_used": 30,
-    "false_negative_rate": 0.0421,
-    "skipped_steps": 0,
-}
-BEST = {"event": "evaluation", "step": 20, "sts_dev": 61.0, "best": True}
-WORSE = {"event": "evaluation", "step": 30, "sts_dev": 60.5, "best": False}
-ALARM = {"event": "note", "text": "Collapse at step 30: [all] alike"}
+START = RunStarted(step=0, total_steps=40, rows=1234, num_clusters=32)
+BEFORE = Evaluated(0, 56.85, {})
+EARLY = StepLogged(10, 0.5, 1234.5, {})
+STEP = StepLogged(20, 0.12345, 91.2, {"clusters_used": 30, "false_negative_rate": 0.0421, "skipped_steps": 0})
+BEST = Evaluated(20, 61.0, {}, best=True)
+WORSE = Evaluated(30, 60.5, {})
+ALARM = Note("Collapse at step 30: [all] alike")
+
+
+@dataclass(frozen=True)
+class Unknown(Event):
+    """An event that a later version, or a user's own code, may send."""
 
 
 def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
     lines = Lines()
-    for event in (START, BEFORE, EARLY, STEP, BEST, WORSE, ALARM, {"event": "done"}):
+    for event in (START, BEFORE, EARLY, STEP, BEST, WORSE, ALARM, RunDone({}), Unknown()):
         lines(event)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "Training: 40 steps over 1,234 sentences."
@@ -42,11 +40,11 @@ def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
 def test_lines_say_that_steps_were_skipped(capsys: pytest.CaptureFixture[str]) -> None:
     lines = Lines()
     lines(START)
-    lines({**EARLY, "skipped_steps": 2})
+    lines(replace(EARLY, record={"skipped_steps": 2}))
     assert "steps skipped (gradient not finite) 2" in capsys.readouterr().out
 
 
-def terminal(*events: dict[str, Any], width: int = 100) -> tuple[Bar, str]:
+def terminal(*events: Event, width: int = 100) -> tuple[Bar, str]:
     """The bar after some events, and what it shows."""
     bar = Bar()
     bar.console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
@@ -60,7 +58,7 @@ def terminal(*events: dict[str, Any], width: int = 100) -> tuple[Bar, str]:
 
 
 def test_the_live_view() -> None:
-    bar, shown = terminal(START, BEFORE, EARLY, STEP, BEST, WORSE)
+    bar, shown = terminal(START, BEFORE, EARLY, STEP, BEST, WORSE, Unknown())
     bar.close()
     flat = " ".join(shown.split())
     for fact in (
@@ -92,7 +90,7 @@ def test_a_narrow_terminal_loses_nothing() -> None:
 
 
 def test_the_view_is_gone_when_the_run_is_done() -> None:
-    bar, shown = terminal({"event": "tokenised", "rows": 5}, START, STEP, {"event": "done"})
+    bar, shown = terminal(RowsDone("tokenised", 5), START, STEP, RunDone({}))
     assert bar.live is None and bar.progress is None and shown == ""
     bar.close()
 

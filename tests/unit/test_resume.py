@@ -19,6 +19,7 @@ from training_runs import NO_SECONDS, TWO_PROMPTS, Killed, Lab, assert_same_tens
 
 from clusterns_ray.data.prepare import prepare
 from clusterns_ray.errors import CheckpointError, ClusterNSError, ConfigError, DataError, StorageError
+from clusterns_ray.io.events import Evaluated, Event, RunStarted, StepLogged
 from clusterns_ray.models.encoder import Encoder
 from clusterns_ray.training import run_access
 from clusterns_ray.training.checkpoint import list_checkpoints
@@ -55,7 +56,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(lab: Lab, tmp_path: Path, case: st
     assert [path.name for path in list_checkpoints(tmp_path / "killed" / "checkpoints")] == ["step-00000002"]
     assert not (tmp_path / "killed" / "result.json").exists()
     resumed = lab.run(tmp_path / "killed", config)
-    assert lab.seen("start")[0]["step"] == 2
+    assert lab.seen(RunStarted)[0].step == 2
 
     if "start_cosine" not in RESUMED[case].get("clustering", {}):
         assert_same_tensors(weights(tmp_path / "whole", 6), weights(tmp_path / "killed", 6))
@@ -80,7 +81,7 @@ def test_killed_before_the_first_checkpoint_it_starts_anew(lab: Lab, tmp_path: P
     with pytest.raises(Killed):
         lab.run(tmp_path, lab.config(), kill_at(1))
     lab.run(tmp_path, lab.config())
-    assert lab.seen("start")[0]["step"] == 0
+    assert lab.seen(RunStarted)[0].step == 0
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [record["step"] for record in records] == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
 
@@ -93,7 +94,7 @@ def test_going_on_with_another_torch_is_said(lab: Lab, tmp_path: Path) -> None:
     environment["versions"]["torch"] = "1.0"
     path.write_text(json.dumps(environment))
     lab.run(tmp_path, lab.config())
-    (text,) = [note["text"] for note in lab.seen("note") if "was begun with" in note["text"]]
+    (text,) = [note for note in lab.notes if "was begun with" in note]
     assert text.startswith(f"The run was begun with torch 1.0 and goes on with {torch.__version__}: it may differ")
 
 
@@ -101,7 +102,7 @@ def test_killed_after_the_last_step_it_only_finishes(lab: Lab, tmp_path: Path) -
     whole = lab.run(tmp_path, lab.config())
     (tmp_path / "result.json").unlink()
     again = lab.run(tmp_path, lab.config())
-    assert lab.seen("step") == [] and lab.seen("evaluation") == []
+    assert lab.seen(StepLogged) == [] and lab.seen(Evaluated) == []
     assert {**again, **NO_SECONDS} == {**whole, **NO_SECONDS}
 
 
@@ -112,7 +113,7 @@ def test_stopped_early_it_stays_stopped(lab: Lab, tmp_path: Path, monkeypatch: p
     lab.run(tmp_path, config)
     (tmp_path / "result.json").unlink()
     again = lab.run(tmp_path, config)
-    assert lab.seen("step") == [] and (again["steps"], again["best_step"]) == (3, 1)
+    assert lab.seen(StepLogged) == [] and (again["steps"], again["best_step"]) == (3, 1)
 
 
 def test_stopped_early_between_checkpoints_the_result_is_the_same(
@@ -152,8 +153,8 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(lab: Lab, tmp_path: 
     assert newest.name == "step-00000004"
     (newest / "state.pt").write_bytes((newest / "state.pt").read_bytes()[:-9])
     lab.run(tmp_path / "killed", config)
-    assert lab.seen("start")[0]["step"] == 2
-    assert any("step-00000004 is passed over" in note["text"] for note in lab.seen("note"))
+    assert lab.seen(RunStarted)[0].step == 2
+    assert any("step-00000004 is passed over" in note for note in lab.notes)
     assert_same_tensors(weights(tmp_path / "whole", 6), weights(tmp_path / "killed", 6))
 
 
@@ -163,7 +164,7 @@ def test_checkpoints_of_another_configuration_are_refused(lab: Lab, tmp_path: Pa
         (tmp_path / name).unlink()
     with pytest.raises(CheckpointError, match="None of the 1 checkpoints"):
         lab.run(tmp_path, lab.config(train={"max_steps": 3}))
-    assert any("another configuration" in note["text"] for note in lab.seen("note"))
+    assert any("another configuration" in note for note in lab.notes)
 
 
 @pytest.mark.parametrize("changed", ["corpus", "dev"])
@@ -186,7 +187,7 @@ def test_a_run_does_not_go_on_with_other_data(lab: Lab, tmp_path: Path, changed:
     for path, content in before.items():  # the remedy
         path.write_bytes(content)
     assert lab.run(tmp_path / "run", config)["steps"] == 6
-    assert lab.seen("start")[0]["step"] == 4
+    assert lab.seen(RunStarted)[0].step == 4
 
 
 def test_tokens_whose_bytes_were_changed_are_not_learnt_from(lab: Lab, tmp_path: Path) -> None:
@@ -230,8 +231,8 @@ def test_one_writer_a_run(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     original = exclusive_module.exclusive
     monkeypatch.setattr(run_access, "exclusive", lambda run_dir, wanted: original(run_dir, wanted, wait_s=0.1))
 
-    def second(event: dict[str, Any]) -> None:
-        if event["event"] == "start":
+    def second(event: Event) -> None:
+        if isinstance(event, RunStarted):
             with pytest.raises(ClusterNSError, match="being written by another process") as caught:
                 Lab(lab.base, lab.prepared).run(tmp_path, lab.config())
             assert str(tmp_path) in str(caught.value) and "another runtime.name" in str(caught.value)

@@ -23,6 +23,7 @@ from clusterns_ray.inference.embedding_file import EmbeddingFile, embedding_sche
 from clusterns_ray.inference.encode import encode_files, unit_rows, writer_lock
 from clusterns_ray.inference.faiss_index import build_index, fewest, good_neighbours, nearest, open_index
 from clusterns_ray.inference.search import Hit, SemanticIndex, default_directory
+from clusterns_ray.io.events import Event, Note, RowsDone
 from clusterns_ray.io.files import write_json
 from clusterns_ray.models.encoder import Encoder
 
@@ -46,9 +47,9 @@ def build(tiny_model: Path, corpus: Path) -> Callable[..., SemanticIndex]:
 class Said(list):
     """The notes of a build."""
 
-    def __call__(self, event: dict[str, Any]) -> None:
-        if event["event"] == "note":
-            self.append(event["text"])
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Note):
+            self.append(event.text)
 
     def has(self, words: str) -> bool:
         return any(words in text for text in self)
@@ -431,16 +432,18 @@ def test_killed_and_given_again(
 ) -> None:
     monkeypatch.setattr(vectors, "FLAT_ROWS", 200)
     whole = build(directory=tmp_path / "whole")
-    on_event = (
-        {"on_event": lambda event: kill_me() if event.get("rows") == 128 else None} if moment == "encoding" else {}
-    )
+
+    def on_event(event: Event) -> None:
+        if moment == "encoding" and isinstance(event, RowsDone) and event.rows == 128:
+            kill_me()
+
     with pytest.MonkeyPatch.context() as patch:
         if moment == "saving":
             patch.setattr(faiss, "write_index", kill_me)
         if moment == "measuring":
             patch.setattr(vectors, "_choose_nprobe", kill_me)
         process = multiprocessing.get_context("fork").Process(
-            target=partial(build, directory=tmp_path / "killed", **on_event)
+            target=partial(build, directory=tmp_path / "killed", on_event=on_event)
         )
         process.start()
         process.join(60)

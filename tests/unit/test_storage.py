@@ -7,7 +7,6 @@ import shutil
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from helpers import write_corpus, write_pairs
@@ -15,6 +14,7 @@ from helpers import write_corpus, write_pairs
 from clusterns_ray.config import Config, make_config
 from clusterns_ray.errors import ClusterNSError, ConfigError, StorageError
 from clusterns_ray.io import object_store as storage
+from clusterns_ray.io.events import Event, Note, OnEvent, RunStarted, StepLogged
 from clusterns_ray.io.object_store import (
     Place,
     Store,
@@ -279,9 +279,9 @@ class Died(BaseException):
     """The machine is gone."""
 
 
-def die_at(step: int) -> Any:
-    def on_event(event: dict[str, Any]) -> None:
-        if event["event"] == "step" and event["step"] == step:
+def die_at(step: int) -> OnEvent:
+    def on_event(event: Event) -> None:
+        if isinstance(event, StepLogged) and event.step == step:
             raise Died
 
     return on_event
@@ -310,7 +310,7 @@ def test_a_run_in_the_store_is_that_of_a_directory(config: Config, tmp_path: Pat
         assert (tmp_path / "pulled" / name).read_bytes() == (Path(plain["model"]) / name).read_bytes(), name
     assert plain["sts_dev"] == result["sts_dev"]
     notes: list[str] = []
-    assert train(config, lambda event: notes.append(event.get("text", ""))) == result
+    assert train(config, lambda event: notes.append(event.text) if isinstance(event, Note) else None) == result
     assert any("is finished" in note for note in notes)
 
 
@@ -326,8 +326,8 @@ def test_training_does_not_wait_for_copies(config: Config, monkeypatch: pytest.M
     monkeypatch.setattr(Store, "upload", wait)
     waited: list[float] = []
 
-    def on_event(event: dict[str, Any]) -> None:
-        if event["event"] == "step" and event["step"] == 6:
+    def on_event(event: Event) -> None:
+        if isinstance(event, StepLogged) and event.step == 6:
             waited.append(len(before))
             threading.Timer(1.0, gate.set).start()
 
@@ -347,9 +347,9 @@ def test_a_machine_that_is_lost_is_replaced_by_another(
 
     store = Store(config.runtime.storage_path) / "run"
 
-    def on_event(event: dict[str, Any]) -> None:
+    def on_event(event: Event) -> None:
         deadline = time.monotonic() + 30
-        while event["event"] == "step" and event["step"] == 5 and time.monotonic() < deadline:
+        while isinstance(event, StepLogged) and event.step == 5 and time.monotonic() < deadline:
             if (store / "checkpoints").directories():
                 return
             time.sleep(0.1)
@@ -361,7 +361,7 @@ def test_a_machine_that_is_lost_is_replaced_by_another(
     shutil.rmtree(tmp_path / "machine-1")
     monkeypatch.setenv("CLUSTERNS_LOCAL_PATH", str(tmp_path / "machine-2"))
     starts: list[int] = []
-    result = train(config, lambda event: starts.append(event["step"]) if event["event"] == "start" else None)
+    result = train(config, lambda event: starts.append(event.step) if isinstance(event, RunStarted) else None)
     assert starts[0] in (2, 4)
     for key in ("sts_dev", "best_step", "sts_dev_before", "clustering_started_at", "steps"):
         assert result[key] == whole[key], key
@@ -373,8 +373,8 @@ def test_a_machine_that_is_lost_is_replaced_by_another(
 
 
 def test_a_run_that_fails_still_copies_what_it_had(config: Config, tmp_path: Path) -> None:
-    def on_event(event: dict[str, Any]) -> None:
-        if event["event"] == "step" and event["step"] == 5:
+    def on_event(event: Event) -> None:
+        if isinstance(event, StepLogged) and event.step == 5:
             raise ClusterNSError("the loop failed")
 
     with pytest.raises(ClusterNSError, match="the loop failed"):
@@ -392,7 +392,7 @@ def test_a_damaged_checkpoint_in_the_store_is_passed_over(config: Config, tmp_pa
     store.delete("result.json")
     shutil.rmtree(tmp_path / "machine-1")
     starts: list[int] = []
-    train(config, lambda event: starts.append(event["step"]) if event["event"] == "start" else None)
+    train(config, lambda event: starts.append(event.step) if isinstance(event, RunStarted) else None)
     assert starts == [4]
 
 

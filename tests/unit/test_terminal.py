@@ -7,6 +7,7 @@ import pytest
 
 from clusterns_ray.console import progress
 from clusterns_ray.inference.search import Hit, hits_as_json, hits_as_text
+from clusterns_ray.io.events import Note
 from clusterns_ray.io.terminal import printable
 
 HOSTILE = [
@@ -32,7 +33,7 @@ def test_nothing_that_a_terminal_obeys_is_printed(text: str) -> None:
     shown = printable(text)
     assert shown in ("red", "")
     printed = io.StringIO()
-    progress.Lines(printed)({"event": "note", "text": text})
+    progress.Lines(printed)(Note(text))
     assert printed.getvalue() == shown + "\n"
     lines = hits_as_text(text, [Hit(1, 0.5, 0, text)])
     assert lines.count("red") == (2 if shown else 0) and lines.replace("\n", "").isprintable()
@@ -44,7 +45,7 @@ def test_other_text_is_printed_as_it_is(text: str) -> None:
 
 
 def test_notes_of_a_run_and_errors(capsys: pytest.CaptureFixture[str]) -> None:
-    progress.Lines()({"event": "note", "text": "a\x1b[31mb"})
+    progress.Lines()(Note("a\x1b[31mb"))
     assert capsys.readouterr().out == "ab\n"
     from typer import Exit
 
