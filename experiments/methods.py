@@ -32,6 +32,7 @@ from clusterns_ray import load_config
 from clusterns_ray.errors import ClusterNSError, ConfigError
 from clusterns_ray.io.files import write_atomic
 from clusterns_ray.launch.preflight import check_name
+from clusterns_ray.tuning.comparison import seed_interval
 
 COLUMNS = {"dev": "dev, best step", "last": "dev, last step", "tests": "seven tests"}
 DEV = "STSB/dev"
@@ -212,14 +213,9 @@ def spread(scores: list[float]) -> str:
 
 
 def difference(ours: list[float], theirs: list[float]) -> str:
-    from scipy import stats
-
     gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
-    mean = statistics.mean(gaps)
-    if len(gaps) < 2:
-        return f"{mean:+.2f}"
-    reach = stats.t.ppf(0.975, len(gaps) - 1) * statistics.stdev(gaps) / math.sqrt(len(gaps))
-    return f"{mean:+.2f} ({mean - reach:+.2f} to {mean + reach:+.2f})"
+    interval, mean = seed_interval(gaps), statistics.mean(gaps)
+    return f"{mean:+.2f}" + (f" ({interval['low']:+.2f} to {interval['high']:+.2f})" if interval else "")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from clusterns_ray.console.progress import progress_view
 from clusterns_ray.data.prepare import prepare
 from clusterns_ray.data.token_store import TokenStore
 from clusterns_ray.errors import ClusterNSError
+from clusterns_ray.inference.encode import unit_rows
 
 CLUSTERS_SHOWN = 6
 QUERIES = 3
@@ -44,12 +45,12 @@ def main(overrides: list[str]) -> None:
         f"\nEncoding a sample of {len(sentences):,} sentences with the encoder before and after training ...",
         flush=True,
     )
-    before = unit(Encoder.for_training(config.encoder, seed=0).encode(sentences))
-    after = unit(Encoder.load(result["model"]).encode(sentences))
+    before = unit_rows(Encoder.for_training(config.encoder, seed=0).encode(sentences))
+    after = unit_rows(Encoder.load(result["model"]).encode(sentences))
 
     centroids = Path(result["model"]).parent / "centroids.npy"
     if centroids.is_file():
-        show_clusters(sentences, after, unit(np.load(centroids)))
+        show_clusters(sentences, after, unit_rows(np.load(centroids)))
     show_neighbours(sentences, before, after, config.seed)
 
     print_scores(results)
@@ -80,10 +81,6 @@ def print_scores(results: dict[str, dict[str, Any]]) -> None:
             print("    No step beat the untrained encoder, so model/ holds that one.")
 
 
-def unit(z_ND: np.ndarray) -> np.ndarray:
-    return z_ND / np.maximum(np.linalg.norm(z_ND, axis=1, keepdims=True), 1e-8)
-
-
 def show_clusters(sentences: list[str], z_ND: np.ndarray, centroids_KD: np.ndarray) -> None:
     """The largest clusters, each by the sentences nearest to its members' mean."""
     nearest_N = (z_ND @ centroids_KD.T).argmax(axis=1)
@@ -93,7 +90,7 @@ def show_clusters(sentences: list[str], z_ND: np.ndarray, centroids_KD: np.ndarr
     )
     for cluster in np.argsort(-sizes_K)[:CLUSTERS_SHOWN]:
         members = np.flatnonzero(nearest_N == cluster)
-        typical = members[np.argsort(-(z_ND[members] @ unit(z_ND[members].mean(axis=0, keepdims=True))[0]))[:3]]
+        typical = members[np.argsort(-(z_ND[members] @ unit_rows(z_ND[members].mean(axis=0, keepdims=True))[0]))[:3]]
         print(f"\n  cluster {cluster}, {sizes_K[cluster]:,} sentences")
         for row in typical:
             print(f"    {shorten(sentences[row])}")

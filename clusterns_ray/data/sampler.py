@@ -17,7 +17,6 @@ import numpy as np
 
 from clusterns_ray.errors import ConfigError, DataError
 
-ORDERS = ("random", "length_grouped")
 CHUNK_BATCHES = 16  # global batches sorted by length together under order "length_grouped"
 
 _ROUNDS = 8
@@ -114,19 +113,11 @@ def _feistel(x: np.ndarray, half_bits: int, round_keys: np.ndarray) -> np.ndarra
 
 
 def steps_per_epoch(num_rows: int, batch_size: int, shards: int = 1) -> int:
-    """How many global batches an epoch has; see :func:`batch_bounds` for what becomes of the remainder.
+    """How many global batches an epoch has; see :meth:`BatchOrder.bounds` for what becomes of the remainder.
 
     Raises:
-        ConfigError: ``shards`` or ``batch_size`` is too small.
         DataError: there are fewer rows than shards.
     """
-    if shards < 1:
-        raise ConfigError(f"shards is {shards}, but a batch is cut into at least one; set it to 1 or more")
-    if batch_size < shards:
-        raise ConfigError(
-            f"batch_size is {batch_size}, fewer than the {shards} shards it is cut into, so some would be "
-            f"empty; set batch_size to {shards} or more"
-        )
     if num_rows < shards:
         raise DataError(
             f"the corpus has {num_rows} rows, fewer than the {shards} shards a batch is cut into, so no "
@@ -136,58 +127,20 @@ def steps_per_epoch(num_rows: int, batch_size: int, shards: int = 1) -> int:
     return full + (rest >= shards and rest > 0)
 
 
-def batch_bounds(step: int, *, num_rows: int, batch_size: int, shards: int = 1) -> tuple[int, int]:
-    """The positions ``[start, stop)`` of the epoch that batch ``step`` covers.
+@dataclass
+class BatchOrder:
+    """The order in which rows come: every row once per epoch.
 
-    Every batch has ``batch_size`` rows but possibly the last: a remainder of at least one row per shard is a
-    smaller batch of its own; a remainder below that joins the batch before it. So every batch has a row for
-    every shard, and an epoch neither repeats nor skips a row.
-
-    Raises:
-        ValueError: the epoch has no such step.
-        ConfigError, DataError: as :func:`steps_per_epoch`.
-    """
-    steps = steps_per_epoch(num_rows, batch_size, shards)
-    if not 0 <= step < steps:
-        raise ValueError(f"step is {step}, but this epoch has {steps} steps, numbered from 0; pass one of [0, {steps})")
-    return step * batch_size, num_rows if step == steps - 1 else (step + 1) * batch_size
-
-
-def sample_ids(
-    seed: int,
-    epoch: int,
-    step: int,
-    *,
-    num_rows: int,
-    batch_size: int,
-    shards: int = 1,
-    order: str = "random",
-    lengths: Lengths | None = None,
-) -> np.ndarray:
-    """The rows of global batch ``step`` (0-based within ``epoch``); every row comes once per epoch.
+    Consecutive steps of ``"length_grouped"`` read the same chunk; keeping the last one saves sorting it 16 times. The
+    cache is no state: the answer to a question never depends on the questions before it.
 
     Args:
         order: ``"random"``, or ``"length_grouped"``: the rows of 16 consecutive batches are sorted by length
             and cut into batches of rows of like length, which come in a seeded order.
         lengths: needed by ``"length_grouped"``: maps int64 row numbers ``(n,)`` to token lengths ``(n,)``.
 
-    Returns:
-        int64 array ``(rows in the batch,)``.
-
     Raises:
-        ValueError: the epoch has no such step.
-        ConfigError: an unknown order, no ``lengths`` where needed, or a batch too small for its shards.
         DataError: there are fewer rows than shards.
-    """
-    return BatchOrder(seed, num_rows, batch_size, shards, order, lengths).sample_ids(epoch, step)
-
-
-@dataclass
-class BatchOrder:
-    """:func:`sample_ids` with its fixed arguments bound, and the last chunk kept.
-
-    Consecutive steps of ``"length_grouped"`` read the same chunk; keeping it saves sorting it 16 times. The
-    cache is no state: the answer to a question never depends on the questions before it.
     """
 
     seed: int
@@ -199,23 +152,31 @@ class BatchOrder:
     _last: tuple[tuple[int, int], list[np.ndarray]] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.order not in ORDERS:
-            raise ConfigError(
-                f"order is {self.order!r}, which is not a known batch order; use one of {', '.join(ORDERS)}"
-            )
-        if self.order == "length_grouped" and self.lengths is None:
-            raise ConfigError(
-                "order is 'length_grouped', but lengths is None, and rows cannot be grouped by an unknown "
-                "length; pass lengths or use order 'random'"
-            )
         self.steps_per_epoch = steps_per_epoch(self.num_rows, self.batch_size, self.shards)
 
     def bounds(self, step: int) -> tuple[int, int]:
-        """:func:`batch_bounds` of this order."""
-        return batch_bounds(step, num_rows=self.num_rows, batch_size=self.batch_size, shards=self.shards)
+        """The positions ``[start, stop)`` of the epoch that batch ``step`` covers.
+
+        Every batch has ``batch_size`` rows but possibly the last: a remainder of at least one row per shard is a
+        smaller batch of its own; a remainder below that joins the batch before it. So every batch has a row for
+        every shard, and an epoch neither repeats nor skips a row.
+
+        Raises:
+            ValueError: the epoch has no such step.
+        """
+        steps, size = self.steps_per_epoch, self.batch_size
+        if not 0 <= step < steps:
+            raise ValueError(
+                f"step is {step}, but this epoch has {steps} steps, numbered from 0; pass one of [0, {steps})"
+            )
+        return step * size, self.num_rows if step == steps - 1 else (step + 1) * size
 
     def sample_ids(self, epoch: int, step: int) -> np.ndarray:
-        """The rows of batch ``step`` of ``epoch``, as :func:`sample_ids`."""
+        """The rows of global batch ``step`` (0-based within ``epoch``): int64 ``(rows in the batch,)``.
+
+        Raises:
+            ValueError: the epoch has no such step.
+        """
         start, stop = self.bounds(step)
         if self.order == "random":
             return self._rows(epoch, start, stop)

@@ -15,7 +15,7 @@ import numpy as np
 
 from clusterns_ray.data.document import Document
 from clusterns_ray.data.documents import is_usable, split_sentences
-from clusterns_ray.errors import ConfigError, DataError
+from clusterns_ray.errors import DataError
 from clusterns_ray.io.files import write_atomic, write_json
 
 GRADES = {
@@ -68,14 +68,8 @@ def structure_graded_pairs(documents: Iterable[Document], *, pairs: int = 2000, 
         that occurs more than once in the documents is left out, for its grade would be ambiguous.
 
     Raises:
-        ConfigError: ``pairs`` is below 4.
         DataError: the documents hold too few pairs of some grade.
     """
-    if pairs < len(GRADES):
-        raise ConfigError(
-            f"pairs is {pairs}, but a structure-graded dev set needs at least one pair of each of its "
-            f"{len(GRADES)} grades. Set pairs to {len(GRADES)} or more."
-        )
     rng = np.random.default_rng(seed)
     layouts = _layouts(documents)
     rows = []
@@ -101,7 +95,7 @@ def write_structure_dev(
         The path of ``dev.jsonl``.
 
     Raises:
-        ConfigError, DataError: as `structure_graded_pairs`.
+        DataError: as `structure_graded_pairs`.
     """
     documents = list(documents)
     rows = structure_graded_pairs(documents, pairs=pairs, seed=seed)

@@ -2,10 +2,9 @@
 
     python experiments/benchmarks/index_scale.py 100000 1000000 --json index_scale.json
 
-Each size is built, and then searched, in a process of its own, whose memory is measured: at its peak while building,
-and while searching; resident, and of that its own (the rest are pages of mapped files, which the system takes back when
-it needs them). Recall@10 is against exact search, for queries that are not in the index. The vectors are written to a
-temporary directory first: 1.5 GB for a million of width 384.
+Each size is built, and then searched, in a process of its own, whose resident memory is measured: at its peak while
+building, and after searching, pages of mapped files included. Recall@10 is against exact search, for queries that are
+not in the index. The vectors are written to a temporary directory first: 1.5 GB for a million of width 384.
 """
 
 from __future__ import annotations
@@ -16,10 +15,8 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,46 +56,26 @@ def write_vectors(path: Path, rows: int, width: int, seed: int) -> np.ndarray:
     return draw(QUERIES, width, centres_CD, random)
 
 
-def memory() -> dict[str, float]:
-    """MB that this process has resident, and of that what is its own (not pages of mapped files)."""
+def resident(key: str = "VmRSS") -> float:
+    """MB that this process has resident, pages of mapped files included; at its peak so far by the key VmHWM."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {name: int(status[key].split()[0]) / 1024 for name, key in (("resident", "VmRSS"), ("own", "RssAnon"))}
-
-
-@contextmanager
-def watching_memory() -> Iterator[dict[str, float]]:
-    """The highest of :func:`memory` while the block runs, looked at every 20 ms."""
-    peak, done = memory(), threading.Event()
-
-    def look() -> None:
-        while not done.wait(0.02):
-            peak.update({name: max(value, peak[name]) for name, value in memory().items()})
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        thread.join()
+    return int(status[key].split()[0]) / 1024
 
 
 def build(folder: Path, flat_rows: int) -> dict[str, Any]:
     """What the building process measures."""
     vectors.FLAT_ROWS = flat_rows
     load_faiss()
-    before, started = memory(), time.perf_counter()
+    before, started = resident(), time.perf_counter()
 
     def on_event(event: Event) -> None:
         if isinstance(event, Note):
             print(f"  {event.text}", file=sys.stderr, flush=True)
 
-    with watching_memory() as peak:
-        info = build_index(EmbeddingFile(folder / "vectors.parquet"), folder, on_event)
+    info = build_index(EmbeddingFile(folder / "vectors.parquet"), folder, on_event)
     seconds = time.perf_counter() - started
     (folder / "info.json").write_text(json.dumps(info))
-    above = {f"build_peak_{name}_mb": peak[name] - before[name] for name in peak}
-    return {"build_s": seconds, **above, "info": info}
+    return {"build_s": seconds, "build_peak_resident_mb": resident("VmHWM") - before, "info": info}
 
 
 def ask(folder: Path) -> dict[str, Any]:
@@ -106,21 +83,20 @@ def ask(folder: Path) -> dict[str, Any]:
     info = json.loads((folder / "info.json").read_text())
     queries_QD, exact_QK = np.load(folder / "queries.npy"), np.load(folder / "exact.npy")
     load_faiss()
-    before, started = memory(), time.perf_counter()
+    before, started = resident(), time.perf_counter()
     index = open_index(folder, info)
-    opened_s, after_open = time.perf_counter() - started, memory()
+    opened_s, after_open = time.perf_counter() - started, resident()
     times, nearest_QK = [], []
     for query_1D in np.split(queries_QD, len(queries_QD)):
         started = time.perf_counter()
         nearest_QK.append(nearest(index, info, query_1D, 10)[1][0])
         times.append(time.perf_counter() - started)
-    after = memory()
+    after = resident()
     recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(np.array(nearest_QK).tolist(), exact_QK.tolist())])
     return {
         "open_s": opened_s,
-        "open_mb": after_open["resident"] - before["resident"],
-        "searched_mb": after["resident"] - before["resident"],
-        "searched_own_mb": after["own"] - before["own"],
+        "open_mb": after_open - before,
+        "searched_mb": after - before,
         "latency_ms": 1000 * float(np.median(times)),
         "latency_p95_ms": 1000 * float(np.quantile(times, 0.95)),
         "recall_at_10": float(recall),
@@ -167,10 +143,10 @@ def show(results: list[dict[str, Any]]) -> None:
         "kind": lambda r: r["kind"] if r["kind"] == "flat" else f"ivf {r['lists']:,}, nprobe {r['nprobe']}",
         "build s": lambda r: f"{r['build_s']:.1f}",
         "s a million": lambda r: f"{r['build_s'] / r['rows'] * 1e6:.0f}",
-        "peak MB": lambda r: f"{r['build_peak_resident_mb']:,.0f} ({r['build_peak_own_mb']:,.0f} own)",
+        "peak MB": lambda r: f"{r['build_peak_resident_mb']:,.0f}",
         "bytes a vector": lambda r: f"{r['bytes_per_vector']:,.0f}",
         "MB opened": lambda r: f"{r['open_mb']:,.0f}",
-        "MB searched": lambda r: f"{r['searched_mb']:,.0f} ({r['searched_own_mb']:,.0f} own)",
+        "MB searched": lambda r: f"{r['searched_mb']:,.0f}",
         "ms a query": lambda r: f"{r['latency_ms']:.1f} (p95 {r['latency_p95_ms']:.1f})",
         "recall@10": lambda r: f"{r['recall_at_10']:.3f}",
     }

@@ -14,7 +14,7 @@ from clusterns_ray.data.structure import (
     structure_graded_pairs,
     write_structure_dev,
 )
-from clusterns_ray.errors import ConfigError, DataError
+from clusterns_ray.errors import DataError
 
 
 def sentence(*place: int) -> str:
@@ -148,11 +148,6 @@ def test_repeated_sentences_are_left_out():
 def test_a_grade_that_cannot_be_filled(documents, match):
     with pytest.raises(DataError, match=match):
         structure_graded_pairs(documents, pairs=20, seed=0)
-
-
-def test_too_few_pairs_asked_for():
-    with pytest.raises(ConfigError, match="pairs is 3"):
-        structure_graded_pairs([invent(0), invent(1)], pairs=3, seed=0)
 
 
 def test_written_files(tmp_path):
