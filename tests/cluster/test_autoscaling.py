@@ -20,6 +20,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 TIMEOUT_S = 300.0
 
+VERSIONS = pytest.mark.parametrize("version", [1, 2])
+
 
 def wait_until_gone(nodes: Nodes, timeout_s: float = 120.0) -> None:
     """Until the autoscaler has taken back all machines."""
@@ -29,9 +31,10 @@ def wait_until_gone(nodes: Nodes, timeout_s: float = 120.0) -> None:
         time.sleep(0.2)
 
 
-def test_a_run_brings_two_machines_and_leaves_none(nodes, make_run_on, undisturbed):
-    nodes.start_autoscaling_head(most=3)
-    run = make_run_on("autoscaled", "runtime.num_workers=2")
+@pytest.mark.parametrize("version", [1, pytest.param(2, marks=pytest.mark.nightly)])
+def test_a_run_brings_two_machines_and_leaves_none(nodes, make_run_on, undisturbed, version):
+    nodes.start_autoscaling_head(most=3, version=version)
+    run = make_run_on(f"autoscaled-{version}", "runtime.num_workers=2")
     assert nodes.instances() == {}
     command = run.start()
     command.until(run.checkpointed, TIMEOUT_S)
@@ -81,10 +84,9 @@ def test_concurrent_trials_bring_a_machine_each(
 NO_GPU = "Ray gave a GPU to a worker on"
 """What torch has to say of the fake cloud's GPUs."""
 
-VERSIONS = pytest.mark.parametrize("version", [1, 2])
 
-
-@pytest.mark.parametrize("version", [1, pytest.param(2, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@VERSIONS
 def test_runs_where_the_machines_have_gpus(nodes, make_run_on, version):
     """`runtime.use_gpu` unset, true and false, from a head without CPUs: none, two and back."""
     nodes.start_autoscaling_head(most=2, version=version, gpus=1, idle_s=5)
