@@ -232,7 +232,6 @@ def evaluate(
         from clusterns_ray.io.object_store import is_url, split_url, write_text
         from clusterns_ray.io.paths import check_path
         from clusterns_ray.launch.preflight import check_store
-        from clusterns_ray.models.resolve import resolve_model
 
         json_file = json_file and check_path("--json", json_file)
         sts = sts and check_path("--sts", sts, ())
@@ -245,17 +244,8 @@ def evaluate(
             check_store("--json", split_url(json_file)[0])
         elif json_file is not None:
             check_writable(Path(json_file), "--json")
-        on_event = progress_view()
-        for model in (*models, *((against,) if against else ())):
-            resolve_model(model, notes_to(on_event))
-        result = evaluate_models(
-            models,
-            request,
-            pooling=pooling,
-            max_length=max_length,
-            against=against,
-            note=notes_to(on_event),
-        )
+        note = notes_to(progress_view())
+        result = evaluate_models(models, request, pooling=pooling, max_length=max_length, against=against, note=note)
         render(result)
         if json_file is not None:
             value = result["models"][0] if len(result["models"]) == 1 else result
@@ -285,13 +275,11 @@ def encode(
         from clusterns_ray.console.progress import progress_view
         from clusterns_ray.inference.distributed_encode import encode as run_encoding
         from clusterns_ray.io.paths import CORPORA, check_path
-        from clusterns_ray.models.resolve import resolve_model
 
         files = [check_path("FILE", file, CORPORA) for file in files]
         output = Path(check_path("--output", output, ()))
         on_event = progress_view()
         try:
-            resolve_model(model, notes_to(on_event))
             result = run_encoding(
                 model,
                 files,
@@ -332,7 +320,6 @@ def search(
         from clusterns_ray.console.progress import progress_view
         from clusterns_ray.inference.search import SemanticIndex, check_k, check_queries, hits_as_json, hits_as_text
         from clusterns_ray.io.paths import CORPORA, check_path
-        from clusterns_ray.models.resolve import resolve_model
 
         corpus = check_path("CORPUS", corpus, CORPORA)
         index = index and Path(check_path("--index", index, ()))
@@ -340,7 +327,6 @@ def search(
         check_k(k)
         on_event = progress_view(sys.stderr)
         try:
-            resolve_model(model, notes_to(on_event))
             results = SemanticIndex.build(
                 model, corpus, index, text_column=text_column, limit=limit, rebuild=rebuild, on_event=on_event
             ).search(queries, k)

@@ -257,7 +257,7 @@ def evaluate_models(
         raise ConfigError(f"--pooling is {pooling!r}; it must be {', '.join(POOLINGS)}.")
     every = [*dict.fromkeys(models), *([against] if against is not None and against not in models else [])]
     for model in every:
-        resolve_model(model)
+        resolve_model(model, note)
     if against is not None and len(every) < 2:
         raise ConfigError(f"--against {against!r} is the model itself. Name another one.")
     sources: dict[str, Any] = {}

@@ -32,7 +32,7 @@ from clusterns_ray.inference.embedding_file import (
     read_info,
     write_tables,
 )
-from clusterns_ray.io.events import Note, OnEvent, RowsDone
+from clusterns_ray.io.events import Note, OnEvent, RowsDone, notes_to
 from clusterns_ray.io.files import check_writable, file_lock, replacing, write_json
 from clusterns_ray.models.resolve import resolve_model
 
@@ -105,7 +105,7 @@ def encode_files(
     """
     out = Path(os.path.abspath(Path(out).expanduser()))
     check_settings(dtype=dtype, batch_size=batch_size, pooling=pooling, max_length=max_length, limit=limit)
-    resolve_model(model)
+    resolve_model(model, notes_to(on_event))
     sources = list_sources(files)
     _check_out(out, sources)
     request = encode_request(
@@ -476,17 +476,13 @@ class _Progress:
 
     def kept(self, rows: int) -> None:
         self.rows += rows
-        self._report(0)
-
-    def working(self, rows: int) -> None:
-        self._report(rows)
+        self.working(0)
 
     def encoded(self, rows: int) -> None:
-        self.rows += rows
         self.new += rows
-        self._report(0)
+        self.kept(rows)
 
-    def _report(self, working: int) -> None:
-        rows, speed = self.rows + working, (self.new + working) / max(time.monotonic() - self.started, 1e-9)
+    def working(self, rows: int) -> None:
+        rows, speed = self.rows + rows, (self.new + rows) / max(time.monotonic() - self.started, 1e-9)
         left = (self.total - rows) / speed if self.total and speed else None
         self.on_event(RowsDone("encoded", rows, self.total, speed, left))

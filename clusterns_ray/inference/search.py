@@ -124,10 +124,11 @@ class SemanticIndex:
             ConfigError, DataError: the request cannot work, faiss is missing, or ``directory`` is not ours.
             ClusterNSError: writing failed, or another process is building there; encoded parts are kept.
         """
+        note = notes_to(on_event)
         load_faiss()
         folder = Path(os.path.abspath(Path(directory or default_directory(corpus)).expanduser()))
         check_settings(dtype="float32", batch_size=batch_size, pooling=pooling, max_length=max_length, limit=limit)
-        resolve_model(model)
+        resolve_model(model, note)
         settings = {
             "text_column": text_column,
             "limit": limit,
@@ -139,7 +140,6 @@ class SemanticIndex:
         }
         embeddings, request = _request(model, corpus, settings)
         _check_directory(folder)
-        note = notes_to(on_event)
 
         def up_to_date() -> bool:
             saved = _read_manifest(folder)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from clusterns_ray import distributed
-from clusterns_ray.io.events import Evaluated, Event, Note, OnEvent, StepLogged
+from clusterns_ray.io.events import Evaluated, OnEvent, StepLogged, notes_to
 from clusterns_ray.training.context import RunContext
 from clusterns_ray.training.metrics import MetricsLog
 from clusterns_ray.training.trackers import Trackers
@@ -20,7 +20,9 @@ class RunLogger:
     def __init__(self, context: RunContext, on_event: OnEvent) -> None:
         self.context = context
         self.is_main = distributed.rank() == 0
-        self._on_event = on_event
+        self.event: OnEvent = on_event if self.is_main else lambda event: None
+        """Passes an event on to the caller of the run."""
+        self.note = notes_to(self.event)
         self.metrics: MetricsLog | None = None
         self.trackers = Trackers()
         self._last_step, self._last_time = 0, time.perf_counter()
@@ -38,15 +40,6 @@ class RunLogger:
         if self.metrics.damaged:
             self.note(f"metrics.jsonl was damaged: {self.metrics.damaged} of its lines are lost. Weights are whole.")
         self.trackers.begin(self.context.config, self.context.run_dir, step or 0, self.note)
-
-    def event(self, event: Event) -> None:
-        """Pass an event on to the caller of the run."""
-        if self.is_main:
-            self._on_event(event)
-
-    def note(self, text: str) -> None:
-        """Pass a text on to the caller of the run."""
-        self.event(Note(text))
 
     def log_step(self, step: int, batch_size: int, values: dict[str, Any]) -> None:
         """Record a step.

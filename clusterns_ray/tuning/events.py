@@ -1,4 +1,4 @@
-"""What a sweep reports to its caller while it runs, besides the events of ``clusterns_ray.io.events``."""
+"""Events of a sweep, besides those of ``clusterns_ray.io.events``."""
 
 from __future__ import annotations
 
@@ -15,29 +15,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrialEvent(Event):
-    """Something happened to a trial, or to a run that confirms one."""
+    """Something happened to the run in the directory ``name``: ``0003`` is a trial, ``0003-seed1`` confirms it."""
 
     name: str
-    """the name of the run's directory: ``0003`` for a trial, ``0003-seed1`` for a run that confirms it"""
 
 
 @dataclass(frozen=True)
 class TrialBegan(TrialEvent):
-    """It begins, or resumes from its newest checkpoint."""
+    """It begins, or resumes, with these values of the study's parameters."""
 
     overrides: Overrides
-    """its values of the study's parameters"""
 
 
 @dataclass(frozen=True)
 class TrialScored(TrialEvent):
-    """It was evaluated and goes on, or ended with that score."""
+    """It was evaluated and goes on, or ended with that score: of its last evaluation, or its best if it finished."""
 
     state: Literal["evaluated", "pruned", "finished"]
     step: int
-    """steps that are done"""
     score: float
-    """dev score (Spearman x 100): of that step, or the best where it is finished"""
 
 
 @dataclass(frozen=True)
@@ -45,12 +41,10 @@ class TrialFailed(TrialEvent):
     """It ended without a score."""
 
     reason: str
-    """one line"""
 
 
 @dataclass(frozen=True)
 class StudyChecked(Event):
-    """The sweep looked at its trials, as it does a few times a second."""
+    """The sweep looked at its trials, as it does a few times a second; ``study`` holds how far each has come."""
 
     study: optuna.Study
-    """the study as it is now; its trials show how far each has come"""
