@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.cuda.nccl
+import torch.distributed
 
 PACKAGES = ("clusterns-ray", "torch", "transformers", "ray", "numpy", "faiss-cpu", "faiss-gpu")
 
@@ -29,6 +31,7 @@ def describe_environment(device: torch.device, command: Sequence[str], num_worke
         "versions": {
             "python": platform.python_version(),
             **{name: installed for name in PACKAGES if (installed := _version(name))},
+            **(_cuda_versions() if device.type == "cuda" else {}),
         },
         "machine": {
             "platform": platform.platform(),
@@ -37,6 +40,10 @@ def describe_environment(device: torch.device, command: Sequence[str], num_worke
             if sys.platform != "win32"
             else None,
             "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+            # Torch's dropout draws by this number.
+            "multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count
+            if device.type == "cuda"
+            else None,
         },
         "num_workers": num_workers,
     }
@@ -55,6 +62,16 @@ def changed_versions(path: Path, environment: dict[str, Any]) -> str | None:
     return (
         f"The run was begun with {', '.join(changes)}: it may differ in its last digits from one that was not changed."
     )
+
+
+def _cuda_versions() -> dict[str, str | None]:
+    """The libraries below torch, by which sums differ in their last digits."""
+    nccl = torch.cuda.nccl.version() if torch.distributed.is_nccl_available() else None
+    return {
+        "cuda": torch.version.cuda,
+        "cudnn": str(torch.backends.cudnn.version()),
+        "nccl": ".".join(map(str, nccl)) if nccl else None,
+    }
 
 
 def _version(package: str) -> str | None:

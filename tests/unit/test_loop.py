@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from clusterns_ray.models.encoder import Encoder
 from clusterns_ray.models.tokenization import tokenize
 from clusterns_ray.training.checkpoint import list_checkpoints
 from clusterns_ray.training.context import RunContext
+from clusterns_ray.training.environment import describe_environment
 from clusterns_ray.training.evaluator import COLLAPSED, Evaluator
 from clusterns_ray.training.hard_negatives import CentroidNegatives
 from clusterns_ray.training.metrics import read_metrics
@@ -93,6 +95,19 @@ def test_a_whole_run(lab: Lab, tmp_path: Path) -> None:
     assert environment["versions"]["torch"] == torch.__version__ and environment["machine"]["cpus"] > 0
     assert environment["command"] == ["clusterns", "train", "x.yaml"] and environment["num_workers"] == 1
     assert len(list((tmp_path / "tensorboard").glob("events.*"))) == 1
+
+
+def test_a_gpu_is_described_with_the_libraries_that_its_sums_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91200)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
+    described = describe_environment(torch.device("cuda:0"), ["clusterns"], 1)
+    assert (described["machine"]["gpu"], described["machine"]["multiprocessors"]) == ("H100", 132)
+    assert [described["versions"][name] for name in ("cuda", "cudnn", "nccl")] == ["13.0", "91200", "2.28.9"]
 
 
 def test_sets_that_are_scored_as_well_select_nothing(lab: Lab, tmp_path: Path) -> None:
