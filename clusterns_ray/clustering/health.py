@@ -3,8 +3,6 @@
 Shape suffixes: D width, K clusters.
 """
 
-# pyright: reportUnknownMemberType=false
-
 from __future__ import annotations
 
 from typing import Any
@@ -67,10 +65,8 @@ class ClusterHealth:
         centroids of 1 - cos(now, at the last call); begins anew."""
         assert self.sizes_K is not None and self.before_KD is not None
         drift_K = 1 - F.cosine_similarity(centroids_KD, self.before_KD, dim=1, eps=COSINE_EPS)
-        seen: dict[str, Any] = {
-            "cluster_sizes": self.sizes_K.tolist(),
-            "centroid_drift": max(float(drift_K.mean()), 0.0),
-        }
+        sizes = self.sizes_K.cpu().numpy().tolist()
+        seen = {"cluster_sizes": sizes, "centroid_drift": max(float(drift_K.mean()), 0.0)}
         self.sizes_K, self.before_KD = torch.zeros_like(self.sizes_K), centroids_KD.clone()
         return seen
 

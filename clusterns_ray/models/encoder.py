@@ -129,7 +129,9 @@ class Encoder(nn.Module):
     # ---- making one -------------------------------------------------------------------------------------------
 
     @classmethod
-    def load(cls, name: str | os.PathLike, *, pooling: str | None = None, max_length: int | None = None) -> Encoder:
+    def load(
+        cls, name: str | os.PathLike[str], *, pooling: str | None = None, max_length: int | None = None
+    ) -> Encoder:
         """Load a finished encoder: a run's ``model/``, a transformers or sentence-transformers directory, a hub id,
         or ``package:PYTHON_PACKAGE/SUBDIR``.
 
@@ -437,7 +439,7 @@ class Encoder(nn.Module):
 
     # ---- writing one ------------------------------------------------------------------------------------------
 
-    def save(self, directory: str | os.PathLike) -> None:
+    def save(self, directory: str | os.PathLike[str]) -> None:
         """Write a directory that transformers and sentence-transformers load as it is; the head is left out.
 
         With a prompt whose end stands after the sentence, sentence-transformers has no module of its own that
@@ -480,7 +482,7 @@ def own_length(settings: ModelSettings, tokenizer: Any, name: str) -> int | None
     return length
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
     """Matrix products in ``dtype``; float32 changes nothing."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 

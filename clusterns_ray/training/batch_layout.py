@@ -19,7 +19,7 @@ from clusterns_ray.data.sampler import assign_shards, cut_shards
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """A tensor on ``device``; the host does not wait for the copy."""
-    tensor = torch.from_numpy(array)
+    tensor = torch.as_tensor(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
@@ -45,7 +45,9 @@ class BatchLayout:
 
     def canonical(self, rank: int) -> np.ndarray:
         """Canonical numbers of the rows of one worker, in the order in which it computes them."""
-        parts = [np.arange(self.starts[shard], self.starts[shard + 1]) for shard in self.shards_by_rank[rank]]
+        parts: list[np.ndarray] = [
+            np.arange(self.starts[shard], self.starts[shard + 1]) for shard in self.shards_by_rank[rank]
+        ]
         return np.concatenate(parts)
 
     def positive_b(self, device: torch.device) -> Tensor:

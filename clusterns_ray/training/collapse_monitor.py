@@ -34,7 +34,7 @@ class CollapseMonitor:
         """
         cosine = values["mean_cosine"]
         empty = values.get("empty_clusters", 0)
-        warnings = {}
+        warnings: dict[str, str] = {}
         if self.was_spread and cosine > COLLAPSED_COSINE:
             warnings["cosine"] = (
                 f"Collapse at step {step}: the mean cosine of the batch is back at {cosine:.2f}, so all sentences look "

@@ -73,7 +73,7 @@ class ShardReader:
     def masked_copy(self, input_ids: np.ndarray, key: int) -> tuple[Tensor, Tensor]:
         """Ids with masked tokens, and their labels."""
         ids_BT, labels_BT = mask_tokens(
-            torch.from_numpy(input_ids),
+            torch.as_tensor(input_ids),
             self.config.loss.mlm_probability,
             mask_id=self.tokenizer.mask_token_id,
             vocabulary=len(self.tokenizer),

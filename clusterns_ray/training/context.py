@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from clusterns_ray.config import Config
@@ -22,14 +23,15 @@ class RunContext:
     """the directory of the dev set, ``config.evaluation.dev`` within it; None for a run without one"""
     run_dir: Path
     """the run's files, or this machine's copy of them"""
-    uploader: LocalFiles = field(default=None)  # type: ignore[assignment]
-    """copies the run to where it belongs, where ``run_dir`` is this machine's alone"""
+    copied_by: LocalFiles | None = None
+    """copies the run to where it belongs, where ``run_dir`` is this machine's alone; None where it is not"""
     command: tuple[str, ...] = ()
     """what started the run, for ``environment.json``"""
 
-    def __post_init__(self) -> None:
-        if self.uploader is None:
-            object.__setattr__(self, "uploader", LocalFiles(self.run_dir))
+    @cached_property
+    def uploader(self) -> LocalFiles:
+        """``copied_by``, or one that has nothing to copy."""
+        return self.copied_by or LocalFiles(self.run_dir)
 
     @property
     def address(self) -> str:

@@ -34,7 +34,7 @@ class FiniteChecks:
         Raises:
             NonFiniteError: the last ``most`` of them were, in a row.
         """
-        skipped, in_a_row = map(int, self.parts.optimizer.skipped.tolist())
+        skipped, in_a_row = map(int, self.parts.optimizer.skipped.cpu().numpy())
         if in_a_row >= most:
             raise NonFiniteError(
                 f"The last {in_a_row} gradients before step {self.state.step} were NaN or infinite, so the weights "

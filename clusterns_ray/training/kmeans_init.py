@@ -38,6 +38,6 @@ def sample_centroids(config: Config, tokens: TokenStore, encoder: Encoder) -> Te
     if distributed.rank() == 0:
         seed = stream_key("kmeans_init", config.seed)
         directions_KD = spherical_kmeans(z_ND, k, seed=seed, device=encoder.device)
-    z, centroids_KD = torch.from_numpy(z_ND), torch.from_numpy(directions_KD)
+    z, centroids_KD = torch.as_tensor(z_ND), torch.as_tensor(directions_KD)
     sums_KD, counts_K = member_statistics(z, cosine_matrix(z, centroids_KD).argmax(dim=1), k)
     return update_centroids(centroids_KD, sums_KD, counts_K, rate=1.0, rule="mean").to(encoder.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,7 +54,7 @@ class RunLogger:
         self.record(StepLogged(step, values["loss"], speed, {"step": step, **values, "sentences_per_second": speed}))
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> Generator[None]:
         """Leave the time that is spent within out of the speed of steps."""
         began = time.perf_counter()
         yield

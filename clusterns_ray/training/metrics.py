@@ -58,8 +58,8 @@ def _step_of(line: str) -> int:
 def step_metrics(step_loss: StepLoss, batch_size: int, unused: Collection[str] = ()) -> dict[str, float]:
     """The values of one step over all workers, but for those of terms that are ``unused``. One small all-reduce; waits
     for the device."""
-    shares = distributed.all_reduce_sum(step_loss.shares.clone())
-    values: dict[str, float] = dict(zip(SHARE_NAMES, shares.tolist(), strict=True))
+    shares = distributed.all_reduce_sum(step_loss.shares.clone()).cpu().numpy()
+    values: dict[str, float] = dict(zip(SHARE_NAMES, map(float, shares), strict=True))
     for name in unused:
         del values[name]
     if step_loss.counts_K is None:

@@ -3,6 +3,8 @@
 Shape suffixes: B rows of the global batch, b rows of this worker, D width, K clusters, T tokens.
 """
 
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 from typing import NamedTuple

@@ -38,13 +38,13 @@ class Optimizer:
     def __init__(self, module: nn.Module, config: TrainConfig, precision: str, device: torch.device) -> None:
         self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.max_grad_norm = config.max_grad_norm
-        self.adamw = torch.optim.AdamW(
+        self.adamw: torch.optim.Optimizer = torch.optim.AdamW(
             decay_groups(module.named_parameters(), config.weight_decay), lr=config.learning_rate, fused=True
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.not_finite = torch.zeros((), device=device)
         """1 where the gradients last clipped were not finite, else 0"""
-        self.skipped = torch.zeros(2, device=device)
+        self.skipped: Tensor = torch.zeros(2, device=device)
         """steps skipped since the run began, and in a row up to now"""
 
     def zero_grad(self) -> None:

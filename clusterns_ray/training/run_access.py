@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def raise_on_all(failed: ClusterNSError | None) -> None:
 
 
 @contextmanager
-def one_writer(run_dir: Path, uploader: LocalFiles, note: Callable[[str], None]) -> Iterator[None]:
+def one_writer(run_dir: Path, uploader: LocalFiles, note: Callable[[str], None]) -> Generator[None]:
     """Worker 0 takes the run for itself alone; where it may not, all workers raise, and none waits for the others."""
     is_main = distributed.rank() == 0
     refused: ClusterNSError | None = None
@@ -75,7 +75,7 @@ def take_over(run_dir: Path, config: Config, address: str, note: Callable[[str],
 
 
 @contextmanager
-def storage_errors(directory: Path) -> Iterator[None]:
+def storage_errors(directory: Path) -> Generator[None]:
     """Raise errors of the operating system as StorageError.
 
     Where there are several workers they are raised as they are: a worker that ends so is started again with the

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from clusterns_ray.config import Config, parse_saved_config
+from clusterns_ray.config import Config, Plain, parse_saved_config
 from clusterns_ray.errors import ConfigError, StorageError
 from clusterns_ray.io.files import changed_file, checksum_holds, read_manifest
 
@@ -54,14 +54,17 @@ def check_config(text: str, config: Config, where: str) -> None:
     )
 
 
-def differences(before: dict, after: dict, prefix: str = "") -> list[tuple[str, object, object]]:
+def differences(
+    before: Mapping[str, Plain], after: Mapping[str, Plain], prefix: str = ""
+) -> list[tuple[str, object, object]]:
     """Dotted key, old and new value of everything that differs between two trees of values."""
     changes: list[tuple[str, object, object]] = []
-    for key in after:
-        if isinstance(after[key], dict):
-            changes += differences(before.get(key, {}), after[key], f"{prefix}{key}.")
-        elif before.get(key) != after[key]:
-            changes.append((prefix + key, before.get(key), after[key]))
+    for key, new in after.items():
+        old = before.get(key)
+        if isinstance(new, Mapping):
+            changes += differences(old if isinstance(old, Mapping) else {}, new, f"{prefix}{key}.")
+        elif old != new:
+            changes.append((prefix + key, old, new))
     return changes
 
 
@@ -72,7 +75,7 @@ def read_result(text: str, config: Config, where: str, note: Callable[[str], Non
         ConfigError: the result is that of another configuration.
     """
     try:
-        result = json.loads(text)
+        result: Plain = json.loads(text)
     except (ValueError, RecursionError):
         result = None
     if not isinstance(result, dict) or "fingerprint" not in result or not checksum_holds(result):

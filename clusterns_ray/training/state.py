@@ -22,10 +22,10 @@ class TrainState:
     """the dev score of the untrained encoder"""
     last_score: float | None = None
     """the dev score of the newest evaluation"""
-    also: dict[str, dict[str, float]] = field(default_factory=dict)
+    also: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
     """of each set that is scored and selects nothing: its score ``before`` training and ``after`` the best step, and
     the 95 % interval (``low``, ``high``) of the difference"""
-    also_cosines_before: dict[str, list[float]] = field(default_factory=dict)
+    also_cosines_before: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
     """cosines of the pairs of each of these sets before training"""
     evaluations_without_gain: int = 0
     """in a row, without a new ``best_trained_score``: a run whose first steps cost it some score may still gain"""

@@ -5,8 +5,6 @@ Shape suffixes: b rows of this worker, D the teacher's width.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -18,7 +16,7 @@ class Teacher:
     """Embeds the rows of a batch as a finished encoder does: without dropout, without a training head."""
 
     def __init__(self, name: str, device: torch.device) -> None:
-        self.encoder: Any = Encoder.load(name).to(device).requires_grad_(False)
+        self.encoder = Encoder.load(name).to(device).requires_grad_(False)
 
     @torch.no_grad()
     def __call__(self, shards: list[Shard], dtype: torch.dtype) -> Tensor:

@@ -5,13 +5,14 @@ The step of a record is its x-axis, and a resumed run goes on in the same charts
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from clusterns_ray.config import Config
+from clusterns_ray.config import Config, Plain
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
 """The Python package that each tracker needs."""
@@ -27,11 +28,9 @@ class TensorBoard:
     """Event files in ``RUN/tensorboard``, for ``tensorboard --logdir STORAGE_PATH``."""
 
     def __init__(self, config: Config, run_dir: Path, step: int) -> None:
-        from tensorboardX import SummaryWriter
-
         # What came after the checkpoint that the run resumes from will come again. By themselves the names of event
         # files resolve only whole seconds.
-        self.writer = SummaryWriter(
+        self.writer = importlib.import_module("tensorboardX").SummaryWriter(
             str(run_dir / "tensorboard"), purge_step=step + 1 if step else None, filename_suffix=f".step-{step:08d}"
         )
 
@@ -48,8 +47,7 @@ class WeightsAndBiases:
     """A run of Weights & Biases; project and login as wandb's own environment variables say."""
 
     def __init__(self, config: Config, run_dir: Path, step: int) -> None:
-        import wandb  # pyright: ignore[reportMissingImports]
-
+        wandb = importlib.import_module("wandb")
         self.run = wandb.init(
             project=None if wandb.Settings().project else "clusterns_ray",
             name=config.runtime.name,
@@ -70,20 +68,20 @@ class MLflow:
     """An MLflow run; server and experiment as MLflow's own environment variables say."""
 
     def __init__(self, config: Config, run_dir: Path, step: int) -> None:
-        import mlflow  # pyright: ignore[reportMissingImports]
-
+        mlflow = importlib.import_module("mlflow")
         self.client = mlflow.MlflowClient()
         file = run_dir / "mlflow-run-id"
         if file.is_file():
-            self.run_id = file.read_text().strip()
+            self.run_id: str = file.read_text().strip()
             self.client.update_run(self.run_id, status="RUNNING")
             return
         experiment = mlflow.get_experiment_by_name("clusterns_ray")
         experiment_id = experiment.experiment_id if experiment else mlflow.create_experiment("clusterns_ray")
         self.run_id = self.client.create_run(experiment_id, run_name=config.runtime.name).info.run_id
         file.write_text(self.run_id + "\n")
-        for section, fields in config.resolved().items():
-            for name, value in fields.items() if isinstance(fields, dict) else [("", fields)]:
+        resolved: dict[str, Plain] = config.resolved()
+        for section, fields in resolved.items():
+            for name, value in fields.items() if isinstance(fields, Mapping) else [("", fields)]:
                 self.client.log_param(self.run_id, f"{section}.{name}".rstrip("."), value)
 
     def log(self, values: dict[str, float], step: int) -> None:

@@ -49,9 +49,9 @@ def encode_together(encoder: Encoder, ids: list[list[int]], *, project: bool = F
     batches = list(length_batches([len(row) for row in ids], 64))
     with encoder.frozen_weights(encoder.autocast_dtype):
         for rows in batches[distributed.rank() :: distributed.world_size()]:
-            z_BD = encoder.encode_ids([ids[row] for row in rows])
+            z_BD = encoder.encode_ids([ids[int(row)] for row in rows])
             with torch.inference_mode():
                 z_BD = encoder.project(z_BD) if project else z_BD
-            embeddings_ND[torch.from_numpy(rows).to(encoder.device)] = z_BD.clone()
+            embeddings_ND[torch.as_tensor(rows).to(encoder.device)] = z_BD.clone()
     # Each row is not zero on one worker alone, so the sum is exact.
     return distributed.all_reduce_sum(embeddings_ND).cpu().numpy()

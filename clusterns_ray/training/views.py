@@ -8,6 +8,8 @@ the embeddings, for one more forward pass.
 Shape suffixes: b rows of this worker, c rows of a chunk, D width.
 """
 
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -44,7 +46,7 @@ class CachedViews(Views):
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
-        gradients = zip(_gradient(self.z1_bD).split(self.sizes), _gradient(self.z2_bD).split(self.sizes))
+        gradients = zip(torch.split(_gradient(self.z1_bD), self.sizes), torch.split(_gradient(self.z2_bD), self.sizes))
         for number, (chunk, (d1_cD, d2_cD)) in enumerate(zip(self.chunks, gradients), start=1):
             # DDP sums over workers once, with the last chunk, what all chunks have left in `.grad`.
             waits = number < len(self.chunks) and hasattr(self.model, "no_sync")
