@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.cuda.nccl
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -78,6 +79,13 @@ class _AllGatherRows(torch.autograd.Function):
         gradient = gradients[0].contiguous().clone()
         dist.all_reduce(gradient)
         return gradient.chunk(world_size())[rank()].contiguous()
+
+
+def nccl_version() -> str | None:
+    """The version of the NCCL that torch exchanges by between GPUs; None where it has none."""
+    if not (dist.is_available() and dist.is_nccl_available()):
+        return None
+    return ".".join(map(str, torch.cuda.nccl.version()))
 
 
 def data_parallel(module: torch.nn.Module) -> torch.nn.Module:

@@ -1,5 +1,7 @@
 """``environment.json``: with what, on what, and by which command a run was made."""
 
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import json
@@ -13,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.cuda.nccl
-import torch.distributed
+
+from clusterns_ray import distributed
 
 PACKAGES = ("clusterns-ray", "torch", "transformers", "ray", "numpy", "faiss-cpu", "faiss-gpu")
 
@@ -66,11 +68,10 @@ def changed_versions(path: Path, environment: dict[str, Any]) -> str | None:
 
 def _cuda_versions() -> dict[str, str | None]:
     """The libraries below torch, by which sums differ in their last digits."""
-    nccl = torch.cuda.nccl.version() if torch.distributed.is_nccl_available() else None
     return {
         "cuda": torch.version.cuda,
         "cudnn": str(torch.backends.cudnn.version()),
-        "nccl": ".".join(map(str, nccl)) if nccl else None,
+        "nccl": distributed.nccl_version(),
     }
 
 
