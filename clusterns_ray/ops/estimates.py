@@ -108,7 +108,8 @@ def model_size(config: Config) -> ModelSize:
             setattr(language_model, language_model.base_model_prefix, backbone)
             language_model.tie_weights()
             language_model.train()
-        precision = _precision(config)
+        # `auto` counts as fp32, which needs more.
+        precision = "fp32" if config.train.precision == "auto" else config.train.precision
         views = TwoViews(built, precision, language_model)
         rows = config.train.global_batch_size // config.train.shards
         prompts = [prompt_length(each, tokenizer) for each in (encoder.prompt, encoder.second_prompt) if each]
@@ -246,8 +247,3 @@ def _saved_bytes(work: Callable[[], Any], weights: Sequence[Any]) -> int:
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         work()
     return sum(storage.nbytes() for storage in kept.values())
-
-
-def _precision(config: Config) -> str:
-    """The precision that is estimated for: ``auto`` counts as fp32, which needs more."""
-    return "fp32" if config.train.precision == "auto" else config.train.precision

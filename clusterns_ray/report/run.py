@@ -57,10 +57,9 @@ def headline(run: RunRecord) -> list[str]:
     seconds = number(run.result or {}, "seconds")
     took = f" in {duration(seconds)}" if seconds is not None else ""
     corpus = config.data.corpus if config.data.corpus is not None else config.data.documents
-    text = (
-        f"{'ClusterNS' if run.num_clusters else 'SimCSE'} trained {layers}{config.encoder.name} on {_source(corpus)} "
-    )
-    text += f"for {count(run.last_step, 'step')} of {count(config.train.global_batch_size, 'sentence')}{took}"
+    text = f"{'ClusterNS' if run.num_clusters else 'SimCSE'} trained {layers}{config.encoder.name} on "
+    text += listing(corpus) if isinstance(corpus, list) else str(corpus)
+    text += f" for {count(run.last_step, 'step')} of {count(config.train.global_batch_size, 'sentence')}{took}"
     if not run.finished:
         text += " so far; it has not finished"
     elif run.result and run.result.get("stopped_early"):
@@ -86,10 +85,6 @@ def _outcome(run: RunRecord) -> str:
     if run.kept_untrained:
         text += " No step beat the untrained encoder, so model/ holds that one."
     return text
-
-
-def _source(value: Any) -> str:
-    return listing([str(item) for item in value]) if isinstance(value, list) else str(value)
 
 
 def facts(run: RunRecord) -> list[Fact]:

@@ -52,11 +52,7 @@ PUBLISHED = (
 """Spearman x 100 over all pairs of a task; BERT-base, trained without labels on a million sentences of Wikipedia."""
 
 LABELS = {"STSB": "STS-B", "SICKR": "SICK-R"}
-
-
-def task_labels() -> list[str]:
-    """The names of the seven tests as papers write them."""
-    return [LABELS.get(task, task) for task in TASKS]
+"""The names of tests as papers write them, where these differ."""
 
 
 def sts_section(runs: Sequence[RunRecord], rows: Sequence[Sequence[Cell]]) -> Section:
@@ -89,7 +85,7 @@ def sts_section(runs: Sequence[RunRecord], rows: Sequence[Sequence[Cell]]) -> Se
         code="\n".join(evaluate_command(run) for run in without[:5]),
         tables=[
             Table(
-                ["model", *task_labels(), "average"],
+                ["model", *(LABELS.get(task, task) for task in TASKS), "average"],
                 [*rows, *([item.name, *map(fixed, item.scores), fixed(item.average)] for item in PUBLISHED)],
                 strong_rows=range(len(rows)),
             )

@@ -47,18 +47,13 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 3600:,}\u00a0h {whole % 3600 // 60}\u00a0min"
 
 
-def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and the sample's standard deviation (n - 1), which a single value does not have."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
-
-
 def spread(values: Sequence[float | None]) -> str:
     """``73.71 ± 0.23``; of one value the value; a dash if any is missing or there are none."""
     known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
         return NONE
-    mean, deviation = mean_and_deviation(known)
-    return fixed(mean) if deviation is None else f"{fixed(mean)}\u202f±\u202f{fixed(deviation)}"
+    mean = fixed(statistics.fmean(known))
+    return mean if len(known) == 1 else f"{mean}\u202f±\u202f{fixed(statistics.stdev(known))}"
 
 
 def plain_value(value: Any) -> str:

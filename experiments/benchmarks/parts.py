@@ -7,7 +7,6 @@ the rounds.
 
     loss        of one of eight workers at width 768, forward and backward, by batch and clusters
     step        the whole step with 128 clusters beside SimCSE's, batch 512, width 768
-    corpus      a step with clusters of the whole corpus beside one with clusters of the batches
 """
 
 from __future__ import annotations
@@ -40,7 +39,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from clusterns_ray.clustering.kmeans import cluster_sizes, cosine_matrix, nearest_two
-from clusterns_ray.config import ClusteringConfig
 from clusterns_ray.data.prepare import prepare
 from clusterns_ray.errors import ClusterNSError
 from clusterns_ray.losses import (
@@ -53,7 +51,7 @@ from clusterns_ray.losses import (
 from clusterns_ray.models.resolve import resolve_model
 
 WORKERS = 8
-PARTS = ("loss", "step", "corpus")
+PARTS = ("loss", "step")
 SIMCSE = "SimCSE"
 
 
@@ -73,7 +71,6 @@ def main() -> None:
     parts: dict[str, Callable[[], Any]] = {
         "loss": lambda: losses(arguments.batches, arguments.clusters, rounds),
         "step": lambda: whole_step(corpus, rounds, layers=arguments.layers),
-        "corpus": lambda: corpus_clusters(corpus, rounds),
     }
     results = {**environment(), **{name: parts[name]() for name in PARTS if name in arguments.only}}
     if arguments.json:
@@ -247,54 +244,6 @@ def objective(contestant: ClusterNS) -> Contestant:
         step.scaled_loss.backward()
 
     return timed(work, repeats=5)
-
-
-def corpus_clusters(
-    corpus: str,
-    rounds: int,
-    *,
-    layers: int = 3,
-    batch: int = 128,
-    batch_clusters: int = 32,
-    clusters: int = 256,
-    bank: int = 4096,
-    refreshed: Sequence[int] = (0, 32),
-) -> dict[str, Any]:
-    """Time steps with clusters of a bank and with those of the batches, and what is done once, or rarely, alone."""
-    against = f"scope batch, K {batch_clusters}"
-    # In the timed steps the bank is not clustered again.
-    of_corpus = ["clustering.scope=corpus", f"clustering.bank_rows={bank}", f"clustering.recluster_every_steps={10**6}"]
-    settings = {against: (batch_clusters, [])} | {
-        f"scope corpus, K {clusters}, refresh {rows}": (clusters, [*of_corpus, f"clustering.refresh_rows={rows}"])
-        for rows in refreshed
-    }
-    configs = {
-        name: step_config(layers=layers, batch=batch, corpus=corpus, precision="fp32", clusters=k, settings=lines)
-        for name, (k, lines) in settings.items()
-    }
-    every = ClusteringConfig().recluster_every_steps
-    tokens_dir = prepare(configs[against]).tokens_dir
-    with tempfile.TemporaryDirectory() as scratch:
-        contestants = {name: ClusterNS(config, tokens_dir, Path(scratch)) for name, config in configs.items()}
-        print(f"A whole step of {batch} sentences, layers of MiniLM: {layers}, fp32, by what is clustered")
-        steps = race(dict(contestants), rounds)
-        print_race(steps, against)
-        run = [made.run for made in contestants.values()][-1]
-        assert run.corpus is not None
-        held, start_KD = run.corpus.bank, run.clustering.centroids_KD
-        again = race({"K-means of the bank": timed(lambda: held.cluster(0, start_KD))}, rounds)["K-means of the bank"]
-    filled = [made.bank_seconds for made in contestants.values() if made.run.corpus is not None]
-    once, now = statistics.median(filled), statistics.median(again)
-    print(f"  Once: {bank:,} rows encoded, and clustered, in {once:.1f} s")
-    print(f"  Clustered again in {1000 * now:.0f} ms: {1000 * now / every:.2f} ms a step, at every {every} of them")
-    return {
-        "batch": batch,
-        "layers": layers,
-        "bank_rows": bank,
-        "steps": summary(steps, against),
-        "filled_seconds": filled,
-        "clustered_anew_seconds": again,
-    }
 
 
 if __name__ == "__main__":

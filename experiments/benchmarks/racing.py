@@ -152,11 +152,7 @@ class ClusterNS:
 
     def __init__(self, config: Config, tokens_dir: Path, scratch: Path) -> None:
         self.run = quiet_run(config, tokens_dir, scratch)
-        self.bank_seconds = 0.0
-        """of filling the bank of the corpus and clustering it, where there is one"""
-        if self.run.corpus is not None:
-            self.bank_seconds = timed(self.run.corpus.start)([])
-        elif config.clustering.num_clusters:
+        if config.clustering.num_clusters:
             self.run.clustering.set_centroids(torch.randn(config.clustering.num_clusters, self.run.encoder.width))
 
     def __call__(self, batches: Sequence[int]) -> float:

@@ -196,12 +196,6 @@ def test_parts_with_steps_run(corpus_file: Path):
     added = alone["ClusterNS, K 4"] - alone["SimCSE"]
     assert found["share of SimCSE's step"] == pytest.approx(added / found["steps"]["SimCSE"]["median"])
 
-    found = parts.corpus_clusters(
-        str(corpus_file), 1, layers=1, batch=16, batch_clusters=4, clusters=8, bank=64, refreshed=(0, 4)
-    )
-    assert len(found["steps"]) == 3 and len(found["filled_seconds"]) == 2
-    assert found["bank_rows"] == 64 and min(found["filled_seconds"]) > 0
-
 
 @pytest.mark.nightly
 def test_the_check_of_a_gpu_runs_in_miniature_on_a_cpu(tmp_path: Path):

@@ -25,6 +25,7 @@ from clusterns_ray.io.yaml_text import load_yaml, read_yaml_text
 from clusterns_ray.launch.preflight import check_lasting, check_trackers
 from clusterns_ray.launch.ray_cluster import check_ray_directory
 from clusterns_ray.models.resolve import resolve_model
+from clusterns_ray.ops.cluster_lint import check_cluster_file
 from clusterns_ray.ops.doctor import machines, request
 from clusterns_ray.ops.doctor.findings import Check, Finding, count_text, from_error, ok, problem
 from clusterns_ray.ops.doctor.node import PROBE, nearest_directory
@@ -144,14 +145,9 @@ def _work(asked: Request | None, sizes: Sizes, cluster_file: Path | None) -> dic
             "encoder": lambda: request.check_model(config, sizes),
         }
     if cluster_file is not None:
-        work["cluster file"] = lambda: _cluster_file(cluster_file)
+        valid = [ok("cluster file", f"{cluster_file} is valid")]
+        work["cluster file"] = lambda: check_cluster_file(cluster_file) or valid
     return work
-
-
-def _cluster_file(path: Path) -> list[Finding]:
-    from clusterns_ray.ops.cluster_lint import check_cluster_file
-
-    return check_cluster_file(path) or [ok("cluster file", f"{path} is valid")]
 
 
 # ---- the process that looks at the machines -------------------------------------------------------------------------
