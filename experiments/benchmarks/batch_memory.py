@@ -22,7 +22,6 @@ def main() -> None:
     parser.add_argument("batches", type=int, nargs="+")
     parser.add_argument("--chunk", type=int, default=256, help="sentences whose activations are held at a time")
     parser.add_argument("--held", type=int, default=2048, help="largest batch that is tried without caching")
-    parser.add_argument("--limit-gb", type=float, default=None, help="fail where a cached step needs more")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--cached", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -30,7 +29,6 @@ def main() -> None:
         print(json.dumps(measure(arguments.batches[0], arguments.chunk, arguments.cached)))
         return
     print(f"{'batch':>6} {'activations':>24} {'whole process':>14} {'of the step':>12} {'seconds':>8}")
-    worst = 0.0
     for batch in arguments.batches:
         for cached in (False, True):
             if not cached and batch > arguments.held:
@@ -42,10 +40,7 @@ def main() -> None:
             used = json.loads(done.stdout.splitlines()[-1])
             kind = f"of {arguments.chunk} at a time" if cached else "all held"
             peak, step = (used[key] / 2**30 for key in ("peak", "step"))
-            worst = max(worst, peak) if cached else worst
             print(f"{batch:>6} {kind:>24} {peak:>10.2f} GiB {step:>8.2f} GiB {used['seconds']:>8.1f}", flush=True)
-    if arguments.limit_gb is not None and worst > arguments.limit_gb:
-        sys.exit(f"A cached step took {worst:.2f} GiB, more than {arguments.limit_gb}.")
 
 
 def measure(batch: int, chunk: int, cached: bool) -> dict[str, float]:
