@@ -54,7 +54,9 @@ class _Layout:
         return self.sentences[earlier], self.sentences[later]
 
 
-def structure_graded_pairs(documents: Iterable[Document], *, pairs: int = 2000, seed: int) -> list[dict]:
+def structure_graded_pairs(
+    documents: Iterable[Document], *, pairs: int = 2000, seed: int
+) -> list[dict[str, str | int]]:
     """Draw pairs of sentences graded 3 (neighbours) to 0 (different documents), a quarter of each.
 
     Args:
@@ -72,7 +74,7 @@ def structure_graded_pairs(documents: Iterable[Document], *, pairs: int = 2000, 
     """
     rng = np.random.default_rng(seed)
     layouts = _layouts(documents)
-    rows = []
+    rows: list[dict[str, str | int]] = []
     for offset, grade in enumerate(GRADES):
         need = (pairs + offset) // len(GRADES)
         drawn = _across_documents(layouts, need, rng) if grade == 0 else _within(layouts, grade, need, rng)

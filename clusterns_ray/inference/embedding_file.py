@@ -56,7 +56,7 @@ def write_tables(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> N
             writer.write_table(table, row_group_size=len(table))
 
 
-def read_info(path: str | os.PathLike) -> dict[str, Any]:
+def read_info(path: str | os.PathLike[str]) -> dict[str, Any]:
     """How a file of embeddings was made.
 
     Raises:
@@ -83,7 +83,7 @@ def read_info(path: str | os.PathLike) -> dict[str, Any]:
 
 
 @contextmanager
-def readable(path: str | os.PathLike) -> Iterator[None]:
+def readable(path: str | os.PathLike[str]) -> Iterator[None]:
     """Errors of reading an embedding file as DataError: pages have checksums, which are compared when they are read."""
     import pyarrow as pa
 
@@ -101,7 +101,7 @@ class EmbeddingFile:
         DataError: it is not such a file.
     """
 
-    def __init__(self, path: str | os.PathLike) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         import pyarrow.parquet as pq
 
         self.path = Path(path)

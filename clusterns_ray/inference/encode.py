@@ -71,7 +71,7 @@ class Encoded:
 def encode_files(
     model: str,
     files: str | Sequence[str],
-    out: str | os.PathLike,
+    out: str | os.PathLike[str],
     *,
     text_column: str = "text",
     limit: int | None = None,

@@ -77,7 +77,7 @@ class SemanticIndex:
         >>> index.search(["a boat on the river"], k=3)[0][0].text
     """
 
-    def __init__(self, directory: str | os.PathLike, *, model: str | None = None) -> None:
+    def __init__(self, directory: str | os.PathLike[str], *, model: str | None = None) -> None:
         """Open an index, as :meth:`load` does."""
         self.directory = Path(os.path.abspath(Path(directory).expanduser()))
         load_faiss()
@@ -100,7 +100,7 @@ class SemanticIndex:
         cls,
         model: str,
         corpus: str | Sequence[str],
-        directory: str | os.PathLike | None = None,
+        directory: str | os.PathLike[str] | None = None,
         *,
         text_column: str = "text",
         limit: int | None = None,
@@ -168,7 +168,7 @@ class SemanticIndex:
         return cls(folder, model=model)
 
     @classmethod
-    def load(cls, directory: str | os.PathLike, *, model: str | None = None) -> SemanticIndex:
+    def load(cls, directory: str | os.PathLike[str], *, model: str | None = None) -> SemanticIndex:
         """Open an index without looking whether its corpus has changed.
 
         Args:

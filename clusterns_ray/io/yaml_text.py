@@ -185,7 +185,9 @@ class YamlDumper(yaml.SafeDumper):
 YamlDumper.yaml_implicit_resolvers = YamlLoader.yaml_implicit_resolvers
 
 
-def _load(text: str, source: str, kind: type[LimitedLoader], refused: type[yaml.YAMLError] = yaml.YAMLError) -> list:
+def _load(
+    text: str, source: str, kind: type[LimitedLoader], refused: type[yaml.YAMLError] = yaml.YAMLError
+) -> list[Any]:
     if len(text) > MAX_BYTES:
         raise ConfigError(f"{source} is YAML of more than {MAX_BYTES // 1024} KiB.", "Shorten it.")
     try:

@@ -147,7 +147,7 @@ class _Feed(Searcher):
         self.pool.live[trial_id] = job
         return {"job": job}
 
-    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         job = self.pool.live.pop(trial_id, None)
         self.pool.started.discard(trial_id)
         if self.pool.closing or job is None or trial_id in self.pool.stopped:
@@ -170,7 +170,7 @@ class _Verdicts(FIFOScheduler):
         super().__init__()
         self.pool = pool
 
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         pool, trial_id = self.pool, trial.trial_id
         if pool.closing or trial_id in pool.stopped:
             return TrialScheduler.STOP
@@ -203,5 +203,5 @@ class _Starts(Callback):
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
 
-    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.pool.started.add(trial.trial_id)

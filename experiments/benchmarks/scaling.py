@@ -96,13 +96,15 @@ def share_of(config: Config, workers: int) -> Config:
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 
-def measure(config: Config, tokens_dir: Path, counts: list[int], arguments: argparse.Namespace) -> dict[str, list]:
+def measure(
+    config: Config, tokens_dir: Path, counts: list[int], arguments: argparse.Namespace
+) -> dict[str, list[dict[str, Any]]]:
     """The outcomes of every round, by what was run: ``together 2``, ``apart 2``, ``threads 2``."""
     cases = {f"together {n}": (config, n, 1, True) for n in counts}
     cases |= {f"apart {n}": (share_of(config, n), n, 1, False) for n in counts if n > 1}
     if arguments.threads > 1:
         cases[f"threads {arguments.threads}"] = config, 1, arguments.threads, True
-    outcomes: dict[str, list] = {name: [] for name in cases}
+    outcomes: dict[str, list[dict[str, Any]]] = {name: [] for name in cases}
     for number in range(arguments.rounds):
         for name, (settings, workers, threads, grouped) in cases.items():
             began = time.perf_counter()
@@ -120,7 +122,7 @@ def measure(config: Config, tokens_dir: Path, counts: list[int], arguments: argp
     return outcomes
 
 
-def run_processes(job: tuple, workers: int, deadline_s: float) -> None:
+def run_processes(job: tuple[object, ...], workers: int, deadline_s: float) -> None:
     """Run :func:`rank` on each of ``workers`` processes; none is left behind."""
     context = start_processes(rank, job, nprocs=workers, join=False, start_method="spawn")
     assert context is not None
@@ -140,7 +142,14 @@ def run_processes(job: tuple, workers: int, deadline_s: float) -> None:
 
 
 def rank(
-    number: int, values: dict, tokens_dir: str, workers: int, threads: int, grouped: bool, steps: int, scratch: str
+    number: int,
+    values: dict[str, Any],
+    tokens_dir: str,
+    workers: int,
+    threads: int,
+    grouped: bool,
+    steps: int,
+    scratch: str,
 ) -> None:
     """One process: take steps, alone or with the others, and write what they took."""
     warnings.simplefilter("ignore", FutureWarning)
@@ -204,7 +213,7 @@ def loopback(small_s: float, large_s: float, size: float, workers: int) -> Netwo
 # ---- comparing ------------------------------------------------------------------------------------------------------
 
 
-def compare(work: Workload, outcomes: dict[str, list], arguments: argparse.Namespace) -> dict[str, Any]:
+def compare(work: Workload, outcomes: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace) -> dict[str, Any]:
     def median(case: str, key: str = "step") -> float:
         return statistics.median(outcome[key] for outcome in outcomes[case])
 

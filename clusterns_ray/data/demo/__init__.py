@@ -72,9 +72,8 @@ def read_wikipedia_dump(path: str | Path) -> Iterator[Document]:
         DataError: mwparserfromhell is missing, or the file is missing, damaged or not XML.
     """
     _require("mwparserfromhell")
-    opener: Callable = bz2.open if Path(path).suffix == ".bz2" else open
     try:
-        with opener(path, "rb") as stream:
+        with bz2.open(path, "rb") if Path(path).suffix == ".bz2" else open(path, "rb") as stream:
             for title, wikitext in _articles(stream):
                 yield parse_document(plain_text(wikitext), title)
     except (OSError, EOFError, ElementTree.ParseError) as error:

@@ -275,7 +275,7 @@ def check_gpus(request: Request | None, cluster: Cluster) -> list[Finding]:
         return [ok("GPU", "none on the nodes that are up" if cluster.on_ray else "none on this machine")]
     if not wanted:
         return [ok("GPU", "none, and none asked for: training is on CPUs")]
-    if request is not None and request.on_ray and cluster.capacity.offers_gpu() is None:
+    if request.on_ray and cluster.capacity.offers_gpu() is None:
         text = f"no node with one is up, so none was tried: {cluster.capacity.describe()}"
         return [warning("GPU", text, "See that a node type of the cluster's file has GPUs.")]
     text = "runtime.use_gpu is true, but no node has one, and no autoscaler brings one"
