@@ -67,16 +67,26 @@ class Checkpointer:
         """The state in the newest whole checkpoint, the same on every worker; None where the run has none yet.
 
         Raises:
-            CheckpointError: checkpoints are there and every one is damaged or of another configuration.
+            CheckpointError: on every worker; checkpoints are there and every one is damaged or of another
+                configuration.
+            RuntimeError: on every worker; they see different checkpoints, which a restart of the group may cure, as a
+                shared directory may show new files late.
         """
-        step, state = load_newest(self.directory, self.fingerprint, warn) or (0, None)
-        chosen = distributed.broadcast_object(step)
-        if step != chosen:
-            raise RuntimeError(
-                f"The newest checkpoint in {str(self.directory)!r} is of step {step} on worker {distributed.rank()} "
-                f"and of step {chosen} on worker 0. Let runtime.storage_path be a directory that every node sees, or "
-                "in an object store."
-            )
+        step, state, problem = 0, None, None
+        try:
+            step, state = load_newest(self.directory, self.fingerprint, warn) or (0, None)
+        except CheckpointError as error:
+            problem = str(error)
+        seen = distributed.gather_objects((step, problem))
+        for worker, (other_step, other_problem) in enumerate(seen):
+            if other_problem is not None:
+                raise CheckpointError(other_problem)
+            if other_step != seen[0][0]:
+                raise RuntimeError(
+                    f"The newest checkpoint in {str(self.directory)!r} is of step {other_step} on worker {worker} and "
+                    f"of step {seen[0][0]} on worker 0. Let runtime.storage_path be a directory that every node sees, "
+                    "or in an object store."
+                )
         return state
 
     def of_step(self, step: int) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -15,8 +16,11 @@ from spawn import RanksFailed, run_ranks
 
 from clusterns_ray import distributed
 from clusterns_ray.clustering import bank
-from clusterns_ray.errors import ClusterNSError
+from clusterns_ray.config import make_config
+from clusterns_ray.errors import CheckpointError, ClusterNSError
 from clusterns_ray.training.batch_layout import BatchLayout, build_batch_layout
+from clusterns_ray.training.checkpoint import Checkpointer, save_checkpoint
+from clusterns_ray.training.context import RunContext
 
 pytestmark = pytest.mark.slow
 
@@ -130,6 +134,34 @@ def test_data_parallel_averages_gradients_and_leaves_a_lone_worker_alone(ranks: 
     for same_module, gradient in run_ranks(parameters_of_a_wrapped_module, ranks):
         assert same_module == (ranks == 1)
         torch.testing.assert_close(gradient, expected[None], rtol=1e-12, atol=1e-12)
+
+
+def newest_of(directories: list[Path]) -> str:
+    """What a worker whose run is in a directory of its own says of its newest checkpoint."""
+    config = make_config({"encoder": {"name": "x"}, "data": {"corpus": "x"}})
+    context = RunContext(config, Path(), None, directories[distributed.rank()])
+    try:
+        state = Checkpointer(context, {}).newest(lambda text: None)
+    except (CheckpointError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return f"step {state['step']}" if state else "none"
+
+
+def test_workers_that_do_not_see_the_same_checkpoints_all_raise(tmp_path: Path):
+    fingerprint = make_config({"encoder": {"name": "x"}, "data": {"corpus": "x"}}).fingerprint()
+    runs = {name: tmp_path / name for name in ("first", "second", "damaged", "empty")}
+    for name, step in (("first", 4), ("second", 8), ("damaged", 8)):
+        save_checkpoint(runs[name] / "checkpoints", step, {"step": step}, fingerprint, keep=1)
+    (runs["damaged"] / "checkpoints" / "step-00000008" / "state.pt").write_bytes(b"")
+
+    assert run_ranks(newest_of, 2, [runs["first"], runs["first"]]) == ["step 4", "step 4"]
+    for others, reason in (
+        ("second", "RuntimeError: The newest checkpoint in .* is of step 8 on worker 1 and of step 4 on worker 0"),
+        ("empty", "RuntimeError: The newest checkpoint in .* is of step 0 on worker 1 and of step 4 on worker 0"),
+        ("damaged", "CheckpointError: None of the 1 checkpoints in .*damaged/checkpoints' can be used"),
+    ):
+        said = run_ranks(newest_of, 2, [runs["first"], runs[others]])
+        assert all(re.match(reason, each) for each in said), said
 
 
 # ---- the helper itself ------------------------------------------------------------------------------------------
