@@ -263,6 +263,11 @@ def several(*changes: Change) -> Change:
 
 
 LAUNCHER: dict[str, tuple[Change, str, str]] = {
+    "a zone of another region": (
+        put("provider availability_zone", "us-west-2a, us-east-1b"),
+        "problem provider.availability_zone",
+        "is us-east-1b, which is not in provider.region, us-west-2",
+    ),
     "negative min": (put(f"{TYPES} gpu_spot min_workers", -1), "problem gpu_spot", "is -1"),
     "negative max": (put(f"{TYPES} gpu_spot max_workers", -2), "problem gpu_spot", "max_workers -2"),
     "min above max": (put(f"{TYPES} gpu_on_demand min_workers", 3), "problem gpu_on_demand", "min_workers is 3"),
@@ -349,6 +354,11 @@ def test_mistakes_of_google_cloud_are_found(directory: Path) -> None:
     found = findings(directory, [config])
     assert [re.sub(":.*", "", line) for line in found] == ["problem worker_start_ray_commands"]
     assert "(gpu_spot)" in found[0]
+
+    config = copy.deepcopy(SHIPPED["gcp"][0])
+    config["provider"]["availability_zone"] = "us-central1-b"  # the disks are forgotten
+    found = findings(directory, [config])
+    assert len(found) >= 2 and all("names zone us-central1-a, and provider.availability_zone is" in it for it in found)
 
 
 GROUP = "spec workerGroupSpecs 0"

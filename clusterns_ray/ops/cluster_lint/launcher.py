@@ -26,13 +26,14 @@ LONG_IDLE_MINUTES = 60
 START_WATCHER = f"nohup flock -n ~/clusterns-spot.lock python -m {WATCHER} >> ~/clusterns-spot.log 2>&1 < /dev/null &"
 """The command that the shipped files have, there with ``--provider``: one watcher at a time, in the background."""
 
+_ZONE = re.compile(r"\bzones/([\w-]+)/")
 _AUTH_MODE = re.compile(r"RAY_AUTH_MODE=[\"']?(\w*)")
 
 
 def check_launcher(config: Mapping[str, Any], pinned: Mapping[str, str]) -> list[Finding]:
     """The findings about a file for ``ray up``."""
     complete, findings = _with_defaults(config)
-    checks = (_check_counts, _check_idle, _check_auth, _check_spot)
+    checks = (_check_zones, _check_counts, _check_idle, _check_auth, _check_spot)
     return [
         *findings,
         *(finding for check in checks for finding in check(config, complete)),
@@ -79,6 +80,22 @@ def _is_spot(node: Mapping[str, Any]) -> bool:
     return mapping(config.get("InstanceMarketOptions")).get("MarketType") == "spot" or any(
         mapping(part).get("preemptible") is True or mapping(part).get("provisioningModel") == "SPOT" for part in parts
     )
+
+
+def _check_zones(given: Mapping[str, Any], config: Mapping[str, Any]) -> Iterable[Finding]:
+    """Check that zones are in the region, and that disks are in the machines' zone: the cloud refuses others late."""
+    provider, key = mapping(given.get("provider")), "provider.availability_zone"
+    region = str(provider.get("region") or "")
+    zones = [zone.strip() for zone in str(provider.get("availability_zone") or "").split(",") if zone.strip()]
+    for zone in zones:
+        if not zone.startswith(region):
+            value = f"is {zone}, which is not in provider.region, {region}"
+            yield problem(key, value, f"Name a zone of {region}, or the region of {zone}.")
+    for name, node in _node_types(given).items():
+        for zone in dict.fromkeys(_ZONE.findall(str(node.get("node_config")))):
+            if zones and zone not in zones:
+                value = f"names zone {zone}, and {key} is {', '.join(zones)}"
+                yield problem(f"{name}.node_config", value, "Name the same zone in both.")
 
 
 def _check_counts(given: Mapping[str, Any], config: Mapping[str, Any]) -> Iterable[Finding]:
