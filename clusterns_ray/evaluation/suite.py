@@ -285,10 +285,13 @@ def evaluate_models(
             figures, items[model] = _evaluate(encoder, suite, data, paced)
         except NonFiniteError as error:
             raise NonFiniteError(f"{model} has no score: {error}") from None
+        if encoder.truncated:
+            note(prefix + encoder.describe_truncation(encoder.truncated, len(data.sentences())))
         results[model] = {
             "model": model,
             "pooling": encoder.pooling,
             "max_length": encoder.max_length,
+            "truncated": encoder.truncated,
             "suite": list(suite.names),
             **null_for_nan(figures),
             "data": sources,
@@ -320,8 +323,9 @@ def evaluate_model(
     """Evaluate one model; the arguments are those of :class:`Suite`.
 
     Returns:
-        ``model``, ``pooling``, ``max_length``, ``suite``, ``versions``; of STS ``tasks``, ``missing``, ``average``,
-        ``extra`` (see ``score_tests``); and ``transfer``, ``clustering``, ``geometry``, each where it was asked for.
+        ``model``, ``pooling``, ``max_length``, ``truncated`` (how many sentences were cut to it), ``suite``,
+        ``versions``; of STS ``tasks``, ``missing``, ``average``, ``extra`` (see ``score_tests``); and ``transfer``,
+        ``clustering``, ``geometry``, each where it was asked for.
 
     Raises:
         ConfigError: no such model, or no such data.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from clusterns_ray.config import MAX_WORKERS
 from clusterns_ray.errors import ClusterNSError, ConfigError
-from clusterns_ray.inference.encode import Encoded, OnProgress, Part, encode_files
+from clusterns_ray.inference.encode import Encoded, EncodedPart, OnProgress, Part, encode_files
 from clusterns_ray.io.events import OnEvent, OnNote, notes_to
 from clusterns_ray.launch.capacity import check_room
 from clusterns_ray.launch.ray_cluster import check_ray_directory, cluster_capacity, connect
@@ -76,11 +76,11 @@ def encode_on_ray(
     *,
     workers: int,
     note: OnNote = lambda text: None,
-) -> Iterator[tuple[int, list[str], np.ndarray]]:
+) -> Iterator[EncodedPart]:
     """Encode parts on Ray workers, one part at a time each; the part of a worker that dies goes to another.
 
     Yields:
-        ``(number, sentences, float32 (n, D))`` of each part, as they are done.
+        Each part as it is done.
 
     Raises:
         ClusterNSError: no worker starts, or none finishes, in time; or one part ends worker after worker.
@@ -111,8 +111,10 @@ class _Worker:
         if self.encoder.device.type == "cpu":
             torch.set_num_threads(1)
 
-    def encode(self, texts: list[str], batch_size: int) -> np.ndarray:
-        return self.encoder.encode(texts, batch_size=batch_size)
+    def encode(self, texts: list[str], batch_size: int) -> tuple[np.ndarray, int]:
+        """Embeddings, and how many of the texts were cut."""
+        before = self.encoder.truncated
+        return self.encoder.encode(texts, batch_size=batch_size), self.encoder.truncated - before
 
 
 class _Workers:
@@ -137,7 +139,7 @@ class _Workers:
         self.deaths: dict[int, int] = {}
         self.failed_starts = 0
 
-    def encode(self, first: Part, rest: Iterator[Part]) -> Iterator[tuple[int, list[str], np.ndarray]]:
+    def encode(self, first: Part, rest: Iterator[Part]) -> Iterator[EncodedPart]:
         import ray
 
         self.again.append(first)
@@ -168,7 +170,7 @@ class _Workers:
         worker = self.start()
         self.starting[worker.ready.remote()] = worker
 
-    def _take(self, ref: Any) -> tuple[int, list[str], np.ndarray] | None:
+    def _take(self, ref: Any) -> EncodedPart | None:
         """What a worker has done; where it has died, its part is put back and another worker started."""
         import ray
         from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
@@ -196,7 +198,7 @@ class _Workers:
         if part is None:
             self.failed_starts = 0
             return None
-        return part[0], part[1], value
+        return EncodedPart(*part, *value)
 
     def _died(self, part: Part | None, error: Exception) -> None:
         if part is None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -53,9 +53,18 @@ Part = tuple[int, list[str]]
 OnProgress = Callable[[int], None]
 """Called with how many sentences of the part at work are done."""
 
-EncodeParts = Callable[["Encoder", Iterable[Part], int, OnProgress], Iterator[tuple[int, list[str], np.ndarray]]]
-"""Takes an encoder, parts, the batch size and a callback, which it may call; yields
-``(number, sentences, float32 (N, D))`` of each part, in any order."""
+
+class EncodedPart(NamedTuple):
+    number: int
+    texts: list[str]
+    z_ND: np.ndarray
+    """float32"""
+    truncated: int
+    """how many of the texts were cut to the encoder's ``max_length``"""
+
+
+EncodeParts = Callable[["Encoder", Iterable[Part], int, OnProgress], Iterator[EncodedPart]]
+"""Takes an encoder, parts, the batch size and a callback, which it may call; yields parts in any order."""
 
 
 @dataclass(frozen=True)
@@ -188,14 +197,16 @@ def writer_lock(directory: Path, what: str) -> AbstractContextManager[None]:
 
 def encode_here(
     encoder: Encoder, parts: Iterable[Part], batch_size: int, on_progress: OnProgress = lambda rows: None
-) -> Iterator[tuple[int, list[str], np.ndarray]]:
+) -> Iterator[EncodedPart]:
     """Encode in this process, on the GPU where there is one."""
     import torch
 
     if torch.cuda.is_available():
         encoder.to("cuda")
     for number, texts in parts:
-        yield number, texts, encoder.encode(texts, batch_size=batch_size, progress=on_progress)
+        before = encoder.truncated
+        z_ND = encoder.encode(texts, batch_size=batch_size, progress=on_progress)
+        yield EncodedPart(number, texts, z_ND, encoder.truncated - before)
 
 
 def check_settings(
@@ -388,7 +399,7 @@ def _encode(
         sources=[Source(**source) for source in request["sources"]],
     )
     progress = _Progress(total, on_event)
-    parts = 0
+    parts = truncated = 0
 
     def missing() -> Iterator[Part]:
         nonlocal parts
@@ -399,7 +410,8 @@ def _encode(
                 yield parts - 1, texts
 
     with closing(encode_parts(encoder, missing(), request["batch_size"], progress.working)) as done:  # type: ignore[type-var]
-        for number, texts, z_ND in done:
+        for number, texts, z_ND, cut in done:
+            truncated += cut
             first = number * plan["rows_per_part"]
             table = embedding_table(texts, _finish(z_ND, unit, request["dtype"], first), schema)
             with replacing(_part_path(parts_dir, number)) as path:
@@ -407,6 +419,8 @@ def _encode(
             progress.encoded(len(texts))
     if not parts:
         raise DataError(f"{_names(files)}: there is no sentence to encode.")
+    if truncated:
+        on_event(Note(encoder.describe_truncation(truncated, progress.new)))
     on_event(Note(f"Joining {parts:,} parts"))
     with replacing(out, parts_dir) as path:  # where a kill's leftovers are cleared away
         write_tables(path, (_read_part(_part_path(parts_dir, number)) for number in range(parts)), schema)

@@ -107,6 +107,8 @@ class Encoder(nn.Module):
         self.head = head
         self.packs = True
         """whether to pack where it can be done"""
+        self.truncated = 0
+        """how many sentences it has cut to ``max_length`` so far"""
         self._weights: PackedBert | None = None
         self.autocast_dtype = torch.float32
         """in which :meth:`encode_ids` multiplies; a run sets its own, a finished encoder keeps float32"""
@@ -379,7 +381,16 @@ class Encoder(nn.Module):
 
     def tokenize(self, sentences: Sequence[str]) -> list[list[int]]:
         """Token ids with the prompt and the special tokens, cut to ``max_length``."""
-        return tokenize(sentences, self.tokenizer, self.max_length, self.prompt)[0]
+        ids, truncated = tokenize(sentences, self.tokenizer, self.max_length, self.prompt)
+        self.truncated += truncated
+        return ids
+
+    def describe_truncation(self, truncated: int, sentences: int) -> str:
+        """That so many of these sentences were cut, for people."""
+        longest = longest_text(self.backbone, self.tokenizer, self.prompt)
+        most = "" if longest is None else f" (the model reads {longest:,})"
+        more = f" --max-length raises that{most}." if longest is None or longest > self.max_length else ""
+        return f"{truncated:,} of {sentences:,} sentences were cut to {self.max_length:,} tokens.{more}"
 
     def encode(
         self,

@@ -121,6 +121,7 @@ class Device:
 class Fake:
     '''Encodes a text as its length; ends its process, or raises, where a text asks for it.'''
     device = Device()
+    truncated = 0
     def to(self, device):
         return self
     def encode(self, texts, batch_size):
@@ -134,6 +135,7 @@ class Fake:
                 raise ConfigError("this cannot be encoded")
             if text == "bug":
                 raise KeyError("a bug")
+            self.truncated += text == "long"
         return np.array([[len(text)] for text in texts], dtype=np.float32)
 
 def run(*texts, workers=2):
@@ -142,7 +144,7 @@ def run(*texts, workers=2):
     said = []
     try:
         done = encode.encode_on_ray(Fake(), parts, 8, workers=workers, note=said.append)
-        print("done", sorted((number, texts, z.tolist()) for number, texts, z in done), said)
+        print("done", sorted((part.number, part.texts, part.z_ND.tolist(), part.truncated) for part in done), said)
     except ClusterNSError as error:
         print(type(error).__name__, error)
 """
@@ -150,10 +152,14 @@ def run(*texts, workers=2):
 
 def test_workers_that_die_or_raise(environment, tmp_path):
     """A part goes to another worker, unless it ends one after the other; an error ends the command."""
-    script = FAKE + "run('a', 'once', 'c', 'd', 'e')\nrun('a', 'always', 'c')\nrun('a', 'wrong')\nrun('bug')\nrun()\n"
+    script = (
+        FAKE + "run('a', 'once', 'long', 'd', 'e')\nrun('a', 'always', 'c')\nrun('a', 'wrong')\nrun('bug')\nrun()\n"
+    )
     lines = run_script(script, tmp_path, environment)
-    texts = enumerate(("a", "once", "c", "d", "e"))
-    wanted = [(number, [f"x{number}", text], [[2.0], [float(len(text))]]) for number, text in texts]
+    texts = enumerate(("a", "once", "long", "d", "e"))
+    wanted = [
+        (number, [f"x{number}", text], [[2.0], [float(len(text))]], int(text == "long")) for number, text in texts
+    ]
     assert lines[0] == f"done {wanted} ['A worker ended; part 2 goes to another.']"
     assert lines[1].startswith("ClusterNSError 4 workers ended over part 2, of 2 sentences.")
     assert "--batch-size" in lines[1]

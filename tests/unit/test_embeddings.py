@@ -27,7 +27,15 @@ from clusterns_ray.inference.embedding_file import (
     read_info,
     write_tables,
 )
-from clusterns_ray.inference.encode import Encoded, describe_changes, encode_files, encode_here, unit_rows, writer_lock
+from clusterns_ray.inference.encode import (
+    Encoded,
+    EncodedPart,
+    describe_changes,
+    encode_files,
+    encode_here,
+    unit_rows,
+    writer_lock,
+)
 from clusterns_ray.io import files
 from clusterns_ray.io.events import Event, Note, RowsDone
 from clusterns_ray.models.encoder import Encoder
@@ -164,6 +172,17 @@ def test_empty_lines_are_no_sentences_and_are_counted(encode: Callable[..., Enco
     assert Note("2 sentences; 3 empty rows skipped") in said
 
 
+def test_sentences_that_are_cut_are_counted(encode: Callable[..., Encoded], tmp_path: Path) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text("a lamp\n" + "the baker finds a lamp " * 5 + "\n" + "a lamp " * 20 + "\n")
+    said: list[Event] = []
+    encode(files=str(path), on_event=said.append, max_length=8, rows_per_part=2)
+    assert Note("2 of 3 sentences were cut to 8 tokens. --max-length raises that (the model reads 64).") in said
+    said.clear()
+    encode(files=str(path), out=tmp_path / "whole.parquet", on_event=said.append, max_length=64)
+    assert not [event for event in said if isinstance(event, Note) and " were cut to " in event.text]
+
+
 def test_several_files_and_formats(encode: Callable[..., Encoded], tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("n,text\n1,first\n")
     pq.write_table(pa.table({"text": ["second"], "n": [1]}), tmp_path / "b.parquet")
@@ -207,7 +226,7 @@ def test_sentences_are_read_as_they_are_encoded(encode: Callable[..., Encoded], 
     def encode_parts(encoder: Any, parts: Any, batch_size: int, on_progress: Any) -> Iterator[Any]:
         for number, texts in parts:
             ahead.append(read - number * PART)
-            yield number, texts, np.ones((len(texts), encoder.width), np.float32)
+            yield EncodedPart(number, texts, np.ones((len(texts), encoder.width), np.float32), 0)
 
     monkeypatch.setattr(embeddings, "read_sentences", reading)
     encode(encode_parts=encode_parts)
@@ -517,7 +536,7 @@ def test_embeddings_that_are_no_numbers_are_refused(
         for number, texts in parts:
             z = np.ones((len(texts), encoder.width), np.float32)
             z[3] = value if number == 2 else 1
-            yield number, texts, z
+            yield EncodedPart(number, texts, z, 0)
 
     with pytest.raises(ClusterNSError, match=words) as error:
         encode(encode_parts=encode_parts, dtype=dtype)

@@ -342,6 +342,15 @@ def test_sets_of_ones_own_are_scored_by_name_without_an_average(
     assert list(both["extra"]) == ["MINE/test", "YOURS/a"], "a dev set of the seven only where it is named"
 
 
+def test_sentences_that_are_cut_are_counted(tmp_path: Path, tiny_model: Path) -> None:
+    write_pairs(tmp_path / "MINE" / "test.jsonl", count=14)
+    said: list[str] = []
+    cut = evaluate_model(str(tiny_model), tmp_path, max_length=4, note=said.append)
+    assert said == ["24 of 24 sentences were cut to 4 tokens. --max-length raises that (the model reads 64)."]
+    assert cut["truncated"] == 24, "each different sentence once"
+    assert evaluate_model(str(tiny_model), tmp_path)["truncated"] == 0
+
+
 def test_a_dev_set_alone_is_scored_where_it_is_named(tmp_path: Path, tiny_model: Path) -> None:
     write_pairs(tmp_path / "STSB" / "dev.jsonl", count=14)
     with pytest.raises(ConfigError, match="It holds STSB/dev: to score that, add --dev STSB/dev"):
