@@ -427,6 +427,12 @@ def test_a_plan_without_any_possible_number_of_workers_says_so(make: Callable[..
     assert result.exit_code == 0 and "the nearest that do: 2, 4" in " ".join(result.output.split())
 
 
+def test_a_price_without_a_number_of_sentences_is_no_cost(make: Callable[..., Config], tmp_path: Path):
+    said = clusterns(make(), tmp_path, "--workers", "1", "--tflops", "1", "--price", "2")
+    assert said.exit_code == 0 and "cost of an epoch" not in said.output and "as given." in said.output
+    assert "No cost: how many sentences the corpus has is not known; give --sentences." in said.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [

@@ -176,6 +176,8 @@ def _assumptions(work: Workload, machine: Machine) -> list[str]:
         lines.append("Left out: filling the bank of the corpus, K-means over it, and encoding its rows anew.")
     if config.train.max_steps is not None:
         lines.append(f"An epoch is a whole pass; train.max_steps ends a run after {config.train.max_steps:,} steps.")
-    if machine.price is not None:
+    if machine.price is not None and work.steps_per_epoch is None:
+        lines.append("No cost: how many sentences the corpus has is not known; give --sentences.")
+    elif machine.price is not None:
         lines.append(f"Cost: {machine.price:g} a worker and hour, as given.")
     return lines
