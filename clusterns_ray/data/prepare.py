@@ -20,7 +20,7 @@ from clusterns_ray.data.token_store import TokenStore, prepare_tokens, reuse_tok
 from clusterns_ray.errors import ConfigError
 from clusterns_ray.evaluation.hub import fetch_sts
 from clusterns_ray.evaluation.lee import LEE
-from clusterns_ray.io.events import OnEvent, RowsDone, notes_to
+from clusterns_ray.io.events import OnEvent, OnNote, RowsDone, notes_to
 from clusterns_ray.io.object_store import local_copy
 from clusterns_ray.models.resolve import resolve_model
 
@@ -131,7 +131,7 @@ def structure_dev_set(
     *,
     pairs: int,
     text_column: str = "text",
-    note: Callable[[str], None] = lambda text: None,
+    note: OnNote = lambda text: None,
     read: Callable[[], list[Document]] | None = None,
 ) -> Path:
     """Make, or find again, the pairs of sentences graded by the structure of ``documents``.

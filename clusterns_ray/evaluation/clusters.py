@@ -8,7 +8,7 @@ Shape suffixes: N rows, K clusters, S seeds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from clusterns_ray.errors import ConfigError, DataError
 from clusterns_ray.evaluation.geometry import unit_rows
 from clusterns_ray.evaluation.labelled import Labelled, check_labels, labelled, read_labelled
 from clusterns_ray.evaluation.sts import Embed
+from clusterns_ray.io.events import OnNote
 from clusterns_ray.io.paths import check_regular_file
 
 SEEDS = 10
@@ -131,7 +132,7 @@ def evaluate_clusters(
     embed: Embed,
     *,
     seeds: Sequence[int],
-    note: Callable[[str], None] = lambda text: None,
+    note: OnNote = lambda text: None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Scores of K-means over each set.
 

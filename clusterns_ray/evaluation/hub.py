@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from clusterns_ray.errors import ConfigError, DataError
 from clusterns_ray.evaluation.sts import FIELDS, graded_pair
+from clusterns_ray.io.events import OnNote
 from clusterns_ray.io.files import write_atomic, write_json
 
 HUB: dict[str, tuple[str, str]] = {
@@ -36,9 +37,7 @@ def hub_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "clusterns" / "sts-hub"
 
 
-def fetch_sts(
-    directory: Path, names: Sequence[str] | None = None, note: Callable[[str], None] = lambda text: None
-) -> Path:
+def fetch_sts(directory: Path, names: Sequence[str] | None = None, note: OnNote = lambda text: None) -> Path:
     """Make, or find again, ``directory/TASK/SUBSET.jsonl`` from the hub.
 
     Each file is written whole or not at all; ``manifest.json`` then lists its data set, split and rows, and the

@@ -17,7 +17,7 @@ Shape suffixes: N rows, F features, C regularisation strengths, K folds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ import numpy as np
 from clusterns_ray.errors import ConfigError, DataError
 from clusterns_ray.evaluation.labelled import Labelled, read_labelled
 from clusterns_ray.evaluation.sts import Embed
+from clusterns_ray.io.events import OnNote
 
 TASKS: dict[str, tuple[str, ...]] = {
     "MR": (),
@@ -127,7 +128,7 @@ def _check(task: Task, paths: Sequence[Path]) -> None:
 
 
 def evaluate_transfer(
-    tasks: Sequence[Task], embed: Embed, *, seed: int = SEED, note: Callable[[str], None] = lambda text: None
+    tasks: Sequence[Task], embed: Embed, *, seed: int = SEED, note: OnNote = lambda text: None
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Accuracies of the tasks.
 
@@ -175,7 +176,7 @@ Solved = tuple[Any, float, np.ndarray]
 """Strength or strengths that were chosen, accuracy that chose them (x 100), predicted labels of the test rows."""
 
 
-def _nested(x: list[np.ndarray], y: list[np.ndarray], seed: int, note: Callable[[str], None]) -> Solved:
+def _nested(x: list[np.ndarray], y: list[np.ndarray], seed: int, note: OnNote) -> Solved:
     (x_NF,), (y_N,) = x, y
     predicted, strengths, dev = np.empty_like(y_N), [], []
     for number, (train, test) in enumerate(_folds(x_NF, y_N, seed), start=1):
@@ -187,12 +188,12 @@ def _nested(x: list[np.ndarray], y: list[np.ndarray], seed: int, note: Callable[
     return strengths, float(np.mean(dev)), predicted
 
 
-def _train_test(x: list[np.ndarray], y: list[np.ndarray], seed: int, note: Callable[[str], None]) -> Solved:
+def _train_test(x: list[np.ndarray], y: list[np.ndarray], seed: int, note: OnNote) -> Solved:
     strength, accuracy = _choose(x[0], y[0], SEARCH_TRAIN_TEST, seed, note)
     return strength, accuracy, _fit(x[0], y[0], [strength])[0].predict(x[1])
 
 
-def _train_dev_test(x: list[np.ndarray], y: list[np.ndarray], seed: int, note: Callable[[str], None]) -> Solved:
+def _train_dev_test(x: list[np.ndarray], y: list[np.ndarray], seed: int, note: OnNote) -> Solved:
     models = _fit(x[0], y[0], SEARCH)
     scores_C = [round(100 * float((model.predict(x[1]) == y[1]).mean()), 2) for model in models]
     best = int(np.argmax(scores_C))
@@ -204,7 +205,7 @@ def _choose(
     y_N: np.ndarray,
     search: list[float],
     seed: int,
-    note: Callable[[str], None] = lambda text: None,
+    note: OnNote = lambda text: None,
 ) -> tuple[float, float]:
     """The strength with the best mean accuracy over held-out folds, and that accuracy (x 100, to 0.01)."""
     accuracies_KC = []

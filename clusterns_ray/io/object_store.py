@@ -23,6 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from clusterns_ray.errors import ConfigError, DamagedError, StorageError
+from clusterns_ray.io.events import OnNote
 from clusterns_ray.io.files import file_lock, json_text, replacing, sha256, write_atomic
 from clusterns_ray.io.paths import check_path
 
@@ -229,7 +230,7 @@ class Store:
             ) from None
         return files
 
-    def pull_directory(self, name: str, local: Path, note: Callable[[str], None] = lambda text: None) -> bool:
+    def pull_directory(self, name: str, local: Path, note: OnNote = lambda text: None) -> bool:
         """Make ``local`` the directory ``name``, verified; what is there already and matches stays.
 
         Only one process of a machine downloads at a time; the others wait for it. A directory that is replaced
@@ -263,7 +264,7 @@ class Store:
                         return False
         raise StorageError(f"{self.address}/{name} was replaced {REPLACED} times while it was copied. Try again later.")
 
-    def _pull(self, name: str, files: dict[str, dict[str, Any]], local: Path, note: Callable[[str], None]) -> None:
+    def _pull(self, name: str, files: dict[str, dict[str, Any]], local: Path, note: OnNote) -> None:
         size, done, noted = sum(entry["bytes"] for entry in files.values()), 0, time.monotonic()
         note(f"Copying {self.address}/{name} to this machine ({size / 1e6:,.1f} MB)")
         temporary = local.parent / f".{local.name}.{uuid.uuid4().hex[:8]}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 
 from clusterns_ray.config import Config
@@ -15,6 +14,7 @@ from clusterns_ray.errors import ConfigError, StorageError
 from clusterns_ray.evaluation.hub import HUB
 from clusterns_ray.evaluation.lee import LEE, check_lee
 from clusterns_ray.evaluation.sts import check_pairs_exist
+from clusterns_ray.io.events import OnNote
 from clusterns_ray.io.files import write_probe
 from clusterns_ray.io.object_store import Store, is_url, local_copy
 from clusterns_ray.io.paths import check_outlasts_job
@@ -31,7 +31,7 @@ RESERVED = ("cache", "staged")
 STORE_TIMEOUT_S = 20.0
 
 
-def check_request(config: Config, note: Callable[[str], None] = lambda text: None) -> Config:
+def check_request(config: Config, note: OnNote = lambda text: None) -> Config:
     """Refuse what cannot work.
 
     Args:
@@ -78,7 +78,7 @@ def check_sts(config: Config) -> None:
                 check_pairs_exist(Path(sts).expanduser(), name)
 
 
-def check_encoder(config: Config, note: Callable[[str], None] = lambda text: None) -> Config:
+def check_encoder(config: Config, note: OnNote = lambda text: None) -> Config:
     """Check that the encoder is there, and the limits of its config.json, without loading it.
 
     Returns:
@@ -180,7 +180,7 @@ def check_trackers(config: Config) -> None:
         )
 
 
-def warn_of_faiss(note: Callable[[str], None]) -> None:
+def warn_of_faiss(note: OnNote) -> None:
     """Add a note where both faiss wheels are installed; that neither is there is fine."""
     from clusterns_ray.clustering.backend import faiss_conflict
 

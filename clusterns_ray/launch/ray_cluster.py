@@ -8,13 +8,14 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from clusterns_ray.config import RuntimeConfig
 from clusterns_ray.errors import ClusterNSError, ConfigError
+from clusterns_ray.io.events import OnNote
 from clusterns_ray.io.yaml_text import load_foreign_yaml
 from clusterns_ray.launch.capacity import HEAD, ClusterCapacity, check_room, node_types, wants_gpu, worker_resources
 
@@ -30,7 +31,7 @@ _NAMESPACE = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
 
 
 @contextmanager
-def connect(cpus: int, note: Callable[[str], None], *, dashboard: bool = False) -> Iterator[None]:
+def connect(cpus: int, note: OnNote, *, dashboard: bool = False) -> Iterator[None]:
     """Join the cluster that RAY_ADDRESS names, else start Ray on this machine; leave it as it was.
 
     Args:
@@ -84,7 +85,7 @@ def check_ray_directory() -> None:
 
 
 def check_workers(
-    runtime: RuntimeConfig, count: int, job: Literal["run", "trial"], *, begun: bool, note: Callable[[str], None]
+    runtime: RuntimeConfig, count: int, job: Literal["run", "trial"], *, begun: bool, note: OnNote
 ) -> bool:
     """Refuse workers that the cluster that was joined can never hold.
 
@@ -225,7 +226,7 @@ def _reported_version(wait_s: float) -> tuple[int, str | None]:
         time.sleep(0.25)
 
 
-def _start(cpus: int, note: Callable[[str], None], dashboard: bool) -> None:
+def _start(cpus: int, note: OnNote, dashboard: bool) -> None:
     # The driver's directory is not shipped to the workers: the package is installed where they run.
     options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     address = os.environ.get("RAY_ADDRESS")

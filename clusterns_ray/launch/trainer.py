@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from clusterns_ray.config import Config, make_config
 from clusterns_ray.data.prepare import Prepared, check_batch, describe, most_rows, prepare
 from clusterns_ray.errors import ClusterNSError, ConfigError
-from clusterns_ray.io.events import Evaluated, Event, OnEvent, notes_to
+from clusterns_ray.io.events import Evaluated, Event, OnEvent, OnNote, notes_to
 from clusterns_ray.io.uploader import uploader_for
 from clusterns_ray.launch.preflight import check_request, warn_of_faiss
 from clusterns_ray.launch.ray_cluster import check_workers, connect, on_this_node
@@ -63,7 +62,7 @@ def train(config: Config, on_event: OnEvent = lambda event: None) -> dict[str, A
         return _fit(config, prepare_data(), run_dir, on_event, use_gpu)
 
 
-def finished_result(config: Config, note: Callable[[str], None]) -> dict[str, Any] | None:
+def finished_result(config: Config, note: OnNote) -> dict[str, Any] | None:
     """What ``result.json`` says of a finished run whose model is whole; None where there is still something to do.
 
     Raises:

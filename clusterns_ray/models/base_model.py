@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from clusterns_ray.config import Config, EncoderConfig
 from clusterns_ray.errors import ConfigError
+from clusterns_ray.io.events import OnNote
 from clusterns_ray.models.pretrained import read_config
 from clusterns_ray.models.resolve import local_model_config, resolve_model
 from clusterns_ray.models.settings import read_settings
@@ -74,7 +75,7 @@ def complete_encoder(config: EncoderConfig) -> tuple[EncoderConfig, list[str]]:
     return config.model_copy(update={"pooling": pooling, "prompt": prompt}), differences
 
 
-def complete(config: Config, note: Callable[[str], None] = lambda text: None) -> Config:
+def complete(config: Config, note: OnNote = lambda text: None) -> Config:
     """:func:`complete_encoder` for a whole configuration; ``note`` is called with each difference."""
     encoder, differences = complete_encoder(config.encoder)
     for text in differences:

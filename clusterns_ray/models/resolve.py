@@ -6,11 +6,11 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from clusterns_ray.errors import ConfigError
+from clusterns_ray.io.events import OnNote
 from clusterns_ray.io.object_store import MANIFEST, Store, is_url, local_copy, split_url
 from clusterns_ray.io.paths import check_path, check_regular_file
 
@@ -22,7 +22,7 @@ _READ = (".json", ".txt", ".model", ".safetensors", ".bin")
 """Endings of the files of a model that are read."""
 
 
-def resolve_model(name: str, note: Callable[[str], None] = lambda text: None) -> str:
+def resolve_model(name: str, note: OnNote = lambda text: None) -> str:
     """A name as users write it to what transformers loads: a directory or a hub id.
 
     A model in an object store is copied to this machine, verified, where it stays; within a process it is looked at
@@ -99,7 +99,7 @@ def _check_directory(name: str, path: Path) -> None:
         check_regular_file(f"encoder {name!r}: its", path / file)
 
 
-def _fetch(url: str, note: Callable[[str], None]) -> Path:
+def _fetch(url: str, note: OnNote) -> Path:
     """A copy of a model in an object store, beneath where this machine keeps copies of its run."""
     holder, name = split_url(url)
     path = local_copy(holder) / (name or ".")

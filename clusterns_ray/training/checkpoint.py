@@ -19,6 +19,7 @@ import torch
 
 from clusterns_ray import distributed
 from clusterns_ray.errors import CheckpointError
+from clusterns_ray.io.events import OnNote
 from clusterns_ray.io.files import flush, json_text
 from clusterns_ray.io.files import sha256 as file_sha256
 from clusterns_ray.training.context import RunContext
@@ -63,7 +64,7 @@ class Checkpointer:
 
         on_worker_0(write, self.directory)
 
-    def newest(self, warn: Callable[[str], None]) -> dict[str, Any] | None:
+    def newest(self, warn: OnNote) -> dict[str, Any] | None:
         """The state in the newest whole checkpoint, the same on every worker; None where the run has none yet.
 
         Raises:
@@ -141,7 +142,7 @@ def save_checkpoint(directory: Path, step: int, state: dict[str, Any], fingerpri
     return final
 
 
-def load_newest(directory: Path, fingerprint: str, warn: Callable[[str], None]) -> tuple[int, dict[str, Any]] | None:
+def load_newest(directory: Path, fingerprint: str, warn: OnNote) -> tuple[int, dict[str, Any]] | None:
     """``(step, state)`` of the newest whole checkpoint, on the CPU, or None where there is none.
 
     Raises:

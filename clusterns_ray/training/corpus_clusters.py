@@ -7,7 +7,6 @@ Shape suffixes: B rows of the global batch, b rows of this worker, D width, K cl
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from clusterns_ray.config import Config
 from clusterns_ray.data.sampler import random_draws, stream_key
 from clusterns_ray.data.token_store import TokenStore
 from clusterns_ray.errors import ConfigError
+from clusterns_ray.io.events import OnNote
 from clusterns_ray.losses import BankNegatives, bank_negative_logits, similar_mask
 from clusterns_ray.models.encoder import Encoder
 from clusterns_ray.training.batch_layout import BatchLayout, to_device
@@ -46,7 +46,7 @@ class CorpusClusters:
         tokens: TokenStore,
         encoder: Encoder,
         directory: Path,
-        note: Callable[[str], None] = lambda text: None,
+        note: OnNote = lambda text: None,
     ) -> None:
         """
         Args:

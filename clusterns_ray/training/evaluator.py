@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from clusterns_ray.config import Config
 from clusterns_ray.errors import NonFiniteError
 from clusterns_ray.evaluation.compare import compare_sts, fall_text
 from clusterns_ray.evaluation.sts import StsTests, pair_cosines, spearman
+from clusterns_ray.io.events import OnNote
 from clusterns_ray.models.encoder import Encoder
 from clusterns_ray.models.resolve import resolve_model
 from clusterns_ray.models.settings import read_settings
@@ -53,7 +53,7 @@ class Evaluator:
         sts_dir: str | Path | None,
         encoder: Encoder,
         state: TrainState,
-        note: Callable[[str], None] = lambda text: None,
+        note: OnNote = lambda text: None,
     ) -> None:
         """
         Args:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from clusterns_ray.clustering.describe import describe_clusters
 from clusterns_ray.errors import CheckpointError
+from clusterns_ray.io.events import OnNote
 from clusterns_ray.io.files import replacing, write_manifest
 from clusterns_ray.training.checkpoint import Checkpointer, replace_directory
 from clusterns_ray.training.context import RunContext
@@ -36,7 +36,7 @@ class Exporter:
         """Write ``model/`` (and the centroids beside it) in one step each; worker 0 does."""
         on_worker_0(self._export, self.context.run_dir / "model")
 
-    def repair(self, newest: dict[str, Any], checkpointer: Checkpointer, note: Callable[[str], None]) -> None:
+    def repair(self, newest: dict[str, Any], checkpointer: Checkpointer, note: OnNote) -> None:
         """Before a resumed run goes on, export its best model again where that is missing or damaged; worker 0 does.
 
         Args:
@@ -74,7 +74,7 @@ class Exporter:
                 np.save(file, centroids_KD.cpu().numpy())
             uploader.push("centroids.npy")
 
-    def _repair(self, newest: dict[str, Any], checkpointer: Checkpointer, note: Callable[[str], None]) -> None:
+    def _repair(self, newest: dict[str, Any], checkpointer: Checkpointer, note: OnNote) -> None:
         progress = TrainState(**newest["progress"])
         if progress.best_score is None:
             return  # nothing was exported yet

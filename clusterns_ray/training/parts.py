@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -12,6 +11,7 @@ from clusterns_ray.clustering.health import ClusterHealth
 from clusterns_ray.clustering.state import Clustering
 from clusterns_ray.data.sampler import BatchOrder, stream_key
 from clusterns_ray.data.token_store import TokenStore
+from clusterns_ray.io.events import OnNote
 from clusterns_ray.models.backbone import load_language_model
 from clusterns_ray.models.encoder import Encoder
 from clusterns_ray.models.resolve import resolve_model
@@ -33,9 +33,7 @@ from clusterns_ray.training.views import CachedViews, Views, chunked
 class TrainingParts:
     """The parts of a step, equal on every worker; tests, ``plan`` and benchmarks take steps with them too."""
 
-    def __init__(
-        self, context: RunContext, device: torch.device, note: Callable[[str], None] = lambda text: None
-    ) -> None:
+    def __init__(self, context: RunContext, device: torch.device, note: OnNote = lambda text: None) -> None:
         config = context.config
         self.config, self.device, self.note = config, device, note
         self.tokens = TokenStore.open(context.tokens_dir)

@@ -9,6 +9,7 @@ from pathlib import Path
 from clusterns_ray import distributed
 from clusterns_ray.config import Config
 from clusterns_ray.errors import ClusterNSError, StorageError
+from clusterns_ray.io.events import OnNote
 from clusterns_ray.io.files import remove_partial_files, storage_error
 from clusterns_ray.io.lease import exclusive
 from clusterns_ray.io.uploader import LocalFiles
@@ -42,7 +43,7 @@ def raise_on_all(failed: ClusterNSError | None) -> None:
 
 
 @contextmanager
-def one_writer(run_dir: Path, uploader: LocalFiles, note: Callable[[str], None]) -> Generator[None]:
+def one_writer(run_dir: Path, uploader: LocalFiles, note: OnNote) -> Generator[None]:
     """Worker 0 takes the run for itself alone; where it may not, all workers raise, and none waits for the others."""
     is_main = distributed.rank() == 0
     refused: ClusterNSError | None = None
@@ -56,7 +57,7 @@ def one_writer(run_dir: Path, uploader: LocalFiles, note: Callable[[str], None])
         yield
 
 
-def take_over(run_dir: Path, config: Config, address: str, note: Callable[[str], None]) -> None:
+def take_over(run_dir: Path, config: Config, address: str, note: OnNote) -> None:
     """Make sure that the run is of this configuration, and remove what a killed writer left half written.
 
     Args:

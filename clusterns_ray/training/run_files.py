@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from clusterns_ray.config import Config, Plain, parse_saved_config
 from clusterns_ray.errors import ConfigError, StorageError
+from clusterns_ray.io.events import OnNote
 from clusterns_ray.io.files import changed_file, checksum_holds, read_manifest
 
 WRITTEN = (
@@ -68,7 +69,7 @@ def differences(
     return changes
 
 
-def read_result(text: str, config: Config, where: str, note: Callable[[str], None]) -> dict[str, Any] | None:
+def read_result(text: str, config: Config, where: str, note: OnNote) -> dict[str, Any] | None:
     """The result of a finished run; None, with a note, where ``result.json`` is damaged and has to be written anew.
 
     Raises:

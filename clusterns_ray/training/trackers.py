@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from clusterns_ray.config import Config, Plain
+from clusterns_ray.io.events import OnNote
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
 """The Python package that each tracker needs."""
@@ -109,9 +110,9 @@ class Trackers:
 
     def __init__(self) -> None:
         self.open: dict[str, Tracker] = {}
-        self.warn: Callable[[str], None] = lambda text: None
+        self.warn: OnNote = lambda text: None
 
-    def begin(self, config: Config, run_dir: Path, step: int, warn: Callable[[str], None]) -> None:
+    def begin(self, config: Config, run_dir: Path, step: int, warn: OnNote) -> None:
         """Open what ``runtime.trackers`` names; ``step`` is that of the checkpoint resumed from, or 0."""
         self.warn = warn
         for name in config.runtime.trackers:

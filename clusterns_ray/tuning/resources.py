@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from clusterns_ray.errors import ConfigError
+from clusterns_ray.io.events import OnNote
 from clusterns_ray.launch.capacity import worker_resources
 from clusterns_ray.launch.ray_cluster import check_workers, connect, state_api_error
 from clusterns_ray.tuning.study import Study
@@ -15,7 +16,7 @@ HEAD = {"node:__internal_head__": 0.001}
 
 
 @contextmanager
-def cluster(study: Study, note: Callable[[str], None], *, begun: bool) -> Iterator[bool]:
+def cluster(study: Study, note: OnNote, *, begun: bool) -> Iterator[bool]:
     """Join the cluster that RAY_ADDRESS names, else start Ray on this machine; leave it as it was before.
 
     Args:

@@ -21,7 +21,7 @@ from clusterns_ray.data.digests import check_digests, data_digests
 from clusterns_ray.data.prepare import Prepared, check_batch, describe, most_rows, prepare
 from clusterns_ray.errors import ClusterNSError, ConfigError, DiskError, GpuError, StorageError
 from clusterns_ray.evaluation.sts import read_pairs
-from clusterns_ray.io.events import OnEvent, notes_to
+from clusterns_ray.io.events import OnEvent, OnNote, notes_to
 from clusterns_ray.io.files import write_probe
 from clusterns_ray.io.lease import Held, exclusive, leased
 from clusterns_ray.launch.preflight import check_data, check_encoder, check_storage
@@ -342,7 +342,7 @@ def check_batches(study: Study, rows: int | None) -> None:
 
 
 @contextmanager
-def owner(study: Study, note: Callable[[str], None] = lambda text: None) -> Iterator[Callable[[], None]]:
+def owner(study: Study, note: OnNote = lambda text: None) -> Iterator[Callable[[], None]]:
     """Hold the study alone, among all machines that share its store; ConfigError if another process does.
 
     Yields:
