@@ -69,6 +69,11 @@ UNREACHED = "Check that it exists and can be reached."
 OUT_OF_MEMORY = "there is not enough memory. Use smaller batches, or a machine with more memory."
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text; its class where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def describe_unexpected(error: BaseException, again: str = "") -> str:
     """One line on an exception that is not one of ours, for a user: the reason and, where it is known, a remedy.
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from clusterns_ray.errors import DataError
+from clusterns_ray.errors import DataError, first_line
 from clusterns_ray.io.paths import check_regular_file
 
 LONGEST_RECORD = 1 << 26
@@ -523,10 +523,5 @@ def parquet_rows(
         raise
     except Exception as error:  # damaged files make the library raise errors of many kinds
         raise DataError(
-            f"{name}: the parquet file cannot be read ({_first_line(error)}); write it again, or correct its suffix"
+            f"{name}: the parquet file cannot be read ({first_line(error)}); write it again, or correct its suffix"
         ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

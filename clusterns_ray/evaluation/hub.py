@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from clusterns_ray.errors import ConfigError, DataError
+from clusterns_ray.errors import ConfigError, DataError, first_line
 from clusterns_ray.evaluation.sts import FIELDS, graded_pair
 from clusterns_ray.io.events import OnNote
 from clusterns_ray.io.files import write_atomic, write_json
@@ -115,7 +115,7 @@ def _load(dataset: str, split: str) -> list[dict[str, Any]]:
     except (ConfigError, DataError):
         raise
     except Exception as error:  # the library raises whatever its readers and the network do
-        raise _unreachable(f"data set {dataset!r} ({split}) cannot be read: {str(error).splitlines()[0]}") from None
+        raise _unreachable(f"data set {dataset!r} ({split}) cannot be read: {first_line(error)}") from None
 
 
 def _unreachable(what: str) -> ConfigError:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clusterns_ray.config import MAX_WORKERS
-from clusterns_ray.errors import ClusterNSError, ConfigError
+from clusterns_ray.errors import ClusterNSError, ConfigError, first_line
 from clusterns_ray.inference.encode import Encoded, EncodedPart, OnProgress, Part, encode_files
 from clusterns_ray.io.events import OnEvent, OnNote, notes_to
 from clusterns_ray.launch.capacity import check_room
@@ -188,10 +188,10 @@ class _Workers:
             cause = error.cause if isinstance(error.cause, Exception) else error
             if isinstance(cause, ClusterNSError):
                 raise cause from None
-            raise ClusterNSError(f"A worker failed: {type(cause).__name__}: {_first_line(cause)}") from error
+            raise ClusterNSError(f"A worker failed: {type(cause).__name__}: {first_line(cause)}") from error
         except RayError as error:
             if not isinstance(error, RayActorError) and starts:
-                raise ClusterNSError(f"A worker cannot start: {_first_line(error)}") from error
+                raise ClusterNSError(f"A worker cannot start: {first_line(error)}") from error
             self._died(part, error)
             return None
         self.idle.append(worker)
@@ -206,7 +206,7 @@ class _Workers:
             if self.failed_starts >= ATTEMPTS:
                 raise ClusterNSError(
                     f"{self.failed_starts} workers one after the other ended while they started. Is clusterns_ray "
-                    f"installed on every node, with memory enough for the model? {_first_line(error)}"
+                    f"installed on every node, with memory enough for the model? {first_line(error)}"
                 ) from error
         else:
             number = part[0]
@@ -214,7 +214,7 @@ class _Workers:
             if self.deaths[number] >= ATTEMPTS:
                 raise ClusterNSError(
                     f"{ATTEMPTS} workers ended over part {number + 1}, of {len(part[1])} sentences. Is there memory "
-                    f"enough for a batch of {self.batch_size}? Use a smaller --batch-size. {_first_line(error)}"
+                    f"enough for a batch of {self.batch_size}? Use a smaller --batch-size. {first_line(error)}"
                 ) from error
             self.note(f"A worker ended; part {number + 1} goes to another.")
             self.again.append(part)
@@ -232,8 +232,3 @@ class _Workers:
             f"{cpus:.0f} CPUs, {ray.available_resources().get('CPU', 0):.0f} of them free. Ask for fewer --workers, or "
             "add nodes."
         )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clusterns_ray.errors import DataError
+from clusterns_ray.errors import DataError, first_line
 from clusterns_ray.io.files import checksum_holds, with_checksum
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def read_info(path: str | os.PathLike[str]) -> dict[str, Any]:
         metadata = pq.read_schema(path).metadata or {}
         info = json.loads(metadata[METADATA.encode()])
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: it cannot be read as parquet ({str(error).splitlines()[0]})") from None
+        raise DataError(f"{path}: it cannot be read as parquet ({first_line(error)})") from None
     except KeyError:
         raise DataError(f"{path}: `clusterns encode` did not write it, as its metadata has no {METADATA!r}") from None
     except (ValueError, RecursionError) as error:
@@ -90,7 +90,7 @@ def readable(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise DataError(f"{path}: it is damaged ({reason[:200]}). Restore it from a copy, or encode again.") from None
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from clusterns_ray.errors import ConfigError
+from clusterns_ray.errors import ConfigError, first_line
 from clusterns_ray.models.resolve import resolve_model
 
 TIMEOUT_S = 8.0
@@ -51,7 +51,9 @@ def find_model(name: str, revision: str | None = None) -> str:
         value = f"encoder {name!r}: the hub has no such model" + (f" of revision {revision!r}." if revision else ".")
         raise ConfigError(value, "Correct encoder.name" + (" or encoder.revision." if revision else ".")) from None
     except Exception as error:  # whatever the HTTP library of this version raises
-        raise _elsewhere(name, f"{reason}, and {constants.ENDPOINT} does not answer ({_first_line(error)})") from None
+        raise _elsewhere(
+            name, f"{reason}, and {constants.ENDPOINT} does not answer ({first_line(error)[:200]})"
+        ) from None
     return ON_THE_HUB
 
 
@@ -69,7 +71,7 @@ def settings_of(name: str, revision: str | None = None) -> Iterator[str]:
         try:
             directory = snapshot_download(name, revision=revision, allow_patterns=files, cache_dir=scratch)
         except OSError as error:  # as the hub's own errors are
-            raise _elsewhere(name, f"its settings cannot be downloaded ({_first_line(error)})") from None
+            raise _elsewhere(name, f"its settings cannot be downloaded ({first_line(error)[:200]})") from None
         yield directory
 
 
@@ -104,7 +106,7 @@ def find_dataset(url: str) -> str | None:
         raise ConfigError(f"{url}: the hub has no data set {dataset!r}.", "Correct data.corpus.") from None
     except Exception as error:  # whatever the HTTP library of this version raises
         raise ConfigError(
-            f"{url}: {constants.ENDPOINT} does not answer ({_first_line(error)}).",
+            f"{url}: {constants.ENDPOINT} does not answer ({first_line(error)[:200]}).",
             "Open the network, or give data.corpus files of this machine.",
         ) from None
     return f"{dataset} is on the hub, to be downloaded"
@@ -127,7 +129,3 @@ def _elsewhere(name: str, reason: str) -> ConfigError:
         f"Give encoder.name a directory, or fetch it where there is a network (hf download {name}) and copy the hub's "
         "cache here (HF_HOME).",
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
