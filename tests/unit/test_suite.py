@@ -174,7 +174,8 @@ def test_every_suite_and_each_sentence_encoded_once(
 def test_one_model_the_short_way(data: Path, tiny_model: Path) -> None:
     found = evaluate(str(tiny_model), data / "sts", extra=["STSB/dev"], pooling="cls", max_length=9)
     assert list(found) == [
-        "model", "pooling", "max_length", "suite", "tasks", "missing", "average", "extra", "data", "versions",
+        "model", "pooling", "max_length", "truncated", "suite", "tasks", "missing", "average", "extra", "data",
+        "versions",
     ]  # fmt: skip
     assert (found["pooling"], found["max_length"], found["suite"]) == ("cls", 9, ["sts"])
     assert list(found["tasks"]) == list(TASKS) and list(found["extra"]) == ["STSB/dev"]
