@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from clusterns_ray.config import MAX_WORKERS
 from clusterns_ray.errors import ClusterNSError, ConfigError, first_line
-from clusterns_ray.inference.encode import Encoded, EncodedPart, OnProgress, Part, encode_files
+from clusterns_ray.inference.encode import Encoded, EncodedPart, OnProgress, Part, encode_files, encode_part
 from clusterns_ray.io.events import OnEvent, OnNote, notes_to
 from clusterns_ray.launch.capacity import check_room
 from clusterns_ray.launch.ray_cluster import check_ray_directory, cluster_capacity, connect
@@ -111,10 +111,10 @@ class _Worker:
         if self.encoder.device.type == "cpu":
             torch.set_num_threads(1)
 
-    def encode(self, texts: list[str], batch_size: int) -> tuple[np.ndarray, int]:
+    def encode(self, part: Part, batch_size: int) -> tuple[np.ndarray, int]:
         """Embeddings, and how many of the texts were cut."""
-        before = self.encoder.truncated
-        return self.encoder.encode(texts, batch_size=batch_size), self.encoder.truncated - before
+        done = encode_part(self.encoder, part, batch_size)
+        return done.z_ND, done.truncated
 
 
 class _Workers:
@@ -152,7 +152,7 @@ class _Workers:
                 if part is None:
                     break
                 worker = self.idle.popleft()
-                self.running[worker.encode.remote(part[1], self.batch_size)] = (worker, part)
+                self.running[worker.encode.remote(part, self.batch_size)] = (worker, part)
             if not self.running and not self.again and self.idle:
                 return
             limit = PART_TIMEOUT_S if self.running else START_TIMEOUT_S

@@ -55,6 +55,8 @@ OnProgress = Callable[[int], None]
 
 
 class EncodedPart(NamedTuple):
+    """A part with its embeddings."""
+
     number: int
     texts: list[str]
     z_ND: np.ndarray
@@ -203,10 +205,16 @@ def encode_here(
 
     if torch.cuda.is_available():
         encoder.to("cuda")
-    for number, texts in parts:
-        before = encoder.truncated
-        z_ND = encoder.encode(texts, batch_size=batch_size, progress=on_progress)
-        yield EncodedPart(number, texts, z_ND, encoder.truncated - before)
+    for part in parts:
+        yield encode_part(encoder, part, batch_size, on_progress)
+
+
+def encode_part(encoder: Encoder, part: Part, batch_size: int, on_progress: OnProgress | None = None) -> EncodedPart:
+    """Encode the sentences of one part, and count those that are cut."""
+    number, texts = part
+    before = encoder.truncated
+    z_ND = encoder.encode(texts, batch_size=batch_size, progress=on_progress)
+    return EncodedPart(number, texts, z_ND, encoder.truncated - before)
 
 
 def check_settings(

@@ -386,7 +386,7 @@ class Encoder(nn.Module):
         return ids
 
     def describe_truncation(self, truncated: int, sentences: int) -> str:
-        """That so many of these sentences were cut, for people."""
+        """Say how many of these sentences were cut, to how many tokens, and what raises that limit."""
         longest = longest_text(self.backbone, self.tokenizer, self.prompt)
         most = "" if longest is None else f" (the model reads {longest:,})"
         more = f" --max-length raises that{most}." if longest is None or longest > self.max_length else ""

@@ -41,11 +41,7 @@ def describe_environment(device: torch.device, command: Sequence[str], num_worke
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
             if sys.platform != "win32"
             else None,
-            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-            # Torch's dropout draws by this number.
-            "multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count
-            if device.type == "cuda"
-            else None,
+            **_gpu(device),
         },
         "num_workers": num_workers,
     }
@@ -66,11 +62,19 @@ def changed_versions(path: Path, environment: dict[str, Any]) -> str | None:
     )
 
 
-def _cuda_versions() -> dict[str, str | None]:
+def _gpu(device: torch.device) -> dict[str, str | int | None]:
+    """The GPU's name, and its multiprocessors, on whose number it depends what torch's dropout draws."""
+    if device.type != "cuda":
+        return {"gpu": None}
+    properties: Any = torch.cuda.get_device_properties(device)
+    return {"gpu": properties.name, "multiprocessors": properties.multi_processor_count}
+
+
+def _cuda_versions() -> dict[str, str | int | None]:
     """The libraries below torch, by which sums differ in their last digits."""
     return {
         "cuda": torch.version.cuda,
-        "cudnn": str(torch.backends.cudnn.version()),
+        "cudnn": torch.backends.cudnn.version(),
         "nccl": distributed.nccl_version(),
     }
 

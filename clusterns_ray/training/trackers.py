@@ -3,9 +3,11 @@
 The step of a record is its x-axis, and a resumed run goes on in the same charts.
 """
 
+# pyright: reportMissingImports=false, reportMissingTypeStubs=false
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -29,9 +31,11 @@ class TensorBoard:
     """Event files in ``RUN/tensorboard``, for ``tensorboard --logdir STORAGE_PATH``."""
 
     def __init__(self, config: Config, run_dir: Path, step: int) -> None:
+        from tensorboardX import SummaryWriter
+
         # What came after the checkpoint that the run resumes from will come again. By themselves the names of event
         # files resolve only whole seconds.
-        self.writer = importlib.import_module("tensorboardX").SummaryWriter(
+        self.writer = SummaryWriter(
             str(run_dir / "tensorboard"), purge_step=step + 1 if step else None, filename_suffix=f".step-{step:08d}"
         )
 
@@ -48,7 +52,8 @@ class WeightsAndBiases:
     """A run of Weights & Biases; project and login as wandb's own environment variables say."""
 
     def __init__(self, config: Config, run_dir: Path, step: int) -> None:
-        wandb = importlib.import_module("wandb")
+        import wandb
+
         self.run = wandb.init(
             project=None if wandb.Settings().project else "clusterns_ray",
             name=config.runtime.name,
@@ -69,7 +74,8 @@ class MLflow:
     """An MLflow run; server and experiment as MLflow's own environment variables say."""
 
     def __init__(self, config: Config, run_dir: Path, step: int) -> None:
-        mlflow = importlib.import_module("mlflow")
+        import mlflow
+
         self.client = mlflow.MlflowClient()
         file = run_dir / "mlflow-run-id"
         if file.is_file():

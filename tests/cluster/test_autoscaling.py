@@ -20,8 +20,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 TIMEOUT_S = 300.0
 
-VERSIONS = pytest.mark.parametrize("version", [1, 2])
-
 
 def wait_until_gone(nodes: Nodes, timeout_s: float = 120.0) -> None:
     """Until the autoscaler has taken back all machines."""
@@ -83,6 +81,8 @@ def test_concurrent_trials_bring_a_machine_each(
 
 NO_GPU = "Ray gave a GPU to a worker on"
 """What torch has to say of the fake cloud's GPUs."""
+
+VERSIONS = pytest.mark.parametrize("version", [1, 2])
 
 
 @pytest.mark.nightly

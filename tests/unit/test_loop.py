@@ -98,8 +98,7 @@ def test_a_whole_run(lab: Lab, tmp_path: Path) -> None:
 
 
 def test_a_gpu_is_described_with_the_libraries_that_its_sums_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
-    properties = SimpleNamespace(multi_processor_count=132)
+    properties = SimpleNamespace(name="H100", multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91200)
@@ -107,7 +106,7 @@ def test_a_gpu_is_described_with_the_libraries_that_its_sums_depend_on(monkeypat
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
     described = describe_environment(torch.device("cuda:0"), ["clusterns"], 1)
     assert (described["machine"]["gpu"], described["machine"]["multiprocessors"]) == ("H100", 132)
-    assert [described["versions"][name] for name in ("cuda", "cudnn", "nccl")] == ["13.0", "91200", "2.28.9"]
+    assert [described["versions"][name] for name in ("cuda", "cudnn", "nccl")] == ["13.0", 91200, "2.28.9"]
 
 
 def test_sets_that_are_scored_as_well_select_nothing(lab: Lab, tmp_path: Path) -> None:
