@@ -66,8 +66,10 @@ def _gpu(device: torch.device) -> dict[str, str | int | None]:
     """The GPU's name, and its multiprocessors, on whose number it depends what torch's dropout draws."""
     if device.type != "cuda":
         return {"gpu": None}
-    properties: Any = torch.cuda.get_device_properties(device)
-    return {"gpu": properties.name, "multiprocessors": properties.multi_processor_count}
+    return {
+        "gpu": torch.cuda.get_device_name(device),
+        "multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count,
+    }
 
 
 def _cuda_versions() -> dict[str, str | int | None]:

@@ -98,7 +98,8 @@ def test_a_whole_run(lab: Lab, tmp_path: Path) -> None:
 
 
 def test_a_gpu_is_described_with_the_libraries_that_its_sums_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    properties = SimpleNamespace(name="H100", multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    properties = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91200)
