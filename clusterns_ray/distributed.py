@@ -78,7 +78,7 @@ class _AllGatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
         gathered = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
-        # Its successor, all_gather_single, is not in torch 2.8.
+        # Torch 2.13 calls it all_gather_single; this name is known to every version that is supported.
         dist.all_gather_into_tensor(gathered, rows.contiguous())  # pyright: ignore[reportDeprecated]
         return gathered
 

@@ -12,13 +12,15 @@ import pytest
 import ray  # noqa: F401  carries psutil
 from ray_runs import Run
 
+from clusterns_ray.ops.doctor.examine import SCRATCH_DIRECTORY, SCRATCH_PREFIX
+
 import psutil  # isort: skip
 
 pytestmark = pytest.mark.slow
 
 
 def scratch() -> set[Path]:
-    return set(Path("/tmp").glob("cd*"))
+    return set(Path(SCRATCH_DIRECTORY).glob(f"{SCRATCH_PREFIX}*"))
 
 
 def test_ray_is_started_and_ended(make_run: Callable[..., Run], tmp_path: Path) -> None:
@@ -31,5 +33,6 @@ def test_ray_is_started_and_ended(make_run: Callable[..., Run], tmp_path: Path) 
     assert "2 workers with 1 CPU each: room on 1 node" in found["resources"]["value"]
     assert "State API" not in found, "nothing here needs it"
     assert not (tmp_path / "runs").exists() and scratch() == before
-    left = [p for p in psutil.process_iter(["cmdline"]) if any("/tmp/cd" in part for part in p.info["cmdline"] or ())]
+    started = f"{SCRATCH_DIRECTORY}/{SCRATCH_PREFIX}"
+    left = [p for p in psutil.process_iter(["cmdline"]) if any(started in part for part in p.info["cmdline"] or ())]
     assert left == []

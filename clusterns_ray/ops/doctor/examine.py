@@ -34,6 +34,9 @@ from clusterns_ray.ops.doctor.request import Request, Sizes
 DEADLINE_S = 55.0
 """Seconds for all checks together."""
 
+SCRATCH_DIRECTORY, SCRATCH_PREFIX = "/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir(), "cd"
+"""Where a Ray that is started here keeps its files: short, as the paths of its sockets have a limit."""
+
 LoadStudy = Callable[[Path, Iterable[str]], Any]
 """``clusterns_ray.tuning.study.load_study``, given by whoever calls, as this layer is below that one."""
 
@@ -161,7 +164,7 @@ def _inspect(asked: Request | None, deadline: float, facts: list[dict[str, Any]]
         env = dict(os.environ)
         if on_ray and not joined:
             # A Ray that is started here leaves its logs, and a token in the home directory.
-            scratch = tempfile.mkdtemp(prefix="cd", dir="/tmp" if os.path.isdir("/tmp") else None)
+            scratch = tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=SCRATCH_DIRECTORY)
             stack.callback(shutil.rmtree, scratch, ignore_errors=True)
             env["RAY_TMPDIR"] = scratch
             env.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
