@@ -83,7 +83,7 @@ def _is_spot(node: Mapping[str, Any]) -> bool:
 
 
 def _check_zones(given: Mapping[str, Any], config: Mapping[str, Any]) -> Iterable[Finding]:
-    """Check that zones are in the region, and that disks are in the machines' zone: the cloud refuses others late."""
+    """Check that zones are in the region, and that disks are in the zone of their machines."""
     provider, key = mapping(given.get("provider")), "provider.availability_zone"
     region = str(provider.get("region") or "")
     zones = [zone.strip() for zone in str(provider.get("availability_zone") or "").split(",") if zone.strip()]
