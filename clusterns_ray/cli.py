@@ -33,6 +33,9 @@ ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, 
 Overrides = Annotated[
     Optional[list[str]], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one value; may be repeated.")
 ]
+StudyFile = Annotated[
+    Path, typer.Argument(metavar="STUDY", help="A YAML file, such as experiments/studies/smoke.yaml.")
+]
 PoolingOption = Annotated[Optional[str], typer.Option(help="Pooling, in place of the model's own.")]
 MaxLengthOption = Annotated[
     Optional[int], typer.Option(max=2**20, help="Tokens a sentence is cut to, in place of the model's own limit.")
@@ -121,9 +124,7 @@ def prepare(config: ConfigFile, set: Overrides = None) -> None:
 
 @app.command()
 def tune(
-    study: Annotated[
-        Path, typer.Argument(metavar="STUDY", help="A YAML file, such as experiments/studies/smoke.yaml.")
-    ],
+    study: StudyFile,
     set: Overrides = None,
     status: Annotated[bool, typer.Option("--status", help="Show how a study stands, also while it runs.")] = False,
     finalize: Annotated[
@@ -173,6 +174,30 @@ def tune(
         write_study_report(request.directory)
         request.home.publish("report.html")
         typer.echo(f"Wrote {result['best']}, {result['model']} and {(request.home / 'report.html').address}")
+
+
+@app.command()
+def enqueue(
+    study: StudyFile,
+    values: Annotated[
+        list[str],
+        typer.Argument(metavar="KEY=VALUE...", help="Values of keys in the space; the sampler proposes the others."),
+    ],
+    set: Overrides = None,
+) -> None:
+    """Have a study try these values next, whether it runs, here or on another machine, or stands still.
+
+    `--set` is as for `tune`: what the study was begun with.
+    """
+    with readable_errors():
+        from clusterns_ray.tuning.comparison import show_value
+        from clusterns_ray.tuning.enqueue import enqueue as enqueue_point
+        from clusterns_ray.tuning.study import load_study
+
+        request = load_study(study, set or ())
+        point = enqueue_point(request, values)
+        shown = ", ".join(f"{key} {show_value(value)}" for key, value in point.items())
+        typer.echo(f"Enqueued as the next trial of the study {request.config.name}: {shown}.")
 
 
 @app.command()

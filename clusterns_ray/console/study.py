@@ -13,14 +13,13 @@ from clusterns_ray.console.progress import Lines, clock, describe_trial, show_va
 from clusterns_ray.errors import DamagedError
 from clusterns_ray.io.events import Event, Note
 from clusterns_ray.io.files import is_locked
-from clusterns_ray.io.object_store import reading_place
 from clusterns_ray.io.terminal import printable
 from clusterns_ray.tuning.analysis import STATES, Trial, read_trial
 from clusterns_ray.tuning.comparison import sentences, show_value
 from clusterns_ray.tuning.events import StudyChecked, TrialEvent
-from clusterns_ray.tuning.optuna_study import begun
+from clusterns_ray.tuning.optuna_study import begun, enqueued_points
 from clusterns_ray.tuning.selection import check_result
-from clusterns_ray.tuning.study_file import FILES, read_optuna_study
+from clusterns_ray.tuning.study_file import FILES, read_optuna_study, readable_directory
 
 if TYPE_CHECKING:
     import optuna
@@ -220,19 +219,21 @@ def show_status(study: Study) -> None:
     from rich.console import Console
 
     console, store = Console(highlight=False), study.home.store
-    here, names = study.home, []
+    here, names = readable_directory(study.home), []
     if store is None:
-        files = [*here.local.glob("*.json"), *here.local.glob("confirmation/*/result.json")]
-        names = [path.relative_to(here.local).as_posix() for path in files]
+        files = [*here.glob("*.json"), *here.glob("confirmation/*/result.json")]
+        names = [path.relative_to(here).as_posix() for path in files]
     else:
         times = store.times()
-        names, here = list(times), reading_place(store.url)
+        names = list(times)
         newest = max((time for name, time in times.items() if name in FILES.values()), default=None)
         if newest is not None:
-            here.fetch_files(leave_out=(".html", ".parquet"))
             console.print(f"As of the snapshot of {datetime.fromtimestamp(newest):%H:%M:%S} in {store.address}.")
-    progress = read_progress(study, read_optuna_study(here.local, study.config.name))
-    console.print(render(progress))
+    optuna_study = read_optuna_study(here, study.config.name)
+    console.print(render(read_progress(study, optuna_study)))
+    waiting = enqueued_points(study.home, study.space, optuna_study, console.print)
+    if waiting:
+        console.print(f"Enqueued, and tried next: {len(waiting)} {'point' if len(waiting) == 1 else 'points'}.")
     confirming = [name for name in names if name.startswith("confirmation/") and name.endswith("/result.json")]
     base = sum(name.startswith("confirmation/base-") for name in confirming)
     if len(confirming) > base:
@@ -242,7 +243,7 @@ def show_status(study: Study) -> None:
     if "result.json" in names:
         for line in render_result(read_result(study)):
             console.print(line, soft_wrap=True, markup=False)
-    elif store is None and not is_locked(here.local / ".lock"):
+    elif store is None and not is_locked(here / ".lock"):
         console.print("No process of this machine runs the study now; the command without --status goes on with it.")
     for name, text in (("result.json", "Finished"), ("final.json", "Finalized")):
         if name in names:

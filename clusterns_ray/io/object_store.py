@@ -355,6 +355,11 @@ class Place:
         """Whether there is a file of that name, readable or not."""
         return (self.local / name).is_file() if self.store is None else self.store.read(name) is not None
 
+    def names(self) -> list[str]:
+        """Names of the files right in it, without hidden ones, sorted."""
+        names = [path.name for path in self.local.glob("*") if path.is_file()] if not self.store else self.store.names()
+        return sorted(name for name in names if "/" not in name and not name.startswith("."))
+
     def write(self, name: str, text: str) -> None:
         """Write a small text to where it belongs, and to the copy."""
         (self.local / name).parent.mkdir(parents=True, exist_ok=True)
@@ -389,11 +394,7 @@ class Place:
         """
         if self.store is None:
             return
-        there = [
-            name
-            for name in self.store.names()
-            if "/" not in name and not name.startswith(".") and not name.endswith((MANIFEST, *leave_out))
-        ]
+        there = [name for name in self.names() if not name.endswith((MANIFEST, *leave_out))]
         self.local.mkdir(parents=True, exist_ok=True)
         for name in there:
             self.fetch_file(name)

@@ -8,6 +8,7 @@ one before a trial's first step, after its first evaluation and after its end, a
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -17,11 +18,14 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from clusterns_ray.errors import ClusterNSError, ConfigError
+from clusterns_ray.errors import ClusterNSError, ConfigError, DamagedError
+from clusterns_ray.io.events import OnNote
+from clusterns_ray.io.object_store import Place
 from clusterns_ray.tuning.job import Evaluation, Finished
 from clusterns_ray.tuning.sampling import Sampler, grid, pruner
-from clusterns_ray.tuning.space import Overrides, point_key
-from clusterns_ray.tuning.study import Study, compared, differences
+from clusterns_ray.tuning.space import Overrides, Space, point_key
+from clusterns_ray.tuning.study import Study, check_identity
+from clusterns_ray.tuning.study_checks import check_point
 from clusterns_ray.tuning.study_file import (
     FILES,
     SNAPSHOT_S,
@@ -31,6 +35,10 @@ from clusterns_ray.tuning.study_file import (
     push_snapshot,
     readable_file_errors,
 )
+
+ENQUEUED = "enqueued"
+"""The directory of the points that ``clusterns enqueue`` has left, a file each; and the attribute of a trial that took
+one, which holds the file's name."""
 
 FIXED_VALUES = "fixed_params"
 """Where Optuna keeps the values that a trial was enqueued with."""
@@ -96,22 +104,14 @@ class OptunaStudy:
         self._clock, self._last_time = clock, clock()
 
     def _check_identity(self, study: Study) -> None:
-        identity = study.identity()
         known = self.optuna.user_attrs.get("identity")
         if known is None and self.optuna.get_trials(deepcopy=False):
             raise ClusterNSError(damaged(self.path, "it has trials, but not the space that they are of"))
         if known is None:
-            self.remember("identity", identity)
+            self.remember("identity", study.identity())
             self.save()
             return
-        changed = differences(compared(known), identity)
-        if changed:
-            raise ConfigError(
-                f"The study {self.config.name!r} in {str(study.directory)!r} is another one: "
-                + "; ".join(changed[:5])
-                + (f"; and {len(changed) - 5} more" if len(changed) > 5 else "")
-                + ". Choose another name, or go back to those values to go on with it."
-            )
+        check_identity(study, known)
 
     def save(self) -> None:
         """Bring the study to its store, as it is now."""
@@ -149,15 +149,26 @@ class OptunaStudy:
 
     # ---- proposing ----------------------------------------------------------------------------------------------
 
-    def propose(self) -> Proposal:
-        """The next trial, RUNNING from now on; ask :meth:`budget_spent` before."""
+    def propose(self, note: OnNote = lambda text: None) -> Proposal:
+        """The next trial, RUNNING from now on; ask :meth:`budget_spent` before.
+
+        Points that were enqueued come before first points that are left, and these before what the sampler proposes.
+        """
         trials = self.optuna.get_trials(deepcopy=False)
         if not any(trial.state == TrialState.WAITING for trial in trials):
             tried = {point_key(trial.system_attrs.get(FIXED_VALUES, {"": None})) for trial in trials}
             point = next((point for point in self._points if point_key(point) not in tried), None)
-            if point is not None:
+            enqueued = enqueued_points(self.home, self.space, self.optuna, note)
+            if enqueued:
+                name = next(iter(enqueued))
+                self.optuna.enqueue_trial(enqueued[name], {ENQUEUED: name})
+            elif point is not None:
                 self.optuna.enqueue_trial(point)
-        return self._begin(self.optuna.ask())
+        proposal = self._begin(self.optuna.ask())
+        box, taken = self.home / ENQUEUED, taken_names(self.optuna)
+        for name in taken.intersection(box.names()):
+            box.remove_file(name)  # only now, as the store has the trial that took it
+        return proposal
 
     def known_step(self, number: int) -> int:
         """The step of the newest evaluation of a trial that is in the study; 0 before the first."""
@@ -255,6 +266,39 @@ class OptunaStudy:
         self.optuna.tell(self._live.pop(number), value, state)
         self.add_elapsed_time()
         self.save()
+
+
+def enqueued_points(home: Place, space: Space, study: optuna.Study, note: OnNote) -> dict[str, Overrides]:
+    """The points of ``clusterns enqueue`` that no trial has taken, by file name, the oldest first.
+
+    Nothing is locked: a file is written in one step and removed by the study's owner once the trial that took it is
+    safe, so that a kill at any moment neither loses a point nor tries it twice.
+
+    Args:
+        note: called with the reason where a file holds no point of the space.
+    """
+    box, points = home / ENQUEUED, {}
+    taken = taken_names(study)
+    for name in box.names():
+        if name in taken:
+            continue
+        source = f"{box.address}/{name}"
+        try:
+            point = json.loads(box.read(name) or "")
+            if not isinstance(point, dict):
+                raise ValueError("it holds no keys and values")
+            check_point(space, point, source)
+            points[name] = point
+        except ConfigError as error:
+            note(f"An enqueued point is passed over. {error} Remove the file.")
+        except (ValueError, DamagedError) as error:
+            note(f"An enqueued point is passed over: {source} is damaged ({error}). Remove the file.")
+    return points
+
+
+def taken_names(study: optuna.Study) -> set[str]:
+    """The names of the files whose points trials have taken."""
+    return {t.user_attrs[ENQUEUED] for t in study.get_trials(deepcopy=False) if ENQUEUED in t.user_attrs}
 
 
 def begun(study: optuna.Study) -> list[FrozenTrial]:

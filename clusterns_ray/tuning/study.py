@@ -204,7 +204,7 @@ class Study:
         return compared({"base": self.base.identity(), "space": values["space"], **kept})
 
 
-def compared(identity: dict[str, Any]) -> dict[str, Any]:
+def compared(identity: Mapping[str, Any]) -> dict[str, Any]:
     """An identity without what may change; those of version 0.1 hold roles and first points."""
     kept = {key: value for key, value in identity.items() if key != "first_points"}
     space = {
@@ -314,6 +314,25 @@ _PLACES = {
     for name in model.model_fields
 }
 """Every key of a study file, with its section if it is in one section only."""
+
+
+def check_identity(study: Study, known: Mapping[str, Any]) -> None:
+    """Refuse to go on with a study that was begun with another space, base, sampler or scheduler.
+
+    Args:
+        known: the identity that it was begun with.
+
+    Raises:
+        ConfigError: it names what differs.
+    """
+    changed = differences(compared(known), study.identity())
+    if changed:
+        raise ConfigError(
+            f"The study {study.config.name!r} in {study.home.address!r} is another one: "
+            + "; ".join(changed[:5])
+            + (f"; and {len(changed) - 5} more" if len(changed) > 5 else "")
+            + ". Choose another name, or go back to those values to go on with it."
+        )
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -140,7 +140,7 @@ def _draw_point(space: Space, value: Callable[[str], Scalar]) -> Overrides:
 
 
 def check_point(space: Space, point: Mapping[str, Scalar], source: str) -> None:
-    """A first point lies in the space, and names what its keys depend on."""
+    """A point lies in the space and names what its keys depend on; one that leaves nothing open is possible."""
     for key, value in point.items():
         if key not in space.parameters:
             hint = suggestion(key, list(space.parameters), f"it varies {', '.join(space.parameters)}.")
@@ -155,6 +155,8 @@ def check_point(space: Space, point: Mapping[str, Scalar], source: str) -> None:
             )
         if not space.matters(key, point):
             raise ConfigError(f"{source}: {key} does not matter at this point (see its `when`). Leave it out.")
+    if all(name in point or not space.matters(name, point) for name in space.parameters):
+        space.config(point, source)
 
 
 def check_grid(first_points: Sequence[Overrides], space: Space, source: str) -> None:

@@ -13,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from clusterns_ray.errors import ClusterNSError, ConfigError, DiskError
 from clusterns_ray.io.files import disk_fault
-from clusterns_ray.io.object_store import Place
+from clusterns_ray.io.object_store import Place, reading_place
 from clusterns_ray.tuning.study import Study
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -49,6 +49,15 @@ def pull_snapshot(home: Place, kind: str) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     if FILES[kind] in home.store.names():
         home.fetch_file(FILES[kind])
+
+
+def readable_directory(home: Place) -> Path:
+    """Where a study that another process may be writing is read: its directory, or a copy of what its store holds."""
+    if home.store is None:
+        return home.local
+    here = reading_place(home.store.url)
+    here.fetch_files(leave_out=(".html", ".parquet"))
+    return here.local
 
 
 def _copy_database(path: Path, copy: Path) -> None:

@@ -29,7 +29,7 @@ from clusterns_ray.launch.ray_cluster import check_ray_directory
 from clusterns_ray.launch.staging import stage
 from clusterns_ray.tuning.events import StudyChecked, TrialBegan, TrialFailed, TrialScored
 from clusterns_ray.tuning.job import Evaluation, Failed, Finished, Job, Result
-from clusterns_ray.tuning.optuna_study import OptunaStudy, Proposal
+from clusterns_ray.tuning.optuna_study import OptunaStudy, Proposal, enqueued_points
 from clusterns_ray.tuning.outcome import check_not_finalized, encoder_key, write_outcome
 from clusterns_ray.tuning.runs import (
     PlannedRun,
@@ -91,6 +91,9 @@ def tune(study: Study, on_event: OnEvent = lambda event: None) -> dict[str, Any]
             check_not_finalized(study)
             study.home.remove_file("result.json")  # that of an earlier budget
             run_on_ray(sweep)
+        waiting = len(enqueued_points(study.home, study.space, optuna_study.optuna, note))
+        if waiting:
+            note(f"Enqueued points that the budget had no trial for: {waiting}. Raise it, and they are tried first.")
         return write_outcome(study, optuna_study, on_event)
 
 
@@ -196,7 +199,7 @@ class Sweep:
             if proposal is not None:
                 return self._begin(f"{proposal.number:04d}", proposal.number, proposal.overrides)
         if not self.optuna_study.budget_spent():
-            proposal = self.optuna_study.propose()
+            proposal = self.optuna_study.propose(self.note)
             return self._begin(f"{proposal.number:04d}", proposal.number, proposal.overrides)
         if not self.is_complete() and self._confirmations:
             run = self._confirmations.pop(0)

@@ -85,7 +85,7 @@ def understand(command: str) -> None:
         return
     file = ROOT / re.sub(r"^(~|/home/\w+)/clusterns/", "", str(name))
     if str(name) in NAMES:
-        file = ROOT / "experiments/quickstart.yaml" if verb != "tune" else ROOT / "experiments/studies/smoke.yaml"
+        file = ROOT / f"experiments/{'studies/smoke' if verb in ('tune', 'enqueue') else 'quickstart'}.yaml"
     read(load_study if "studies" in file.parts else load_config, file, tuple(overrides))
 
 

@@ -230,6 +230,8 @@ def test_killed_after_every_few_writes_it_comes_to_the_same_end(
     first = [{"clustering.num_clusters": 16, "clustering.start_cosine": 0.4, "train.learning_rate": 1e-4}]
     values: dict[str, Any] = {"storage": storage, "first_points": first, "budget": {"trials": 7}}
     values |= {"scheduler": "none", "sampler": {"name": "tpe", "startup_trials": 4} if sampler == "tpe" else sampler}
+    for name in ("whole", "killed"):  # `clusterns enqueue` was given
+        (make(name, **values).home / "enqueued").write("1.json", '{"train.learning_rate": 2e-4}')
     whole = OptunaStudy(make("whole", **values))
     drive(whole)
     kills = 0
@@ -243,6 +245,7 @@ def test_killed_after_every_few_writes_it_comes_to_the_same_end(
                 kills += 1
         assert kills < 300, "it comes to no end"
     assert kills > 3
+    assert [trial.params["train.learning_rate"] == 2e-4 for trial in whole.trials()].count(True) == 1
     assert story(OptunaStudy(make("killed", **values))) == story(whole)
 
 

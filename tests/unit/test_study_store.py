@@ -166,6 +166,34 @@ def test_snapshots_come_with_a_trials_beginning_and_end_and_meanwhile_in_time(
     assert elsewhere() == [("COMPLETE", 2)]
 
 
+def test_a_point_enqueued_on_another_machine_is_taken_once(
+    write_study: Callable[..., Path],
+    store: Store,
+    machine: Callable[[], None],
+    clusterns: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    file = write_study(budget={"trials": 3}, confirmation={"top": 1})
+    where = ("--set", f"runtime.storage_path={store.url}")
+    study = load_study(file, [where[1]])
+    optuna_study = OptunaStudy(study)
+    optuna_study.fail(optuna_study.propose().number, "why not")
+    monkeypatch.setenv("CLUSTERNS_LOCAL_PATH", str(tmp_path / "elsewhere"))
+    said = clusterns("enqueue", file, "train.learning_rate=2e-3", *where)
+    assert said.exit_code == 0, said.output
+    assert "Enqueued, and tried next: 1 point." in clusterns("tune", file, *where, "--status").stdout
+    (name,) = (store / "tiny/enqueued").names()
+    content = (store / "tiny/enqueued").read(name) or b""
+    assert optuna_study.propose().overrides["train.learning_rate"] == 2e-3
+    assert (store / "tiny/enqueued").names() == []
+    (store / "tiny/enqueued").write(name, content)  # as if that machine was lost before it was removed
+    machine()
+    again = OptunaStudy(load_study(file, [where[1]]))
+    assert again.resume(1).overrides["train.learning_rate"] == 2e-3 != again.propose().overrides["train.learning_rate"]
+    assert (store / "tiny/enqueued").names() == []
+
+
 def test_nothing_is_written_once_another_process_has_taken_over(
     write_study: Callable[..., Path], store: Store, machine: Callable[[], None]
 ) -> None:

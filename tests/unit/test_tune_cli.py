@@ -259,6 +259,68 @@ def test_a_larger_budget_goes_on_and_confirms_anew(write_study: Callable[..., Pa
     assert names == ["0001", "0002", *([f"{best:04d}-seed1"] if best else [])]
 
 
+@pytest.mark.parametrize("kind", ["sqlite", "journal"])
+def test_an_enqueued_point_is_tried_next_and_once(
+    write_study: Callable[..., Path], clusterns: Callable[..., Result], kind: str
+) -> None:
+    """Whether the study runs or stands still, and wherever its driver is lost."""
+    file = write_study(budget={"trials": 4}, confirmation={"top": 1}, storage=kind)
+    study = load_study(file)
+    point = ("clustering.num_clusters=4", "train.learning_rate=2e-3")
+    refused(clusterns("enqueue", file, *point), "holds no study yet")
+    assert begun(sweep_of(study), stop_after=1) == ["0000", "0001"]
+    said = clusterns("enqueue", file, *point)
+    assert said.exit_code == 0 and "next trial of the study tiny: clustering.num_clusters 4, train.l" in said.stdout
+    refused(clusterns("enqueue", file, *point), "That very point is enqueued")
+    assert "Enqueued, and tried next: 1 point." in clusterns("tune", file, "--status").stdout
+    (waiting,) = (study.directory / "enqueued").iterdir()
+
+    class Running(Invented):
+        """In its first run, another point is enqueued."""
+
+        def _run(self) -> None:
+            if self.job.name == "0001":
+                assert clusterns("enqueue", file, "train.learning_rate=5e-3").exit_code == 0
+            super()._run()
+
+    text = waiting.read_text()
+    drive(sweep_of(study), Running, stop_after=1)  # lost after trial 2 was begun with the point, which goes on
+    waiting.write_text(text)  # as if it had been lost before the file was removed
+    assert begun(sweep_of(study)) == ["0002", "0003", "base-seed42"]
+    trials = read_optuna_study(study.directory).trials
+    values = {"clustering.num_clusters": 4, "train.learning_rate": 2e-3}
+    assert trials[2].params == values and trials[3].params["train.learning_rate"] == 5e-3
+    assert list((study.directory / "enqueued").iterdir()) == []
+    refused(clusterns("enqueue", file, *point), "Trial 2 of the study 'tiny' has that very point")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train.learning_rat=1e-3"], "train.learning_rat is not a key that the space varies: did you mean"),
+        (["train.learning_rate=1"], "train.learning_rate is 1, but the space has numbers from 0.0001 to 0.01"),
+        (["train.learning_rate"], "'train.learning_rate' is not KEY=VALUE, such as"),
+        (["train.learning_rate=1e-3", "train.learning_rate=2e-3"], "train.learning_rate is given twice"),
+        (["train.learning_rate=1e-3", "--set", "train.max_steps=2"], "train.max_steps was 4 and is now 2"),
+        (["train.learning_rate=1e-3", "--set", "name=other"], "holds no study yet"),
+    ],
+)
+def test_points_that_cannot_be_enqueued(
+    done: Any, clusterns: Callable[..., Result], arguments: list[str], message: str
+) -> None:
+    refused(clusterns("enqueue", done[0], *arguments), message)
+    assert not list((done[1].directory / "enqueued").glob("*"))
+
+
+def test_an_enqueued_point_that_was_damaged_is_passed_over(write_study: Callable[..., Path]) -> None:
+    study, notes = load_study(write_study()), []
+    for name, text in (("1.json", "{"), ("2.json", '{"train.learning_rate": 3}'), ("3.json", "[1]")):
+        (study.home / "enqueued").write(name, text)
+    assert OptunaStudy(study).propose(notes.append).number == 0
+    assert [note.count("An enqueued point is passed over") for note in notes] == [1, 1, 1]
+    assert "1.json is damaged" in notes[0] and "2.json: train.learning_rate is 3, but" in notes[1]
+
+
 def test_a_worker_gets_the_verdict_on_its_own_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that died may have left the answer to another one."""
     monkeypatch.setattr(distributed_trial, "Queue", lambda actor_options: queue.SimpleQueue())
