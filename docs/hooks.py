@@ -90,6 +90,7 @@ def study_page() -> str:
         lines += key_entry(key, field)
     titles = {
         "budget": [study.BudgetConfig],
+        "stop": [study.StopConfig],
         "confirmation": [study.ConfirmationConfig],
         "sampler": [study.ModelSampler, study.PlainSampler],
         "scheduler": [study.ASHAScheduler, study.MedianScheduler, study.NoScheduler],

@@ -17,7 +17,7 @@ from clusterns_ray.io.terminal import printable
 from clusterns_ray.tuning.analysis import STATES, Trial, read_trial
 from clusterns_ray.tuning.comparison import sentences, show_value
 from clusterns_ray.tuning.events import StudyChecked, TrialEvent
-from clusterns_ray.tuning.optuna_study import begun, enqueued_points
+from clusterns_ray.tuning.optuna_study import begun, enqueued_points, worker_hours
 from clusterns_ray.tuning.selection import check_result
 from clusterns_ray.tuning.study_file import FILES, read_optuna_study, readable_directory
 
@@ -47,6 +47,10 @@ class Progress:
     """dev score of the untrained encoder; the best, where the space has several"""
     confirms: bool
     """whether the best configurations are run again with other seeds"""
+    cost: float | None
+    """of all runs by now; None without a price"""
+    ended_by: str
+    """why no further trial begins, in a sentence; empty while one does"""
 
     @property
     def best(self) -> Trial | None:
@@ -69,12 +73,24 @@ def read_progress(study: Study, optuna_study: optuna.Study) -> Progress:
         left.append(max((budget.trials - len(ended)) * mean - running, 0.0) / concurrent)
     if budget.hours is not None:
         left.append(max(budget.hours * 3600 - seconds, 0.0))
-    if budget.worker_hours is not None:
-        workers = max(study.config.workers_per_trial, 1)
-        spent = sum(row.seconds for row in rows) * workers
-        left.append(max(budget.worker_hours * 3600 - spent, 0.0) / workers / concurrent)
+    price = budget.price or 0.0
+    hours = [budget.worker_hours, budget.cost and budget.cost / price]
+    spent = worker_hours(study.config, optuna_study)
+    workers = max(study.config.workers_per_trial, 1)
+    left += [max(limit - spent, 0.0) * 3600 / workers / concurrent for limit in hours if limit is not None]
     before = max(attrs.get("scores_before", {}).values(), default=None)
-    return Progress(study.config.name, rows, budget.trials, seconds, min(left, default=None), before, study.confirms)
+    cost = worker_hours(study.config, optuna_study, confirmations=True) * price if price else None
+    return Progress(
+        study.config.name,
+        rows,
+        budget.trials,
+        seconds,
+        min(left, default=None),
+        before,
+        study.confirms,
+        cost,
+        attrs.get("ended_by", ""),
+    )
 
 
 def render(progress: Progress) -> RenderableType:
@@ -119,10 +135,12 @@ def summary_line(progress: Progress) -> str:
     if best is not None and best.score is not None:
         parts.append(f"best {best.score:.2f} of trial {best.number}{_beside_untrained(best.score, progress.before)}")
     parts.append(f"{clock(progress.seconds)} spent")
+    if progress.cost is not None:
+        parts.append(f"cost {progress.cost:.2f}")
     if progress.seconds_left:
         then = ", before confirmation" if progress.confirms else ""
         parts.append(f"about {clock(progress.seconds_left)} left{then}")
-    return ", ".join(parts)
+    return ", ".join(parts) + (f". {progress.ended_by}" if progress.ended_by else "")
 
 
 def _beside_untrained(score: float, before: float | None) -> str:

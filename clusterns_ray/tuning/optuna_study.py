@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from clusterns_ray.io.object_store import Place
 from clusterns_ray.tuning.job import Evaluation, Finished
 from clusterns_ray.tuning.sampling import Sampler, grid, pruner
 from clusterns_ray.tuning.space import Overrides, Space, point_key
-from clusterns_ray.tuning.study import Study, check_identity
+from clusterns_ray.tuning.study import Study, StudyConfig, check_identity
 from clusterns_ray.tuning.study_checks import check_point
 from clusterns_ray.tuning.study_file import (
     FILES,
@@ -70,7 +70,7 @@ class OptunaStudy:
         clock: Callable[[], float] = time.monotonic,
         permit: Callable[[], None] = lambda: None,
     ) -> None:
-        self.config, self.space, self.workers = study.config, study.space, max(study.config.workers_per_trial, 1)
+        self.config, self.space = study.config, study.space
         self.home, self.permit = study.home, permit
         self._changed, self._saved_at = False, -math.inf
         study.directory.mkdir(parents=True, exist_ok=True)
@@ -135,17 +135,30 @@ class OptunaStudy:
     def running(self) -> list[FrozenTrial]:
         return [trial for trial in self.trials() if trial.state == TrialState.RUNNING]
 
+    def ended_by(self) -> str | None:
+        """Why no further trial may start; None if one may."""
+        trials, stop = self.trials(), self.config.stop
+        if self._grid and len(trials) >= len(self._points):
+            return "every point of the grid was tried"
+        hours = worker_hours(self.config, self.optuna)
+        spent = {
+            "trials": len(trials),
+            "hours": self.recall("seconds", 0.0) / 3600,
+            "worker_hours": hours,
+            "cost": hours * (self.config.budget.price or 0.0),
+        }
+        for name, limit in self.config.budget.limits().items():
+            if spent[name] >= limit:
+                return f"budget.{name} ({limit:g}) is used up"
+        best, since = last_gain(trials, stop.gain)
+        if best is None or stop.after is None or since < stop.after:
+            return None
+        more = f" by more than {stop.gain:g}" if stop.gain else ""
+        return f"{since} trials in a row did not exceed the {best.value:.2f} of trial {best.number}{more} (stop.after)"
+
     def budget_spent(self) -> bool:
         """Whether no further trial may start."""
-        budget, trials = self.config.budget, self.trials()
-        if self._grid and len(trials) >= len(self._points):
-            return True
-        worker_seconds = sum(trial.user_attrs.get("seconds", 0.0) for trial in trials) * self.workers
-        return (
-            len(trials) >= (math.inf if budget.trials is None else budget.trials)
-            or self.optuna.user_attrs.get("seconds", 0.0) >= 3600 * (budget.hours or math.inf)
-            or worker_seconds >= 3600 * (budget.worker_hours or math.inf)
-        )
+        return self.ended_by() is not None
 
     # ---- proposing ----------------------------------------------------------------------------------------------
 
@@ -294,6 +307,26 @@ def enqueued_points(home: Place, space: Space, study: optuna.Study, note: OnNote
         except (ValueError, DamagedError) as error:
             note(f"An enqueued point is passed over: {source} is damaged ({error}). Remove the file.")
     return points
+
+
+def worker_hours(config: StudyConfig, study: optuna.Study, *, confirmations: bool = False) -> float:
+    """Hours that the workers of the trials were held, and of the runs that confirm if ``confirmations``."""
+    seconds = sum(trial.user_attrs.get("seconds", 0.0) for trial in begun(study))
+    if confirmations:
+        seconds += study.user_attrs.get("confirmation_seconds", 0.0)
+    return seconds / 3600 * max(config.workers_per_trial, 1)
+
+
+def last_gain(trials: Sequence[FrozenTrial], gain: float) -> tuple[FrozenTrial | None, int]:
+    """The last trial whose score exceeded that of the one before it in this role by more than ``gain``, and how many
+    have finished or were pruned since; by number, so that it does not depend on which of two ends first."""
+    best, since = None, 0
+    for trial in trials:
+        if trial.state == TrialState.COMPLETE and (best is None or (trial.value or 0.0) > (best.value or 0.0) + gain):
+            best, since = trial, 0
+        elif trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
+            since += 1
+    return best, since
 
 
 def taken_names(study: optuna.Study) -> set[str]:

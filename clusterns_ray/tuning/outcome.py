@@ -23,7 +23,7 @@ from clusterns_ray.tuning.comparison import (
     sentences,
     untrained_cosines,
 )
-from clusterns_ray.tuning.optuna_study import OptunaStudy
+from clusterns_ray.tuning.optuna_study import OptunaStudy, worker_hours
 from clusterns_ray.tuning.runs import base_trial, clean_up, planned_runs, runs_of, values_of, was_trained
 from clusterns_ray.tuning.selection import Candidate, choose, copy_model, summary, top_trials, write_trials
 from clusterns_ray.tuning.space import with_values
@@ -125,12 +125,17 @@ def write_outcome(study: Study, optuna_study: OptunaStudy, on_event: OnEvent = l
     winner, config = outcome.winner, study.space.config(outcome.winner.overrides)
     model = best_run(study, winner).fetch("model")
     check_unchanged(model)
+    hours = worker_hours(study.config, optuna_study.optuna, confirmations=True)
+    price = study.config.budget.price
     result = {
         "study": study.config.name,
         "dev": study.base.evaluation.dev,
         "sts_dev_before": outcome.before,
         "trials": {state: states.count(state) for state in ("COMPLETE", "PRUNED", "FAIL")},
         "seconds": round(optuna_study.recall("seconds", 0.0), 1),
+        "worker_hours": round(hours, 3),
+        "cost": None if price is None else round(hours * price, 2),
+        "ended_by": optuna_study.recall("ended_by"),
         "seeds": study.config.confirmation.seeds,
         "winner": summary(winner),
         "base": summary(outcome.base) if outcome.base else None,

@@ -50,7 +50,28 @@ class BudgetConfig(Section):
     hours: float | None = Field(default=None, gt=0)
     """No trial starts after this much time, over all resumptions; those that run are finished."""
     worker_hours: float | None = Field(default=None, gt=0)
-    """The same, in hours of workers (in-process counts as one)."""
+    """The same, in hours that workers were held by trials (in-process counts as one). Confirming runs come on top."""
+    cost: float | None = Field(default=None, gt=0)
+    """The same, in money: worker-hours times `price`."""
+    price: float | None = Field(default=None, gt=0)
+    """What a worker costs for an hour, in any currency; also shown with what a study took."""
+
+    @model_validator(mode="after")
+    def _priced(self) -> Self:
+        if self.cost is not None and self.price is None:
+            raise ValueError("cost needs a price; give what a worker costs for an hour")
+        return self
+
+    def limits(self) -> dict[str, float]:
+        """The limits that are set, by key."""
+        return {key: value for key, value in self.model_dump().items() if value is not None and key != "price"}
+
+
+class StopConfig(Section):
+    after: int | None = Field(default=None, ge=1)
+    """No trial starts once this many in a row, finished or pruned, have brought no gain."""
+    gain: float = Field(default=0.0, ge=0)
+    """How far a score has to lie above the best before it to be a gain; what seeds alone change is none."""
 
 
 class ModelSampler(Section):
@@ -119,7 +140,9 @@ class StudyConfig(Section):
     space: dict[str, Parameter]
     """What varies, by key, and what is declared as held fixed."""
     budget: BudgetConfig = BudgetConfig()
-    """When no further trial starts: whichever limit is reached first."""
+    """When no further trial starts: whichever limit is reached first. Trials that run then are finished."""
+    stop: StopConfig = StopConfig()
+    """When the search is no longer worth its trials, though the budget is not used up."""
     concurrent_trials: int = Field(default=1, ge=1, le=4096)
     """Trials that run at a time."""
     workers_per_trial: int = Field(default=0, ge=0, le=MAX_WORKERS)
@@ -161,8 +184,8 @@ class StudyConfig(Section):
             for name, parameter in self.varied().items():
                 if parameter.grid() is None:
                     raise ValueError(f"space.{name} has no step, and sampler grid needs one: a continuum has no grid")
-        elif self.budget == BudgetConfig():
-            raise ValueError("budget is empty; give trials, hours or worker_hours")
+        elif not self.budget.limits():
+            raise ValueError("budget is empty; give trials, hours, worker_hours or cost")
         return self
 
     def varied(self) -> dict[str, Varied]:
@@ -197,8 +220,8 @@ class Study:
         return bool(self.config.confirmation.seeds)
 
     def identity(self) -> dict[str, Any]:
-        """What the proposals and their scores depend on. Budget, concurrency, first points, roles and confirmation may
-        change later."""
+        """What the proposals and their scores depend on. Budget, stop, concurrency, first points, roles and
+        confirmation may change later."""
         values = self.config.model_dump(mode="json", by_alias=True, exclude_unset=True)
         kept = {key: getattr(self.config, key).model_dump(mode="json") for key in ("sampler", "scheduler")}
         return compared({"base": self.base.identity(), "space": values["space"], **kept})
@@ -290,7 +313,8 @@ def dump_study(study: Study) -> str:
     return dump_yaml(values)
 
 
-_NUMBERS = {"budget.trials", "budget.hours", "budget.worker_hours", "concurrent_trials", "workers_per_trial"} | {
+_NUMBERS = {f"budget.{key}" for key in BudgetConfig.model_fields} | {
+    "stop.after", "stop.gain", "concurrent_trials", "workers_per_trial",
     "confirmation.top", "confirmation.seeds", "sampler.seed", "sampler.startup_trials", "scheduler.min_steps",
     "scheduler.reduction_factor", "scheduler.startup_trials", "scheduler.warmup_steps",
 }  # fmt: skip
@@ -310,7 +334,7 @@ _PLACES = {
     for name in model.model_fields
 } | {
     name: f"{section}.{name}"
-    for section, model in (("budget", BudgetConfig), ("confirmation", ConfirmationConfig))
+    for section, model in (("budget", BudgetConfig), ("stop", StopConfig), ("confirmation", ConfirmationConfig))
     for name in model.model_fields
 }
 """Every key of a study file, with its section if it is in one section only."""

@@ -86,7 +86,7 @@ def tune(study: Study, on_event: OnEvent = lambda event: None) -> dict[str, Any]
         study.home.write("study.yaml", dump_study(study))
         sweep = Sweep(study, optuna_study, on_event)
         if sweep.is_complete():
-            note(f"{study.config.name!r} is finished; raise the budget to go on with it.")
+            note(f"{study.config.name!r} is finished; raise the budget to go on with it. {sweep.ended_by()}")
         else:
             check_not_finalized(study)
             study.home.remove_file("result.json")  # that of an earlier budget
@@ -198,13 +198,23 @@ class Sweep:
             proposal = self._take_up(self._half_done.pop(0))
             if proposal is not None:
                 return self._begin(f"{proposal.number:04d}", proposal.number, proposal.overrides)
-        if not self.optuna_study.budget_spent():
+        if not self.ended_by():
             proposal = self.optuna_study.propose(self.note)
             return self._begin(f"{proposal.number:04d}", proposal.number, proposal.overrides)
         if not self.is_complete() and self._confirmations:
             run = self._confirmations.pop(0)
             return self._begin(run.name, None, run.overrides)
         return None
+
+    def ended_by(self) -> str:
+        """Why no further trial begins, in a sentence that the study keeps and that is noted once; empty if one does."""
+        reason = self.optuna_study.ended_by()
+        text = f"No further trial begins: {reason}." if reason else ""
+        if text != self.optuna_study.recall("ended_by", ""):
+            self.optuna_study.remember("ended_by", text)
+            if text:
+                self.note(text)
+        return text
 
     def _take_up(self, number: int) -> Proposal | None:
         """Resume a half-done trial; None where it fails, as too many attempts at it ended before an evaluation."""
@@ -285,6 +295,9 @@ class Sweep:
             DiskError, GpuError: The storage or a GPU and not the job failed, so the sweep ends; the same command takes
                 the job up again.
         """
+        if job.number is None:
+            seconds = self.optuna_study.recall("confirmation_seconds", 0.0) + result.seconds
+            self.optuna_study.remember("confirmation_seconds", seconds)
         if isinstance(result, Finished):
             if job.number is not None:
                 self.optuna_study.complete(job.number, result)

@@ -361,6 +361,37 @@ def test_worker_hours_count_every_worker(make: Any) -> None:
     assert not spent(0, 3599.0) and spent(2, 1800.0) and not spent(2, 1799.0)
 
 
+def test_money_is_worker_hours_times_the_price(make: Any) -> None:
+    study = make(budget={"cost": 3.0, "price": 1.5, "trials": 9}, workers_per_trial=2)
+    optuna_study = OptunaStudy(study)
+    first, second = optuna_study.propose(), optuna_study.propose()
+    optuna_study.report(first.number, Evaluation(2, 60.0, False, 3590.0))
+    assert optuna_study.ended_by() is None
+    optuna_study.fail(second.number, "why not", 10.0)
+    assert optuna_study.ended_by() == "budget.cost (3) is used up", "with what the one that runs has taken"
+    assert OptunaStudy(make(budget={"cost": 4.5, "price": 1.5}, workers_per_trial=2)).ended_by() is None
+
+
+def test_a_study_stops_where_trials_bring_no_gain_and_goes_on_with_a_larger_number(make: Any) -> None:
+    def study(**stop: Any) -> OptunaStudy:
+        return OptunaStudy(make(scheduler={"name": "median", "startup_trials": 1}, stop=stop))
+
+    optuna_study = study(after=3, gain=0.5)
+    for value in (60.0, 61.0, 61.4, 61.3):
+        optuna_study.complete(optuna_study.propose().number, Finished(value, 8, ((2, value),), 1.0))
+    optuna_study.fail(optuna_study.propose().number, "why not")
+    assert optuna_study.ended_by() is None, "one that failed says nothing"
+    pruned, running = (optuna_study.propose().number for _ in range(2))
+    assert optuna_study.report(pruned, Evaluation(2, 50.0, False, 1.0))
+    assert (
+        optuna_study.ended_by() == "3 trials in a row did not exceed the 61.00 of trial 1 by more than 0.5 (stop.after)"
+    )
+    assert study(after=3, gain=0.3).ended_by() is None, "61.4 was one"
+    assert study(after=4, gain=0.5).ended_by() is None and study().ended_by() is None
+    optuna_study.complete(running, Finished(61.6, 8, (), 1.0))
+    assert optuna_study.ended_by() is None, "one that ran was a gain"
+
+
 def test_seconds_of_a_resumed_trial_add_up(make: Any) -> None:
     optuna_study = OptunaStudy(make())
     number = optuna_study.propose().number

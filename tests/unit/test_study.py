@@ -78,7 +78,10 @@ def test_the_written_study_is_whole(path: Path) -> None:
 
 def test_identity_is_what_scores_depend_on(path: Path) -> None:
     first = check(path).identity()
-    assert check(path, budget={"hours": 2}, concurrent_trials=2, confirmation={"seeds": [7]}).identity() == first
+    assert (
+        check(path, budget={"hours": 2}, stop={"after": 9}, concurrent_trials=2, confirmation={"seeds": [7]}).identity()
+        == first
+    )
     assert check(path, "runtime.storage_path=/nowhere/other", workers_per_trial=2).identity() == first
     assert check(path, sampler={"name": "tpe", "startup_trials": 10}).identity() == first, "a default, written out"
     assert check(path, first_points=[{"clustering.num_clusters": 0}]).identity() == first
@@ -122,6 +125,10 @@ WRONG = [
     ({"base": "nope.yaml"}, "nope.yaml"),
     ({"budget": {}}, "budget is empty"),
     ({"budget": {"trails": 3}}, "unknown key budget.trails: did you mean trials?"),
+    ({"budget": {"price": 2}}, "budget is empty; give trials, hours, worker_hours or cost"),
+    ({"budget": {"cost": 2}}, "budget: cost needs a price; give what a worker costs for an hour"),
+    ({"stop": {"after": 0}}, "stop.after is 0"),
+    ({"stop": {"afer": 3}}, "unknown key stop.afer: did you mean after?"),
     ({"budget": {"trials": 0}}, "budget.trials is 0"),
     ({"budget": {"trials": "many"}}, "budget.trials is 'many'"),
     ({"sampler": "gird"}, "sampler is 'gird'; it must be tpe, gp, random, qmc or grid."),

@@ -253,8 +253,10 @@ def test_a_killed_study_ends_as_the_whole_one(write_study: Callable[..., Path]) 
 def test_a_larger_budget_goes_on_and_confirms_anew(write_study: Callable[..., Path]) -> None:
     file = write_study(budget={"trials": 1}, confirmation={"top": 1, "seeds": [1]})
     assert begun(sweep_of(load_study(file))) == ["0000", "base-seed1", "0000-seed1"]
-    more = sweep_of(load_study(file, ["budget.trials=3"]))
+    assert OptunaStudy(load_study(file)).recall("ended_by") == "No further trial begins: budget.trials (1) is used up."
+    more = sweep_of(load_study(file, ["budget.trials=9", "stop.after=2", "stop.gain=50"]))
     names = begun(more)
+    assert more.optuna_study.recall("ended_by").startswith("No further trial begins: 2 trials in a row did not")
     best = max(more.optuna_study.trials(), key=lambda trial: trial.value or 0).number
     assert names == ["0001", "0002", *([f"{best:04d}-seed1"] if best else [])]
 
@@ -375,14 +377,15 @@ def test_the_table(write_study: Callable[..., Path]) -> None:
     assert "4 of 9 trials, 1 finished, 1 pruned, 1 failed, 1 runs, best 61.50 of trial 0 (+11.50 over" in text
 
 
-def test_the_time_left_of_other_budgets(write_study: Callable[..., Path]) -> None:
-    study = load_study(write_study(budget={"worker_hours": 1.0}, workers_per_trial=2, concurrent_trials=2))
+@pytest.mark.parametrize("budget", [{"worker_hours": 1.0}, {"cost": 2.0, "price": 2.0}])
+def test_the_time_left_of_other_budgets(write_study: Callable[..., Path], budget: dict[str, float]) -> None:
+    study = load_study(write_study(budget=budget, workers_per_trial=2, concurrent_trials=2))
     optuna_study = OptunaStudy(study)
     optuna_study.complete(optuna_study.propose().number, Finished(60.0, 4, (), 600.0))
     progress = read_progress(study, read_optuna_study(study.directory))
     # 1200 worker seconds are spent; 2400 are left for two trials of two workers
     assert progress.seconds_left == pytest.approx(600.0) and progress.planned is None
-    assert "1 trials" in summary_line(progress)
+    assert "1 trials" in summary_line(progress) and ("cost 0.67" in summary_line(progress)) == ("cost" in budget)
 
 
 def test_clock() -> None:
