@@ -1,0 +1,148 @@
+"""Runs the project's own training, evaluation and encoding on the simulated device, and writes what was recorded.
+
+``python modes.py DIRECTORY``: results go to ``DIRECTORY/results.json``, by mode. See ``test_simulated_cuda.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import simulation  # first, as it has to be there before torch is used
+
+# isort: split
+import numpy as np
+import torch
+from helpers import make_tiny_model, sentences, write_corpus, write_pairs
+from training_runs import write_documents
+
+from clusterns_ray.config import Config, make_config
+from clusterns_ray.data.prepare import prepare
+from clusterns_ray.models.encoder import Encoder
+from clusterns_ray.training.context import RunContext
+from clusterns_ray.training.loop import train_worker
+from clusterns_ray.training.parts import TrainingParts
+
+SHORT, LONG = 'This sentence of "{sentence}" means [MASK].', 'The sentence "{sentence}" says [MASK] to her.'
+CORPUS = {"scope": "corpus", "bank_rows": 200, "recluster_every_steps": 9, "refresh_rows": 16}
+MODES: dict[str, dict[str, dict[str, Any]]] = {
+    "plain": {},
+    "mean, first centroids by K-means": {
+        "encoder": {"pooling": "mean", "head": "none"},
+        "data": {"order": "random"},
+        "clustering": {"init": "kmeans"},
+        "train": {"precision": "fp32"},
+    },
+    "roberta, first_last": {"encoder": {"name": "roberta", "pooling": "first_last"}},
+    "prompts": {"encoder": {"pooling": "mask", "prompt": LONG, "second_prompt": SHORT, "denoise": True}},
+    "longer second prompt": {"encoder": {"pooling": "mask", "prompt": SHORT, "second_prompt": LONG, "denoise": True}},
+    "masked language modelling": {"loss": {"mlm_weight": 0.1}},
+    "teacher, no clusters": {"loss": {"teacher": "TEACHER"}, "clustering": {"num_clusters": 0}},
+    "cached, fp16": {"train": {"cache_chunk": 4, "precision": "fp16", "max_steps": 9}, "loss": {"mlm_weight": 0.1}},
+    "corpus": {"clustering": CORPUS, "loss": {"bml_reduction": "false_negatives"}},
+    "clusters have not started": {"clustering": {"start_cosine": -1.0}},
+    "neighbours": {"data": {"positives": "neighbour", "corpus": "DOCUMENTS"}},
+    "crops": {"data": {"positives": "crop"}},
+    "12 layers, 1 shard": {"encoder": {"name": "deep"}, "train": {"shards": 1}, "evaluation": {"sts": None}},
+    "12 layers, 8 shards": {"encoder": {"name": "deep"}, "train": {"shards": 8}, "evaluation": {"sts": None}},
+}
+
+
+def configuration(directory: Path, sections: dict[str, dict[str, Any]]) -> Config:
+    values: dict[str, dict[str, Any]] = {
+        "encoder": {"name": "bert", "pooling": "cls"},
+        "data": {"corpus": str(directory / "corpus.txt"), "cache_dir": str(directory / "cache")},
+        "loss": {"bml_weight": 0.1, "bml_alpha": 0.1},
+        "clustering": {"num_clusters": 6, "start_cosine": 1.0, "rate": 0.1},
+        "train": {"global_batch_size": 16, "shards": 2, "max_steps": 3, "learning_rate": 1e-3, "precision": "bf16"},
+        "evaluation": {"sts": str(directory / "sts"), "every_steps": 3, "patience": None},
+        "runtime": {"log_every_steps": 3, "trackers": []},
+    }
+    places = {"TEACHER": "bert", "DOCUMENTS": "documents.txt"}
+    for name, section in sections.items():
+        values[name] |= {
+            key: str(directory / places[value]) if isinstance(value, str) and value in places else value
+            for key, value in section.items()
+        }
+    values["encoder"]["name"] = str(directory / values["encoder"]["name"])
+    return make_config(values)
+
+
+def train(directory: Path, sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What is recorded in the second step: clustering starts in the first, the third is logged and evaluated."""
+    config = configuration(directory, sections)
+    prepared = prepare(config)
+    run_dir = directory / "run"
+    steps: list[dict[str, Any]] = []
+    batch = TrainingParts.batch
+
+    def first_of_step(parts: TrainingParts, step: int) -> Any:
+        steps.append(simulation.record.take())
+        return batch(parts, step)
+
+    simulation.record.take()
+    TrainingParts.batch = first_of_step
+    try:
+        with simulation.simulated():
+            context = RunContext(config, prepared.tokens_dir, config.evaluation.sts, run_dir)
+            result = train_worker(context, torch.device("cuda"), lambda event: None)
+    finally:
+        TrainingParts.batch = batch
+        for path in sorted(run_dir.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+    assert len(steps) == config.train.max_steps
+    return {**steps[2], "score": result["sts_dev"]}
+
+
+def encode(directory: Path, name: str, bf16: bool) -> dict[str, Any]:
+    """The largest difference between embeddings of the simulated device and of the CPU."""
+    texts = sentences(64, 3)
+    on_cpu = Encoder.load(directory / name).encode(texts, batch_size=32, bf16=bf16)
+    with simulation.simulated():
+        encoder = Encoder.load(directory / name).to("cuda")
+        simulation.record.take()
+        embeddings = encoder.encode(texts, batch_size=32, bf16=bf16)
+    return {**simulation.record.take(), "difference": float(np.abs(embeddings - on_cpu).max())}
+
+
+def read_and_mix(directory: Path) -> dict[str, Any]:
+    """What the simulation has to show: a number that is read, and an error."""
+    with simulation.simulated():
+        vector = torch.ones(3, device="cuda")
+        simulation.record.take()
+        assert float(vector.sum()) == 3
+        try:
+            return {"error": f"nothing is wrong with {vector + torch.ones(3)}"}
+        except RuntimeError as error:
+            return {**simulation.record.take(), "refused": str(error)}
+
+
+def main(directory: Path) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    for name, kind, layers in (("bert", "bert", 2), ("roberta", "roberta", 2), ("deep", "bert", 12)):
+        make_tiny_model(directory / name, kind, layers=layers)
+    write_corpus(directory / "corpus.txt", 300)
+    write_documents(directory / "documents.txt")
+    write_pairs(directory / "sts" / "STSB" / "dev.jsonl")
+    work: dict[str, Any] = {"read and mix": (read_and_mix,)}
+    work |= {name: (train, sections) for name, sections in MODES.items()}
+    work |= {
+        f"encode {name}, {'bf16' if bf16 else 'fp32'}": (encode, name, bf16)
+        for name in ("bert", "roberta")
+        for bf16 in (False, True)
+    }
+    results: dict[str, Any] = {}
+    for name, (function, *arguments) in work.items():
+        try:
+            results[name] = function(directory, *arguments)
+        except Exception:
+            results[name] = {"error": traceback.format_exc(limit=-12)}
+    (directory / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
