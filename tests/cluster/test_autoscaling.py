@@ -152,6 +152,7 @@ def test_an_autoscaler_that_does_not_tell(nodes, make_run_on, version):
     assert "Asked for 2 workers with 1 CPU each" in said.err and "Traceback" not in said.err
 
 
+@pytest.mark.nightly
 def test_a_submitted_job_keeps_its_results_out_of_rays_package(nodes, make_run_on, tmp_path):
     nodes.start_head(1, dashboard=True)
     run = make_run_on("job")

@@ -108,6 +108,7 @@ def test_two_sound_nodes(make_run: Any, nodes: Nodes, tmp_path: Path) -> None:
     assert code == 1 and "cluster" in problems(found), said
 
 
+@pytest.mark.nightly
 def test_a_node_of_another_version_that_does_not_share_the_storage(make_run: Any, nodes: Nodes, tmp_path: Path) -> None:
     nodes.start_head(1)
     shared, other = tmp_path / "shared", tmp_path / "other"

@@ -115,6 +115,7 @@ def test_the_notice_reaches_ray(
     assert f"Node {node} is draining" in watched.read_text()
 
 
+@pytest.mark.nightly
 def test_drain_now_waits_for_the_work(nodes: Nodes, tmp_path: Path) -> None:
     nodes.start_head()
     nodes.add("spot", 1, '--resources={"spot": 1}')

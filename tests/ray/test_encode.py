@@ -86,6 +86,7 @@ def test_two_workers_of_which_one_is_killed_write_what_one_process_writes(projec
     assert not (project / "two.parquet.parts").exists()
 
 
+@pytest.mark.nightly
 def test_the_driver_killed_and_the_command_given_again(project, start, whole, ray_directory):
     """With workers, and then without: what is done is kept."""
     parts = project / "driver.parquet.parts"
@@ -150,6 +151,7 @@ def run(*texts, workers=2):
 """
 
 
+@pytest.mark.nightly
 def test_workers_that_die_or_raise(environment, tmp_path):
     """A part goes to another worker, unless it ends one after the other; an error ends the command."""
     script = (
@@ -168,6 +170,7 @@ def test_workers_that_die_or_raise(environment, tmp_path):
     assert lines[4] == "done [] []"
 
 
+@pytest.mark.nightly
 def test_workers_that_cannot_start_end_the_command(environment, tmp_path):
     script = FAKE + (
         "import ray, time\n"

@@ -163,19 +163,6 @@ def test_status_reads_the_storage_alone(whole, ray_directory):
     assert len(ray_directory.sessions()) == sessions
 
 
-def test_two_trials_at_a_time_and_none_confirmed(make_study):
-    study = make_study("two-at-a-time", "concurrent_trials=2", "confirmation.seeds=[]", "budget.trials=3")
-    command = study.start()
-    command.until(lambda: study.count("RUNNING") == 2)
-    said = command.wait(400)
-    assert said.code == 0, said.err
-    states = [trial.state.name for trial in study.trials()]
-    assert len(states) == 3 and set(states) <= {"COMPLETE", "PRUNED"}
-    assert len(study.study().user_attrs["scores_before"]) == 1
-    assert study.result()["winner"]["scores"] == {} and "may be chance" in said.out
-    assert (study.directory / "model" / "model.safetensors").is_file()
-
-
 def test_resources_that_are_not_there_are_refused(make_study):
     study = make_study("impossible", "runtime.use_gpu=true")
     began = time.monotonic()

@@ -61,19 +61,23 @@ class StoredStudy(StudyRun):
         return any(name.endswith(end) for name in self.store.names())
 
 
-def test_a_driver_killed_with_its_machine_inside_a_trial_and_while_confirming(
+MOMENTS = (
+    "trials/0002/config.yaml",  # as a trial begins
+    "trials/0000/checkpoints/step-00000020.manifest.json",  # inside a trial, of which the snapshot knows less
+    "-seed1/result.json",  # between runs that confirm
+)
+
+
+@pytest.mark.parametrize("moments", [MOMENTS[:1], pytest.param(MOMENTS[1:], marks=pytest.mark.nightly)])
+def test_a_driver_killed_with_its_machine(
     make_study: Any,  # noqa: F811
     whole: Any,  # noqa: F811
     server: dict[str, str],
     tmp_path: Path,
+    moments: tuple[str, ...],
 ) -> None:
-    made = make_study("stored", "runtime.storage_path=s3://bucket/runs")
+    made = make_study(f"stored-{len(moments)}", "runtime.storage_path=s3://bucket/runs")
     study = StoredStudy(made.project, made.env, made.name, made.settings)
-    moments = [
-        "trials/0000/checkpoints/step-00000020.manifest.json",  # inside a trial, of which the snapshot knows less
-        "trials/0002/config.yaml",  # as a trial begins
-        "-seed1/result.json",  # between runs that confirm
-    ]
     for number, moment in enumerate(moments):
         command = study.on(tmp_path / f"machine{number}", server).start()
         command.until(partial(study.has, moment), timeout_s=400)
