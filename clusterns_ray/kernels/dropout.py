@@ -1,25 +1,88 @@
-"""Dropout for training on a CPU, where drawing the random numbers one by one takes a good part of a step.
+"""Dropout whose mask is a hash: no generator, and the same on every device, whatever else is computed beside it.
 
-64-bit words are read as four 16-bit numbers each, and one is compared for each element: the probability is exact to
-1/65536, and the scale makes up for what it was rounded to. The words come from torch's generator or, faster, from
-numpy's SFC64. On other devices torch's own dropout is used.
+An element is kept or dropped by the key of its token and by its own number. A token's key is a hash of its row's key
+and of its position, so that neither the batch, nor padding, nor the number of workers enters. Let ``k`` be the key, and
+``c`` and ``w`` constants of 64 random bits for the place in the model (the *site*) and for the word that four elements
+share:
+
+    x = k ^ c[site] ^ w[number // 4];  x *= A;  x ^= x >> 32;  x *= B;  x ^= x >> 32
+
+An element reads 16 of these 64 bits and is dropped where they are below ``p`` x 65,536. ``A`` and ``B`` are the
+multipliers of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014, with
+the constants of David Stafford's variant 13), whose whole finaliser makes keys and constants.
+
+A CPU computes it in pieces that stay in its cache, on as many threads as torch has, and keeps the mask for the way
+back; other devices compute it anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 LEVELS = 2**16
+PER_WORD = 4
+"""Elements that read one word of 64 bits."""
 
-SIDE_BY_SIDE = 20_000
-"""Words below which it does not pay to wake other threads."""
+CHUNK = 2**14
+"""Words that are hashed at a time: with what is computed of them they fit into a core's second cache."""
+
+GAMMA = np.uint64(0x9E3779B97F4A7C15)
+MULTIPLIERS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+HALF = np.uint64(32)
+
+SITES, HEADS = 2**40, 2**41
+"""Where the numbers of the constants of sites and of heads begin; those of words are below."""
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64, elementwise over uint64."""
+    x = (x ^ (x >> np.uint64(30))) * MULTIPLIERS[0]
+    x = (x ^ (x >> np.uint64(27))) * MULTIPLIERS[1]
+    return x ^ (x >> np.uint64(31))
+
+
+def constants(first: int, count: int) -> np.ndarray:
+    """uint64: constants number ``first`` and those that follow."""
+    return mix(np.arange(first + 1, first + count + 1, dtype=np.uint64) * GAMMA)
+
+
+@lru_cache(maxsize=1024)
+def site_words(site: int, width: int) -> np.ndarray:
+    """uint64: what tells the words of ``width`` elements apart, at this site."""
+    words = constants(0, -(-width // PER_WORD)) ^ constants(SITES + site, 1)
+    words.flags.writeable = False
+    return words
+
+
+@lru_cache(maxsize=1024)
+def _site_words_on(site: int, width: int, device: torch.device) -> Tensor:
+    """:func:`site_words` as int64, moved to a device once."""
+    return torch.from_numpy(site_words(site, width).view(np.int64).copy()).to(device)
+
+
+# ---- keys -----------------------------------------------------------------------------------------------------------
+
+
+def token_keys(row_keys_B: np.ndarray, tokens: int) -> Tensor:
+    """int64 (B, T), on the host: the key of each token, by its row's key (int64) and its position."""
+    positions_T = np.arange(1, tokens + 1, dtype=np.uint64) * GAMMA
+    return torch.as_tensor(mix(row_keys_B.view(np.uint64)[:, None] + positions_T).view(np.int64))
+
+
+def head_keys(keys_BT: Tensor, heads: int) -> Tensor:
+    """int64 (B, H, T): a key for each head and token, where it is a query that draws for its keys."""
+    heads_H = torch.as_tensor(constants(HEADS, heads).view(np.int64)).to(keys_BT.device)
+    return keys_BT[:, None] ^ heads_H[:, None]
+
+
+# ---- masks ----------------------------------------------------------------------------------------------------------
 
 
 def dropped_levels(p: float) -> int:
@@ -32,93 +95,130 @@ def dropout_scale(p: float) -> float:
     return LEVELS / (LEVELS - dropped_levels(p))
 
 
-def keep_mask(like: Tensor, p: float) -> Tensor:
-    """A mask of the shape and dtype of ``like``: 1 with probability ``1 - p``, else 0, by torch's default generator.
-
-    It is not bool, as a CPU multiplies by that several times slower (measured: experiments/LOG.md).
-    """
-    words = torch.empty(_num_words(like), dtype=torch.int64).random_(-(2**63), None)
-    mask = torch.empty(like.shape, dtype=like.dtype)
-    _compare(words, p, mask)
-    return mask
-
-
-class Streams:
-    """Random numbers of several streams, numpy's SFC64, drawn side by side."""
-
-    def __init__(self, keys: Sequence[int]) -> None:
-        self.generators = [np.random.Generator(np.random.SFC64(key)) for key in keys]
-
-    def fill(self, masks: Sequence[Tensor], p: float) -> None:
-        """Fill each mask as :func:`keep_mask` does, from the stream of the same number."""
-        for words, mask in zip(self._draw([_num_words(mask) for mask in masks]), masks, strict=True):
-            _compare(torch.as_tensor(words), p, mask)
-
-    def _draw(self, sizes: Sequence[int]) -> list[np.ndarray]:
-        """int64 words of each stream."""
-        limits = np.iinfo(np.int64)
-
-        def draw(generator: np.random.Generator, size: int) -> np.ndarray:
-            return generator.integers(limits.min, limits.max, size, endpoint=True)
-
-        threads = min(torch.get_num_threads(), len(sizes))
-        if threads == 1 or sum(sizes) < SIDE_BY_SIDE:
-            return [draw(generator, size) for generator, size in zip(self.generators, sizes, strict=True)]
-        return list(_pool(threads).map(draw, self.generators, sizes))
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """numpy draws without holding the interpreter's lock."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="dropout")
-
-
-def _num_words(mask: Tensor) -> int:
-    """64-bit words that the elements of a mask take."""
-    return (mask.numel() + 3) // 4
-
-
-def _compare(words: Tensor, p: float, out: Tensor) -> None:
-    torch.ge(words.view(torch.int16)[: out.numel()], dropped_levels(p) - LEVELS // 2, out=out.view(-1))
-
-
-class _Drop(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, keep: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(keep)
-        ctx.scale = scale
-        return x.mul(keep).mul_(scale)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (keep,) = ctx.saved_tensors
-        return gradients[0].mul(keep).mul_(ctx.scale), None, None
-
-
 def drops(p: float) -> bool:
     """Whether dropout with probability ``p`` drops some elements and keeps others."""
     return 0 < dropped_levels(p) < LEVELS
 
 
-def drop(x: Tensor, p: float, streams: Streams | None = None, rows: Sequence[int] = ()) -> Tensor:
+def keep_mask(
+    keys: Tensor, width: int, p: float, site: int, *, kept: float = 1.0, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Which elements stay: for keys of any shape ``S`` a tensor ``(*S, width)`` of ``kept``, with probability
+    ``1 - p``, and zeros.
+
+    It is not bool, as a CPU multiplies by that several times slower (measured: experiments/LOG.md).
+    """
+    if keys.device.type == "cpu":
+        mask = torch.empty((*keys.shape, width), dtype=dtype)
+        if type(mask) is Tensor:  # else it has no values, and memory alone is counted
+            _fill(mask.view(-1, width), keys.flatten(), p, site, kept)
+        return mask
+    return _kept(keys, width, p, site).to(dtype) * kept
+
+
+def hashed_words(keys: Tensor, width: int, site: int) -> Tensor:
+    """int64 ``(*S, words)`` of keys of shape ``S``: the words that ``width`` elements read, by torch's operations."""
+    first, second = (int(multiplier.astype(np.int64)) for multiplier in MULTIPLIERS)
+    x = (keys[..., None] ^ _site_words_on(site, width, keys.device)) * first
+    x = (x ^ ((x >> 32) & 0xFFFFFFFF)) * second  # as the shift of a signed number repeats its sign
+    return x ^ ((x >> 32) & 0xFFFFFFFF)
+
+
+def _kept(keys: Tensor, width: int, p: float, site: int) -> Tensor:
+    """bool ``(*S, width)``."""
+    return hashed_words(keys, width, site).view(torch.int16)[..., :width] >= dropped_levels(p) - LEVELS // 2
+
+
+def _fill(mask_MD: Tensor, keys_M: Tensor, p: float, site: int, kept: float) -> None:
+    """On a CPU: rows of the mask in pieces, which threads share where there are many."""
+    width = mask_MD.shape[1]
+    words = torch.from_numpy(site_words(site, width).view(np.int64).copy())
+    level = np.int16(dropped_levels(p) - LEVELS // 2)
+    # A mask is 0 and a pattern of bits, and whole numbers of every size multiply fast.
+    pattern = torch.full((1,), kept, dtype=mask_MD.dtype)
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[mask_MD.dtype.itemsize]
+    bits, out = pattern.view(integer).numpy()[0], mask_MD.view(integer).numpy()
+    rows = max(1, CHUNK // len(words))
+
+    def fill(start: int, stop: int) -> None:
+        x_RW = torch.empty(min(rows, stop - start), len(words), dtype=torch.int64)
+        shifted_RW = np.empty(x_RW.shape, dtype=np.uint64)
+        keeps_RD = np.empty((len(x_RW), PER_WORD * len(words)), dtype=np.bool_)
+        for first in range(start, stop, rows):
+            piece = slice(first, min(first + rows, stop))
+            n = piece.stop - piece.start
+            # Torch's is the faster one where a row is short.
+            torch.bitwise_xor(keys_M[piece, None], words, out=x_RW[:n])
+            x, shifted, keeps = x_RW[:n].numpy().view(np.uint64), shifted_RW[:n], keeps_RD[:n]
+            for multiplier in MULTIPLIERS:
+                np.multiply(x, multiplier, out=x)
+                np.right_shift(x, HALF, out=shifted)
+                np.bitwise_xor(x, shifted, out=x)
+            np.greater_equal(x.view(np.int16), level, out=keeps)
+            np.copyto(out[piece], keeps[:, :width])
+            np.multiply(out[piece], bits, out=out[piece])
+
+    share = -(-len(keys_M) // torch.get_num_threads())
+    if share == len(keys_M) or mask_MD.numel() < PER_WORD * CHUNK:
+        fill(0, len(keys_M))
+        return
+    starts = range(0, len(keys_M), share)
+    list(_pool(len(starts)).map(fill, starts, [min(start + share, len(keys_M)) for start in starts]))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """numpy works without holding the interpreter's lock."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="dropout")
+
+
+# ---- dropout --------------------------------------------------------------------------------------------------------
+
+
+class _Drop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, keys: Tensor, p: float, site: int) -> Tensor:
+        mask, scale = _mask_for(x, keys, p, site)
+        ctx.p, ctx.site, ctx.scale = p, site, scale
+        ctx.save_for_backward(mask if stores_mask(x) else keys)
+        return _scaled(x * mask, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor, None, None, None]:
+        (saved,) = ctx.saved_tensors
+        (gradient,) = gradients
+        mask = saved if stores_mask(gradient) else _mask_for(gradient, saved, ctx.p, ctx.site)[0]
+        return _scaled(gradient * mask, ctx.scale), None, None, None
+
+
+def stores_mask(x: Tensor) -> bool:
+    """Whether the mask is kept for the way back: where it takes longer to compute it anew than to read it."""
+    return x.device.type == "cpu"
+
+
+def _mask_for(x: Tensor, keys: Tensor, p: float, site: int) -> tuple[Tensor, float]:
+    """The mask in the dtype of ``x``, and what is still to be multiplied by: a narrow mask cannot hold the scale."""
+    scale = dropout_scale(p)
+    if x.dtype.itemsize < 4:
+        return keep_mask(keys, x.shape[-1], p, site, dtype=x.dtype), scale
+    return keep_mask(keys, x.shape[-1], p, site, kept=scale, dtype=x.dtype), 1.0
+
+
+def _scaled(x: Tensor, scale: float) -> Tensor:
+    return x if scale == 1.0 else x.mul_(scale)
+
+
+def drop(x: Tensor, p: float, keys: Tensor, site: int) -> Tensor:
     """Zeros with probability ``p``, the rest divided by ``1 - p``; in the dtype of ``x``.
 
     Args:
-        streams: the random numbers; torch's default generator if not given.
-        rows: how many consecutive rows of ``x`` each stream draws for.
+        x: of shape ``(*S, width)``.
+        keys: int64 ``S``, see :func:`token_keys` and :func:`head_keys`.
+        site: the number of this place in the model.
     """
-    if x.device.type != "cpu" or not drops(p):
+    if not drops(p):
         return nn.functional.dropout(x, p)
-    if streams is None:
-        keep = keep_mask(x, p)
-    else:
-        keep = torch.empty(x.shape, dtype=x.dtype)
-        streams.fill(torch.split(keep, list(rows)), p)
-    return _Drop.apply(x, keep, dropout_scale(p))  # type: ignore[return-value]
-
-
-class Dropout(nn.Dropout):
-    """``torch.nn.Dropout``, with the random numbers above."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return drop(input, self.p) if self.training else input
+    return _Drop.apply(x, keys, p, site)  # type: ignore[return-value]

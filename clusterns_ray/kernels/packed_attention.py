@@ -17,22 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from clusterns_ray.kernels.dropout import Streams, dropout_scale, drops
+from clusterns_ray.kernels.dropout import dropout_scale, drops, keep_mask
 
 VECTOR_BYTES = 64
 """Bytes of a CPU's widest vectors: torch's softmax takes several times as long for a row that does not fill them
 (measured: experiments/LOG.md)."""
-
-TRAINING_FILL = VECTOR_BYTES // torch.bfloat16.itemsize
-"""bfloat16 numbers in such a vector; training takes as many in each precision, so that all draw the same dropout."""
 
 FUSED_FROM = 64
 """Tokens of the longest row above which torch's fused attention is taken where nothing is trained: it is about as fast
 from there on, and keeps no scores."""
 
 
-def filled_columns(tokens: int, fill: int = TRAINING_FILL) -> int:
-    """T': the columns of scores of T tokens, a multiple of ``fill``."""
+def filled_columns(tokens: int, dtype: torch.dtype) -> int:
+    """T': the columns of scores of T tokens, whole vectors of numbers of this type."""
+    fill = VECTOR_BYTES // dtype.itemsize
     return -(-tokens // fill) * fill
 
 
@@ -117,10 +115,10 @@ class UnpackIndex(NamedTuple):
     """int64, where each of these is among what was taken"""
 
     @classmethod
-    def of(cls, packing: Packing, heads: int, dtype: torch.dtype, fill: int = 1) -> UnpackIndex:
-        """The index of a packing, with keys and values filled up to a multiple of ``fill``, for scores of ``dtype``."""
+    def of(cls, packing: Packing, heads: int, dtype: torch.dtype) -> UnpackIndex:
+        """The index of a packing, with keys and values filled up to whole vectors, for scores of ``dtype``."""
         rows, longest = packing.rows, packing.longest
-        filled = filled_columns(longest, fill)
+        filled = filled_columns(longest, dtype)
         row_N, position_N = packing.at_N // longest, packing.positions_N
         token_BT = torch.full((rows, filled), -1)
         token_BT[row_N, position_N] = torch.arange(len(packing))
@@ -150,15 +148,21 @@ class UnpackIndex(NamedTuple):
 
 
 def packed_attention(
-    qkv_N3D: Tensor, parts: Sequence[UnpackIndex], p: float, scaling: float, streams: Streams | None = None
+    qkv_N3D: Tensor,
+    parts: Sequence[UnpackIndex],
+    p: float,
+    scaling: float,
+    keys: Sequence[Tensor] | None = None,
+    site: int = 0,
 ) -> Tensor:
     """Attention of each row with itself, with dropout ``p`` of its weights: (N, D), in the dtype of ``qkv_N3D``.
 
     Args:
         qkv_N3D: (N, 3 D): queries, keys and values of the packed batches, one batch after the other.
-        streams: the random numbers of dropout, a stream for each batch.
+        keys: of dropout, for each batch those of its queries by row and head: int64 (M, T).
+        site: the number of this dropout in the model.
     """
-    return _Attention.apply(qkv_N3D, parts, p, scaling, streams)  # type: ignore[return-value]
+    return _Attention.apply(qkv_N3D, parts, p, scaling, keys, site)  # type: ignore[return-value]
 
 
 class _Attention(torch.autograd.Function):
@@ -170,16 +174,24 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, qkv_N3D: Tensor, parts: Sequence[UnpackIndex], p: float, scaling: float, streams: Streams | None
+        ctx: Any,
+        qkv_N3D: Tensor,
+        parts: Sequence[UnpackIndex],
+        p: float,
+        scaling: float,
+        keys: Sequence[Tensor] | None,
+        site: int,
     ) -> Tensor:
         heads = parts[0].back_N3H.shape[2]
         width = qkv_N3D.shape[1] // 3 // heads
         out_ND = qkv_N3D.new_empty(len(qkv_N3D), heads * width)
         sizes = [part.tokens for part in parts]
         keeps: Sequence[Tensor | None] = [None] * len(parts)
-        if streams is not None and drops(p):
-            keeps = masks = [qkv_N3D.new_empty(len(part.bias_M1T), part.longest, part.filled) for part in parts]
-            streams.fill(masks, p)
+        if keys is not None and drops(p):
+            keeps = [
+                keep_mask(keys_MT, part.filled, p, site, dtype=qkv_N3D.dtype)
+                for part, keys_MT in zip(parts, keys, strict=True)
+            ]
         saved: list[Tensor | None] = []
         for part, keep, qkv, out in zip(
             parts, keeps, torch.split(qkv_N3D, sizes), torch.split(out_ND, sizes), strict=True
@@ -235,4 +247,4 @@ class _Attention(torch.autograd.Function):
             torch.bmm(d_scores, key, out=d_query)
             torch.bmm(d_scores.transpose(1, 2), query, out=d_key)
             torch.index_select(d_taken, 0, part.back_N3H.flatten(), out=d_qkv.view(-1, width))
-        return d_qkv_N3D, None, None, None, None
+        return d_qkv_N3D, None, None, None, None, None

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from clusterns_ray.errors import ConfigError, NonFiniteError
 from clusterns_ray.io.files import DIRECTORY_MANIFEST, check_unchanged, follow_umask
-from clusterns_ray.kernels.dropout import Streams
 from clusterns_ray.kernels.packed_attention import Packing
 from clusterns_ray.models.backbone import (
     check_dropout,
@@ -32,7 +31,7 @@ from clusterns_ray.models.backbone import (
 from clusterns_ray.models.base_model import choose_pooling, complete_encoder
 from clusterns_ray.models.packed_bert import PackedBert, can_pack
 from clusterns_ray.models.resolve import resolve_model
-from clusterns_ray.models.sdpa import use_fast_training
+from clusterns_ray.models.sdpa import keyed_dropout, number_dropout, use_keyed_dropout
 from clusterns_ray.models.serialization import (
     HIDDEN_STATE_POOLINGS,
     write_prompt_module,
@@ -58,8 +57,10 @@ class TokenBatch(NamedTuple):
     """1 where the rows have the second prompt"""
     token_embeds_BTD: Tensor | None = None
     """the embeddings of the tokens, where they were looked up before"""
-    dropout_key: int | None = None
-    """seeds its dropout; without it that goes on from torch's generator"""
+    row_keys_B: np.ndarray | None = None
+    """int64: of the dropout of each row, in every draw, the first draw first; without them torch's generator draws"""
+    template_keys_B: np.ndarray | None = None
+    """int64: of the dropout of the template at each row's length, for denoising"""
     draws: int = 1
     """how many times the batch goes in, which dropout makes differ: embeddings are (draws x B, D)"""
 
@@ -107,6 +108,7 @@ class Encoder(nn.Module):
         self.head = head
         self.packs = True
         """whether to pack where it can be done"""
+        number_dropout(backbone)
         self.truncated = 0
         """how many sentences it has cut to ``max_length`` so far"""
         self._weights: PackedBert | None = None
@@ -217,7 +219,7 @@ class Encoder(nn.Module):
                 f"encoder.max_length is {config.max_length}, but {config.name} reads at most {limit} tokens{besides}.",
                 f"Set encoder.max_length to {limit} or less.",
             )
-        use_fast_training(backbone)
+        use_keyed_dropout(backbone)
         width = backbone.config.hidden_size
         head = None
         if config.head == "mlp":
@@ -263,17 +265,14 @@ class Encoder(nn.Module):
         embeddings = []
         for batch, z_BD in zip(batches, pooled, strict=True):
             if self.denoise:
-                if packs and batch.dropout_key is not None:  # else it was seeded for the batch itself
-                    torch.manual_seed(batch.dropout_key)
-                lengths_B = batch.attention_mask_BT.sum(dim=1).repeat(batch.draws)
-                z_BD = z_BD - self.template_states(lengths_B, batch.view)
+                lengths_B = batch.attention_mask_BT.sum(dim=1)
+                delta_BD = self.template_states(lengths_B, batch.view, batch.template_keys_B)
+                z_BD = z_BD - delta_BD.repeat(batch.draws, 1)
             embeddings.append(nn.functional.normalize(z_BD, dim=-1) if self.normalize else z_BD)
         return embeddings
 
     def _pooled(self, batch: TokenBatch) -> Tensor:
         """Padded, by transformers."""
-        if batch.dropout_key is not None:
-            torch.manual_seed(batch.dropout_key)
         n = batch.draws
         words = {"input_ids": batch.input_ids_BT.repeat(n, 1)}
         # The decoder of an encoder-decoder is given the ids of the sentence.
@@ -281,7 +280,8 @@ class Encoder(nn.Module):
             words = {"inputs_embeds": batch.token_embeds_BTD.repeat(n, 1, 1)}
         all_layers = self.pooling in HIDDEN_STATE_POOLINGS
         mask_BT = batch.attention_mask_BT.repeat(n, 1)
-        output = self.backbone(**words, attention_mask=mask_BT, output_hidden_states=all_layers)
+        with self._keyed(batch.row_keys_B):
+            output = self.backbone(**words, attention_mask=mask_BT, output_hidden_states=all_layers)
         states = output.hidden_states if all_layers else (output.last_hidden_state,)
         return pool(states, mask_BT, self.pooling, self._read_B(batch))
 
@@ -308,7 +308,7 @@ class Encoder(nn.Module):
             states = weights(
                 token_embeds_ND,
                 packings,
-                self._streams(batches) if self.backbone.training else None,
+                [self._row_keys(batch) for batch in batches] if self.backbone.training else None,
                 draws=[batch.draws for batch in batches],
                 read_R=torch.cat(read_R) if read_R else None,
                 all_layers=all_layers,
@@ -335,10 +335,16 @@ class Encoder(nn.Module):
         return None
 
     @staticmethod
-    def _streams(batches: Sequence[TokenBatch]) -> Streams:
-        """The streams of random numbers of the batches, each seeded by its key or by torch's generator."""
-        keys = [batch.dropout_key for batch in batches]
-        return Streams([int(torch.randint(2**63 - 1, ())) if key is None else key for key in keys])
+    def _row_keys(batch: TokenBatch) -> np.ndarray:
+        """Of the batch, or drawn by torch's generator."""
+        if batch.row_keys_B is not None:
+            return batch.row_keys_B
+        return torch.randint(2**63 - 1, (batch.draws * len(batch.input_ids_BT),)).numpy()
+
+    def _keyed(self, row_keys_B: np.ndarray | None) -> AbstractContextManager[object]:
+        if row_keys_B is None or not self.backbone.training:
+            return nullcontext()
+        return keyed_dropout(row_keys_B, self.device)
 
     @contextmanager
     def frozen_weights(self, dtype: torch.dtype) -> Iterator[None]:
@@ -353,7 +359,7 @@ class Encoder(nn.Module):
         finally:
             self._weights = before
 
-    def template_states(self, lengths_B: Tensor, view: int = 0) -> Tensor:
+    def template_states(self, lengths_B: Tensor, view: int = 0, keys_B: np.ndarray | None = None) -> Tensor:
         """States of the mask token of the template alone (B x D), at the positions that it has in rows of ``lengths_B``
         tokens: what comes after the sentence stays behind it.
 
@@ -362,14 +368,16 @@ class Encoder(nn.Module):
         """
         before, after = self.prompt_affixes[view]
         lengths_L, row_B = lengths_B.unique(return_inverse=True)
+        keys_L = None if keys_B is None else keys_B[np.unique(lengths_B.numpy(force=True), return_index=True)[1]]
         ids_T = torch.tensor([*before, *after], device=lengths_B.device)
         behind_LS = lengths_L[:, None] - torch.arange(len(after), 0, -1, device=lengths_B.device)
         before_LP = torch.arange(len(before), device=lengths_B.device).expand(len(lengths_L), -1)
         positions_LT = torch.cat([before_LP, behind_LS], dim=1) + first_position(self.backbone)
         ids_LT = ids_T.expand(len(lengths_L), -1)
-        states_LTD = self.backbone(
-            input_ids=ids_LT, attention_mask=torch.ones_like(ids_LT), position_ids=positions_LT
-        ).last_hidden_state
+        with self._keyed(keys_L):
+            states_LTD = self.backbone(
+                input_ids=ids_LT, attention_mask=torch.ones_like(ids_LT), position_ids=positions_LT
+            ).last_hidden_state
         mask_at = (ids_T == self.tokenizer.mask_token_id).to(torch.int64).argmax()
         return states_LTD[:, mask_at][row_B]
 

@@ -1,6 +1,6 @@
 """BERT and its like over packed tokens, on a CPU: what transformers computes of a padded batch, without the padding.
 
-Several batches go through in one pass, each with random numbers of its own. The residual stream and the norms are
+Several batches go through in one pass. The residual stream and the norms are
 float32, products are in the dtype asked for, each weight is cast once a pass. On a GPU, where attention has kernels of
 its own, and for all other architectures, transformers' own forward pass is taken.
 
@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from clusterns_ray.kernels.dropout import Streams, drop
-from clusterns_ray.kernels.packed_attention import TRAINING_FILL, VECTOR_BYTES, Packing, UnpackIndex, packed_attention
+from clusterns_ray.kernels.dropout import drop, head_keys, token_keys
+from clusterns_ray.kernels.packed_attention import Packing, UnpackIndex, packed_attention
 from clusterns_ray.models.backbone import first_position
 
 PACKABLE = ("bert", "roberta", "xlm-roberta", "camembert")
@@ -132,7 +133,7 @@ class PackedBert:
         self,
         token_embeds_ND: Tensor,
         packings: Sequence[Packing],
-        streams: Streams | None = None,
+        row_keys: Sequence[np.ndarray] | None = None,
         *,
         draws: Sequence[int] | None = None,
         read_R: Tensor | None = None,
@@ -142,7 +143,7 @@ class PackedBert:
 
         Args:
             token_embeds_ND: word embeddings of the packed batches, one batch after the other.
-            streams: of the random numbers of dropout, one for each batch; no dropout without.
+            row_keys: of dropout, of each batch's rows in every draw, the first draw first; no dropout without.
             draws: how many times each batch goes in, once unless said. It is dropout that makes them differ, and
                 what comes before the first is computed once.
             read_R: the tokens whose states in the last layer are read, as many in each batch as it has rows: the last
@@ -159,26 +160,30 @@ class PackedBert:
             x_ND = torch.cat([x for x, n in parts for _ in range(n)])
             packings = [packing.times(n) for packing, n in zip(packings, draws, strict=True)]
 
-        sizes = [len(packing) for packing in packings]
-        fill = VECTOR_BYTES // self.dtype.itemsize if streams is None else TRAINING_FILL
-        apart = [UnpackIndex.of(packing, self.heads, self.dtype, fill) for packing in packings]
+        apart = [UnpackIndex.of(packing, self.heads, self.dtype) for packing in packings]
+        keys_N, query_keys = None, None
+        if row_keys is not None:
+            keys = [token_keys(keys_B, packing.longest) for keys_B, packing in zip(row_keys, packings, strict=True)]
+            keys_N = torch.cat([keys_BT.flatten()[packing.at_N] for keys_BT, packing in zip(keys, packings)])
+            query_keys = [head_keys(keys_BT, self.heads).flatten(0, 1) for keys_BT in keys]
 
-        def dropped(x: Tensor, p: float, rows: Sequence[int]) -> Tensor:
-            return x if streams is None else drop(x, p, streams, rows)
+        def dropped(x: Tensor, module: Any) -> Tensor:
+            return x if keys_N is None else drop(x, module.p, keys_N, module.dropout_site)
 
-        x_ND = dropped(x_ND, embeddings.dropout.p, sizes)
+        x_ND = dropped(x_ND, embeddings.dropout)
         states = [x_ND]
         for layer in self.layers:
             attention, output = layer.module.attention, layer.module.output
             qkv_N3D = layer.queries_keys_values(x_ND.to(self.dtype))
-            p, scaling = attention.self.dropout.p, attention.self.scaling
-            attended_ND = packed_attention(qkv_N3D, apart, p, scaling, streams)
+            weights_dropout = attention.self.dropout
+            attended_ND = packed_attention(
+                qkv_N3D, apart, weights_dropout.p, attention.self.scaling, query_keys, weights_dropout.dropout_site
+            )
             if layer is self.layers[-1] and read_R is not None:
                 x_ND, attended_ND = x_ND[read_R], attended_ND[read_R]
-                sizes = [packing.rows for packing in packings]
-            x_ND = x_ND + dropped(layer.attended(attended_ND), attention.output.dropout.p, sizes)
-            x_ND = attention.output.LayerNorm(x_ND)
+                keys_N = None if keys_N is None else keys_N[read_R]
+            x_ND = attention.output.LayerNorm(x_ND + dropped(layer.attended(attended_ND), attention.output.dropout))
             wide_NI = layer.module.intermediate.intermediate_act_fn(layer.up(x_ND.to(self.dtype)))
-            x_ND = output.LayerNorm(x_ND + dropped(layer.down(wide_NI), output.dropout.p, sizes))
+            x_ND = output.LayerNorm(x_ND + dropped(layer.down(wide_NI), output.dropout))
             states = [*states, x_ND] if all_layers else [x_ND]
         return states

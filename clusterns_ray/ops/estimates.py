@@ -78,6 +78,7 @@ def model_size(config: Config) -> ModelSize:
         ConfigError: the model's configuration or tokenizer cannot be loaded, or does not fit what is asked of it:
             limits that training would meet once the weights are loaded.
     """
+    import numpy as np
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers.initialization import no_init_weights
@@ -87,7 +88,7 @@ def model_size(config: Config) -> ModelSize:
     from clusterns_ray.models.base_model import complete
     from clusterns_ray.models.encoder import Encoder
     from clusterns_ray.models.tokenization import load_tokenizer, prompt_length
-    from clusterns_ray.training.collate import Shard
+    from clusterns_ray.training.collate import Shard, dropout_keys
     from clusterns_ray.training.objective import TwoViews
 
     config = complete(config)
@@ -118,7 +119,7 @@ def model_size(config: Config) -> ModelSize:
         shard = Shard(
             ids,
             ids,
-            (0, 0, 0),
+            dropout_keys(0, 0, np.zeros(rows, np.int64), np.ones((rows, tokens), np.int64)),
             (ids, ids) if encoder.second_prompt or config.data.positives != "dropout" else None,
             (ids, ids) if language_model is not None else None,
         )
@@ -175,7 +176,7 @@ def _filled_bytes(backbone: Any, rows: int, tokens: int, precision: str) -> int:
     if not can_pack(backbone):
         return 0
     shape = backbone.config
-    more = filled_columns(tokens) - tokens
+    more = filled_columns(tokens, DTYPES[precision]) - tokens
     values = 2 * more * (shape.hidden_size + shape.num_attention_heads * tokens)
     return 2 * rows * shape.num_hidden_layers * values * DTYPES[precision].itemsize
 

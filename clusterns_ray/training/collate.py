@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clusterns_ray.config import Config
 from clusterns_ray.data.positives import Positives
-from clusterns_ray.data.sampler import stream_key
+from clusterns_ray.data.sampler import random_draws, stream_key
 from clusterns_ray.data.token_store import TokenStore
 from clusterns_ray.models.encoder import pad
 from clusterns_ray.models.tokenization import prompt_affixes, swap_prompt
@@ -21,22 +21,45 @@ from clusterns_ray.training.batch_layout import BatchLayout, to_device
 from clusterns_ray.training.mlm import mask_tokens
 
 
+class DropoutKeys(NamedTuple):
+    """int64 (B) each, on the host: what the dropout of each row is drawn by, whichever rows it is computed with."""
+
+    first_B: np.ndarray
+    second_B: np.ndarray
+    masked_B: np.ndarray
+    templates: tuple[np.ndarray, np.ndarray]
+    """by the length of each row, in the prompt of either view"""
+
+
 class Shard(NamedTuple):
-    """The unit of padding, of randomness and of distribution."""
+    """The unit of padding and of distribution."""
 
     input_ids_BT: Tensor
     attention_mask_BT: Tensor
-    dropout_keys: tuple[int, int, int]
-    """seed the dropout of both views (the first, where they are one batch) and of the masked copy, so that it does not
-    depend on which worker computes the shard, nor after what"""
+    dropout_keys: DropoutKeys
     second: tuple[Tensor, Tensor] | None = None
     """ids and mask of the second view, where they are not those of the first"""
     masked: tuple[Tensor, Tensor] | None = None
     """ids with masked tokens and their labels, for masked language modelling"""
 
 
+def dropout_keys(
+    seed: int, step: int, rows: np.ndarray, mask_BT: np.ndarray, second_mask_BT: np.ndarray | None = None
+) -> DropoutKeys:
+    """The keys of rows of the corpus in a step, whose tokens are marked in a mask (the second view's, where it is another
+    one): a pure function of these."""
+    masks = mask_BT, mask_BT if second_mask_BT is None else second_mask_BT
+    first_B, second_B, masked_B = (
+        random_draws(rows, "dropout", seed, step, view) for view in ("first", "second", "masked")
+    )
+    templates = tuple(
+        random_draws(mask_BT.sum(axis=1), "dropout", seed, step, "template", view) for view, mask_BT in enumerate(masks)
+    )
+    return DropoutKeys(first_B, second_B, masked_B, (templates[0], templates[1]))
+
+
 class ShardReader:
-    """Reads a shard of a step: tokens of both views, and the streams of random numbers that are its own."""
+    """Reads a shard of a step: tokens of both views, the keys of their dropout, and which tokens are masked."""
 
     def __init__(self, config: Config, tokens: TokenStore, tokenizer: Any, device: torch.device) -> None:
         self.config, self.tokens, self.tokenizer, self.device = config, tokens, tokenizer, device
@@ -54,11 +77,10 @@ class ShardReader:
         masked = None
         if self.config.loss.mlm_weight:
             masked = self.masked_copy(input_ids, stream_key("mlm", seed, step, shard))
-        dropout = ("dropout", seed, step, shard)
         return Shard(
             to_device(input_ids, self.device),
             to_device(mask, self.device),
-            (stream_key(*dropout), stream_key(*dropout, "second"), stream_key(*dropout, "mlm")),
+            dropout_keys(seed, step, rows, mask, None if second is None else second[1]),
             None if second is None else (to_device(second[0], self.device), to_device(second[1], self.device)),
             masked,
         )
@@ -91,7 +113,7 @@ class ShardReader:
         views = [(ids_BT, torch.ones_like(ids_BT)) for ids_BT in ids]
         return Shard(
             *views[0],
-            (0, 0, 0),
+            dropout_keys(0, 0, np.zeros(1, np.int64), views[0][1].numpy(force=True)),
             views[1] if self.config.encoder.second_prompt else None,
             (ids[0], ids[0]) if self.config.loss.mlm_weight else None,
         )

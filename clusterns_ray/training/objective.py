@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from clusterns_ray.clustering.kmeans import cosine_matrix
 from clusterns_ray.config import LossConfig
 from clusterns_ray.losses import clusterns_loss_share, rank_distillation_share
 from clusterns_ray.models.encoder import Encoder, TokenBatch, autocast
+from clusterns_ray.models.sdpa import keyed_dropout
 from clusterns_ray.training.batch_layout import BatchLayout
 from clusterns_ray.training.collate import Shard
 from clusterns_ray.training.hard_negatives import HardNegatives
@@ -52,8 +54,8 @@ class TwoViews(nn.Module):
             for shard in shards:
                 if self.language_model is not None and shard.masked is not None:
                     ids_BT, labels_BT = shard.masked
-                    torch.manual_seed(shard.dropout_keys[2])
-                    mlm = mlm + prediction_loss(self.language_model, ids_BT, shard.attention_mask_BT, labels_BT)
+                    with keyed_dropout(shard.dropout_keys.masked_B, ids_BT.device):
+                        mlm = mlm + prediction_loss(self.language_model, ids_BT, shard.attention_mask_BT, labels_BT)
         return torch.cat([z1 for z1, _ in views]), torch.cat([z2 for _, z2 in views]), mlm
 
     def _token_embeds(self, shards: list[Shard]) -> list[list[Tensor]]:
@@ -70,10 +72,11 @@ class TwoViews(nn.Module):
         """Both views as one batch, or as one each."""
         ids_BT, mask_BT, keys = shard.input_ids_BT, shard.attention_mask_BT, shard.dropout_keys
         if shard.second is None:
-            return [TokenBatch(ids_BT, mask_BT, 0, token_embeds[0], keys[0], draws=2)]
+            both_B = np.concatenate([keys.first_B, keys.second_B])
+            return [TokenBatch(ids_BT, mask_BT, 0, token_embeds[0], both_B, keys.templates[0], draws=2)]
         return [
-            TokenBatch(ids_BT, mask_BT, 0, token_embeds[0], keys[0]),
-            TokenBatch(*shard.second, 1, token_embeds[1], keys[1]),
+            TokenBatch(ids_BT, mask_BT, 0, token_embeds[0], keys.first_B, keys.templates[0]),
+            TokenBatch(*shard.second, 1, token_embeds[1], keys.second_B, keys.templates[1]),
         ]
 
 

@@ -140,7 +140,8 @@ def step_flops(run: TrainingParts, work: EncoderWork, number: int) -> StepFlops:
     """
     layout, shards = run.batch(number)
     tokens = sum(int(shard.attention_mask_BT.sum()) for shard in shards)
-    scores = sum(rows * t * filled_columns(t) for rows, t in (shard.input_ids_BT.shape for shard in shards))
+    dtype = DTYPES[run.config.train.precision]
+    scores = sum(rows * t * filled_columns(t, dtype) for rows, t in (shard.input_ids_BT.shape for shard in shards))
     passes = 2 * (1 + BACKWARD)
     linear = passes * 2 * (work.linear * tokens + work.head * layout.size)
     attention = passes * 4 * work.layers * work.width * scores

@@ -25,7 +25,7 @@ from clusterns_ray.ops.estimates import (
     run_bytes,
     worker_memory,
 )
-from clusterns_ray.training.collate import Shard
+from clusterns_ray.training.collate import Shard, dropout_keys
 from clusterns_ray.training.objective import TwoViews
 from clusterns_ray.training.views import chunked
 
@@ -129,7 +129,7 @@ def saved_by_real_tensors(config: Config, rows: int, tokens: int, packs: bool) -
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        views([Shard(ids, ids, (0, 0, 0))])
+        views([Shard(ids, ids, dropout_keys(0, 0, np.arange(rows), ids.numpy()))])
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
@@ -194,7 +194,7 @@ def test_shards_whose_activations_are_held(tiny_model: Path, chunk: int | None, 
     config = config_of(tiny_model, train={"global_batch_size": 256, "shards": 8, "cache_chunk": chunk})
     assert held_shards(config.train, workers) == held
     ids = torch.zeros(32, 1, dtype=torch.int64)
-    chunks = chunked([Shard(ids, ids, 0)] * (8 // workers), chunk or 10_000)
+    chunks = chunked([Shard(ids, ids, dropout_keys(0, 0, np.arange(32), ids.numpy()))] * (8 // workers), chunk or 10_000)
     assert max(map(len, chunks)) == held
 
 

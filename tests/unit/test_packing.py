@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from clusterns_ray.kernels.dropout import Streams
+from clusterns_ray.kernels.dropout import head_keys, token_keys
 from clusterns_ray.kernels.packed_attention import FUSED_FROM, Packing, UnpackIndex, packed_attention
 
 LENGTHS = [5, 1, 7, 7, 3]
@@ -24,8 +25,12 @@ def mask_of(lengths: list[int]) -> torch.Tensor:
     return (torch.arange(max(lengths))[None, :] < torch.tensor(lengths)[:, None]).long()
 
 
-def apart_of(lengths: list[int], heads: int, dtype: torch.dtype, fill: int = 1) -> UnpackIndex:
-    return UnpackIndex.of(Packing.of(mask_of(lengths)), heads, dtype, fill)
+def apart_of(lengths: list[int], heads: int, dtype: torch.dtype) -> UnpackIndex:
+    return UnpackIndex.of(Packing.of(mask_of(lengths)), heads, dtype)
+
+
+def queries_of(row_keys: list[int], lengths: list[int], heads: int) -> torch.Tensor:
+    return head_keys(token_keys(np.array(row_keys), max(lengths)), heads).flatten(0, 1)
 
 
 def test_real_tokens_in_order_and_back():
@@ -68,13 +73,12 @@ def torchs(qkv_N3D: torch.Tensor, lengths: list[int], heads: int, scaling: float
     return torch.cat(rows, dim=1).transpose(0, 1).reshape(n, width)
 
 
-@pytest.mark.parametrize("fill", [1, 4, 16])
 @pytest.mark.parametrize("batches", [[LENGTHS], [[4, 4, 4]], [LENGTHS, SECOND, [1]]])
-def test_attention_and_its_gradients_are_torchs_row_by_row(batches: list[list[int]], fill: int):
+def test_attention_and_its_gradients_are_torchs_row_by_row(batches: list[list[int]]):
     lengths = [length for batch in batches for length in batch]
     heads, width = 3, 8
     qkv_N3D = torch.randn(sum(lengths), 3 * heads * width, dtype=torch.float64, requires_grad=True)
-    parts = [apart_of(batch, heads, torch.float64, fill) for batch in batches]
+    parts = [apart_of(batch, heads, torch.float64) for batch in batches]
     ours = packed_attention(qkv_N3D, parts, 0.0, 0.4)
     expected = torchs(qkv_N3D, lengths, heads, 0.4)
     torch.testing.assert_close(ours, expected)
@@ -87,47 +91,51 @@ def test_attention_and_its_gradients_are_torchs_row_by_row(batches: list[list[in
 def test_long_rows_without_gradient_are_the_same(longest: int):
     lengths = [longest, 3, longest - 5]
     qkv_N3D = torch.randn(sum(lengths), 3 * 2 * 8)
-    ours = packed_attention(qkv_N3D, [apart_of(lengths, 2, torch.float32, 16)], 0.0, 0.4)
+    ours = packed_attention(qkv_N3D, [apart_of(lengths, 2, torch.float32)], 0.0, 0.4)
     torch.testing.assert_close(ours, torchs(qkv_N3D, lengths, 2, 0.4), atol=1e-6, rtol=1e-5)
 
 
 def test_gradients_with_dropout_are_those_of_finite_differences():
-    parts = [apart_of([3, 1, 4], 2, torch.float64, 8), apart_of([2, 2], 2, torch.float64, 8)]
+    parts = [apart_of([3, 1, 4], 2, torch.float64), apart_of([2, 2], 2, torch.float64)]
+    keys = [queries_of([5, 6, 7], [3, 1, 4], 2), queries_of([8, 9], [2, 2], 2)]
 
     def attend(qkv_N3D: torch.Tensor, p: float = 0.3) -> torch.Tensor:
-        streams = Streams([5, 6])  # the same weights are dropped at each call
-        return packed_attention(qkv_N3D, parts, p, 0.5, streams)
+        return packed_attention(qkv_N3D, parts, p, 0.5, keys)
 
     qkv_N3D = torch.randn(12, 3 * 2 * 3, dtype=torch.float64, requires_grad=True)
     assert not torch.allclose(attend(qkv_N3D), attend(qkv_N3D, p=0.0))
     assert torch.autograd.gradcheck(attend, [qkv_N3D])
 
 
-def test_each_batch_draws_from_its_own_stream():
-    """Whatever batches stand before and behind it."""
+def test_each_row_draws_by_its_own_key():
+    """Whatever batches stand before and behind it, and however long their rows are."""
     qkv_N3D = torch.randn(23 + 11, 3 * 2 * 4)
 
-    def attend(batches: list[list[int]], keys: list[int], rows: slice) -> torch.Tensor:
-        parts = [apart_of(lengths, 2, torch.float32, 8) for lengths in batches]
-        return packed_attention(qkv_N3D[rows], parts, 0.4, 0.5, Streams(keys))
+    def attend(batches: list[list[int]], keys: list[list[int]], rows: slice) -> torch.Tensor:
+        parts = [apart_of(lengths, 2, torch.float32) for lengths in batches]
+        queries = [queries_of(rows, lengths, 2) for rows, lengths in zip(keys, batches, strict=True)]
+        return packed_attention(qkv_N3D[rows], parts, 0.4, 0.5, queries)
 
-    both = attend([LENGTHS, SECOND], [1, 2], slice(0, 34))
-    torch.testing.assert_close(both[:23], attend([LENGTHS], [1], slice(0, 23)), atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(both[23:], attend([SECOND], [2], slice(23, 34)), atol=1e-6, rtol=1e-5)
-    assert not torch.allclose(both[23:], attend([SECOND], [3], slice(23, 34)), atol=1e-3)
+    first, second = [1, 2, 3, 4, 5], [6, 7]
+    both = attend([LENGTHS, SECOND], [first, second], slice(0, 34))
+    joined = attend([[*LENGTHS, *SECOND]], [first + second], slice(0, 34))
+    torch.testing.assert_close(joined, both, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(both[:23], attend([LENGTHS], [first], slice(0, 23)), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(both[23:], attend([SECOND], [second], slice(23, 34)), atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(both[23:], attend([SECOND], [[8, 9]], slice(23, 34)), atol=1e-3)
 
 
 def test_dropout_of_weights_keeps_their_mean():
     qkv_N3D = torch.zeros(20_000, 3 * 2 * 4)
     qkv_N3D[:, 16:] = 1.0
-    parts = [apart_of([40] * 500, 2, torch.float32, 16)]
-    out = packed_attention(qkv_N3D, parts, 0.2, 1.0, Streams([3]))
+    parts = [apart_of([40] * 500, 2, torch.float32)]
+    out = packed_attention(qkv_N3D, parts, 0.2, 1.0, [queries_of(list(range(500)), [40] * 500, 2)])
     assert float(out.mean()) == pytest.approx(1.0, abs=5 * (0.25 / 40 / 40_000) ** 0.5)
     assert float(out[:, 0].var()) == pytest.approx(0.25 / 40, rel=0.05)
 
 
 def test_no_score_of_two_sentences_is_made():
     """The scores of a batch are as many as its rows are long, squared; of a packed row they would be N squared."""
-    part = apart_of([30] * 100, 2, torch.float32, 32)
+    part = apart_of([30] * 100, 2, torch.bfloat16)
     assert part.bias_M1T.shape == (200, 1, 32)
     assert len(part.take) == 200 * (30 + 2 * 32) and part.back_N3H.shape == (3000, 3, 2)

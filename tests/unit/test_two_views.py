@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import ARCHITECTURES
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from clusterns_ray.config import EncoderConfig
 from clusterns_ray.models.encoder import Encoder, TokenBatch
-from clusterns_ray.training.collate import Shard
+from clusterns_ray.training.collate import Shard, dropout_keys
 from clusterns_ray.training.objective import TwoViews
 
 
@@ -27,7 +28,8 @@ def shards_of(seed: int = 0, second: bool = False) -> list[Shard]:
         other = (ids.flip(1).clone(), mask.flip(1).clone()) if second else None
         if other:
             other[1][:], other[0][:] = 1, torch.randint(10, 90, ids.shape, generator=generator)
-        shards.append(Shard(ids, mask, (100 + number, 200 + number, 300 + number), other))
+        keys = dropout_keys(seed, 1, np.arange(10 * number, 10 * number + rows), mask.numpy())
+        shards.append(Shard(ids, mask, keys, other))
     return shards
 
 
@@ -46,7 +48,8 @@ def test_values_and_gradients(tiny_models: Callable[[str], Path], kind: str, mon
 
     def batches(self: TwoViews, shard: Shard, words: list[Tensor]) -> list[TokenBatch]:
         twice = (shard.input_ids_BT.repeat(2, 1), shard.attention_mask_BT.repeat(2, 1))
-        return [TokenBatch(*twice, dropout_key=shard.dropout_keys[0])]  # nothing shared, not even what both views read
+        both = np.concatenate([shard.dropout_keys.first_B, shard.dropout_keys.second_B])
+        return [TokenBatch(*twice, row_keys_B=both)]  # nothing shared, not even what both views read
 
     monkeypatch.setattr(TwoViews, "_batches", batches)
     plain_z, plain = outputs_and_gradients(views, shards)
