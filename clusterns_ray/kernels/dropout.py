@@ -64,7 +64,7 @@ def site_words(site: int, width: int) -> np.ndarray:
 @lru_cache(maxsize=1024)
 def _site_words_on(site: int, width: int, device: torch.device) -> Tensor:
     """:func:`site_words` as int64, moved to a device once."""
-    return torch.from_numpy(site_words(site, width).view(np.int64).copy()).to(device)
+    return torch.as_tensor(site_words(site, width).view(np.int64).copy()).to(device)
 
 
 # ---- keys -----------------------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def _kept(keys: Tensor, width: int, p: float, site: int) -> Tensor:
 def _fill(mask_MD: Tensor, keys_M: Tensor, p: float, site: int, kept: float) -> None:
     """On a CPU: rows of the mask in pieces, which threads share where there are many."""
     width = mask_MD.shape[1]
-    words = torch.from_numpy(site_words(site, width).view(np.int64).copy())
+    words = torch.as_tensor(site_words(site, width).view(np.int64).copy())
     level = np.int16(dropped_levels(p) - LEVELS // 2)
     # A mask is 0 and a pattern of bits, and whole numbers of every size multiply fast.
     pattern = torch.full((1,), kept, dtype=mask_MD.dtype)

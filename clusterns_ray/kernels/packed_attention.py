@@ -199,12 +199,12 @@ class _Attention(torch.autograd.Function):
             taken = qkv.view(-1, width).index_select(0, part.take)
             query, key, value = part.split(taken)
             if not ctx.needs_input_grad[0] and keep is None and part.longest > FUSED_FROM:
-                keys = slice(part.longest)
+                real = slice(part.longest)
                 read = F.scaled_dot_product_attention(
                     query[:, None],
-                    key[:, None, keys],
-                    value[:, None, keys],
-                    part.bias_M1T[:, None, :, keys],
+                    key[:, None, real],
+                    value[:, None, real],
+                    part.bias_M1T[:, None, :, real],
                     scale=scaling,
                 )
             else:

@@ -46,8 +46,7 @@ class Shard(NamedTuple):
 def dropout_keys(
     seed: int, step: int, rows: np.ndarray, mask_BT: np.ndarray, second_mask_BT: np.ndarray | None = None
 ) -> DropoutKeys:
-    """The keys of rows of the corpus in a step, whose tokens are marked in a mask (the second view's, where it is another
-    one): a pure function of these."""
+    """The keys of rows of the corpus in a step, a pure function of these; masks mark their tokens, in either view."""
     masks = mask_BT, mask_BT if second_mask_BT is None else second_mask_BT
     first_B, second_B, masked_B = (
         random_draws(rows, "dropout", seed, step, view) for view in ("first", "second", "masked")

@@ -1,4 +1,4 @@
-"""Dropout by keys: its probability, its randomness, its gradient, what it depends on, and that it leaves the rest alone."""
+"""Dropout by keys: its probability, randomness and gradient, what it depends on, and that it leaves the rest alone."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_cpu_draws_what_other_devices_do(shape: tuple[int, ...], width: int, d
 
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
 def test_the_share_of_zeros_at_every_place_of_a_word(p: float):
-    """Each word of 64 bits holds four numbers: all of them, the one with the sign bit too, have the same probability."""
+    """Each word of 64 bits holds four numbers: all of them, that with the sign bit too, have the same probability."""
     n = 400_000
     keep = keep_mask(keys(n, 1)[:, 0], 4, p, 0)
     assert set(keep.unique().tolist()) == {0.0, 1.0}
@@ -126,7 +126,9 @@ def test_what_a_mask_depends_on(other: str):
         "row": lambda: keep_mask(keys(2 * rows, tokens)[rows:], width, 0.5, 3),
         "step": lambda: keep_mask(token_keys(row_keys(rows, step=2), tokens), width, 0.5, 3),
         "seed": lambda: keep_mask(keys(rows, tokens, seed=2), width, 0.5, 3),
-        "view": lambda: keep_mask(token_keys(dropout_keys(1, 1, np.arange(rows), mask).second_B, tokens), width, 0.5, 3),
+        "view": lambda: keep_mask(
+            token_keys(dropout_keys(1, 1, np.arange(rows), mask).second_B, tokens), width, 0.5, 3
+        ),
         "site": lambda: keep_mask(keys(rows, tokens), width, 0.5, 4),
         "position": lambda: keep_mask(keys(rows, 2 * tokens)[:, tokens:], width, 0.5, 3),
         "head": lambda: keep_mask(head_keys(keys(rows, tokens), 2)[:, 1], width, 0.5, 3),
@@ -144,9 +146,7 @@ def test_what_a_mask_depends_on(other: str):
 @pytest.mark.parametrize("shape", [(1,), (3,), (5, 7), (2, 3, 5)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stored", [True, False])
-def test_values_and_gradient(
-    shape: tuple[int, ...], dtype: torch.dtype, stored: bool, monkeypatch: pytest.MonkeyPatch
-):
+def test_values_and_gradient(shape: tuple[int, ...], dtype: torch.dtype, stored: bool, monkeypatch: pytest.MonkeyPatch):
     """Whether the mask is kept for the way back, as on a CPU, or made anew."""
     monkeypatch.setattr(clusterns_ray.kernels.dropout, "stores_mask", lambda x: stored)
     x = torch.randn(shape, requires_grad=True, dtype=dtype)

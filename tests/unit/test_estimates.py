@@ -194,7 +194,9 @@ def test_shards_whose_activations_are_held(tiny_model: Path, chunk: int | None, 
     config = config_of(tiny_model, train={"global_batch_size": 256, "shards": 8, "cache_chunk": chunk})
     assert held_shards(config.train, workers) == held
     ids = torch.zeros(32, 1, dtype=torch.int64)
-    chunks = chunked([Shard(ids, ids, dropout_keys(0, 0, np.arange(32), ids.numpy()))] * (8 // workers), chunk or 10_000)
+    chunks = chunked(
+        [Shard(ids, ids, dropout_keys(0, 0, np.arange(32), ids.numpy()))] * (8 // workers), chunk or 10_000
+    )
     assert max(map(len, chunks)) == held
 
 
