@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,14 @@ def sentences(count: int, seed: int = 0) -> list[str]:
             parts.append(" ".join(filter(None, words)))
         found[" and ".join(parts).capitalize() + "."] = None
     return list(found)
+
+
+def quick_first(cases: Iterable[Any], quick: int) -> list[Any]:
+    """Parameters of a test, of which those after the first ``quick`` are slow."""
+    import pytest
+
+    values = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*case, marks=() if at < quick else pytest.mark.slow) for at, case in enumerate(values)]
 
 
 def write_corpus(path: Path, count: int = 300, seed: int = 0) -> Path:

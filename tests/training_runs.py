@@ -81,6 +81,15 @@ class Lab:
         return [note.text for note in self.seen(Note)]
 
 
+@dataclass(frozen=True)
+class WholeRun:
+    """The undisturbed run of a module's configuration, for tests that only read what it left."""
+
+    directory: Path
+    result: dict[str, Any]
+    lab: Lab
+
+
 class Killed(BaseException):
     """What no handler of errors sees."""
 

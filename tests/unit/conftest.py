@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,10 @@ from clusterns_ray.evaluation.sts import TASKS
 from clusterns_ray.models.base_model import complete
 
 if TYPE_CHECKING:
-    from training_runs import Lab
+    from training_runs import Lab, WholeRun
+
+# What a killed process wrote is there all the same; no test cuts the power.
+os.fsync = lambda handle: None
 
 STUDY: dict[str, Any] = {
     "name": "tiny",
@@ -56,6 +60,17 @@ def lab(run_values: dict[str, Any]) -> Iterator[Lab]:
 
     with torch.random.fork_rng(devices=[]):
         yield Lab(run_values, prepare(make_config(run_values)))
+
+
+@pytest.fixture(scope="module")
+def whole(run_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> WholeRun:
+    """The undisturbed run of ``lab.config()``."""
+    import torch
+    from training_runs import Lab, WholeRun
+
+    with torch.random.fork_rng(devices=[]):
+        lab, directory = Lab(run_values, prepare(make_config(run_values))), tmp_path_factory.mktemp("whole")
+        return WholeRun(directory, lab.run(directory, lab.config()), lab)
 
 
 @pytest.fixture(scope="session")

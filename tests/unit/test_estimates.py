@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import ARCHITECTURES, make_tiny_model
+from helpers import ARCHITECTURES, make_tiny_model, quick_first
 from torch.utils._pytree import tree_leaves
 
 from clusterns_ray.clustering.bank import Bank
@@ -43,8 +43,9 @@ def config_of(model: Path, corpus: str = "none.txt", **sections: Any) -> Config:
     return make_config(values)
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-@pytest.mark.parametrize("head", ["mlp", "none"])
+@pytest.mark.parametrize(
+    ("kind", "head"), quick_first([("bert", "none"), *((kind, "mlp") for kind in reversed(ARCHITECTURES))], 2)
+)
 def test_parameters_are_those_of_the_real_encoder(
     tiny_models: Callable[[str], Path], tmp_path: Path, kind: str, head: str
 ) -> None:
@@ -133,9 +134,10 @@ def saved_by_real_tensors(config: Config, rows: int, tokens: int, packs: bool) -
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-@pytest.mark.parametrize("tokens", [24, 32, 33])
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+SHAPES = [("fp32", "mean", 33), ("bf16", "cls", 24), ("fp32", "mean", 32), ("fp32", "cls", 32), ("bf16", "mean", 33)]
+
+
+@pytest.mark.parametrize(("precision", "pooling", "tokens"), quick_first(SHAPES, 2))
 def test_activations_are_those_of_real_tensors(tiny_model: Path, precision: str, pooling: str, tokens: int) -> None:
     encoder = {"dropout": 0.1, "max_length": tokens, "pooling": pooling}
     config = config_of(tiny_model, encoder=encoder, train={"precision": precision})

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import WIDTH
-from training_runs import CPU, PROMPT, SECOND_PROMPT, TWO_PROMPTS, Lab, assert_same_tensors, placed, weights
+from training_runs import CPU, PROMPT, SECOND_PROMPT, TWO_PROMPTS, Lab, WholeRun, assert_same_tensors, placed, weights
 
 from clusterns_ray.config import make_config
 from clusterns_ray.console.progress import outcome_lines
@@ -34,9 +34,9 @@ from clusterns_ray.training.views import CachedViews, Views, chunked
 # ---- what a run leaves --------------------------------------------------------------------------------------------
 
 
-def test_a_whole_run(lab: Lab, tmp_path: Path) -> None:
+def test_a_whole_run(whole: WholeRun) -> None:
+    lab, tmp_path, result = whole.lab, whole.directory, whole.result
     config = lab.config()
-    result = lab.run(tmp_path, config)
 
     assert result == json.loads((tmp_path / "result.json").read_text())
     assert (result["steps"], result["stopped_early"], result["num_workers"]) == (6, False, 1)
@@ -110,13 +110,13 @@ def test_a_gpu_is_described_with_the_libraries_that_its_sums_depend_on(monkeypat
     assert [described["versions"][name] for name in ("cuda", "cudnn", "nccl")] == ["13.0", 91200, "2.28.9"]
 
 
-def test_sets_that_are_scored_as_well_select_nothing(lab: Lab, tmp_path: Path) -> None:
-    alone = lab.run(tmp_path / "alone", lab.config())
+def test_sets_that_are_scored_as_well_select_nothing(lab: Lab, whole: WholeRun, tmp_path: Path) -> None:
+    alone = whole.result
     config = lab.config(evaluation={"also": ["LEE50/test"]})
     result = lab.run(tmp_path / "also", config)
     for key in ("best_step", "sts_dev", "sts_dev_before", "sts_dev_last", "steps"):
         assert result[key] == alone[key], key
-    assert_same_tensors(weights(tmp_path / "alone", 6), weights(tmp_path / "also", 6))
+    assert_same_tensors(weights(whole.directory, 6), weights(tmp_path / "also", 6))
     assert alone["also"] == {} and set(result["also"]) == {"LEE50/test"}
 
     found = result["also"]["LEE50/test"]
@@ -179,10 +179,9 @@ def test_the_exported_model_is_the_best_step(lab: Lab, tmp_path: Path, monkeypat
     assert "10.00 before training" in card and "**40.00** after step 4" in card and "6 clusters" in card
 
 
-def test_training_changes_the_weights_and_only_those_it_should(lab: Lab, tmp_path: Path) -> None:
-    lab.run(tmp_path, lab.config())
-    start = Encoder.for_training(lab.config().encoder, seed=0).state_dict()
-    after = weights(tmp_path, 6)
+def test_training_changes_the_weights_and_only_those_it_should(whole: WholeRun) -> None:
+    start = Encoder.for_training(whole.lab.config().encoder, seed=0).state_dict()
+    after = weights(whole.directory, 6)
     moved = {name for name, value in start.items() if not torch.equal(value, after[f"encoder.{name}"])}
     assert not any("pooler" in name for name in moved)
     still = {name for name in start if name not in moved}
@@ -191,13 +190,16 @@ def test_training_changes_the_weights_and_only_those_it_should(lab: Lab, tmp_pat
 
 
 def test_without_a_dev_set_the_last_step_is_exported(lab: Lab, tmp_path: Path) -> None:
-    result = lab.run(tmp_path, lab.config(evaluation={"sts": None}, train={"max_steps": 3}))
+    config = lab.config(evaluation={"sts": None}, train={"max_steps": 3}, data={"positives": "crop"})
+    result = lab.run(tmp_path, config)
     assert (result["best_step"], result["sts_dev"], result["sts_dev_before"], result["dev"]) == (3, None, None, None)
     assert lab.reports == [] and lab.seen(Evaluated) == []
     last = weights(tmp_path, 3)
     for name, value in Encoder.load(tmp_path / "model").backbone.state_dict().items():
         assert torch.equal(value, last[f"encoder.backbone.{name}"])
-    assert "No dev set" in (tmp_path / "model" / "README.md").read_text()
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "No dev set" in card
+    assert "ClusterNS with 6 clusters, with a crop of the sentence as the second view, from" in card
 
 
 def test_plain_simcse(lab: Lab, tmp_path: Path) -> None:
@@ -208,12 +210,6 @@ def test_plain_simcse(lab: Lab, tmp_path: Path) -> None:
     assert all(record["loss"] == record["info_nce"] and "clusters_used" not in record for record in records)
     assert not (tmp_path / "centroids.npy").exists()
     assert "\nSimCSE, from" in (tmp_path / "model" / "README.md").read_text()
-
-
-def test_the_model_card_names_the_positives(lab: Lab, tmp_path: Path) -> None:
-    lab.run(tmp_path, lab.config(data={"positives": "crop"}, train={"max_steps": 2}))
-    card = (tmp_path / "model" / "README.md").read_text()
-    assert "ClusterNS with 6 clusters, with a crop of the sentence as the second view, from" in card
 
 
 def test_logging_is_as_often_as_asked(lab: Lab, tmp_path: Path) -> None:
@@ -250,9 +246,7 @@ def test_the_run_is_a_function_of_its_seed(lab: Lab, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "sections",
     [
-        {},
         {"loss": {"mlm_weight": 0.5}},
-        {"clustering": {"scope": "corpus"}},
         {"clustering": {"scope": "corpus"}, "data": {"positives": "neighbour", "corpus": "DOCUMENTS"}},
     ],
 )
@@ -294,7 +288,7 @@ def test_a_cached_gradient_holds_the_activations_of_one_chunk(lab: Lab, tmp_path
 def test_masked_language_modelling_leaves_the_contrastive_part_untouched(lab: Lab, tmp_path: Path) -> None:
     records = {}
     for name, weight in (("off", 0.0), ("on", 0.5), ("more", 0.6)):
-        lab.run(tmp_path / name, lab.config(loss={"mlm_weight": weight}, train={"max_steps": 3}))
+        lab.run(tmp_path / name, lab.config(loss={"mlm_weight": weight}, train={"max_steps": 2}))
         records[name] = [r for r in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in r]
     first = {name: found[0] for name, found in records.items()}
     assert first["on"]["info_nce"] == first["off"]["info_nce"] == first["more"]["info_nce"]
@@ -304,7 +298,7 @@ def test_masked_language_modelling_leaves_the_contrastive_part_untouched(lab: La
             expected = record["info_nce"] + 0.1 * record["bml"] + weight * record["mlm"]
             assert record["loss"] == pytest.approx(expected, rel=1e-5)
     assert records["on"][1]["info_nce"] != records["off"][1]["info_nce"], "its gradient reaches the encoder"
-    state = torch.load(tmp_path / "on" / "checkpoints" / "step-00000003" / "state.pt", weights_only=True)
+    state = torch.load(tmp_path / "on" / "checkpoints" / "step-00000002" / "state.pt", weights_only=True)
     assert state["language_model_head"] and not any("bert." in name for name in state["language_model_head"])
     exported = Encoder.load(tmp_path / "on" / "model").backbone.state_dict()
     assert set(exported) == set(Encoder.load(tmp_path / "off" / "model").backbone.state_dict())
@@ -329,21 +323,27 @@ def test_two_prompts_make_two_different_views(lab: Lab, tmp_path: Path) -> None:
 # ---- stopping early -----------------------------------------------------------------------------------------------
 
 
-def test_patience(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = [5.0, 10.0, 20.0, 20.0, 15.0, 30.0, 40.0]  # before, then after steps 1 to 6
+# Scores before training and after each step, the steps until it stops, the best one and its score.
+PATIENCE: dict[str, tuple[list[float], int, int, float]] = {
+    "no better": ([5, 10, 20, 20, 15, 30, 40], 4, 2, 20),
+    "renewed by a better score": ([5, 10, 9, 11, 9, 12, 9], 6, 5, 12),
+    # Training may cost some score at first: it goes on as long as it gains.
+    "below the untrained encoder": ([50, 10, 20, 30, 25, 29, 60], 5, 0, 50),
+}
+
+
+@pytest.mark.parametrize("case", PATIENCE)
+def test_patience(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    given, steps, best_step, best = PATIENCE[case]
     scores = iter(given)
     monkeypatch.setattr(DevSet, "score", lambda self, encoder: next(scores))
     result = lab.run(tmp_path, lab.config(evaluation={"every_steps": 1, "patience": 2}))
-    assert (result["steps"], result["stopped_early"]) == (4, True)
-    assert (result["best_step"], result["sts_dev"]) == (2, 20.0)
-    assert next(scores) == 30.0, "another number of evaluations was made"
-
-
-def test_a_better_score_renews_the_patience(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = iter([5.0, 10.0, 9.0, 11.0, 9.0, 12.0, 9.0])
-    monkeypatch.setattr(DevSet, "score", lambda self, encoder: next(scores))
-    result = lab.run(tmp_path, lab.config(evaluation={"every_steps": 1, "patience": 2}))
-    assert (result["steps"], result["stopped_early"], result["best_step"]) == (6, False, 5)
+    assert (result["steps"], result["best_step"], result["sts_dev"]) == (steps, best_step, best)
+    assert list(scores) == given[steps + 1 :], "another number of evaluations was made"
+    stopped = steps < 6
+    assert result["stopped_early"] is stopped and result["total_steps"] == 6
+    assert (f"stopped early, after step {steps} of 6" in outcome_lines(result)[0]) is stopped
+    assert any(f"Stopped early after step {steps} of 6: the last 2 eval" in note for note in lab.notes) is stopped
 
 
 def test_both_scores_before_training_where_pooling_is_not_the_models_own(
@@ -389,18 +389,6 @@ def test_where_no_step_is_better_the_untrained_encoder_is_exported(
     assert "50.00 before, 30.00 at best in 6 steps (-20.00)" in lines[0] and "untrained encoder" in lines[1]
 
 
-def test_patience_counts_steps_that_are_below_the_untrained_encoder(
-    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Training may cost some score at first: it goes on as long as it gains."""
-    scores = iter([50.0, 10.0, 20.0, 30.0, 25.0, 29.0, 60.0])
-    monkeypatch.setattr(DevSet, "score", lambda self, encoder: next(scores))
-    result = lab.run(tmp_path, lab.config(evaluation={"every_steps": 1, "patience": 2}))
-    assert (result["steps"], result["best_step"], result["sts_dev"]) == (5, 0, 50.0)
-    assert result["total_steps"] == 6 and "stopped early, after step 5 of 6" in outcome_lines(result)[0]
-    assert any("Stopped early after step 5 of 6: the last 2 eval" in note for note in lab.notes)
-
-
 def test_a_score_that_is_not_a_number_does_not_become_the_best(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -419,15 +407,15 @@ def test_collapsed_before_and_after_nothing_is_best(lab: Lab, tmp_path: Path, mo
     assert not any(event.best for event in lab.seen(Evaluated))
 
 
-@pytest.mark.parametrize(("max_steps", "said"), [(25, True), (10, False)])
-def test_epochs_that_end_before_max_steps_are_said(lab: Lab, tmp_path: Path, max_steps: int, said: bool) -> None:
-    config = lab.config(train={"max_steps": max_steps, "epochs": 1}, evaluation={"sts": None})
-    assert lab.run(tmp_path, config)["steps"] == 10, "300 rows in batches of 32"
-    notes = [note for note in lab.notes if "max_steps" in note]
-    assert notes == said * [
-        "train.max_steps is 25, but 1 epoch of this corpus has 10 steps: training ends after 10. For more, raise "
-        "train.epochs (to 3 for 25 steps)."
+def test_epochs_that_end_before_max_steps_are_said(lab: Lab, tmp_path: Path) -> None:
+    config = lab.config(train={"max_steps": 7, "epochs": 1, "global_batch_size": 128}, evaluation={"sts": None})
+    assert lab.run(tmp_path / "early", config)["steps"] == 3, "300 rows in batches of 128"
+    assert [note for note in lab.notes if "max_steps" in note] == [
+        "train.max_steps is 7, but 1 epoch of this corpus has 3 steps: training ends after 3. For more, raise "
+        "train.epochs (to 3 for 7 steps)."
     ]
+    lab.run(tmp_path / "there", lab.config(train={"max_steps": 1, "epochs": 1}, evaluation={"sts": None}))
+    assert not [note for note in lab.notes if "max_steps" in note]
 
 
 # ---- first centroids ----------------------------------------------------------------------------------------------

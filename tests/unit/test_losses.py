@@ -113,6 +113,7 @@ def test_reference_still_gives_the_golden_values(case):
     assert_close(step.grad_z2, expected["grad_z2"])
 
 
+@pytest.mark.slow  # it says nothing of the package, but of the file and the loops
 @every_case
 def test_golden_gradients_are_the_slopes_of_the_loops(case):
     wanted, expected = LossSettings(**case["settings"]), case["expected"]

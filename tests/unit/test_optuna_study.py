@@ -11,6 +11,7 @@ from typing import Any
 import optuna
 import pytest
 import yaml
+from helpers import quick_first
 from optuna.trial import TrialState
 
 from clusterns_ray.errors import ClusterNSError, ConfigError
@@ -195,9 +196,6 @@ WRITES = (
 )  # fmt: skip
 
 
-SLOWER = [pytest.param("journal", every, "tpe", marks=pytest.mark.slow) for every in (7, 11)]
-
-
 class Killed(BaseException):
     pass
 
@@ -222,7 +220,8 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("storage", "every", "sampler"), [("sqlite", 29, "tpe"), ("journal", 8, "tpe"), ("journal", 8, "qmc"), *SLOWER]
+    ("storage", "every", "sampler"),
+    quick_first([("journal", 8, "tpe"), ("sqlite", 29, "tpe"), ("journal", 8, "qmc"), ("journal", 11, "tpe")], 1),
 )
 def test_killed_after_every_few_writes_it_comes_to_the_same_end(
     make: Any, monkeypatch: pytest.MonkeyPatch, storage: str, every: int, sampler: str

@@ -343,6 +343,7 @@ def test_a_hub_out_of_reach_is_told_before_the_corpus_is_tokenised(
     assert not list(cache_directory(settings).glob("tokens-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_FSIZE")
 def test_a_disk_that_fills_while_tokens_are_written(tmp_path: Path, tiny_model: Path) -> None:
     """One line and exit code 1; nothing half written stays, and with room the same command does it."""

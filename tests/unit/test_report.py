@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -27,6 +27,9 @@ from clusterns_ray.report.record import RunRecord, read_records, read_run
 from clusterns_ray.report.run import changed_keys, run_page
 from clusterns_ray.report.sts_table import PUBLISHED
 from clusterns_ray.report.words import duration, spread
+
+if TYPE_CHECKING:
+    from training_runs import WholeRun
 
 CLUSTERED = {
     "clusters_used", "hard_negative_cosine", "largest_cluster", "false_negative_rate", "empty_clusters",
@@ -372,6 +375,7 @@ def test_what_an_evaluation_may_hold(run_dir: Path) -> None:
     assert "not those of the papers (SICKR: all 9,927 pairs)" in page_text(run_page(read_run(run_dir)))
 
 
+@pytest.mark.slow
 def test_long_runs_stay_small(run_dir: Path) -> None:
     records = read_records(run_dir / "metrics.jsonl")
     steps = [record for record in records if "loss" in record]
@@ -455,27 +459,12 @@ def test_it_loads_nothing_heavy(run_dir: Path) -> None:
 # ---- a real small run ---------------------------------------------------------------------------------------------
 
 
-def test_a_real_small_run(tmp_path: Path, tiny_model: Path, corpus_file: Path, sts_dir: Path) -> None:
-    from clusterns_ray import train
-    from clusterns_ray.config import make_config
-
-    result = train(
-        make_config(
-            {
-                "encoder": {"name": str(tiny_model), "num_layers": 2},
-                "data": {"corpus": str(corpus_file), "cache_dir": str(tmp_path / "cache")},
-                "loss": {"bml_weight": 0.1},
-                "clustering": {"num_clusters": 6, "start_cosine": 1.0, "rate": 0.1},
-                "train": {"global_batch_size": 32, "shards": 4, "max_steps": 6, "learning_rate": 1e-3},
-                "evaluation": {"sts": str(sts_dir), "every_steps": 2, "patience": None},
-                "runtime": {"storage_path": str(tmp_path), "name": "tiny", "log_every_steps": 1, "use_gpu": False},
-            }
-        )
-    )
-    path, page, _ = write_report([tmp_path / "tiny"])
+def test_a_real_small_run(whole: WholeRun, corpus_file: Path, sts_dir: Path) -> None:
+    run, result = whole.directory, whole.result
+    path, page, _ = write_report([run])
     html = Html(path.read_text(encoding="utf-8"))
     text = " ".join(html.text.split())
-    records = read_records(tmp_path / "tiny" / "metrics.jsonl")
+    records = read_records(run / "metrics.jsonl")
     losses = [record["loss"] for record in records if "loss" in record]
     scores = [record["sts_dev"] for record in records if "sts_dev" in record]
     assert len(losses) == 6 and len(scores) == 4
@@ -492,9 +481,9 @@ def test_a_real_small_run(tmp_path: Path, tiny_model: Path, corpus_file: Path, s
         "Sizes, sorted", "Centroid drift", "False negatives", "Hard negatives", "Mean cosine", "Alignment",
         "Uniformity", "Effective rank", "Sentences per second",
     } <= titles  # fmt: skip
-    clusters = json.loads((tmp_path / "tiny" / "clusters.json").read_text())["clusters"]
+    clusters = json.loads((run / "clusters.json").read_text())["clusters"]
     assert clusters[0]["examples"][0] in text, "a sentence of the corpus"
-    environment = json.loads((tmp_path / "tiny" / "environment.json").read_text())
+    environment = json.loads((run / "environment.json").read_text())
     assert environment["versions"]["torch"] in text and environment["machine"]["platform"] in text
-    assert f"clusterns evaluate {tmp_path / 'tiny' / 'model'} --sts {sts_dir}" in text
+    assert f"clusterns evaluate {run / 'model'} --sts {sts_dir}" in text
     assert "clustering.num_clusters" in text and str(corpus_file) in text

@@ -312,6 +312,8 @@ def test_a_run_in_the_store_is_that_of_a_directory(config: Config, tmp_path: Pat
     notes: list[str] = []
     assert train(config, lambda event: notes.append(event.text) if isinstance(event, Note) else None) == result
     assert any("is finished" in note for note in notes)
+    with pytest.raises(ConfigError, match=r"/run' holds already with another config: seed was 42 and is now 43"):
+        train(make_config({**config.resolved(), "seed": 43}))
 
 
 def test_training_does_not_wait_for_copies(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,6 +339,7 @@ def test_training_does_not_wait_for_copies(config: Config, monkeypatch: pytest.M
     assert (Store(config.runtime.storage_path) / "run" / "checkpoints").directories()[-1] == "step-00000006"
 
 
+@pytest.mark.slow
 def test_a_machine_that_is_lost_is_replaced_by_another(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -372,6 +375,7 @@ def test_a_machine_that_is_lost_is_replaced_by_another(
     assert steps == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_still_copies_what_it_had(config: Config, tmp_path: Path) -> None:
     def on_event(event: Event) -> None:
         if isinstance(event, StepLogged) and event.step == 5:
@@ -383,6 +387,7 @@ def test_a_run_that_fails_still_copies_what_it_had(config: Config, tmp_path: Pat
     assert (store / "checkpoints").directories()[-1] == "step-00000004"
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_in_the_store_is_passed_over(config: Config, tmp_path: Path) -> None:
     train(config)
     store = Store(config.runtime.storage_path) / "run"
@@ -428,13 +433,6 @@ def test_a_store_without_a_bucket_is_refused_before_anything_starts(
     values["runtime"] |= {"storage_path": "s3://no-such-bucket/x"}
     with pytest.raises(ConfigError, match=r"runtime\.storage_path: s3://no-such-bucket/x"):
         check_storage(make_config(values))
-
-
-def test_another_configuration_under_the_name_is_refused(config: Config) -> None:
-    train(config)
-    values = config.resolved()
-    with pytest.raises(ConfigError, match=r"/run' holds already with another config: seed was 42 and is now 43"):
-        train(make_config({**values, "seed": 43}))
 
 
 # ---- places -------------------------------------------------------------------------------------------------------

@@ -116,6 +116,7 @@ def test_a_study_whose_machines_are_lost_is_the_undisturbed_one(
     assert not list(copies.glob("*/0*/metrics.jsonl")), "copies of runs that ended are not kept on the machine"
 
 
+@pytest.mark.slow
 def test_evaluations_that_no_snapshot_has_are_told_again(
     write_study: Callable[..., Path], store: Store, machine: Callable[[], None]
 ) -> None:
@@ -229,6 +230,7 @@ def test_one_driver_among_all_machines(
     refused(said, "The study 'tiny' is being run by process ", " since 20", "--status")
 
 
+@pytest.mark.slow
 def test_a_trial_that_a_store_fails_is_begun_again_and_not_failed(
     write_study: Callable[..., Path],
     store: Store,
@@ -309,20 +311,22 @@ def test_a_study_is_looked_at_from_another_machine(
 # ---- models and runs ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def run_url(
-    store: Store,
-    machine: Callable[[], None],
-    write_study: Callable[..., Path],
-) -> str:
-    """A finished run in the store, and this another machine."""
+@pytest.fixture(scope="module")
+def trained(s3: str, write_study: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Where the store has two finished runs, ``a`` and ``b``, of a machine that is gone."""
     from clusterns_ray import load_config, train
 
     base = write_study().parent / "base.yaml"
-    for name, seed in (("a", 1), ("b", 2)):
-        train(load_config(base, [f"runtime.storage_path={store.url}", f"runtime.name={name}", f"seed={seed}"]))
-    machine()
-    return f"{store.url}/a"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLUSTERNS_LOCAL_PATH", str(tmp_path_factory.mktemp("gone")))
+        for name, seed in (("a", 1), ("b", 2)):
+            train(load_config(base, [f"runtime.storage_path={s3}/trained", f"runtime.name={name}", f"seed={seed}"]))
+    return f"{s3}/trained"
+
+
+@pytest.fixture
+def run_url(trained: str, machine: Callable[[], None]) -> str:
+    return f"{trained}/a"
 
 
 def test_a_model_in_the_store(
@@ -340,6 +344,7 @@ def test_a_model_in_the_store(
     assert said.exit_code == 0, said.output
     assert f"Copying {model} to this machine (" in said.stdout and f"Wrote {run_url}/evaluation.json" in said.stdout
     scores = json.loads(Store(run_url).read("evaluation.json") or b"")
+    Store(run_url).delete("evaluation.json")  # other tests have the run, too
     result = json.loads(Store(run_url).read("result.json") or b"")
     assert scores["model"] == model and len(scores["tasks"]) == 7 and result["model"] == model
 
@@ -365,34 +370,34 @@ def test_a_model_in_the_store(
 
 
 def test_models_that_are_not_there(
-    run_url: str,
-    clusterns: Callable[..., Result],
-    store: Store,
-    write_study: Callable[..., Path],
+    trained: str, run_url: str, clusterns: Callable[..., Result], write_study: Callable[..., Path]
 ) -> None:
-    sts_dir = write_study().parent / "sts"
+    sts_dir, run = write_study().parent / "sts", Store(run_url)
     refused(clusterns("evaluate", run_url, "--sts", sts_dir), "is no whole directory", f"give {run_url}/model")
-    refused(clusterns("evaluate", f"{store.url}/none/model", "--sts", sts_dir), "model.manifest.json is missing")
+    refused(clusterns("evaluate", f"{trained}/none/model", "--sts", sts_dir), "model.manifest.json is missing")
     refused(clusterns("evaluate", "s3://bucket", "--sts", sts_dir), "the bucket.manifest.json is missing")
-    (store / "a").write("model/config.json", b"{}")
+    whole = run.read("model/config.json") or b""
+    run.write("model/config.json", b"{}")
     models.staged.clear()
     said = clusterns("evaluate", f"{run_url}/model", "--sts", sts_dir)
+    run.write("model/config.json", whole)
     assert said.exit_code == 1 and "is damaged: its checksum" in said.stderr
 
 
 def test_runs_in_the_store_are_reported(
-    run_url: str, clusterns: Callable[..., Result], store: Store, tmp_path: Path
+    trained: str, run_url: str, clusterns: Callable[..., Result], tmp_path: Path
 ) -> None:
-    said = clusterns("report", run_url, f"{store.url}/b/")
+    store = Store(trained)
+    said = clusterns("report", run_url, f"{trained}/b/")
     assert said.exit_code == 0, said.output
-    assert f"Wrote {store.url}/report.html (here: " in said.stdout.splitlines()[-1]
+    assert f"Wrote {trained}/report.html (here: " in said.stdout.splitlines()[-1]
     text = (store.read("report.html") or b"").decode()
     assert "<td" in text and "clusterns evaluate" in text and f"{run_url}/model" in text.replace("<wbr>", "")
-    refused(clusterns("report", store.url), "is not a run", "It holds the runs a, b: name those")
+    refused(clusterns("report", trained), "is not a run", "It holds the runs a, b: name those")
     refused(clusterns("report", run_url, run_url), "is named twice")
     refused(clusterns("report", run_url, tmp_path), "lie in different places", "-o FILE.html")
     refused(clusterns("report", run_url, "s3://other/b"), "lie in different places")
-    said = clusterns("report", run_url, "-o", f"{store.url}/pages/a.html")
+    said = clusterns("report", run_url, "-o", f"{trained}/pages/a.html")
     assert said.exit_code == 0 and "pages/a.html" in store.names(), said.output
 
 

@@ -396,6 +396,7 @@ def test_structure_is_what_chose_the_model(run_of_documents: Path, tmp_path: Pat
     assert found["data"] == {"sts": "structure", "documents": documents} and found["average"] is None
 
 
+@pytest.mark.slow
 def test_documents_may_be_named_for_structure(tmp_path: Path, tiny_model: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(EvaluationConfig.model_fields["structure_pairs"], "default", 40)
