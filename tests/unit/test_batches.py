@@ -39,10 +39,9 @@ def test_permute_is_a_bijection(n: int, key: int) -> None:
     assert np.array_equal(np.sort(image), np.arange(n))
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
-def test_permute_reaches_every_order_of_a_small_domain(n: int) -> None:
-    seen = {tuple(permute(np.arange(n), n, key)) for key in range(2000)}
-    assert len(seen) == math.factorial(n)
+def test_permute_reaches_every_order_of_a_small_domain() -> None:
+    for n, keys in ((1, 1), (2, 20), (3, 100), (4, 400)):
+        assert len({tuple(permute(np.arange(n), n, key)) for key in range(keys)}) == math.factorial(n)
 
 
 @pytest.mark.parametrize("n", [10**9, 10**9 + 7, 2**40 + 1, 2**61 + 3, 2**62])

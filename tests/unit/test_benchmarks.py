@@ -107,6 +107,7 @@ def test_kept_bytes_are_those_of_each_storage_once():
     assert parts.kept_bytes(lambda: (x @ torch.randn(20, 5)).tanh()) == 4 * (20 * 5 + 10 * 5)
 
 
+@pytest.mark.slow
 def test_the_largest_tensor_is_found_forward_and_backward():
     x = torch.randn(30, 2, requires_grad=True)
     assert parts.largest_bytes(lambda: x.detach().expand(9, 30, 2)) == 4 * 60  # nothing is copied
@@ -130,6 +131,7 @@ def test_the_loss_makes_no_tensor_beyond_rows_times_columns():
 # ---- the step's profile ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["mlp", "none"])
 def test_flops_of_a_packed_step_are_those_that_torch_counts(
     head: str, tiny_model: Path, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

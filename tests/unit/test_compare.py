@@ -85,6 +85,7 @@ def rank_correlation(pearson: float) -> float:
     return 6 / np.pi * np.arcsin(pearson / 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("of_a", "of_b"), [(0.7, 0.7), (0.8, 0.6)])
 def test_intervals_cover_the_true_difference(of_a: float, of_b: float) -> None:
     """Both models see the same sentences, so their errors are related, too."""

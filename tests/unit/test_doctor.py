@@ -164,6 +164,7 @@ def test_a_wrong_request(tmp_path: Path) -> None:
     assert result.exit_code == 2 and "--json" in result.output
 
 
+@pytest.mark.slow
 def test_a_cluster_file(tmp_path: Path) -> None:
     file = tmp_path / "cluster.yaml"
     file.write_text("cluster_name: x\nprovider: {type: aws, region: eu-west-1}\nmax_workers: -1\n")

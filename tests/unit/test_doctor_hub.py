@@ -139,6 +139,7 @@ def test_offline_only_this_machine_is_asked(tmp_path: Path) -> None:
     assert "refused" in absent and "HF_HUB_OFFLINE is set" in absent
 
 
+@pytest.mark.slow
 def test_the_hub_is_asked_whether_it_has_them(tmp_path: Path, hub: str) -> None:
     questions = [
         ("find_model", "org/there"),

@@ -237,6 +237,7 @@ def test_attention_that_asks_for_more_is_left_to_transformers() -> None:
     torch.testing.assert_close(ours, theirs.transpose(1, 2))
 
 
+@pytest.mark.slow
 def test_a_model_with_it(tiny_model: Path, tmp_path: Path) -> None:
     encoder = Encoder.for_training(EncoderConfig(name=str(tiny_model), dropout=0.2), seed=0)
     kinds = {type(module) for module in encoder.backbone.modules() if isinstance(module, nn.Dropout)}

@@ -108,6 +108,7 @@ def test_without_the_seven_tests_there_is_no_average(methods: ModuleType, file: 
     assert study.scores("SimCSE", [1], test="DIR") == {**expected, "tests": [70.0]}
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named_with_its_last_lines(methods: ModuleType, file: Path, tmp_path: Path) -> None:
     study = methods.Study(file, tmp_path / "runs", [], 1)
     (tmp_path / "corpus.txt").unlink()

@@ -134,6 +134,7 @@ def test_the_template_state_carries_gradient(tiny_models: Models, kind: str) -> 
 # ---- use ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_saved_encodes_with_the_first_prompt(tiny_models: Models, kind: str, tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
@@ -151,6 +152,7 @@ def test_what_is_saved_encodes_with_the_first_prompt(tiny_models: Models, kind: 
     assert np.abs(z - z.mean(axis=0)).max() > 0.01
 
 
+@pytest.mark.slow
 def test_sentence_transformers_does_not_encode_it_wrongly_in_silence(tiny_models: Models, tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
 

@@ -21,12 +21,12 @@ def test_mean_curve_where_all_have_a_value() -> None:
     assert mean_curve([{0: 1.0, 2: 2.0, 4: None}, {0: 3.0, 2: 5.0, 4: 1.0, 6: 9.0}]) == ([0, 2], [2.0, 3.5])
 
 
-@pytest.fixture
-def six(tmp_path: Path) -> list[RunRecord]:
-    made = []
+@pytest.fixture(scope="module")
+def six(tmp_path_factory: pytest.TempPathFactory) -> list[RunRecord]:
+    made, place = [], tmp_path_factory.mktemp("six")
     for seed in (1, 2, 3):
         for k in (32, 0):
-            made.append(make_run(tmp_path, f"k{k}-seed{seed}", seed, gain=9 + seed / 2, clustering={"num_clusters": k}))
+            made.append(make_run(place, f"k{k}-seed{seed}", seed, gain=9 + seed / 2, clustering={"num_clusters": k}))
     return [read_run(path) for path in made]
 
 
@@ -40,9 +40,9 @@ def test_runs_that_differ_in_their_seed_are_one_group(six: list[RunRecord]) -> N
     assert alone.differences == {} and alone.label == "A"
 
 
-def test_what_a_comparison_holds(six: list[RunRecord], tmp_path: Path) -> None:
+def test_what_a_comparison_holds(six: list[RunRecord]) -> None:
     (six[0].path / "report.html").write_text("")
-    page = compare_page(six, tmp_path)
+    page = compare_page(six, six[0].path.parent)
     html = Html(render_page(page))
     text = " ".join(html.text.split())
     groups = [six[::2], six[1::2]]
@@ -100,7 +100,7 @@ def test_one_configuration(six: list[RunRecord], tmp_path: Path) -> None:
 
 def test_where_the_page_of_several_goes(six: list[RunRecord], tmp_path: Path, clusterns: Callable[..., Result]) -> None:
     assert default_output([tmp_path / "x" / "a", tmp_path / "y" / "b"]) == tmp_path / "report.html"
-    result = clusterns("report", *(run.path for run in six))
-    assert result.exit_code == 0 and result.output.splitlines()[-1] == f"Wrote {tmp_path / 'report.html'}"
+    result = clusterns("report", six[0].path, six[1].path)
+    assert result.exit_code == 0 and result.output.splitlines()[-1] == f"Wrote {six[0].path.parent / 'report.html'}"
     result = clusterns("report", six[0].path, "-o", tmp_path / "mine.html")
     assert result.output.splitlines()[-1] == f"Wrote {tmp_path / 'mine.html'}" and (tmp_path / "mine.html").is_file()

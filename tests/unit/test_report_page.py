@@ -63,10 +63,15 @@ def test_a_corpus_cannot_write_into_the_page(tmp_path: Path) -> None:
     assert html.text.count("hacked = 1") >= 4
 
 
-def test_nothing_is_loaded_and_only_its_own_scripts_run(run_dir: Path) -> None:
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    return run_page(read_run(make_run(tmp_path_factory.mktemp("runs"))))
+
+
+def test_nothing_is_loaded_and_only_its_own_scripts_run(page: Page) -> None:
     from plotly.offline import get_plotlyjs
 
-    html = Html(render_page(run_page(read_run(run_dir))))
+    html = Html(render_page(page))
     assert all(value.startswith(("#", "data:,")) for value in html.loads) and len(html.loads) > 5
     assert "default-src 'none'" in html.csp and "unsafe-eval" not in html.csp
     assert "script-src 'unsafe-inline'" not in html.csp
@@ -78,11 +83,11 @@ def test_nothing_is_loaded_and_only_its_own_scripts_run(run_dir: Path) -> None:
         assert f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'" in html.csp
 
 
-def test_the_same_run_gives_the_same_page(run_dir: Path) -> None:
-    assert render_page(run_page(read_run(run_dir))) == render_page(run_page(read_run(run_dir)))
+def test_the_same_run_gives_the_same_page(page: Page, tmp_path: Path) -> None:
+    assert render_page(run_page(read_run(make_run(tmp_path)))) == render_page(page)
 
 
-def test_every_colour_of_a_plot_has_a_dark_one(run_dir: Path) -> None:
+def test_every_colour_of_a_plot_has_a_dark_one(page: Page) -> None:
     light = {pair[0] for pair in COLORS.values()}
     tints = {", ".join(str(int(color[at : at + 2], 16)) for at in (1, 3, 5)) for color in light}
 
@@ -93,12 +98,7 @@ def test_every_colour_of_a_plot_has_a_dark_one(run_dir: Path) -> None:
             return [color for item in value for color in colors(item)]
         return [value] if isinstance(value, str) and value.startswith(("#", "rgb")) else []
 
-    found = {
-        color
-        for section in run_page(read_run(run_dir)).sections
-        for figure in section.figures
-        for color in colors(figure.figure)
-    }
+    found = {color for section in page.sections for figure in section.figures for color in colors(figure.figure)}
     assert len(found) > 6
     for color in found - {"rgba(0,0,0,0)"}:
         assert color in light or color.removeprefix("rgba(").rpartition(", ")[0] in tints, color

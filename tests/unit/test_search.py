@@ -14,7 +14,7 @@ from typing import Any
 import faiss
 import numpy as np
 import pytest
-from helpers import make_tiny_model, sentences, write_corpus
+from helpers import make_tiny_model, quick_first, sentences, write_corpus
 
 from clusterns_ray.errors import ClusterNSError, ConfigError, DataError
 from clusterns_ray.inference import faiss_index as vectors
@@ -202,7 +202,7 @@ def test_ivf_from_sentences(build: Callable[..., SemanticIndex], tiny_model: Pat
     assert len(hits) == 10 and len({hit.row for hit in hits} & set(wanted.tolist())) >= 8
 
 
-@pytest.mark.parametrize("ivf", [False, True])
+@pytest.mark.parametrize("ivf", quick_first([True, False], 1))
 def test_indexes_are_mapped_and_let_go_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ivf: bool) -> None:
     monkeypatch.setattr(vectors, "FLAT_ROWS", 200 if ivf else 10**6)
     info = build_index(embedding_file(tmp_path / "z.parquet", clustered(3000, 64)), tmp_path)

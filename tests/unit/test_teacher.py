@@ -143,6 +143,7 @@ def test_it_embeds_as_the_finished_encoder_does(tiny_model: Path, tmp_path: Path
     assert half.dtype == torch.float32 and 0 < (half - found).abs().max() < 0.1
 
 
+@pytest.mark.slow
 def test_a_student_comes_to_rank_as_its_teacher(make: Callable[..., Config], tmp_path: Path) -> None:
     teacher = make_tiny_model(tmp_path / "teacher", layers=1)
     records = {}

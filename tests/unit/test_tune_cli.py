@@ -75,6 +75,7 @@ def test_one_process_a_study(clusterns: Callable[..., Result], write_study: Call
     refused(result, "The study 'tiny' is being run by another process", "--status")
 
 
+@pytest.mark.slow
 def test_a_study_does_not_compare_trials_over_different_data(write_study: Callable[..., Path]) -> None:
     file = write_study()
     for _ in range(2):
