@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 from collections.abc import Callable
@@ -18,6 +19,11 @@ import pytest
 from filelock import FileLock
 from helpers import make_tiny_model, write_corpus, write_pairs
 from s3_server import s3, store  # noqa: F401  fixtures
+
+
+def pytest_collection_finish() -> None:
+    """What all modules hold stays to the end; Python need not look through it again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
