@@ -87,23 +87,6 @@ def test_encode_refuses(clusterns: Callable[..., Result], tiny_model: Path, tmp_
     assert not (tmp_path / "o.parquet").exists()
 
 
-def test_a_wrong_request_is_refused_without_torch_or_ray(tmp_path: Path) -> None:
-    """Nor does the help need anything slow."""
-    for arguments, code in ((["encode", "/none/m", "x.txt", "-o", "o.parquet", "--workers", "2"], 2), (["--help"], 0)):
-        done = subprocess.run(
-            [sys.executable, "-m", "clusterns_ray.cli", *arguments],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPROFILEIMPORTTIME": "1"},
-            timeout=60,
-        )
-        assert done.returncode == code
-        imported = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
-        assert "clusterns_ray" in imported
-        assert {"torch", "ray", "transformers", "faiss"} & imported == set()
-
-
 @pytest.mark.slow
 def test_encode_killed_from_outside_and_given_again(tiny_model: Path, tmp_path: Path) -> None:
     """By SIGKILL at a moment nobody chose; then the very bytes of a file that was written undisturbed."""

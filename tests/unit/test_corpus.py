@@ -632,15 +632,6 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "ConnectionError: Couldn't reach the Hub" in message and "without network" in message
 
 
-def test_importing_is_light() -> None:
-    import subprocess
-    import sys
-
-    code = "import sys, clusterns_ray.data.corpus; print(*{'pyarrow', 'datasets'} & set(sys.modules))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.strip() == "" and corpus.__doc__
-
-
 def test_one_file_of_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 

@@ -102,6 +102,8 @@ def test_what_changes_the_tokens_makes_new_ones(config: Callable[..., Config], c
     assert prepare(config()).reused and prepare(config(**change)).reused, "one took the place of the other"
     if "text_column" not in str(change):
         assert rows(other) != rows(first)
+    if "limit" in str(change):
+        assert rows(other)[0] == sentences(30)[:7]
 
 
 def test_another_tokenizer_makes_new_tokens(config: Callable[..., Config], tiny_models: Callable[[str], Path]) -> None:
@@ -133,10 +135,6 @@ def test_damaged_tokens_are_made_again(config: Callable[..., Config]) -> None:
         assert str(first.tokens_dir) in str(error)
     else:
         assert not again.reused and rows(again) == expected
-
-
-def test_limit(config: Callable[..., Config]) -> None:
-    assert rows(prepare(config(data={"limit": 7})))[0] == sentences(30)[:7]
 
 
 def test_cache_directory(config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,9 @@ def test_import_is_fast_and_light(tmp_path: Path) -> None:
     assert float(seconds) < 1
     assert set(HEAVY) & set(modules) == set()
     assert "pydantic" not in modules and "yaml" not in modules
+    code = "import sys, clusterns_ray.data.corpus; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert set(HEAVY) & set(done.stdout.split()) == set()
 
 
 def test_help_is_fast_and_light(tmp_path: Path) -> None:
@@ -62,13 +65,17 @@ def test_help_is_fast_and_light(tmp_path: Path) -> None:
 
 
 def test_a_wrong_request_is_refused_quickly_and_without_ray(config_file: Path, tmp_path: Path) -> None:
-    done, seconds = run_command("train", config_file, "--set", "data.corpus=none.txt", cwd=tmp_path)
-    assert done.returncode == 2 and done.stdout == ""
-    lines = said(done.stderr)
-    assert len(lines) == 1 and lines[0].startswith("error: ") and "none.txt" in lines[0]
-    assert seconds < 2
-    assert "pydantic" in imported(done.stderr)
-    assert {"ray", "torch", "transformers"} & imported(done.stderr) == set()
+    for arguments, named in (
+        (("train", config_file, "--set", "data.corpus=none.txt"), "none.txt"),
+        (("encode", "/none/m", "x.txt", "-o", "o.parquet", "--workers", "2"), "/none/m"),
+    ):
+        done, seconds = run_command(*arguments, cwd=tmp_path)
+        assert done.returncode == 2 and done.stdout == ""
+        lines = said(done.stderr)
+        assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0]
+        assert seconds < 2
+        assert "typer" in imported(done.stderr)
+        assert {"ray", "torch", "transformers", "faiss"} & imported(done.stderr) == set()
 
 
 @pytest.mark.usefixtures("begun_run")
