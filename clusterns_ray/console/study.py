@@ -17,7 +17,8 @@ from clusterns_ray.io.terminal import printable
 from clusterns_ray.tuning.analysis import STATES, Trial, read_trial
 from clusterns_ray.tuning.comparison import sentences, show_value
 from clusterns_ray.tuning.events import StudyChecked, TrialEvent
-from clusterns_ray.tuning.optuna_study import begun, enqueued_points, worker_hours
+from clusterns_ray.tuning.optuna_study import enqueued_points, worker_hours
+from clusterns_ray.tuning.previous import about_earlier, begun, earlier_trials
 from clusterns_ray.tuning.selection import check_result
 from clusterns_ray.tuning.study_file import FILES, read_optuna_study, readable_directory
 
@@ -51,6 +52,10 @@ class Progress:
     """of all runs by now; None without a price"""
     ended_by: str
     """why no further trial begins, in a sentence; empty while one does"""
+    earlier: list[Trial]
+    """of the studies under ``previous``"""
+    about_earlier: list[str]
+    """what has to be said of them"""
 
     @property
     def best(self) -> Trial | None:
@@ -62,7 +67,7 @@ class Progress:
 
 def read_progress(study: Study, optuna_study: optuna.Study) -> Progress:
     """How a study stands, with the time that its budget leaves by the mean trial so far."""
-    rows = list(map(read_trial, begun(optuna_study)))
+    rows, earlier = (list(map(read_trial, trials(optuna_study))) for trials in (begun, earlier_trials))
     attrs, budget, concurrent = optuna_study.user_attrs, study.config.budget, study.config.concurrent_trials
     seconds = attrs.get("seconds", 0.0)
     ended = [row.seconds for row in rows if row.state != "RUNNING"]
@@ -90,6 +95,8 @@ def read_progress(study: Study, optuna_study: optuna.Study) -> Progress:
         study.confirms,
         cost,
         attrs.get("ended_by", ""),
+        earlier,
+        about_earlier(optuna_study),
     )
 
 
@@ -105,25 +112,25 @@ def render(progress: Progress) -> RenderableType:
     table.add_column("settings")
     running = [row for row in progress.rows if row.state == "RUNNING"]
     ended = sorted(
-        (row for row in progress.rows if row.state != "RUNNING"),
+        (row for row in [*progress.rows, *progress.earlier] if row.state != "RUNNING"),
         key=lambda row: (row.state != "COMPLETE", row.score is None, -(row.score or 0.0)),
     )
     best = progress.best
     for row in [*running, *ended[:ROWS]]:
         table.add_row(
-            str(row.number),
-            "best" if row is best else STATES[row.state],
+            row.name,
+            "best" if row is best else "earlier" if row.study else STATES[row.state],
             "" if row.score is None else f"{row.score:.2f}",
             "" if row.steps is None else str(row.steps),
-            clock(row.seconds),
+            "" if row.study else clock(row.seconds),
             show_values(row.values),
-            style="bold" if row is best else ("" if row.state in ("RUNNING", "COMPLETE") else "dim"),
+            style="bold" if row is best else ("" if row.state in ("RUNNING", "COMPLETE") and not row.study else "dim"),
         )
     lines: list[RenderableType] = [table, Text(summary_line(progress))]
     if len(ended) > ROWS:
         lines.insert(1, Text(f"... and {len(ended) - ROWS} more that ended"))
     lines += [Text(f"trial {row.number} failed: {row.reason}") for row in progress.rows if row.state == "FAIL"][-3:]
-    return Group(*lines)
+    return Group(*lines, *map(Text, progress.about_earlier))
 
 
 def summary_line(progress: Progress) -> str:
@@ -212,7 +219,7 @@ def render_result(result: Mapping[str, Any]) -> list[str]:
     elif result["not_told_apart"]:
         alike = ", ".join(str(number) for number in result["not_told_apart"])
         lines.append(f"Not to be told apart from it with these seeds (Welch's t-test, 5%): trial {alike}.")
-    return lines
+    return [*lines, *result.get("previous", ())]
 
 
 def read_result(study: Study) -> dict[str, Any]:

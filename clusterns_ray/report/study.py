@@ -121,6 +121,8 @@ def advise(study: StudyRecord, result: dict[str, Any] | None) -> Iterator[Warnin
         yield Warning("The study has not come to its end, so nothing here is final.", "note")
     else:
         yield from _about_winner(study, result)
+    for text in study.about_earlier:
+        yield Warning(text, "note")
     finished = len(study.finished)
     if study.importances and finished < FEW:
         yield Warning(
@@ -129,7 +131,7 @@ def advise(study: StudyRecord, result: dict[str, Any] | None) -> Iterator[Warnin
             "note",
         )
     startup = study.config["sampler"].get("startup_trials")
-    if startup is not None and len(study.trials) <= startup:
+    if startup is not None and len(study.trials) + len(study.earlier) <= startup:
         yield Warning(
             f"All {len(study.trials)} trials were drawn at random: the model proposes after "
             f"{count(startup, 'trial')} (sampler.startup_trials).",
@@ -322,20 +324,21 @@ def slice_section(study: StudyRecord) -> Section | None:
 
 def trial_section(study: StudyRecord, result: dict[str, Any] | None) -> Section:
     keys = list(study.varied)
-    ordered = sorted(study.trials, key=lambda trial: (trial.state != "COMPLETE", -(trial.score or 0), trial.number))
+    trials = [*study.trials, *study.earlier]
+    ordered = sorted(trials, key=lambda trial: (trial.state != "COMPLETE", -(trial.score or 0), trial.number))
     rows: list[list[Cell]] = [
         [
-            str(trial.number),
-            STATES[trial.state],
+            trial.name,
+            "earlier" if trial.study else STATES[trial.state],
             fixed(trial.score),
             str(trial.curve[-1][0]) if trial.curve else NONE,
-            duration(trial.seconds),
+            NONE if trial.study else duration(trial.seconds),
             *(_value(trial.values, key) for key in keys),
             trial.reason or "",
         ]
         for trial in ordered
     ]
-    strong = [n for n, trial in enumerate(ordered) if result and trial.number == result["winner"]["trial"]]
+    strong = [n for n, trial in enumerate(ordered) if result and trial.name == str(result["winner"]["trial"])]
     table = Table(
         ["trial", "state", "dev", "steps", "time", *keys, ""],
         rows,

@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from clusterns_ray.errors import ConfigError, DataError
 from clusterns_ray.io.yaml_text import load_yaml, read_yaml_text
-from clusterns_ray.tuning.optuna_study import begun
+from clusterns_ray.tuning.previous import PREVIOUS, about_earlier, begun, earlier_trials
 from clusterns_ray.tuning.study_file import read_optuna_study
 
 STATES = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "runs"}
@@ -44,6 +44,12 @@ class Trial:
     reason: str | None
     """why it failed or was pruned"""
     steps: int | None = None
+    study: str | None = None
+    """the earlier study that it is of; None if it is of this one"""
+
+    @property
+    def name(self) -> str:
+        return f"{self.study} {self.number}" if self.study else str(self.number)
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,10 @@ class StudyRecord:
     """the largest first"""
     optuna_study: optuna.Study
     """a copy in memory, for Optuna's own figures"""
+    earlier: Sequence[Trial] = ()
+    """of the studies under ``previous``"""
+    about_earlier: Sequence[str] = ()
+    """what has to be said of them"""
 
     @property
     def finished(self) -> list[Trial]:
@@ -93,7 +103,8 @@ def read_study(directory: Path) -> StudyRecord:
     config = read_study_file(directory / "study.yaml")
     frozen = begun(study)
     in_memory = optuna.create_study(direction="maximize")
-    in_memory.add_trials(study.get_trials(deepcopy=False))
+    nothing = optuna.trial.create_trial(state=TrialState.FAIL)  # in place of earlier studies' trials: numbers stay
+    in_memory.add_trials(nothing if PREVIOUS in t.user_attrs else t for t in study.get_trials(deepcopy=False))
     return StudyRecord(
         directory,
         config,
@@ -102,6 +113,8 @@ def read_study(directory: Path) -> StudyRecord:
         study.user_attrs.get("seconds", 0.0),
         importances(frozen),
         in_memory,
+        list(map(read_trial, earlier_trials(study))),
+        about_earlier(study),
     )
 
 
@@ -136,8 +149,9 @@ def read_trial(trial: FrozenTrial) -> Trial:
     """One trial of an Optuna study in the form that tables and charts show."""
     curve, attrs = sorted(trial.intermediate_values.items()), trial.user_attrs
     score = trial.value if trial.value is not None else (curve[-1][1] if curve else None)
+    study, number = attrs.get(PREVIOUS, (None, trial.number))
     return Trial(
-        trial.number,
+        number,
         trial.state.name,
         score,
         trial.params,
@@ -145,6 +159,7 @@ def read_trial(trial: FrozenTrial) -> Trial:
         attrs.get("seconds", 0.0),
         attrs.get("reason"),
         attrs.get("steps"),
+        study,
     )
 
 

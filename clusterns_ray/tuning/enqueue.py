@@ -14,6 +14,7 @@ from clusterns_ray.io.files import json_text
 from clusterns_ray.io.yaml_text import load_setting
 from clusterns_ray.tuning.optuna_study import ENQUEUED, FIXED_VALUES, enqueued_points
 from clusterns_ray.tuning.outcome import check_not_finalized
+from clusterns_ray.tuning.previous import begun
 from clusterns_ray.tuning.runs import values_of
 from clusterns_ray.tuning.space import Overrides, point_key
 from clusterns_ray.tuning.study import Study, check_identity
@@ -45,7 +46,7 @@ def enqueue(study: Study, settings: Iterable[str]) -> Overrides:
     with readable_study_errors(study):
         optuna_study = read_optuna_study(readable_directory(study.home), name)
         check_identity(study, optuna_study.user_attrs.get("identity") or study.identity())
-        for trial in optuna_study.get_trials(deepcopy=False):
+        for trial in begun(optuna_study):
             values = values_of(study, trial) if trial.state.is_finished() else trial.params
             known = map(point_key, (values, trial.system_attrs.get(FIXED_VALUES, {})))
             if point_key(point) in known and trial.state != TrialState.FAIL:

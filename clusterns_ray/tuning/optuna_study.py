@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from clusterns_ray.errors import ClusterNSError, ConfigError, DamagedError
 from clusterns_ray.io.events import OnNote
 from clusterns_ray.io.object_store import Place
 from clusterns_ray.tuning.job import Evaluation, Finished
+from clusterns_ray.tuning.previous import PREVIOUS, Learnt, begun, earlier_trials, learn_from
 from clusterns_ray.tuning.sampling import Sampler, grid, pruner
 from clusterns_ray.tuning.space import Overrides, Space, point_key
 from clusterns_ray.tuning.study import Study, StudyConfig, check_identity
@@ -78,6 +79,8 @@ class OptunaStudy:
         self.path = study.directory / FILES[self.config.storage]
         self.begins_anew = not self.path.exists() and any((study.directory / "trials").glob("*"))
         """The study's file is gone, though its trials' directories are there."""
+        # Before the study begins, so that one that is refused leaves nothing behind.
+        learnt = {} if self.path.exists() else {name: learn_from(study, name) for name in self.config.previous}
         with readable_file_errors(self.path):
             storage = open_storage(study.directory, self.config.storage, writing=True)
             others = [name for name in optuna.get_all_study_names(storage) if name != self.config.name]
@@ -95,6 +98,7 @@ class OptunaStudy:
                 pruner=pruner(study),
             )
             self._check_identity(study)
+            self._add_previous(study, learnt)
         self._grid = self.config.sampler.name == "grid"
         self._points = grid(study) if self._grid else self.config.first_points
         """Points to try in this order, before the sampler proposes."""
@@ -113,6 +117,24 @@ class OptunaStudy:
             return
         check_identity(study, known)
 
+    def _add_previous(self, study: Study, learnt: Mapping[str, Learnt]) -> None:
+        """Add the finished trials of the studies under ``previous``, each once; a kill amid it is made good.
+
+        Args:
+            learnt: of those that were read already.
+        """
+        for name in study.config.previous:
+            added = self.recall(PREVIOUS, {})
+            if name in added:
+                continue
+            trials, outside, data = learnt.get(name) or learn_from(study, name)
+            known = [trial.user_attrs[PREVIOUS] for trial in earlier_trials(self.optuna)]
+            self.optuna.add_trials([trial for trial in trials if trial.user_attrs[PREVIOUS] not in known])
+            # What this study reads is compared with the digests of theirs before a trial begins.
+            self.remember("data", {**data, **self.recall("data", {})})
+            self.remember(PREVIOUS, {**added, name: outside})
+            self.save()
+
     def save(self) -> None:
         """Bring the study to its store, as it is now."""
         self.permit()
@@ -128,6 +150,9 @@ class OptunaStudy:
 
     def trials(self) -> list[FrozenTrial]:
         return begun(self.optuna)
+
+    def trial(self, number: int) -> FrozenTrial:
+        return self.optuna.get_trials(deepcopy=False)[number]
 
     def ended(self) -> list[FrozenTrial]:
         return [trial for trial in self.trials() if trial.state in ENDED]
@@ -185,12 +210,11 @@ class OptunaStudy:
 
     def known_step(self, number: int) -> int:
         """The step of the newest evaluation of a trial that is in the study; 0 before the first."""
-        return max(self.optuna.get_trials(deepcopy=False)[number].intermediate_values, default=0)
+        return max(self.trial(number).intermediate_values, default=0)
 
     def resume(self, number: int) -> Proposal:
         """A trial that was left RUNNING, with the values it has or was about to get."""
-        trial_id = self.optuna.get_trials(deepcopy=False)[number]._trial_id
-        return self._begin(optuna.Trial(self.optuna, trial_id))
+        return self._begin(optuna.Trial(self.optuna, self.trial(number)._trial_id))
 
     def _begin(self, trial: optuna.Trial) -> Proposal:
         overrides = self.space.suggest(trial)
@@ -273,7 +297,7 @@ class OptunaStudy:
         return round(before + of_attempt, 3)
 
     def _frozen(self, trial: optuna.Trial) -> FrozenTrial:
-        return self.optuna.get_trials(deepcopy=False)[trial.number]
+        return self.trial(trial.number)
 
     def _tell(self, number: int, value: float | None = None, state: TrialState | None = None) -> None:
         self.optuna.tell(self._live.pop(number), value, state)
@@ -332,8 +356,3 @@ def last_gain(trials: Sequence[FrozenTrial], gain: float) -> tuple[FrozenTrial |
 def taken_names(study: optuna.Study) -> set[str]:
     """The names of the files whose points trials have taken."""
     return {t.user_attrs[ENQUEUED] for t in study.get_trials(deepcopy=False) if ENQUEUED in t.user_attrs}
-
-
-def begun(study: optuna.Study) -> list[FrozenTrial]:
-    """All trials but those that only wait to begin, by number."""
-    return [trial for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING]

@@ -24,6 +24,7 @@ from clusterns_ray.tuning.comparison import (
     untrained_cosines,
 )
 from clusterns_ray.tuning.optuna_study import OptunaStudy, worker_hours
+from clusterns_ray.tuning.previous import about_earlier
 from clusterns_ray.tuning.runs import base_trial, clean_up, planned_runs, runs_of, values_of, was_trained
 from clusterns_ray.tuning.selection import Candidate, choose, copy_model, summary, top_trials, write_trials
 from clusterns_ray.tuning.space import with_values
@@ -73,7 +74,7 @@ def baseline(study: Study, optuna_study: OptunaStudy, candidates: list[Candidate
     scores = {run.seed: score for run in runs if (score := run.score(study)) is not None}
     if study.confirms:
         return Candidate(number, {}, None, scores) if scores else None
-    score = scores.get(study.base.seed) if number is None else optuna_study.trials()[number].value
+    score = scores.get(study.base.seed) if number is None else optuna_study.trial(number).value
     return None if score is None else Candidate(number, {}, score, {})
 
 
@@ -136,6 +137,7 @@ def write_outcome(study: Study, optuna_study: OptunaStudy, on_event: OnEvent = l
         "worker_hours": round(hours, 3),
         "cost": None if price is None else round(hours * price, 2),
         "ended_by": optuna_study.recall("ended_by"),
+        "previous": about_earlier(optuna_study.optuna),
         "seeds": study.config.confirmation.seeds,
         "winner": summary(winner),
         "base": summary(outcome.base) if outcome.base else None,

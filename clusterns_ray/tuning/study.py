@@ -82,7 +82,7 @@ class ModelSampler(Section):
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
     """Seeds the proposals."""
     startup_trials: int = Field(default=10, ge=1)
-    """Random trials, first points included, before the model proposes."""
+    """Random trials, first points and those of `previous` included, before the model proposes."""
 
 
 class PlainSampler(Section):
@@ -155,6 +155,9 @@ class StudyConfig(Section):
     """Which trials are stopped early; a name alone takes its defaults."""
     first_points: list[dict[str, Scalar]] = Field(default_factory=list)
     """Tried first, in this order; keys that are left out are proposed by the sampler."""
+    previous: list[str] = Field(default_factory=list)
+    """Earlier studies over the same keys, whose finished trials the sampler knows from the start: directories or URLs,
+    relative to STORAGE_PATH. All that does not vary has to be the same."""
     confirmation: ConfirmationConfig = ConfirmationConfig()
     """How the winner is confirmed on further seeds."""
     storage: Literal["sqlite", "journal"] = "sqlite"
@@ -176,10 +179,20 @@ class StudyConfig(Section):
     def _base(cls, value: str) -> str:
         return check_path("base", value)
 
+    @field_validator("previous")
+    @classmethod
+    def _previous(cls, value: list[str]) -> list[str]:
+        return [check_path("previous", name).rstrip("/") for name in dict.fromkeys(value)]
+
     @model_validator(mode="after")
     def _whole(self) -> Self:
         if not self.varied():
             raise ValueError("space varies nothing; give at least one key a type (int, float or choice)")
+        if self.previous and isinstance(self.sampler, PlainSampler):
+            raise ValueError(
+                f"previous is of no use to the sampler {self.sampler.name}, which looks at no scores; use tpe or gp, "
+                "or leave it out"
+            )
         if self.sampler.name == "grid":
             for name, parameter in self.varied().items():
                 if parameter.grid() is None:
@@ -220,8 +233,8 @@ class Study:
         return bool(self.config.confirmation.seeds)
 
     def identity(self) -> dict[str, Any]:
-        """What the proposals and their scores depend on. Budget, stop, concurrency, first points, roles and
-        confirmation may change later."""
+        """What the proposals and their scores depend on. Budget, stop, concurrency, first points, previous
+        studies, roles and confirmation may change later."""
         values = self.config.model_dump(mode="json", by_alias=True, exclude_unset=True)
         kept = {key: getattr(self.config, key).model_dump(mode="json") for key in ("sampler", "scheduler")}
         return compared({"base": self.base.identity(), "space": values["space"], **kept})

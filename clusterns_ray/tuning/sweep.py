@@ -31,6 +31,7 @@ from clusterns_ray.tuning.events import StudyChecked, TrialBegan, TrialFailed, T
 from clusterns_ray.tuning.job import Evaluation, Failed, Finished, Job, Result
 from clusterns_ray.tuning.optuna_study import OptunaStudy, Proposal, enqueued_points
 from clusterns_ray.tuning.outcome import check_not_finalized, encoder_key, write_outcome
+from clusterns_ray.tuning.previous import PREVIOUS, about_earlier
 from clusterns_ray.tuning.runs import (
     PlannedRun,
     is_run_of,
@@ -84,6 +85,8 @@ def tune(study: Study, on_event: OnEvent = lambda event: None) -> dict[str, Any]
                 "study begins anew. Runs of exactly the same configuration are kept, the others are replaced."
             )
         study.home.write("study.yaml", dump_study(study))
+        for text in about_earlier(optuna_study.optuna):
+            note(text)
         sweep = Sweep(study, optuna_study, on_event)
         if sweep.is_complete():
             note(f"{study.config.name!r} is finished; raise the budget to go on with it. {sweep.ended_by()}")
@@ -218,7 +221,7 @@ class Sweep:
 
     def _take_up(self, number: int) -> Proposal | None:
         """Resume a half-done trial; None where it fails, as too many attempts at it ended before an evaluation."""
-        attempts = self.optuna_study.trials()[number].user_attrs.get("attempts", 0)
+        attempts = self.optuna_study.trial(number).user_attrs.get("attempts", 0)
         proposal = self.optuna_study.resume(number)
         if attempts < FRUITLESS_ATTEMPTS:
             return proposal
@@ -262,7 +265,10 @@ class Sweep:
         known, key = self.optuna_study.recall("data", {}), hashlib.sha256(key.encode()).hexdigest()[:16]
         pairs = read_pairs(prepared.sts_dir, config.evaluation.dev) if prepared.sts_dir else None
         digests = data_digests(prepared.manifest, pairs)
-        check_digests(f"The study {self.study.config.name!r}", known.get(key), digests)
+        what = f"The study {self.study.config.name!r}"
+        if self.optuna_study.recall(PREVIOUS):
+            what += " (or one under its `previous`)"
+        check_digests(what, known.get(key), digests)
         if key not in known:
             self.optuna_study.remember("data", {**known, key: digests})
             self.optuna_study.save()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from optuna.trial import TrialState
 from clusterns_ray.errors import ClusterNSError, ConfigError
 from clusterns_ray.tuning.job import Evaluation, Finished
 from clusterns_ray.tuning.optuna_study import OptunaStudy, Proposal
+from clusterns_ray.tuning.previous import about_earlier, earlier_trials
 from clusterns_ray.tuning.study import Study, check_study
 from clusterns_ray.tuning.study_file import read_optuna_study
 
@@ -188,6 +190,84 @@ def test_a_study_of_an_earlier_version_is_read(make: Any) -> None:
         OptunaStudy(make(space={**SPACE, "train.learning_rate": {**SPACE["train.learning_rate"], "high": 2e-3}}))
 
 
+# ---- earlier studies ------------------------------------------------------------------------------------------------
+
+RATE = "train.learning_rate"
+
+
+def run_earlier(make: Any) -> OptunaStudy:
+    """A study of six trials, all of which finish."""
+    earlier = OptunaStudy(make("earlier", budget={"trials": 6}, scheduler="none"))
+    earlier.remember("data", {"x": {"corpus": "0f"}})
+    drive(earlier)
+    return earlier
+
+
+def test_a_warm_start_counts_no_trial_of_an_earlier_study(make: Any) -> None:
+    earlier = run_earlier(make)
+    rates = sorted(trial.params[RATE] for trial in earlier.trials())
+    narrower = {**SPACE, RATE: {**SPACE[RATE], "high": (rates[-2] + rates[-1]) / 2}}
+    values = {"previous": ["earlier"], "space": narrower, "budget": {"trials": 3}, "scheduler": "none"}
+    study = make(**values)
+    optuna_study = OptunaStudy(study)
+    assert optuna_study.trials() == [] and not optuna_study.budget_spent()
+    assert optuna_study.recall("data") == {"x": {"corpus": "0f"}}
+    inside = [(t.params, t.value) for t in earlier.trials() if t.params[RATE] < rates[-1]]
+    assert [(t.params, t.value) for t in earlier_trials(optuna_study.optuna)] == inside and len(inside) == 5
+    assert about_earlier(optuna_study.optuna)[0].endswith(
+        "does not count: 5 of earlier; 1 outside this space were left out."
+    )
+    drive(optuna_study)
+    assert [trial.number for trial in optuna_study.trials()] == [5, 6, 7]
+    assert all(
+        trial.distributions[RATE] == optuna_study.trials()[0].distributions[RATE]
+        for trial in earlier_trials(optuna_study.optuna)
+    ), "or the model would leave them out"
+
+    more = OptunaStudy(make("earlier", budget={"trials": 8}, scheduler="none"))
+    drive(more)
+    assert len(earlier_trials(OptunaStudy(study).optuna)) == 5, "they are taken over once"
+    names = ["earlier", str(more.path.parent)]
+    assert len(earlier_trials(OptunaStudy(make(**{**values, "previous": names})).optuna)) > 5, "also later"
+
+
+def test_a_warm_start_is_that_of_the_sampler(make: Any) -> None:
+    run_earlier(make)
+    values = {"sampler": {"name": "tpe", "startup_trials": 6}, "scheduler": "none"}
+    proposals = {}
+    for name, previous in (("cold", []), ("warm", ["earlier"])):
+        optuna_study = OptunaStudy(make(name, previous=previous, **values))
+        best = max(earlier_trials(optuna_study.optuna), key=lambda t: t.value or 0.0, default=None)
+        proposals[name] = [optuna_study.propose().overrides for _ in range(8)]
+    assert best is not None
+    near = {name: sum(score(point, 8) for point in points) for name, points in proposals.items()}
+    assert near["warm"] > near["cold"], "the model proposes from the first trial on"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"previous": ["none"]}, "previous: none: "),
+        ({"previous": ["s"]}, "previous: s is this study itself. Correct that, or leave s out of `previous`."),
+        ({"set": {"train.max_steps": 4}}, "do not compare with this study's: train.max_steps was 8 and is now 4. Corr"),
+        ({"set": {"seed": 7}}, "seed was 42 and is now 7"),
+        ({"space": {**SPACE, "loss.temperature": {"type": "float", "low": 0.1, "high": 1.0}}},
+         "space.loss.temperature was 'held fixed' and is now ['float']"),
+        ({"space": {**SPACE, "clustering.start_cosine": {**SPACE["clustering.start_cosine"], "when": {}}}},
+         "space.clustering.start_cosine was ['float', "),
+        ({"space": {**SPACE, RATE: {**SPACE[RATE], "low": 1e-9, "high": 1e-8}}}, "has no finished trial in this study's s"),
+        ({"sampler": "random"}, "previous is of no use to the sampler random"),
+    ],
+)  # fmt: skip
+def test_earlier_studies_that_do_not_compare(make: Any, changes: dict[str, Any], message: str) -> None:
+    earlier = run_earlier(make)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        OptunaStudy(make(**{"previous": ["earlier"], **changes}))
+    earlier.remember("data", None)
+    with pytest.raises(ConfigError, match="does not say which data its scores are of"):
+        OptunaStudy(make(previous=["earlier"]))
+
+
 # ---- kills ----------------------------------------------------------------------------------------------------------
 
 WRITES = (
@@ -229,6 +309,9 @@ def test_killed_after_every_few_writes_it_comes_to_the_same_end(
     first = [{"clustering.num_clusters": 16, "clustering.start_cosine": 0.4, "train.learning_rate": 1e-4}]
     values: dict[str, Any] = {"storage": storage, "first_points": first, "budget": {"trials": 7}}
     values |= {"scheduler": "none", "sampler": {"name": "tpe", "startup_trials": 4} if sampler == "tpe" else sampler}
+    if sampler == "tpe":
+        run_earlier(make)
+        values["previous"] = ["earlier"]
     for name in ("whole", "killed"):  # `clusterns enqueue` was given
         (make(name, **values).home / "enqueued").write("1.json", '{"train.learning_rate": 2e-4}')
     whole = OptunaStudy(make("whole", **values))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import optuna
 import pytest
 import yaml
 from helpers import write_pairs
@@ -23,7 +24,9 @@ from clusterns_ray.evaluation.sts import TASKS
 from clusterns_ray.io.files import write_manifest
 from clusterns_ray.io.object_store import Place
 from clusterns_ray.launch.staging import run_directory
+from clusterns_ray.report.study import study_page
 from clusterns_ray.tuning import distributed_trial
+from clusterns_ray.tuning.analysis import read_study
 from clusterns_ray.tuning.job import Evaluation, Failed, Finished, Job
 from clusterns_ray.tuning.optuna_study import OptunaStudy
 from clusterns_ray.tuning.outcome import write_outcome
@@ -132,6 +135,8 @@ def test_trials_then_the_best_again_with_new_seeds(done: Any) -> None:
     again = [f"{trial.number:04d}-seed{seed}" for trial in best for seed in (1, 2)]
     assert names[3:] == ["base-seed1", "base-seed2", *again]
     assert result["trials"] == {"COMPLETE": 3, "PRUNED": 0, "FAIL": 0}
+    plain = optuna.load_study(study_name="tiny", storage=f"sqlite:///{study.directory}/study.db")
+    assert plain.best_trial.params == best[0].params, "Optuna alone opens it"
     for trial in best:
         config = yaml.safe_load((study.directory / f"confirmation/{trial.number:04d}-seed2/config.yaml").read_text())
         assert config["seed"] == 2
@@ -432,6 +437,35 @@ def test_the_result_in_words(done: Any) -> None:
     assert ("Not to be told apart" in lines[-1]) == bool(result["not_told_apart"])
     said = " ".join(lines)
     assert "the untrained encoder (" in said and "the base configuration (" in said and "over the dev pairs" in said
+
+
+def test_what_is_said_of_earlier_studies(
+    write_study: Callable[..., Path], clusterns: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_study(budget={"trials": 2}, confirmation={"top": 1})
+    first = load_study(file)
+    begun(sweep_of(first))
+    best = max(OptunaStudy(first).trials(), key=lambda trial: trial.value or 0.0)
+    values = ["name=second", "previous=[tiny]"]
+    study = load_study(file, values)
+    assert begun(sweep_of(study)) == ["0002", "0003", "base-seed42"]
+    known = "and the budget does not count: 2 of tiny."
+    options = [argument for value in values for argument in ("--set", value)]
+    said = clusterns("tune", file, *options, "--status").stdout
+    assert known in said and f"tiny {best.number} " in said and "2 of 2 trials, 2 finished" in said
+    notes: list[str] = []
+    monkeypatch.setattr("clusterns_ray.tuning.sweep.write_outcome", lambda *_: {})
+    tune(study, lambda event: notes.append(getattr(event, "text", "")))
+    assert any(known in note for note in notes)
+    own = max(OptunaStudy(study).trials(), key=lambda trial: trial.value or 0.0)
+    assert any("No trial here has reached" in note for note in notes) == ((own.value or 0.0) < (best.value or 0.0))
+    page = study_page(read_study(study.directory), None)
+    (table,) = [table for section in page.sections if section.anchor == "trials" for table in section.tables]
+    assert sorted(str(row[0]) for row in table.rows) == ["2", "3", "tiny 0", "tiny 1"]
+    assert any(known in warning.text for warning in page.warnings)
+    write_pairs(file.parent / "sts/STSB/dev.jsonl", count=20, seed=9)
+    with pytest.raises(DataError, match=r"'third' \(or one under its `previous`\) was begun with other data"):
+        sweep_of(load_study(file, ["name=third", "previous=[tiny]"])).prepare()
 
 
 # ---- the same command again, and the tests --------------------------------------------------------------------------
