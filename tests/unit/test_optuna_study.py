@@ -255,7 +255,8 @@ def test_a_warm_start_is_that_of_the_sampler(make: Any) -> None:
          "space.loss.temperature was 'held fixed' and is now ['float']"),
         ({"space": {**SPACE, "clustering.start_cosine": {**SPACE["clustering.start_cosine"], "when": {}}}},
          "space.clustering.start_cosine was ['float', "),
-        ({"space": {**SPACE, RATE: {**SPACE[RATE], "low": 1e-9, "high": 1e-8}}}, "has no finished trial in this study's s"),
+        ({"space": {**SPACE, RATE: {**SPACE[RATE], "low": 1e-9, "high": 1e-8}}},
+         "has no finished trial in this study's"),
         ({"sampler": "random"}, "previous is of no use to the sampler random"),
     ],
 )  # fmt: skip
