@@ -68,22 +68,41 @@ def study_page(study: StudyRecord, result: dict[str, Any] | None) -> Page:
 
 
 def headline(study: StudyRecord, result: dict[str, Any] | None) -> list[str]:
+    """The answer first: the winner and how sure its score is, by how much, what it is not told apart from, the cost."""
     tried = f"{count(len(study.trials), 'trial')} over {listing(list(study.varied))}"
     if result is None:
         return [f"{tried}; the study has not come to its end."]
-    winner, dev = result["winner"], result["dev"]
-    words = f"The winner is trial {winner['trial']}, with {fixed(winner['mean'])} on {dev} (Spearman × 100)"
-    if winner["deviation"] is not None:
-        words += f", the mean of {len(winner['scores'])} new seeds, standard deviation {fixed(winner['deviation'])}"
-    elif winner["scores"]:
+    winner, span = result["winner"], (result.get("intervals") or {}).get("winner")
+    values = ", ".join(f"{key} {show_value(value)}" for key, value in winner["values"].items() if key != "seed")
+    words = (
+        f"The winner is trial {winner['trial']} ({values}): {fixed(winner['mean'])} on {result['dev']} (Spearman × 100)"
+    )
+    if not winner["scores"]:
+        words += ", from a single run that no other seed confirmed"
+    elif len(winner["scores"]) == 1:
         words += ", of one new seed"
     else:
-        words += ", from a single run that no other seed confirmed"
-    if result.get("sts_dev_before") is not None:
-        words += f"; the untrained encoder has {fixed(result['sts_dev_before'])}"
-    if result.get("base"):
-        words += f", the base configuration {fixed(result['base']['mean'])}"
-    return [f"{tried}.", words + ".", *([" ".join(sentences(result))] if result.get("against") else [])]
+        words += f", the mean of {len(winner['scores'])} new seeds"
+        words += f" (95 % interval {fixed(span['low'])} to {fixed(span['high'])})" if span else ""
+    beside = sentences(result) if result.get("against") else []
+    return [words + ".", *([" ".join(beside)] if beside else []), _apart(result), _cost(study, result, tried)]
+
+
+def _apart(result: dict[str, Any]) -> str:
+    """What the winner cannot be told apart from."""
+    if len(result["winner"]["scores"]) < 2:
+        return "Without two seeds of its own, nothing tells it apart from the next best."
+    names = listing([f"trial {number}" for number in result["not_told_apart"]] or ["none"])
+    return f"Not told apart from it by these seeds (Welch's t-test at 5 %), of those that were run again: {names}."
+
+
+def _cost(study: StudyRecord, result: dict[str, Any], tried: str) -> str:
+    """What the study took, and why it ended."""
+    hours, cost = result.get("worker_hours"), result.get("cost")
+    parts = [] if hours is None else [f"{hours:.2f} worker-hours"]
+    parts += [] if cost is None else [f"cost {cost:.2f}"]
+    took = f"It took {tried}, in {duration(study.seconds)}" + (f" ({', '.join(parts)})" if parts else "")
+    return f"{took}. {result.get('ended_by') or ''}".strip()
 
 
 def facts(study: StudyRecord, result: dict[str, Any] | None) -> list[Fact]:

@@ -261,6 +261,23 @@ def test_the_page_is_whole(study: Study, record: StudyRecord, tmp_path: Path, mo
     assert sum(pruned) == sum(t.state == "PRUNED" for t in trials) > 0
 
 
+def test_the_headline_is_the_answer(study: Study, record: StudyRecord) -> None:
+    result = read_result(study.directory)
+    assert result is not None
+    number = result["winner"]["trial"]
+    interval = {"winner": {"low": 68.5, "high": 69.25}, "base": None}
+    ended = "No further trial begins: budget.trials (40) is used up."
+    known = {"intervals": interval, "not_told_apart": [3, 9], "worker_hours": 1.5, "cost": 3.0, "ended_by": ended}
+    first, apart, cost = study_page(record, {**result, **known}).headline
+    assert first.startswith(f"The winner is trial {number} (") and f"{RATE} " in first
+    assert first.endswith("the mean of 3 new seeds (95 % interval 68.50 to 69.25).")
+    assert apart.endswith("trial 3 and trial 9.")
+    assert cost.startswith("It took 40 trials over ") and cost.endswith(f"(1.50 worker-hours, cost 3.00). {ended}")
+    alone = {**result["winner"], "scores": {}, "deviation": None}
+    first, apart, _ = study_page(record, {**result, "winner": alone}).headline
+    assert "a single run that no other seed confirmed." in first and "nothing tells it apart" in apart
+
+
 def test_a_study_that_runs_has_a_page_too(study: Study, record: StudyRecord) -> None:
     page = study_page(record, None)
     assert "has not come to its end" in page.headline[0]
