@@ -12,8 +12,9 @@ import pickle
 import shutil
 import uuid
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -42,27 +43,58 @@ class Stateful(Protocol):
 class Checkpointer:
     """Saves and loads the parts of a run that change, which are equal on every worker, each under its own name."""
 
-    def __init__(self, context: RunContext, parts: dict[str, Stateful]) -> None:
+    def __init__(
+        self, context: RunContext, parts: dict[str, Stateful], thread: ThreadPoolExecutor | None = None
+    ) -> None:
         """
         Args:
             parts: in the order in which they are loaded.
+            thread: writes checkpoints while training goes on, for a copy of the state in the host's memory; whoever
+                ends it waits for the last one. Without it they are written before training goes on.
         """
-        self.context, self.parts = context, parts
+        self.context, self.parts, self.thread = context, parts, thread
         self.directory = context.run_dir / "checkpoints"
         self.fingerprint = context.config.fingerprint()
+        self._writing: Future[None] | None = None
 
     def save(self, step: int) -> None:
-        """Write a checkpoint of all parts after ``step`` steps; worker 0 does."""
+        """Write a checkpoint of all parts as they are after ``step`` steps; worker 0 does, or its thread.
 
-        def write() -> None:
+        Waits until the one before is written, so that there is one copy of the state at most.
+
+        Raises:
+            StorageError: on every worker; this one, or with a thread the one before, could not be written.
+        """
+
+        def begin() -> None:
+            self._wait()
             state = {name: part.state_dict() for name, part in self.parts.items()}
-            keep, uploader = self.context.config.runtime.keep, self.context.uploader
-            path = save_checkpoint(self.directory, step, state, self.fingerprint, keep)
-            uploader.push("metrics.jsonl")
-            uploader.push(f"checkpoints/{path.name}")
-            uploader.keep_newest("checkpoints", keep)
+            if self.thread is None:
+                self._write(step, state)
+            else:
+                self._writing = self.thread.submit(self._write, step, copy_to_host(state))
 
-        on_worker_0(write, self.directory)
+        on_worker_0(begin, self.directory)
+
+    def finish(self) -> None:
+        """Wait until the newest checkpoint is written.
+
+        Raises:
+            StorageError: on every worker; it could not be.
+        """
+        on_worker_0(self._wait, self.directory)
+
+    def _wait(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, step: int, state: dict[str, Any]) -> None:
+        keep, uploader = self.context.config.runtime.keep, self.context.uploader
+        path = save_checkpoint(self.directory, step, state, self.fingerprint, keep)
+        uploader.push("metrics.jsonl")
+        uploader.push(f"checkpoints/{path.name}")
+        uploader.keep_newest("checkpoints", keep)
 
     def newest(self, warn: OnNote) -> dict[str, Any] | None:
         """The state in the newest whole checkpoint, the same on every worker; None where the run has none yet.
@@ -109,6 +141,23 @@ class Checkpointer:
                 )
             if not only or name in only:
                 part.load_state_dict(state[name])
+
+
+def copy_to_host(state: dict[str, Any]) -> dict[str, Any]:
+    """A state with every tensor copied to the host; a tensor that is there twice, such as tied weights, stays one."""
+    copies: dict[Any, torch.Tensor] = {}
+
+    def copy(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            key = (value.data_ptr(), value.dtype, value.shape, value.stride())
+            if key not in copies:
+                copies[key] = value.detach().to("cpu", copy=True)
+            return copies[key]
+        if isinstance(value, dict):
+            return {name: copy(item) for name, item in cast("dict[Any, Any]", value).items()}
+        return [copy(item) for item in cast("list[Any]", value)] if isinstance(value, list) else value
+
+    return copy(state)
 
 
 def save_checkpoint(directory: Path, step: int, state: dict[str, Any], fingerprint: str, keep: int) -> Path:

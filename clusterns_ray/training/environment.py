@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 
 from clusterns_ray import distributed
+
+GPU_DRIVER = Path("/proc/driver/nvidia/version")
 
 PACKAGES = ("clusterns-ray", "torch", "transformers", "ray", "numpy", "faiss-cpu", "faiss-gpu")
 
@@ -75,10 +78,21 @@ def _gpu(device: torch.device) -> dict[str, str | int | None]:
 def _cuda_versions() -> dict[str, str | int | None]:
     """The libraries below torch, by which sums differ in their last digits."""
     return {
+        "driver": _gpu_driver(),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "nccl": distributed.nccl_version(),
     }
+
+
+def _gpu_driver() -> str | None:
+    """The version of NVIDIA's driver, as Linux tells it; None where it does not."""
+    try:
+        version_of_module = GPU_DRIVER.read_text().partition("\n")[0]
+    except OSError:
+        return None
+    number = re.search(r"\b\d{3,}\.\d[\d.]*", version_of_module)
+    return number and number[0]
 
 
 def _version(package: str) -> str | None:

@@ -9,6 +9,7 @@ import math
 import platform
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
@@ -33,6 +34,7 @@ from clusterns_ray.training.metrics import step_metrics
 from clusterns_ray.training.optim import learning_rate
 from clusterns_ray.training.parts import TrainingParts
 from clusterns_ray.training.precision import multiplies_bf16
+from clusterns_ray.training.prefetch import Prefetcher
 from clusterns_ray.training.row_log import NoRowLog, RowLog
 from clusterns_ray.training.run_access import on_worker_0, one_writer, storage_errors, take_over
 from clusterns_ray.training.state import TrainState
@@ -80,7 +82,9 @@ def train_worker(
         begins = not list_checkpoints(run_dir / "checkpoints")
         on_worker_0(lambda: TokenStore.open(context.tokens_dir, verify=begins), context.tokens_dir)
         try:
-            return _train(context, device, logger, on_evaluation, should_stop, score_before)
+            # However training ends, its threads have ended first, and a checkpoint that was begun is whole.
+            with ThreadPoolExecutor(1, "checkpoints") as writer, ThreadPoolExecutor(1, "batches") as reader:
+                return _train(context, device, logger, on_evaluation, should_stop, score_before, writer, reader)
         except (Exception, KeyboardInterrupt):
             with suppress(StorageError):  # what failed first is what has to be raised
                 uploader.finish(LAST_COPY_S)
@@ -97,6 +101,8 @@ def _train(
     on_evaluation: OnEvaluation,
     should_stop: ShouldStop,
     score_before: float | None,
+    writer: ThreadPoolExecutor,
+    reader: ThreadPoolExecutor,
 ) -> dict[str, Any]:
     config = context.config
     parts = TrainingParts(context, device, logger.note)
@@ -107,7 +113,11 @@ def _train(
     collapse_monitor = CollapseMonitor(config.clustering.num_clusters, of_corpus=config.clustering.scope == "corpus")
     digests = data_digests(parts.tokens.manifest, evaluator.dev and evaluator.dev.pairs)
     data = DataDigests(f"The run {config.runtime.name!r}", digests)
-    checkpointer = Checkpointer(context, {"data": data, **parts.stateful(), "progress": state})
+    # On a CPU the cores of these threads would be those that compute, and its memory that of the copy.
+    on_gpu = device.type == "cuda"
+    stateful = {"data": data, **parts.stateful(), "progress": state}
+    checkpointer = Checkpointer(context, stateful, writer if on_gpu else None)
+    read_batch = Prefetcher(parts.batch, parts.total_steps, reader if on_gpu else None)
     row_log = RowLog(context.run_dir / "rows") if config.runtime.log_rows else NoRowLog()
 
     if logger.is_main:
@@ -157,7 +167,7 @@ def _train(
         began = time.perf_counter()
 
         # The global batch, and this worker's rows of it.
-        layout, shards = parts.batch(state.step)
+        layout, shards = read_batch(state.step)
         row_log.append(state.step, layout)
 
         # Forward: both views of each sentence. Loss: of this worker's rows against the whole batch; centroids move.
@@ -212,6 +222,7 @@ def _train(
         if stopping or due(config.runtime.checkpoint_every_steps or config.evaluation.every_steps):
             save_checkpoint()
         if stopping:
+            checkpointer.finish()
             logger.note(f"A machine is about to go: stopped after step {state.step}, which is in a checkpoint.")
             raise Drained(f"stopped after step {state.step}, as a machine was about to go")
 
@@ -229,7 +240,7 @@ def _train(
         state.best_step = state.step
         export()
     logger.close()
-    return _write_result(context, state, total_steps, logger)
+    return _write_result(context, state, total_steps, checkpointer, logger)
 
 
 def _note_early_end(parts: TrainingParts, logger: RunLogger) -> None:
@@ -253,16 +264,19 @@ def _note_emulated_precision(configured: str, precision: str, device: torch.devi
         )
 
 
-def _write_result(context: RunContext, state: TrainState, total_steps: int, logger: RunLogger) -> dict[str, Any]:
+def _write_result(
+    context: RunContext, state: TrainState, total_steps: int, checkpointer: Checkpointer, logger: RunLogger
+) -> dict[str, Any]:
     """Wait until all files are where they belong, and then write ``result.json``, which says that they are."""
     config, uploader = context.config, context.uploader
+    began = time.perf_counter()
+    checkpointer.finish()
     if logger.is_main:
-        began = time.perf_counter()
         uploader.push("metrics.jsonl")
         if (context.run_dir / "tensorboard").is_dir():
             uploader.push("tensorboard")
         uploader.finish(config.runtime.step_timeout_s)
-        state.checkpoint_seconds += time.perf_counter() - began
+    state.checkpoint_seconds += time.perf_counter() - began
     result = with_checksum(
         {
             "best_step": state.best_step,

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from training_runs import write_documents
 
 from clusterns_ray.config import Config, make_config
 from clusterns_ray.data.prepare import prepare
+from clusterns_ray.errors import Drained
 from clusterns_ray.models.encoder import Encoder
 from clusterns_ray.training.context import RunContext
 from clusterns_ray.training.loop import train_worker
@@ -77,24 +80,43 @@ def train(directory: Path, sections: dict[str, dict[str, Any]]) -> dict[str, Any
     prepared = prepare(config)
     run_dir = directory / "run"
     steps: list[dict[str, Any]] = []
-    batch = TrainingParts.batch
+    forward = TrainingParts.forward
 
-    def first_of_step(parts: TrainingParts, step: int) -> Any:
+    def first_of_step(parts: TrainingParts, shards: Any) -> Any:
         steps.append(simulation.record.take())
-        return batch(parts, step)
+        return forward(parts, shards)
 
     simulation.record.take()
-    TrainingParts.batch = first_of_step
+    TrainingParts.forward = first_of_step
     try:
         with simulation.simulated():
             context = RunContext(config, prepared.tokens_dir, config.evaluation.sts, run_dir)
             result = train_worker(context, torch.device("cuda"), lambda event: None)
     finally:
-        TrainingParts.batch = batch
-        for path in sorted(run_dir.rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
+        TrainingParts.forward = forward
+        shutil.rmtree(run_dir)
     assert len(steps) == config.train.max_steps
     return {**steps[2], "score": result["sts_dev"]}
+
+
+def resume(directory: Path) -> dict[str, Any]:
+    """How many tensors of the last checkpoint differ in a run that was drained after its second step and resumed."""
+    config = configuration(directory, {"train": {"max_steps": 4}, "evaluation": {"every_steps": 2}})
+    tokens, states = prepare(config).tokens_dir, []
+    for stops in ((), (3,)):
+        run_dir = directory / f"resumed{len(stops)}"
+        context = RunContext(config, tokens, config.evaluation.sts, run_dir)
+        with simulation.simulated():
+            for stop in (*stops, 0):
+                with suppress(Drained):
+                    train_worker(context, torch.device("cuda"), lambda event: None, should_stop=stop.__eq__)
+                    assert not stop
+                newest = max((run_dir / "checkpoints").iterdir())
+                assert newest.name == f"step-0000000{stop or 4}", "the run has ended before its checkpoint was written"
+        leaves = simulation.leaves_of(torch.load(newest / "state.pt", weights_only=True))
+        states.append([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
+    differ = [not torch.equal(a, b) for a, b in zip(*states, strict=True)]
+    return {**simulation.record.take(), "tensors": len(differ), "differ": sum(differ)}
 
 
 def encode(directory: Path, name: str, bf16: bool) -> dict[str, Any]:
@@ -128,7 +150,7 @@ def main(directory: Path) -> None:
     write_corpus(directory / "corpus.txt", 300)
     write_documents(directory / "documents.txt")
     write_pairs(directory / "sts" / "STSB" / "dev.jsonl")
-    work: dict[str, Any] = {"read and mix": (read_and_mix,)}
+    work: dict[str, Any] = {"read and mix": (read_and_mix,), "resume": (resume,)}
     work |= {name: (train, sections) for name, sections in MODES.items()}
     work |= {
         f"encode {name}, {'bf16' if bf16 else 'fp32'}": (encode, name, bf16)

@@ -103,8 +103,14 @@ class CudaTensor(torch.Tensor):
         record.wait("tolist")
         return self.on_cpu.tolist()
 
-    def numpy(self, *_: Any, **__: Any) -> Any:
-        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
+    def numpy(self, *, force: bool = False) -> Any:
+        if not force:
+            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
+        record.wait("it is copied to the host")
+        return self.on_cpu.detach().numpy()
+
+    def data_ptr(self) -> int:
+        return self.on_cpu.data_ptr()
 
     def untyped_storage(self) -> Any:
         return self.on_cpu.untyped_storage()

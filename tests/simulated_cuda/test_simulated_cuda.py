@@ -23,22 +23,22 @@ HERE = Path(__file__).parent
 ALLOWED_WAITS = {
     "clusters have not started": ["a number is read, clustering/state.py"],  # the mean cosine, by which they start
 }
-PADDED = "the padded pass of transformers asks whether all tokens are real, and denoising more: the host waits {} times"
+PADDED = "shards are padded, their dropout is drawn one by one, and denoising counts on the host: {} waits"
 WAITS = {
-    "plain": 2,
-    "mean, first centroids by K-means": 2,
-    "roberta, first_last": 2,
-    "prompts": 20,
-    "longer second prompt": 20,
-    "masked language modelling": 4,
-    "teacher, no clusters": 4,
-    "cached, fp16": 8,
-    "corpus": 7,
-    "clusters have not started": 3,
-    "neighbours": 4,
-    "crops": 4,
-    "12 layers, 1 shard": 1,
-    "12 layers, 8 shards": 8,
+    "plain": 8,
+    "mean, first centroids by K-means": 10,
+    "roberta, first_last": 12,
+    "prompts": 48,
+    "longer second prompt": 48,
+    "masked language modelling": 16,
+    "teacher, no clusters": 10,
+    "cached, fp16": 32,
+    "corpus": 13,
+    "clusters have not started": 9,
+    "neighbours": 16,
+    "crops": 18,
+    "12 layers, 1 shard": 24,
+    "12 layers, 8 shards": 132,
 }
 """What was seen of modes in which the host still waits in an ordinary step."""
 
@@ -98,15 +98,20 @@ def test_the_host_does_not_wait_in_an_ordinary_step(results: dict[str, Any], mod
     assert all(count == 1 for count in waits.values())
 
 
-@pytest.mark.xfail(reason="shards are computed one by one: 1,224 launches with one, 7,637 with eight", strict=True)
+@pytest.mark.xfail(reason="shards are computed one by one: 2,469 launches with one, 17,326 with eight", strict=True)
 def test_launches_of_a_step_do_not_depend_on_the_number_of_shards(results: dict[str, Any]) -> None:
     one, eight = (recorded(results, f"12 layers, {name}")["launches"] for name in ("1 shard", "8 shards"))
     assert eight <= 1.02 * one
 
 
-@pytest.mark.xfail(reason="1,224 launches", strict=True)
+@pytest.mark.xfail(reason="2,469 launches", strict=True)
 def test_launches_of_a_step_of_twelve_layers(results: dict[str, Any]) -> None:
     assert recorded(results, "12 layers, 1 shard")["launches"] <= 500
+
+
+def test_a_drained_run_is_resumed_to_the_bit(results: dict[str, Any]) -> None:
+    resumed = recorded(results, "resume")
+    assert resumed["tensors"] > 100 and resumed["differ"] == 0
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

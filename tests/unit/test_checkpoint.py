@@ -3,16 +3,22 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 import torch
 
-from clusterns_ray.errors import CheckpointError
+from clusterns_ray.config import make_config
+from clusterns_ray.errors import CheckpointError, StorageError
 from clusterns_ray.io.files import write_atomic
 from clusterns_ray.training import checkpoint
 from clusterns_ray.training.checkpoint import (
+    Checkpointer,
+    copy_to_host,
     list_checkpoints,
     load_newest,
     remove_leftovers,
@@ -20,6 +26,7 @@ from clusterns_ray.training.checkpoint import (
     save_checkpoint,
     verify,
 )
+from clusterns_ray.training.context import RunContext
 
 STAMP = "0123456789abcdef"
 
@@ -161,6 +168,89 @@ def test_everything_is_on_disk_before_it_is_renamed(tmp_path: Path, monkeypatch:
     renamed = events.index("rename to step-00000001")
     assert {"flush state.pt", "flush manifest.json"} <= set(events[:renamed])
     assert events[renamed + 1 :] == ["flush checkpoints"]
+
+
+# ---- written by a thread ------------------------------------------------------------------------------------------
+
+
+class Weights:
+    """A part of a run that is one tensor."""
+
+    def __init__(self) -> None:
+        self.tensor = torch.zeros(3)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tensor": self.tensor, "numbers": [1, 2]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.tensor = state["tensor"]
+
+
+@pytest.fixture
+def thread() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(1) as thread:
+        yield thread
+
+
+def checkpointer(directory: Path, weights: Weights, thread: ThreadPoolExecutor) -> Checkpointer:
+    config = make_config({"encoder": {"name": "x"}, "data": {"corpus": "x"}, "runtime": {"keep": 2}})
+    return Checkpointer(RunContext(config, directory, None, directory), {"weights": weights}, thread)
+
+
+def test_a_thread_writes_what_was_there_and_one_checkpoint_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, thread: ThreadPoolExecutor
+) -> None:
+    weights, may_write, original = Weights(), Event(), checkpoint.save_checkpoint
+    writer = checkpointer(tmp_path, weights, thread)
+    begun: list[int] = []
+
+    def slow(directory: Path, step: int, *rest: Any) -> Path:
+        begun.append(step)
+        assert may_write.wait(30)
+        return original(directory, step, *rest)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", slow)
+    writer.save(1)
+    weights.tensor += 7
+    assert list_checkpoints(writer.directory) == [], "save has waited for the disk"
+    with ThreadPoolExecutor(1) as other:
+        second = other.submit(writer.save, 2)
+        assert not second.done() and begun == [1]
+        may_write.set()
+        second.result(30)
+    writer.finish()
+    assert begun == [1, 2] and [path.name[-1] for path in list_checkpoints(writer.directory)] == ["2", "1"]
+    for step, value in ((1, 0.0), (2, 7.0)):
+        state = writer.of_step(step)
+        assert state is not None and torch.equal(state["weights"]["tensor"], torch.full((3,), value))
+
+
+@pytest.mark.parametrize("then", ["save", "finish"])
+def test_a_failed_write_is_raised_at_the_next_opportunity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, thread: ThreadPoolExecutor, then: str
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device", str(tmp_path / "state.pt"))
+
+    writer = checkpointer(tmp_path, Weights(), thread)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_checkpoint", full)
+        writer.save(1)
+        with pytest.raises(StorageError, match=r"state\.pt' cannot be read or written: the disk is full"):
+            writer.save(2) if then == "save" else writer.finish()
+    assert list_checkpoints(writer.directory) == []
+    writer.finish()
+    writer.save(3)
+    writer.finish()
+    assert [path.name for path in list_checkpoints(writer.directory)] == ["step-00000003"], "it was raised once"
+
+
+def test_tensors_that_are_one_stay_one_in_a_copy() -> None:
+    tied = torch.arange(6.0).view(2, 3)
+    copied = copy_to_host({"a": {"weight": tied}, "b": [tied, tied.T, None, 3], "bits": tied.view(torch.int32)})
+    assert copied["a"]["weight"] is copied["b"][0] and copied["b"][0] is not tied
+    assert copied["b"][1].shape == (3, 2) and copied["b"][1].stride() == tied.T.stride()
+    assert copied["bits"].dtype == torch.int32 and torch.equal(copied["b"][1], tied.T) and copied["b"][2:] == [None, 3]
 
 
 # ---- damage -------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from clusterns_ray.evaluation.sts import read_pairs, score_pairs
 from clusterns_ray.io.events import Evaluated, RunDone, RunStarted
 from clusterns_ray.models.encoder import Encoder
 from clusterns_ray.models.tokenization import tokenize
+from clusterns_ray.training import environment
 from clusterns_ray.training.checkpoint import list_checkpoints
 from clusterns_ray.training.context import RunContext
 from clusterns_ray.training.environment import describe_environment
@@ -97,7 +98,14 @@ def test_a_whole_run(whole: WholeRun) -> None:
     assert len(list((tmp_path / "tensorboard").glob("events.*"))) == 1
 
 
-def test_a_gpu_is_described_with_the_libraries_that_its_sums_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_described_with_the_libraries_that_its_sums_depend_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(environment, "GPU_DRIVER", tmp_path / "version")
+    described = (
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.124.06  Release Build\nGCC version: 12.3.0\n"
+    )
+    (tmp_path / "version").write_text(described)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
     properties = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
@@ -107,7 +115,12 @@ def test_a_gpu_is_described_with_the_libraries_that_its_sums_depend_on(monkeypat
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
     described = describe_environment(torch.device("cuda:0"), ["clusterns"], 1)
     assert (described["machine"]["gpu"], described["machine"]["multiprocessors"]) == ("H100", 132)
-    assert [described["versions"][name] for name in ("cuda", "cudnn", "nccl")] == ["13.0", 91200, "2.28.9"]
+    assert [described["versions"][name] for name in ("driver", "cuda", "cudnn", "nccl")] == [
+        "570.124.06",
+        "13.0",
+        91200,
+        "2.28.9",
+    ]
 
 
 def test_sets_that_are_scored_as_well_select_nothing(lab: Lab, whole: WholeRun, tmp_path: Path) -> None:
