@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from clusterns_ray.console.progress import Lines, clock, describe_trial, show_values
@@ -256,7 +257,7 @@ def show_status(study: Study) -> None:
             console.print(f"As of the snapshot of {datetime.fromtimestamp(newest):%H:%M:%S} in {store.address}.")
     optuna_study = read_optuna_study(here, study.config.name)
     console.print(render(read_progress(study, optuna_study)))
-    waiting = enqueued_points(study.home, study.space, optuna_study, console.print)
+    waiting = enqueued_points(study.home, study.space, optuna_study, partial(console.print, markup=False))
     if waiting:
         console.print(f"Enqueued, and tried next: {len(waiting)} {'point' if len(waiting) == 1 else 'points'}.")
     confirming = [name for name in names if name.startswith("confirmation/") and name.endswith("/result.json")]
