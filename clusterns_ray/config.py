@@ -293,6 +293,11 @@ class TrainConfig(Section):
     """The precision of matrix products in training and its dev evaluations: auto is bf16 where GPU or processor
     multiply in it, else fp32. Weights, centroids and finished encoders stay fp32. The losses of different numbers of
     workers agree to 1e-5 in fp32."""
+    reduction: Literal["auto", "tree", "all_reduce"] = "auto"
+    """How gradients are added up over shards and workers. `tree`: in an order that depends on `shards` alone, so that
+    weights have the same bits on any number of workers (same versions, kind of processor, threads a worker).
+    `all_reduce`: all shards of a worker in one pass, and the mean over workers while it goes back; sums round by their
+    number. auto is tree on CPUs, all_reduce on GPUs."""
     cache_chunk: int | None = Field(default=None, ge=1)
     """Sentences of a worker whose activations are held at a time (whole shards; at least one). The gradient is that of
     the whole batch, for one more forward pass a step. If unset, all are held."""

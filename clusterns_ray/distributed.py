@@ -64,30 +64,32 @@ def barrier() -> None:
 
 
 def all_gather_rows(rows: Tensor) -> Tensor:
-    """Rows of all workers, in order of rank: ``(b, ...)`` on each -> ``(workers * b, ...)``; gradients flow back.
+    """Rows of all workers, in order of rank: ``(b, ...)`` on each -> ``(workers * b, ...)``; no gradient.
 
-    Every worker must bring the same number of rows. The gradient of a row is the *sum* of its gradients over
-    all workers, so each worker's loss may use every row.
+    Every worker must bring the same number of rows.
     """
     if world_size() == 1:
         return rows
-    return _AllGatherRows.apply(rows)  # type: ignore[return-value]
+    gathered = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
+    # Torch 2.13 calls it all_gather_single; this name is known to every version that is supported.
+    dist.all_gather_into_tensor(gathered, rows.contiguous())  # pyright: ignore[reportDeprecated]
+    return gathered
 
 
-class _AllGatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        gathered = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
-        # Torch 2.13 calls it all_gather_single; this name is known to every version that is supported.
-        dist.all_gather_into_tensor(gathered, rows.contiguous())  # pyright: ignore[reportDeprecated]
-        return gathered
+def exchange_slices(numbers_NP: Tensor, counts: list[int]) -> list[Tensor]:
+    """Each worker's slice of the numbers of all workers, no gradient: ``(n, P)`` on each, where P is a multiple of the
+    number of workers -> for every worker its ``(n, P / workers)``.
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        # gloo has no reduce-scatter in every version: the all-reduce costs more bytes, and is B x D alone.
-        gradient = gradients[0].contiguous().clone()
-        dist.all_reduce(gradient)
-        return gradient.chunk(world_size())[rank()].contiguous()
+    Args:
+        counts: the rows n that each worker brings.
+    """
+    workers = world_size()
+    width = numbers_NP.shape[1] // workers
+    sent = numbers_NP.view(len(numbers_NP), workers, width).transpose(0, 1).contiguous()
+    received = numbers_NP.new_empty(sum(counts) * width)
+    sizes = [count * width for count in counts]
+    dist.all_to_all_single(received, sent.view(-1), sizes, [sent[0].numel()] * workers)
+    return [part.view(-1, width) for part in received.split(sizes)]
 
 
 def nccl_version() -> str | None:

@@ -1,8 +1,8 @@
 """The losses of ClusterNS: tensors in, tensors out; no config, no module, no process group.
 
-Shape suffixes: B rows of the global batch, b rows of this worker, D embedding width, K clusters.
-Every term is written for *local rows x global columns* (b x B, b x K) as the worker's share of the
-global mean, so the shares of all workers add up to the loss of the whole batch. The single-process
+Shape suffixes: B rows of the global batch, b rows of a block of it, D embedding width, K clusters.
+Every term is written for *a block's rows x all columns* (b x B, b x K) as the block's share of the
+mean over the batch, so the shares of all blocks add up to the loss of the whole batch. The
 functions at the end are the case b = B.
 
 Source: Deng et al., "Clustering-Aware Negative Sampling for Unsupervised Sentence Representation",
@@ -25,6 +25,10 @@ HardNegativeColumns = Literal["batch", "own", "not_own_cluster"]
 BMLReduction = Literal["all_pairs", "false_negatives"]
 
 
+BLOCK = 2**22
+"""Scores of a batch that are held at a time, 16 MiB of each matrix: more rows go through the loss in blocks."""
+
+
 class ClusterNSLoss(NamedTuple):
     """``loss = info_nce + bml_weight * bml``; all are scalars with gradients."""
 
@@ -39,9 +43,9 @@ class Clusters(NamedTuple):
     """Which clusters the rows of a batch belong to."""
 
     nearest_b: Tensor
-    """int64, cluster of each local row"""
+    """int64, cluster of each row of the block"""
     second_b: Tensor
-    """int64, second nearest centroid of each local row: its hard negative"""
+    """int64, second nearest centroid of each row of the block: its hard negative"""
     nearest_B: Tensor
     """int64, cluster of every row of the global batch"""
     hard_counts_K: Tensor
@@ -52,11 +56,11 @@ class BankNegatives(NamedTuple):
     """Sentences of the corpus drawn as hard negatives: n of them, M for each row of the global batch."""
 
     nearest_b: Tensor
-    """int64, cluster of each local row"""
+    """int64, cluster of each row of the block"""
     nearest_B: Tensor
     """int64, cluster of every row of the global batch"""
     own_b: Tensor
-    """int64, place of each local row in the bank, -1 where it has none"""
+    """int64, place of each row of the block in the bank, -1 where it has none"""
     z_nD: Tensor
     """their stored embeddings, without gradient"""
     slot_n: Tensor
@@ -67,13 +71,19 @@ class BankNegatives(NamedTuple):
     """int64, the cluster of each"""
 
 
+def row_blocks(batch: int) -> list[slice]:
+    """The rows of a batch in blocks of at most ``BLOCK`` scores, one row at least; a function of its size alone."""
+    size = max(BLOCK // batch, 1)
+    return [slice(first, min(first + size, batch)) for first in range(0, batch, size)]
+
+
 def info_nce_share(
     cos_bB: Tensor, positive_b: Tensor, temperature: float, hard_logits_bK: Tensor | None = None
 ) -> Tensor:
-    """This worker's share of InfoNCE: the sum of its rows' losses over the number of global rows.
+    """A block's share of InfoNCE: the sum of its rows' losses over the number of global rows.
 
     Args:
-        cos_bB: ``cos(z1_i, z2_j)``, local rows against all columns.
+        cos_bB: ``cos(z1_i, z2_j)``, a block's rows against all columns.
         positive_b: int64 column of each row's positive.
         hard_logits_bK: further logits for the denominator, already divided by the temperature.
     """
@@ -154,7 +164,7 @@ def bidirectional_margin_share(
     beta: float,
     reduction: BMLReduction,
 ) -> Tensor:
-    """This worker's share of the Bidirectional Margin Loss.
+    """A block's share of the Bidirectional Margin Loss.
 
     Args:
         mask_bB: bool, true where row i and column j are different rows of one cluster.
@@ -188,11 +198,11 @@ def clusterns_loss_share(
     bml_beta: float,
     bml_reduction: BMLReduction = "all_pairs",
 ) -> ClusterNSLoss:
-    """This worker's share of the ClusterNS loss, whatever clusters its terms are of; the shares of all workers add up
+    """A block's share of the ClusterNS loss, whatever clusters its terms are of; the shares of all blocks add up
     to the global loss.
 
     Args:
-        cos_bB: ``cos(z1_i, z2_j)``, local rows against all columns.
+        cos_bB: ``cos(z1_i, z2_j)``, a block's rows against all columns.
         positive_b: int64 column of each row's positive.
         hard_logits_bH: further logits of the denominator, of centroids or of sentences; None without hard negatives.
         mask_bB: false negatives; see :func:`bidirectional_margin_share`. Not read where ``bml_weight`` is 0.
@@ -213,7 +223,7 @@ def similar_mask(cos_bB: Tensor, nearest_b: Tensor, nearest_B: Tensor, positive_
 def rank_distillation_share(
     cos_bB: Tensor, teacher_cos_bB: Tensor, positive_b: Tensor, temperature: float, teacher_temperature: float
 ) -> Tensor:
-    """This worker's share of the distance between two rankings of the batch: for each row the Kullback-Leibler
+    """A block's share of the distance between two rankings of the batch: for each row the Kullback-Leibler
     divergence of ``softmax_j(cos(z1_i, z2_j) / t)`` from the teacher's ``softmax_j(cos(u_i, u_j) / t_T)``, both over
     the other rows j != i; mean over all rows. 0 where both agree.
 
@@ -231,7 +241,7 @@ def rank_distillation_share(
     return F.kl_div(student_bB, teacher_bB, reduction="sum", log_target=True) / cos_bB.shape[1]
 
 
-# ---- the single-process meaning of what the workers compute together --------------------------------------------
+# ---- whole batches --------------------------------------------
 
 
 def info_nce(z1_BD: Tensor, z2_BD: Tensor, temperature: float) -> Tensor:

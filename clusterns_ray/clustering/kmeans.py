@@ -25,6 +25,12 @@ def cosine_matrix(a_ND: Tensor, b_MD: Tensor) -> Tensor:
     return F.normalize(a_ND, dim=-1, eps=COSINE_EPS) @ F.normalize(b_MD, dim=-1, eps=COSINE_EPS).T
 
 
+def mean_of_cosines(a_ND: Tensor, b_MD: Tensor) -> Tensor:
+    """The mean of :func:`cosine_matrix`, a scalar, which the sums of the rows' directions determine."""
+    sums_D = [F.normalize(z_ND, dim=-1, eps=COSINE_EPS).sum(dim=0) for z_ND in (a_ND, b_MD)]
+    return sums_D[0] @ sums_D[1] / (len(a_ND) * len(b_MD))
+
+
 def farthest_chain(cos_BB: Tensor, k: int, first: int) -> Tensor:
     """Choose ``k`` rows, each the not-yet-chosen column with the smallest cosine to the *last* chosen row.
 
@@ -89,12 +95,11 @@ def cluster_sizes(assigned_B: Tensor, k: int) -> Tensor:
 def member_statistics(z_BD: Tensor, nearest_B: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Sum and number of the rows of each cluster: ``(sums_KD, counts_K)``, both in the dtype of ``z``.
 
-    ``z`` is float32 or float64: a narrower type cannot count. Sums and counts add up over workers, as means do not,
-    which is why they are what is all-reduced.
+    ``z`` is float32 or float64: a narrower type cannot count. Sums are a product with the one-hot matrix of the
+    assignment, as a GPU adds at an index in any order, and each order rounds differently.
     """
-    sums_KD = z_BD.new_zeros(k, z_BD.shape[1]).index_add_(0, nearest_B, z_BD)
-    counts_K = z_BD.new_zeros(k).index_add_(0, nearest_B, z_BD.new_ones(len(z_BD)))
-    return sums_KD, counts_K
+    members_KB = (nearest_B == torch.arange(k, device=nearest_B.device)[:, None]).to(z_BD.dtype)
+    return members_KB @ z_BD, members_KB.sum(dim=1)
 
 
 def update_centroids(centroids_KD: Tensor, sums_KD: Tensor, counts_K: Tensor, rate: float, rule: UpdateRule) -> Tensor:

@@ -1,6 +1,6 @@
 """The centroids of a run and the gate that starts them; equal on every worker, whole in a checkpoint.
 
-Shape suffixes: B rows of the global batch, b rows of this worker, D width, K clusters.
+Shape suffixes: B rows of the global batch, D width, K clusters.
 """
 
 from __future__ import annotations
@@ -69,21 +69,21 @@ class Clustering:
         self.centroids_KD = distributed.broadcast(centroids_KD.detach().float().clone().contiguous())
 
     @torch.no_grad()
-    def update(self, z1_bD: Tensor) -> Tensor:
-        """Move the centroids by the whole global batch; each worker brings its rows.
+    def update(self, z1_BD: Tensor) -> Tensor:
+        """Move the centroids by the whole batch, which every worker has. A batch that is not finite moves nothing.
 
-        One all-reduce of K x (D + 1) float32 numbers: sums and counts. A batch that is not finite moves nothing.
+        Worker 0's centroids become everybody's, K x D float32 numbers, so that they are equal on unequal machines too.
 
         Returns:
             ``counts_K``: float32, rows of the global batch in each cluster.
         """
         assert self.centroids_KD is not None
-        nearest_b, _ = assign(z1_bD.float(), self.centroids_KD)
-        sums_KD, counts_K = member_statistics(z1_bD.float(), nearest_b, self.num_clusters)
-        packed = distributed.all_reduce_sum(torch.cat([sums_KD, counts_K[:, None]], dim=1))
-        sums_KD, counts_K = packed[:, :-1], packed[:, -1]
+        nearest_B, _ = assign(z1_BD.float(), self.centroids_KD)
+        sums_KD, counts_K = member_statistics(z1_BD.float(), nearest_B, self.num_clusters)
         moved_KD = update_centroids(self.centroids_KD, sums_KD, counts_K, self.rate, self.rule)
-        self.centroids_KD = torch.where(packed.isfinite().all(), moved_KD, self.centroids_KD)
+        self.centroids_KD = distributed.broadcast(
+            torch.where(sums_KD.isfinite().all(), moved_KD, self.centroids_KD).contiguous()
+        )
         return counts_K
 
     def state_dict(self) -> dict[str, Any]:

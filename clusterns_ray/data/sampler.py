@@ -8,9 +8,8 @@ memory.
 from __future__ import annotations
 
 import hashlib
-import heapq
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -224,31 +223,33 @@ def cut_shards(lengths_B: np.ndarray, shards: int) -> list[np.ndarray]:
     return np.array_split(np.argsort(lengths_B, kind="stable"), shards)
 
 
-def assign_shards(lengths_per_shard: Sequence[int] | np.ndarray, workers: int) -> list[list[int]]:
-    """Deal shards to workers, the same number to each, so that their tokens are about even.
+def tree_order(shards: int) -> list[int]:
+    """The shards of a batch in the order of the tree in which their gradients are added: a pure function of their
+    number.
 
-    The heaviest shard left goes to the lightest worker that still has room; ties go to the lower number.
+    Shards are numbered by the length of their rows. The first is paired with the last, the second with the last but
+    one, and so on; these pairs are folded in the same way, and again, until one is left. So the neighbours in this
+    order, and all runs of them that workers get, have about the same number of tokens.
+    """
+    groups = [[shard] for shard in range(shards)]
+    while len(groups) > 1:
+        half = len(groups) // 2
+        folded = [groups[i] + groups[-1 - i] for i in range(half)]
+        groups = folded + ([groups[half]] if len(groups) % 2 else [])
+    return groups[0]
 
-    Args:
-        lengths_per_shard: tokens of each shard.
 
-    Returns:
-        For each worker, the ascending numbers of its shards.
+def assign_shards(shards: int, workers: int) -> list[list[int]]:
+    """The shards of each worker, ascending: the same number for each, neighbours in the order of the tree, so that a
+    worker adds up most of what it has before anything is exchanged.
 
     Raises:
         ConfigError: (a ValueError) the shards cannot be dealt evenly.
     """
-    shards = len(lengths_per_shard)
     if workers < 1 or shards % workers:
         raise ConfigError(
             f"{shards} shards cannot be dealt to {workers} workers, as each must get the same number; make "
             "the number of shards a multiple of the number of workers"
         )
-    shards_by_rank: list[list[int]] = [[] for _ in range(workers)]
-    lightest = [(0, worker) for worker in range(workers)]
-    for shard in sorted(range(shards), key=lambda shard: -int(lengths_per_shard[shard])):
-        load, worker = heapq.heappop(lightest)
-        shards_by_rank[worker].append(shard)
-        if len(shards_by_rank[worker]) < shards // workers:
-            heapq.heappush(lightest, (load + int(lengths_per_shard[shard]), worker))
-    return [sorted(its_shards) for its_shards in shards_by_rank]
+    order, each = tree_order(shards), shards // workers
+    return [sorted(order[first : first + each]) for first in range(0, shards, each)]

@@ -359,6 +359,19 @@ class Encoder(nn.Module):
         finally:
             self._weights = before
 
+    @contextmanager
+    def same_weights(self, dtype: torch.dtype) -> Iterator[None]:
+        """Inside, all passes on a CPU multiply by the same casts of the weights to ``dtype``, through which gradients
+        flow."""
+        before = self._weights
+        if self.packs and self.device.type == "cpu" and can_pack(self.backbone):
+            with torch.enable_grad():
+                self._weights = PackedBert(self.backbone, dtype)
+        try:
+            yield
+        finally:
+            self._weights = before
+
     def template_states(self, lengths_B: Tensor, view: int = 0, keys_B: np.ndarray | None = None) -> Tensor:
         """States of the mask token of the template alone (B x D), at the positions that it has in rows of ``lengths_B``
         tokens: what comes after the sentence stays behind it.

@@ -1,8 +1,8 @@
 """Where the rows of a global batch are computed, and how they come back into one order.
 
 A batch is sorted by length and cut into shards; shards are dealt to workers. Rows are numbered by shard, which
-does not depend on the number of workers: that numbering is the *canonical* order of a batch, in which its keys
-are scored, its first centroid is drawn, and its sums are taken.
+does not depend on the number of workers: that numbering is the *canonical* order of a batch, in which every worker
+computes its loss.
 """
 
 from __future__ import annotations
@@ -50,12 +50,8 @@ class BatchLayout:
         ]
         return np.concatenate(parts)
 
-    def positive_b(self, device: torch.device) -> Tensor:
-        """int64: the column of each local row's positive, which is its own canonical number."""
-        return to_device(self.canonical(self.rank), device)
-
     def gather(self, local: Tensor) -> Tensor:
-        """The rows of all workers in canonical order: ``(b, ...) -> (B, ...)``; gradients flow back."""
+        """The rows of all workers in canonical order: ``(b, ...) -> (B, ...)``; no gradient."""
         if len(self.shards_by_rank) == 1:
             return local  # One worker computes its shards in canonical order.
         counts = [len(self.canonical(rank)) for rank in range(len(self.shards_by_rank))]
@@ -72,7 +68,7 @@ class BatchLayout:
 def build_batch_layout(
     rows: np.ndarray, lengths: np.ndarray, shards: int, *, rank: int | None = None, workers: int | None = None
 ) -> BatchLayout:
-    """Cut a global batch into shards and deal them to the workers, balancing tokens.
+    """Cut a global batch into shards and deal them to the workers.
 
     Args:
         rows: int64 row numbers of the corpus (B).
@@ -81,12 +77,10 @@ def build_batch_layout(
     """
     pieces = cut_shards(lengths, shards)
     sizes = [len(piece) for piece in pieces]
-    # What a shard costs is what it is padded to, or hardly less where it is packed.
-    padded = [len(piece) * int(lengths[piece].max()) for piece in pieces]
     workers = distributed.world_size() if workers is None else workers
     return BatchLayout(
         rows_B=np.asarray(rows)[np.concatenate(pieces)],
         starts=np.concatenate([[0], np.cumsum(sizes)]),
-        shards_by_rank=assign_shards(padded, workers),
+        shards_by_rank=assign_shards(shards, workers),
         rank=distributed.rank() if rank is None else rank,
     )

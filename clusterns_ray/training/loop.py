@@ -170,14 +170,15 @@ def _train(
         layout, shards = read_batch(state.step)
         row_log.append(state.step, layout)
 
-        # Forward: both views of each sentence. Loss: of this worker's rows against the whole batch; centroids move.
-        views = parts.forward(shards)
-        loss = parts.objective(views.z1_bD, views.z2_bD, layout, views.mlm, parts.teacher_embeddings(shards))
+        # Forward: both views of each sentence. Loss: of the whole batch, on every worker; centroids move.
+        views = parts.forward(layout, shards)
+        teacher_BD = parts.teacher_embeddings(layout, shards)
+        loss = parts.objective(views.z1_BD, views.z2_BD, layout.rows_B, views.mlm_N2, teacher_BD)
         parts.health.observe(parts.clustering.centroids_KD, loss.counts_K)
 
-        # Backward: gradients are averaged over the workers.
+        # Backward: each worker leads its rows' gradients back, and all add up the parameters' (train.reduction).
         parts.optimizer.zero_grad()
-        views.backward(parts.optimizer.scale(loss.scaled_loss))
+        views.backward(parts.optimizer.scale(loss.loss))
 
         # A step whose gradients are not finite is skipped, on the device and on all workers alike.
         grad_norm = parts.optimizer.clip_gradients()

@@ -7,9 +7,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from clusterns_ray import distributed
 from clusterns_ray.io.files import json_text, write_atomic
-from clusterns_ray.training.objective import SHARE_NAMES, StepLoss
+from clusterns_ray.training.objective import VALUE_NAMES, StepLoss
 
 NO_STEP = 2**62
 """The step of a line that is no record: later than any."""
@@ -56,10 +55,8 @@ def _step_of(line: str) -> int:
 
 
 def step_metrics(step_loss: StepLoss, batch_size: int, unused: Collection[str] = ()) -> dict[str, float]:
-    """The values of one step over all workers, but for those of terms that are ``unused``. One small all-reduce; waits
-    for the device."""
-    shares = distributed.all_reduce_sum(step_loss.shares.clone()).cpu().numpy()
-    values: dict[str, float] = dict(zip(SHARE_NAMES, map(float, shares), strict=True))
+    """The values of one step, but for those of terms that are ``unused``. Waits for the device."""
+    values: dict[str, float] = dict(zip(VALUE_NAMES, step_loss.values.tolist(), strict=True))
     for name in unused:
         del values[name]
     if step_loss.counts_K is None:
@@ -68,9 +65,8 @@ def step_metrics(step_loss: StepLoss, batch_size: int, unused: Collection[str] =
     counts_K = step_loss.counts_K
     values["clusters_used"] = int((counts_K > 0).sum())
     values["largest_cluster"] = int(counts_K.max())
-    if step_loss.false_negatives is None:
+    pairs = step_loss.false_negatives
+    if pairs is None:
         pairs = (counts_K * (counts_K - 1)).sum()
-    else:
-        pairs = distributed.all_reduce_sum(step_loss.false_negatives.clone())
     values["false_negative_rate"] = float(pairs / (batch_size * (batch_size - 1)))
     return values

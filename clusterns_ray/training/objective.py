@@ -1,27 +1,30 @@
 """One step's computation: the two views of this worker's shards, and the loss of the whole batch.
 
-Shape suffixes: B rows of the global batch, b rows of this worker, D width, K clusters, T tokens.
+Shape suffixes: B rows of the global batch, b rows of this worker or of a block, D width, K clusters, H hard negatives,
+T tokens.
 """
 
 # pyright: reportUnknownMemberType=false
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from clusterns_ray import distributed
-from clusterns_ray.clustering.kmeans import cosine_matrix
+from clusterns_ray.clustering.kmeans import cosine_matrix, mean_of_cosines
 from clusterns_ray.config import LossConfig
-from clusterns_ray.losses import clusterns_loss_share, rank_distillation_share
+from clusterns_ray.losses import clusterns_loss_share, rank_distillation_share, row_blocks
 from clusterns_ray.models.encoder import Encoder, TokenBatch, autocast
 from clusterns_ray.models.sdpa import keyed_dropout
-from clusterns_ray.training.batch_layout import BatchLayout
 from clusterns_ray.training.collate import Shard
-from clusterns_ray.training.hard_negatives import HardNegatives
+from clusterns_ray.training.hard_negatives import BatchNegatives, HardNegatives
 from clusterns_ray.training.mlm import prediction_loss
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,6 +39,12 @@ class TwoViews(nn.Module):
         self.encoder = encoder
         self.language_model = language_model
         self.dtype = DTYPES[precision]
+
+    @contextmanager
+    def same_weights(self) -> Iterator[None]:
+        """Inside, all passes multiply by the same casts of the weights, through which gradients flow."""
+        with autocast(self.encoder.device, self.dtype), self.encoder.same_weights(self.dtype):
+            yield
 
     def forward(self, shards: list[Shard]) -> tuple[Tensor, Tensor, Tensor]:
         """``(z1_bD, z2_bD)`` in float32, the shards' rows one after the other; and of masked language modelling the
@@ -81,23 +90,28 @@ class TwoViews(nn.Module):
 
 
 class StepLoss(NamedTuple):
-    """Everything is a tensor on the device, so that an ordinary step does not wait for it."""
+    """Of the global batch, the same on every worker. All are tensors on the device, so that an ordinary step does not
+    wait for it."""
 
-    scaled_loss: Tensor
-    """scalar whose gradient, averaged over the workers, is that of the global loss"""
-    shares: Tensor
-    """this worker's shares of the values named in ``SHARE_NAMES``; over all workers they add up to them"""
+    loss: Tensor
+    """scalar, with a gradient"""
+    values: Tensor
+    """the values named in ``VALUE_NAMES``"""
     counts_K: Tensor | None
-    """rows of the global batch in each cluster, or None before clustering has started"""
+    """rows in each cluster, or None before clustering has started"""
     false_negatives: Tensor | None = None
-    """this worker's share of the number of false negatives, where the clusters alone do not determine it"""
+    """the number of false negatives, where the clusters alone do not determine it"""
 
 
-SHARE_NAMES = ("loss", "info_nce", "bml", "mean_cosine", "hard_negative_cosine", "distillation", "mlm")
+VALUE_NAMES = ("loss", "info_nce", "bml", "mean_cosine", "hard_negative_cosine", "distillation", "mlm")
 
 
 class Objective:
-    """The loss of a step, and the centroids it moves."""
+    """The loss of a step, and the centroids it moves.
+
+    Every worker computes it, of the whole batch: that is little beside the encoder's work, and all have the same
+    gradient of every row without exchanging it.
+    """
 
     def __init__(self, loss: LossConfig, hard_negatives: HardNegatives | None = None) -> None:
         """
@@ -108,36 +122,68 @@ class Objective:
 
     def __call__(
         self,
-        z1_bD: Tensor,
-        z2_bD: Tensor,
-        layout: BatchLayout,
-        mlm: Tensor | None = None,
-        teacher_bD: Tensor | None = None,
+        z1_BD: Tensor,
+        z2_BD: Tensor,
+        rows_B: np.ndarray,
+        mlm_N2: Tensor | None = None,
+        teacher_BD: Tensor | None = None,
     ) -> StepLoss:
-        """Loss of this worker's rows against the whole batch; ``mlm`` as :class:`TwoViews` gives it, ``teacher_bD`` as
-        :class:`~clusterns_ray.training.teacher.Teacher` does.
+        """Loss of the global batch.
 
-        Order: keys are gathered; until clustering has started the loss is InfoNCE, also in the very step that
-        creates the centroids; after that the centroids move first, and hard negatives, false negatives and loss
-        are taken from the moved ones.
+        Order: until clustering has started the loss is InfoNCE, also in the very step that creates the centroids; after
+        that the centroids move first, and hard negatives, false negatives and loss are taken from the moved ones.
+
+        Args:
+            rows_B: the numbers of the rows in the corpus.
+            mlm_N2: as :class:`~clusterns_ray.training.views.Views` gives it.
+            teacher_BD: as :class:`~clusterns_ray.training.teacher.Teacher` gives it.
         """
-        positive_b = layout.positive_b(z1_bD.device)
-        z2_BD = layout.gather(z2_bD)
-        cos_bB = cosine_matrix(z1_bD, z2_BD)
-        mean_cosine = cos_bB.detach().sum() / layout.size**2
-        zero = torch.zeros_like(mean_cosine)
-
+        mean_cosine = mean_of_cosines(z1_BD.detach(), z2_BD.detach())
         source, negatives = self.hard_negatives, None
         if source is not None and source.clustering.started:
-            negatives = source.of_batch(z1_bD, cos_bB, positive_b, layout)
+            negatives = source.of_batch(z1_BD, z2_BD, rows_B)
         elif source is not None:
-            source.start_if_due(distributed.all_reduce_sum(mean_cosine.clone()), z1_bD, z2_BD, layout)
+            # Worker 0's, as all have to decide alike on unequal machines too.
+            source.start_if_due(distributed.broadcast(mean_cosine.clone()), z1_BD.detach(), z2_BD.detach())
 
+        blocks = row_blocks(len(z1_BD))
+        if len(blocks) == 1:
+            terms = self._terms(z1_BD, z2_BD, blocks[0], negatives, teacher_BD)
+        else:
+            found = [
+                checkpoint(self._terms, z1_BD, z2_BD, rows, negatives, teacher_BD, use_reentrant=False)
+                for rows in blocks
+            ]
+            terms = torch.stack(found).sum(dim=0)
+        contrastive, info_nce, bml, distillation = terms.unbind()
+        loss, mlm = contrastive, torch.zeros_like(contrastive)
+        if teacher_BD is not None:
+            loss = loss + self.loss.distillation_weight * distillation
+        if self.loss.mlm_weight and mlm_N2 is not None:
+            total, tokens = mlm_N2.sum(dim=0).unbind()
+            mlm = total / tokens.detach().clamp(min=1)
+            loss = loss + self.loss.mlm_weight * mlm
+        hard_negative_cosine = negatives.hard_negative_cosine if negatives else torch.zeros_like(mean_cosine)
+        values = [loss, info_nce, bml, mean_cosine, hard_negative_cosine, distillation, mlm]
+        return StepLoss(
+            loss,
+            torch.stack([value.detach() for value in values]),
+            negatives and negatives.counts_K,
+            negatives and negatives.false_negatives,
+        )
+
+    def _terms(
+        self, z1_BD: Tensor, z2_BD: Tensor, rows: slice, negatives: BatchNegatives | None, teacher_BD: Tensor | None
+    ) -> Tensor:
+        """The contrastive loss, its InfoNCE and BML, and the distillation (4): a block of rows' parts of them."""
+        positive_b = torch.arange(rows.start, rows.stop, device=z1_BD.device)
+        cos_bB = cosine_matrix(z1_BD[rows], z2_BD)
+        hard_logits_bH, mask_bB = negatives.of_rows(rows, cos_bB, positive_b) if negatives else (None, None)
         terms = clusterns_loss_share(
             cos_bB,
-            negatives and negatives.hard_logits_bH,
+            hard_logits_bH,
             positive_b,
-            negatives and negatives.mask_bB,
+            mask_bB,
             negatives.pairs if negatives else 0.0,
             temperature=self.loss.temperature,
             bml_weight=self.loss.bml_weight,
@@ -145,26 +191,14 @@ class Objective:
             bml_beta=self.loss.bml_beta,
             bml_reduction=self.loss.bml_reduction,
         )
-        loss, distillation, mlm_share = terms.loss, zero, zero
-        if teacher_bD is not None:
-            teacher_cos_bB = cosine_matrix(teacher_bD, layout.gather(teacher_bD))
+        distillation = torch.zeros_like(terms.loss)
+        if teacher_BD is not None:
+            teacher_cos_bB = cosine_matrix(teacher_BD[rows], teacher_BD)
             temperatures = (self.loss.temperature, self.loss.teacher_temperature)
             distillation = rank_distillation_share(cos_bB, teacher_cos_bB, positive_b, *temperatures)
-            loss = loss + self.loss.distillation_weight * distillation
-        if self.loss.mlm_weight and mlm is not None:
-            tokens = distributed.all_reduce_sum(mlm[1].detach().clone())
-            mlm_share = mlm[0] / tokens.clamp(min=1)
-            loss = loss + self.loss.mlm_weight * mlm_share
-        hard_negative_cosine = negatives.hard_negative_cosine if negatives else zero
-        shares = [loss, terms.info_nce, terms.bml, mean_cosine, hard_negative_cosine, distillation, mlm_share]
-        return StepLoss(
-            loss * distributed.world_size(),
-            torch.stack([share.detach() for share in shares]),
-            negatives and negatives.counts_K,
-            negatives and negatives.false_negatives,
-        )
+        return torch.stack([terms.loss, terms.info_nce, terms.bml, distillation])
 
     def unused_terms(self) -> list[str]:
-        """Names of ``SHARE_NAMES`` whose terms the configuration leaves out."""
+        """Names of ``VALUE_NAMES`` whose terms the configuration leaves out."""
         used = {"distillation": self.loss.teacher is not None, "mlm": self.loss.mlm_weight > 0}
         return [name for name, on in used.items() if not on]

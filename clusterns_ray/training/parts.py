@@ -6,7 +6,6 @@ from functools import partial
 
 import torch
 
-from clusterns_ray import distributed
 from clusterns_ray.clustering.health import ClusterHealth
 from clusterns_ray.clustering.state import Clustering
 from clusterns_ray.data.sampler import BatchOrder, stream_key
@@ -26,8 +25,9 @@ from clusterns_ray.training.mlm import LanguageModelHead
 from clusterns_ray.training.objective import DTYPES, Objective, TwoViews
 from clusterns_ray.training.optim import Optimizer
 from clusterns_ray.training.precision import agreed_precision
+from clusterns_ray.training.reduction import make_reduction
 from clusterns_ray.training.teacher import Teacher
-from clusterns_ray.training.views import CachedViews, Views, chunked
+from clusterns_ray.training.views import Views
 
 
 class TrainingParts:
@@ -53,7 +53,7 @@ class TrainingParts:
         self.shards = ShardReader(config, self.tokens, self.encoder.tokenizer, device)
         self.views = TwoViews(self.encoder, self.precision, self._language_model())
         self.teacher = Teacher(config.loss.teacher, device) if config.loss.teacher else None
-        self.model = distributed.data_parallel(self.views)
+        self.reduction = make_reduction(self.views, config.train, device)
         self.optimizer = Optimizer(self.views, config.train, self.precision, device)
         c = config.clustering
         self.clustering = Clustering(c.num_clusters, c.start_cosine, c.rate, c.update, device)
@@ -71,14 +71,16 @@ class TrainingParts:
         layout = build_batch_layout(rows, self.tokens.lengths(rows), self.config.train.shards)
         return layout, [self.shards(layout, shard, step) for shard in layout.shards_by_rank[layout.rank]]
 
-    def forward(self, shards: list[Shard]) -> Views:
-        """Both views of this worker's shards, and the way back through them."""
-        rows = self.config.train.cache_chunk
-        return Views(self.model, shards) if rows is None else CachedViews(self.model, chunked(shards, rows))
+    def forward(self, layout: BatchLayout, shards: list[Shard]) -> Views:
+        """Both views of the batch, from this worker's shards and those of the others, and the way back through them."""
+        return Views(self.reduction, shards, layout, self.config.train.cache_chunk)
 
-    def teacher_embeddings(self, shards: list[Shard]) -> torch.Tensor | None:
-        """The teacher's embeddings of this worker's shards, where there is one."""
-        return None if self.teacher is None else self.teacher(shards, self.views.dtype)
+    def teacher_embeddings(self, layout: BatchLayout, shards: list[Shard]) -> torch.Tensor | None:
+        """The teacher's embeddings of the batch, where there is one."""
+        if self.teacher is None:
+            return None
+        pieces = self.reduction.pieces(shards, None)
+        return layout.gather(torch.cat([self.teacher(piece, self.views.dtype) for piece in pieces]))
 
     def epoch(self, step: int) -> float:
         """How many epochs ``step`` steps are."""
@@ -112,9 +114,10 @@ class TrainingParts:
         DDP reorders its buckets after the first backward pass, and with three workers or more the order decides
         how a sum rounds: a resumed run has to sum as the first one did.
         """
-        if self.model is self.views:
+        model = self.reduction.model
+        if model is self.views:
             return
-        z1_bD, z2_bD, mlm = self.model([self.shards.warm_up_shard()])
+        z1_bD, z2_bD, mlm = model([self.shards.warm_up_shard()])
         (z1_bD.sum() + z2_bD.sum() + mlm[0]).backward()
         self.optimizer.zero_grad()
 

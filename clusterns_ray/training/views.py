@@ -1,76 +1,72 @@
-"""The two views of a step, and the way back through them: at once, or chunk by chunk with the gradient cached.
+"""The two views of a step, and the way back through them: at once, or piece by piece with the gradient cached.
 
-Cached (Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", RepL4NLP 2021): the
-embeddings of all shards are computed without keeping activations; the loss gives their gradient; then each chunk is
-computed once more, with the same dropout, and takes its part of that gradient back. Memory is that of one chunk and of
-the embeddings, for one more forward pass.
+The loss reads the embeddings of the whole batch, which every worker has, and gives their gradient; then each worker
+leads the gradient of its own rows back, piece by piece. Cached (Gao et al., "Scaling Deep Contrastive Learning Batch
+Size under Memory Limited Setup", RepL4NLP 2021): no activations are kept; each piece is computed once more, with the
+same dropout, before it takes its part of the gradient. Memory is that of one piece and of the embeddings, for one more
+forward pass.
 
-Shape suffixes: b rows of this worker, c rows of a chunk, D width.
+Shape suffixes: B rows of the global batch, b rows of this worker, D width.
 """
-
-# pyright: reportUnknownMemberType=false
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from clusterns_ray.training.batch_layout import BatchLayout, to_device
 from clusterns_ray.training.collate import Shard
+from clusterns_ray.training.reduction import AllReduce, TreeReduction
 
 
 class Views:
-    """``z1_bD, z2_bD, mlm`` as :class:`TwoViews` gives them."""
+    """Both views of the global batch, as leaves of the loss: ``z1_BD, z2_BD`` in float32; and of masked language
+    modelling ``mlm_N2``, sums of losses and numbers of tokens that add up to those of the batch."""
 
-    def __init__(self, model: nn.Module, shards: list[Shard]) -> None:
-        self.z1_bD, self.z2_bD, self.mlm = model(shards)
+    def __init__(
+        self,
+        reduction: AllReduce | TreeReduction,
+        shards: list[Shard],
+        layout: BatchLayout,
+        cache_chunk: int | None = None,
+    ) -> None:
+        """
+        Args:
+            shards: this worker's.
+            cache_chunk: as ``train.cache_chunk``; None keeps all activations.
+        """
+        self.reduction, self.layout, self.cached = reduction, layout, cache_chunk is not None
+        self.pieces = reduction.pieces(shards, cache_chunk)
+        with torch.set_grad_enabled(not self.cached), reduction.same_weights():
+            self.outputs = [reduction.model(piece) for piece in self.pieces]
+        local_b2D = torch.cat([torch.stack([z1_bD, z2_bD], dim=1).detach() for z1_bD, z2_bD, _ in self.outputs])
+        z_B2D = layout.gather(local_b2D)
+        self.z1_BD, self.z2_BD = (z_BD.contiguous().requires_grad_() for z_BD in z_B2D.unbind(dim=1))
+        self.mlm_N2: Tensor | None = None
+        if any(shard.masked is not None for shard in shards):
+            local_N2 = torch.stack([mlm.detach() for _, _, mlm in self.outputs])
+            mlm_N2, self._own = reduction.gather_sums(local_N2, layout)
+            self.mlm_N2 = mlm_N2.requires_grad_()
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of ``loss`` to the parameters'; averaged over the workers where there are several."""
+        """Leave the gradient of ``loss`` in the parameters' ``.grad``: that of the global batch, on every worker."""
         loss.backward()
-
-
-class CachedViews(Views):
-    """The same values and gradients, with the activations of one chunk at a time."""
-
-    def __init__(self, model: nn.Module, chunks: Sequence[list[Shard]]) -> None:
-        self.model, self.chunks = model, chunks
-        with torch.no_grad():
-            parts = [model(chunk) for chunk in chunks]
-        self.sizes = [len(z1_cD) for z1_cD, _, _ in parts]
-        self.z1_bD = torch.cat([z1_cD for z1_cD, _, _ in parts]).requires_grad_()
-        self.z2_bD = torch.cat([z2_cD for _, z2_cD, _ in parts]).requires_grad_()
-        self.mlm = torch.stack([mlm for _, _, mlm in parts]).sum(dim=0).requires_grad_()
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-        gradients = zip(torch.split(_gradient(self.z1_bD), self.sizes), torch.split(_gradient(self.z2_bD), self.sizes))
-        for number, (chunk, (d1_cD, d2_cD)) in enumerate(zip(self.chunks, gradients), start=1):
-            # DDP sums over workers once, with the last chunk, what all chunks have left in `.grad`.
-            waits = number < len(self.chunks) and hasattr(self.model, "no_sync")
-            with self.model.no_sync() if waits else nullcontext():  # type: ignore[operator]
-                z1_cD, z2_cD, mlm = self.model(chunk)
-                outputs, gradient = [z1_cD, z2_cD], [d1_cD, d2_cD]
-                if mlm.requires_grad:
-                    outputs, gradient = [*outputs, mlm], [*gradient, _gradient(self.mlm)]
-                torch.autograd.backward(outputs, gradient)
+        own_b = to_device(self.layout.canonical(self.layout.rank), loss.device)
+        sizes = [sum(len(shard.input_ids_BT) for shard in piece) for piece in self.pieces]
+        d1, d2 = (_gradient(z_BD)[own_b].split(sizes) for z_BD in (self.z1_BD, self.z2_BD))
+        shards = iter(self.layout.shards_by_rank[self.layout.rank])
+        with self.reduction.same_weights() if self.cached else nullcontext():
+            for number, piece in enumerate(self.pieces):
+                z1_bD, z2_bD, mlm = self.reduction.model(piece) if self.cached else self.outputs.pop(0)
+                outputs, gradients = [z1_bD, z2_bD], [d1[number], d2[number]]
+                if self.mlm_N2 is not None:
+                    outputs, gradients = [*outputs, mlm], [*gradients, _gradient(self.mlm_N2)[self._own[number]]]
+                last = number + 1 == len(self.pieces)
+                self.reduction.backward(outputs, gradients, [next(shards) for _ in piece], last=last)
+        self.reduction.finish()
 
 
 def _gradient(leaf: Tensor) -> Tensor:
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-
-
-def chunked(shards: list[Shard], rows: int) -> list[list[Shard]]:
-    """Shards one after the other, in lists of at most ``rows`` rows, of one shard at least."""
-    chunks: list[list[Shard]] = []
-    room = 0
-    for shard in shards:
-        size = len(shard.input_ids_BT)
-        if not chunks or size > room:
-            chunks.append([])
-            room = rows
-        chunks[-1].append(shard)
-        room -= size
-    return chunks

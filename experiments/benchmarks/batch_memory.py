@@ -65,7 +65,7 @@ def measure(batch: int, chunk: int, cached: bool) -> dict[str, float]:
     )
     run = quiet_run(config, prepare(config).tokens_dir, Path("."))
     run.clustering.set_centroids(torch.randn(128, run.encoder.width))
-    run.model(run.batch(0)[1][:1])[0].sum().backward()
+    run.views(run.batch(0)[1][:1])[0].sum().backward()
     run.optimizer.clip_gradients()
     run.optimizer.step(0.0)
     before = _peak()

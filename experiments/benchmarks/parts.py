@@ -240,8 +240,8 @@ def objective(contestant: ClusterNS) -> Contestant:
     z1_BD, z2_BD = torch.randn(2, layout.size, run.encoder.width).unbind()
 
     def work() -> None:
-        step = run.objective(z1_BD.detach().requires_grad_(), z2_BD.detach().requires_grad_(), layout)
-        step.scaled_loss.backward()
+        step = run.objective(z1_BD.detach().requires_grad_(), z2_BD.detach().requires_grad_(), layout.rows_B)
+        step.loss.backward()
 
     return timed(work, repeats=5)
 

@@ -138,11 +138,11 @@ def quiet_run(config: Config, tokens_dir: Path, scratch: Path, device: torch.dev
 def take_step(run: TrainingParts, number: int) -> None:
     """A step of ``clusterns_ray.training.loop`` on batch ``number``, reading its tokens included."""
     layout, shards = run.batch(number)
-    views = run.forward(shards)
-    loss = run.objective(views.z1_bD, views.z2_bD, layout, views.mlm, run.teacher_embeddings(shards))
+    views = run.forward(layout, shards)
+    loss = run.objective(views.z1_BD, views.z2_BD, layout.rows_B, views.mlm_N2, run.teacher_embeddings(layout, shards))
     run.health.observe(run.clustering.centroids_KD, loss.counts_K)
     run.optimizer.zero_grad()
-    views.backward(run.optimizer.scale(loss.scaled_loss))
+    views.backward(run.optimizer.scale(loss.loss))
     run.optimizer.clip_gradients()
     run.optimizer.step(learning_rate(number, run.total_steps, run.config.train))
 

@@ -47,9 +47,11 @@ def exchanged(config: Config, tokens_dir: Path, run_dir: Path) -> list[tuple[str
         layout, shards = run.batch(step)
         recorder.found.clear()
         with recorder:
-            views = run.forward(shards)
-            loss = run.objective(views.z1_bD, views.z2_bD, layout, views.mlm, run.teacher_embeddings(shards))
-            update_weights(run.optimizer, loss.scaled_loss, 1e-4, views.backward)
+            views = run.forward(layout, shards)
+            loss = run.objective(
+                views.z1_BD, views.z2_BD, layout.rows_B, views.mlm_N2, run.teacher_embeddings(layout, shards)
+            )
+            update_weights(run.optimizer, loss.loss, 1e-4, views.backward)
     return recorder.found
 
 

@@ -1,4 +1,4 @@
-"""The averaged gradients of 2 and 4 ranks against those of one process, and those against the pure loss."""
+"""The gradients of 2 and 4 ranks against those of one process, and those against the pure loss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from clusterns_ray import distributed
+from clusterns_ray import distributed, losses
 from clusterns_ray.clustering.kmeans import assign, member_statistics, update_centroids
 from clusterns_ray.clustering.state import Clustering
 from clusterns_ray.config import Config, LossConfig
@@ -26,11 +26,11 @@ from clusterns_ray.training.context import RunContext
 from clusterns_ray.training.hard_negatives import CentroidNegatives
 from clusterns_ray.training.objective import Objective
 from clusterns_ray.training.parts import TrainingParts
-from clusterns_ray.training.views import CachedViews, chunked
 
 pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-6
+WAYS = ("tree", "all_reduce")
 TEMPERATURE = 0.2  # a colder one magnifies the rounding of float32
 K, RATE, FIRST = 6, 0.5, 11
 BATCH = 52  # no tensor of this model has two sides of 52
@@ -91,34 +91,39 @@ def by_ranks(setup: tuple[Config, Path, Path]) -> dict[int, list[dict[str, Any]]
 # ---- on the ranks -----------------------------------------------------------------------------------------------
 
 
-def make_run(config: Config, tokens_dir: Path, run_dir: Path) -> TrainingParts:
+def make_run(config: Config, tokens_dir: Path, run_dir: Path, way: str = "tree", chunk: int | None = None) -> Any:
+    train = config.train.model_copy(update={"reduction": way, "cache_chunk": chunk})
+    config = config.model_copy(update={"train": train})
     return TrainingParts(RunContext(config, tokens_dir, None, run_dir), torch.device("cpu"))
 
 
 def all_cases(config: Config, tokens_dir: Path, run_dir: Path) -> dict[str, Any]:
     """Gradients by case and batch, with those of the pure loss where this rank holds the whole batch."""
-    run = make_run(config, tokens_dir, run_dir)
-    found: dict[str, Any] = {"gradients": {}, "pure": {}}
+    runs = {way: make_run(config, tokens_dir, run_dir, way) for way in WAYS}
+    run = runs["tree"]
+    found: dict[str, Any] = {"gradients": {}, "pure": {}, "cached": {}}
     for batch, step in STEPS.items():
         for name in CASES:
-            objective = objective_of(run, name)
-            found["gradients"][name, batch] = step_gradients(run, objective, step, taught=name == "taught")
+            for way in WAYS:
+                found["gradients"][way, name, batch] = step_gradients(runs[way], name, step)
             if distributed.world_size() == 1:
-                found["pure"][name, batch] = pure_gradients(run, name, step)
-    for batch, step in STEPS.items():
-        found["cached"] = found.get("cached", {}) | {
-            (rows, batch): cached_gradients(run, step, rows) for rows in (13, 26)
+                found["pure"][name, batch] = pure_gradients(make_run(config, tokens_dir, run_dir), name, step)
+    for rows in (13, 26):
+        cached = {way: make_run(config, tokens_dir, run_dir, way, rows) for way in WAYS}
+        found["cached"] |= {
+            (way, rows, batch): step_gradients(cached[way], CACHED, step)
+            for way in WAYS
+            for batch, step in STEPS.items()
         }
-    found["unscaled"] = step_gradients(run, objective_of(run, "plain"), 1, divide_by=distributed.world_size())
-    gather, distributed.all_gather_rows = distributed.all_gather_rows, gather_with_gradient_of_own_rows_alone
-    found["own_rows_alone"] = step_gradients(run, objective_of(run, "plain"), 1)
-    distributed.all_gather_rows = gather
+    for way in WAYS:
+        wrong = runs[way]
+        found["unscaled", way] = step_gradients(wrong, "plain", 1, divide_by=distributed.world_size())
+        found["own_rows_alone", way] = step_gradients(wrong, "plain", 1, keys=False)
 
     z1_bD, z2_bD = (z.detach() for z in run.views(run.batch(1)[1])[:2])
     found["views_apart"] = float((z1_bD - z2_bD).norm() / z1_bD.norm())
-    found["shares"] = {
-        batch: len(z) for batch, step in STEPS.items() for z in [run.batch(step)[0].positive_b(run.device)]
-    }
+    layouts = {batch: run.batch(step)[0] for batch, step in STEPS.items()}
+    found["shares"] = {batch: len(layout.canonical(layout.rank)) for batch, layout in layouts.items()}
     return found
 
 
@@ -138,40 +143,34 @@ def objective_of(run: TrainingParts, name: str) -> Objective:
     case = CLUSTERED[name]
     objective = clustered_objective(case, case.update)
     layout, shards = run.batch(0)
-    with torch.no_grad():
-        objective(*run.views(shards)[:2], layout)
+    views = run.forward(layout, shards)
+    objective(views.z1_BD, views.z2_BD, layout.rows_B)
     assert clustering_of(objective).started
     return objective
 
 
-def step_gradients(
-    run: TrainingParts, objective: Objective, step: int, *, divide_by: int = 1, taught: bool = False
-) -> Gradients:
+def step_gradients(run: TrainingParts, name: str, step: int, *, divide_by: int = 1, keys: bool = True) -> Gradients:
+    """Of one case; without the gradients of the columns unless ``keys``."""
+    objective = objective_of(run, name)
     layout, shards = run.batch(step)
-    z1_bD, z2_bD, _ = run.model(shards)
-    teacher_bD = teacher(z1_bD) if taught else None
-    return gradients_of(run, objective(z1_bD, z2_bD, layout, None, teacher_bD).scaled_loss / divide_by)
+    views = run.forward(layout, shards)
+    z2_BD = views.z2_BD if keys else views.z2_BD.detach()
+    teacher_BD = teacher(views.z1_BD) if name == "taught" else None
+    loss = objective(views.z1_BD, z2_BD, layout.rows_B, None, teacher_BD).loss / divide_by
+    return gradients_of(run, loss, views.backward)
 
 
-def teacher(z1_bD: torch.Tensor) -> torch.Tensor:
+def teacher(z1_BD: torch.Tensor) -> torch.Tensor:
     """Embeddings that rank otherwise than ``z1``, of each row alone."""
-    directions = torch.randn(z1_bD.shape[1], 6, generator=torch.Generator().manual_seed(0), dtype=z1_bD.dtype)
-    return z1_bD.detach() @ directions
+    directions = torch.randn(z1_BD.shape[1], 6, generator=torch.Generator().manual_seed(0), dtype=z1_BD.dtype)
+    return z1_BD.detach() @ directions
 
 
-def cached_gradients(run: TrainingParts, step: int, rows: int) -> Gradients:
-    layout, shards = run.batch(step)
-    views = CachedViews(run.model, chunked(shards, rows))
-    objective = objective_of(run, CACHED)
+def gradients_of(run: TrainingParts, loss: torch.Tensor, backward: Any = torch.Tensor.backward) -> Gradients:
     run.views.zero_grad(set_to_none=True)
-    views.backward(objective(views.z1_bD, views.z2_bD, layout).scaled_loss)
-    return {name: p.grad.clone() for name, p in run.views.named_parameters() if p.grad is not None}
-
-
-def gradients_of(run: TrainingParts, loss: torch.Tensor) -> Gradients:
-    run.views.zero_grad(set_to_none=True)
-    loss.backward()
-    return {name: p.grad.clone() for name, p in run.views.named_parameters() if p.grad is not None}
+    backward(loss)
+    gradients = {name: p.grad for name, p in run.views.named_parameters() if p.grad is not None}
+    return {name: (g.to_dense() if g.is_sparse else g).clone() for name, g in gradients.items()}
 
 
 def pure_gradients(run: TrainingParts, name: str, step: int) -> Gradients:
@@ -204,15 +203,6 @@ def divergence(z1_BD: torch.Tensor, z2_BD: torch.Tensor) -> torch.Tensor:
     return torch.stack(found).mean()
 
 
-def gather_with_gradient_of_own_rows_alone(rows: torch.Tensor) -> torch.Tensor:
-    """The usual mistake: a plain all-gather, with this rank's own rows put back so that they carry gradients."""
-    gathered = rows.new_empty(distributed.world_size() * len(rows), *rows.shape[1:])
-    torch.distributed.all_gather_into_tensor(gathered, rows.detach().contiguous())
-    chunks = list(gathered.chunk(distributed.world_size()))
-    chunks[distributed.rank()] = rows
-    return torch.cat(chunks)
-
-
 # ---- comparisons ------------------------------------------------------------------------------------------------
 
 
@@ -226,39 +216,43 @@ def distance(a: Gradients, b: Gradients) -> float:
     return norm({name: a[name].double() - b[name].double() for name in b}) / norm(b)
 
 
-@pytest.mark.parametrize("batch", STEPS)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_averaged_gradients_equal_those_of_one_process(by_ranks, ranks: int, name: str, batch: str):
-    alone = by_ranks[1][0]["gradients"][name, batch]
-    assert norm(alone) > 1e-4
-    for found in by_ranks[ranks]:
-        assert distance(found["gradients"][name, batch], alone) < TOLERANCE
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_equal_those_of_one_process(by_ranks, way: str, ranks: int, name: str):
+    for batch in STEPS:
+        alone = by_ranks[1][0]["gradients"][way, name, batch]
+        assert norm(alone) > 1e-4
+        for found in by_ranks[ranks]:
+            assert distance(found["gradients"][way, name, batch], alone) < (TOLERANCE if way == "all_reduce" else 1e-12)
 
 
-@pytest.mark.parametrize("batch", STEPS)
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_of_one_process_equal_those_of_the_pure_loss(by_ranks, name: str, batch: str):
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_of_one_process_equal_those_of_the_pure_loss(by_ranks, way: str, name: str):
     found = by_ranks[1][0]
-    assert norm(found["pure"][name, batch]) > 1e-4
-    assert distance(found["gradients"][name, batch], found["pure"][name, batch]) < TOLERANCE
+    for batch in STEPS:
+        assert norm(found["pure"][name, batch]) > 1e-4
+        assert distance(found["gradients"][way, name, batch], found["pure"][name, batch]) < TOLERANCE
 
 
-@pytest.mark.parametrize("batch", STEPS)
 @pytest.mark.parametrize("rows", [13, 26])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_cached_gradients_equal_those_of_the_whole_batch(by_ranks, ranks: int, rows: int, batch: str):
-    whole = by_ranks[1][0]["gradients"][CACHED, batch]
-    for found in by_ranks[ranks]:
-        assert distance(found["cached"][rows, batch], whole) < TOLERANCE
+@pytest.mark.parametrize("way", WAYS)
+def test_cached_gradients_equal_those_of_the_whole_batch(by_ranks, way: str, ranks: int, rows: int):
+    for batch in STEPS:
+        whole = by_ranks[1][0]["gradients"][way, CACHED, batch]
+        for found in by_ranks[ranks]:
+            assert distance(found["cached"][way, rows, batch], whole) < TOLERANCE
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_the_comparison_notices_wrong_scales_and_lost_gradients(by_ranks, ranks: int):
-    alone = by_ranks[1][0]["gradients"]["plain", "full"]
+@pytest.mark.parametrize("way", WAYS)
+def test_the_comparison_notices_wrong_scales_and_lost_gradients(by_ranks, way: str, ranks: int):
+    alone = by_ranks[1][0]["gradients"][way, "plain", "full"]
     for found in by_ranks[ranks]:
-        assert distance(found["unscaled"], alone) == pytest.approx(1 - 1 / ranks, abs=1e-3)
-        assert distance(found["own_rows_alone"], alone) > 0.01
+        assert distance(found["unscaled", way], alone) == pytest.approx(1 - 1 / ranks, abs=1e-3)
+        assert distance(found["own_rows_alone", way], alone) > 0.01
 
 
 def test_the_cases_test_what_they_say(by_ranks):
@@ -279,7 +273,11 @@ def test_the_cases_test_what_they_say(by_ranks):
             ("batch-all_pairs-mean", "batch-all_pairs-sum"),
         ):
             gradients = alone["gradients"]
-            assert distance(gradients[first, batch], gradients[second, batch]) > 1e-3, (first, second, batch)
+            assert distance(gradients["tree", first, batch], gradients["tree", second, batch]) > 1e-3, (
+                first,
+                second,
+                batch,
+            )
 
 
 # ---- several steps ----------------------------------------------------------------------------------------------
@@ -292,7 +290,9 @@ def five_steps(config: Config, tokens_dir: Path, run_dir: Path) -> dict[str, Any
     centroids = []
     for step in range(6):
         layout, shards = run.batch(step)
-        update_weights(run.optimizer, objective(*run.model(shards)[:2], layout).scaled_loss, 1e-3)
+        views = run.forward(layout, shards)
+        loss = objective(views.z1_BD, views.z2_BD, layout.rows_B).loss
+        update_weights(run.optimizer, loss, 1e-3, views.backward)
         assert clustering_of(objective).centroids_KD is not None
         centroids.append(clustering_of(objective).centroids_KD.clone())
     return {"centroids": centroids, "weights": [p.detach().clone() for p in run.views.parameters()]}
@@ -329,23 +329,23 @@ class Shapes(TorchDispatchMode):
         return result
 
 
-def shapes_of_two_steps(config: Config, tokens_dir: Path, run_dir: Path) -> set[tuple[int, ...]]:
-    """Of a step that creates the centroids, and of one that uses them."""
-    run = make_run(config, tokens_dir, run_dir)
-    objective = clustered_objective(CLUSTERED["not_own_cluster-false_negatives-mean"])
-    with Shapes() as shapes:
-        for step in range(2):
-            layout, shards = run.batch(step)
-            update_weights(run.optimizer, objective(*run.model(shards)[:2], layout).scaled_loss, 1e-3)
-    assert clustering_of(objective).started
-    return shapes.seen
-
-
-def test_no_worker_makes_a_matrix_of_batch_by_batch(setup: tuple[Config, Path, Path]):
-    def quadratic(shapes: set[tuple[int, ...]]) -> list[tuple[int, ...]]:
-        return [shape for shape in shapes if shape.count(BATCH) > 1 or BATCH**2 in shape]
-
-    assert quadratic(run_ranks(shapes_of_two_steps, 1, *setup)[0]) == [(BATCH, BATCH)]
-    for shapes in run_ranks(shapes_of_two_steps, 4, *setup):
-        assert (BATCH // 4, BATCH) in shapes
-        assert not quadratic(shapes)
+def test_a_large_batch_goes_through_the_loss_in_blocks(
+    setup: tuple[Config, Path, Path], monkeypatch: pytest.MonkeyPatch
+):
+    """No matrix of the batch by the batch is made, forward or backward; values and gradients are the same."""
+    run = make_run(*setup)
+    layout, shards = run.batch(1)
+    views = run.forward(layout, shards)
+    found = []
+    for size in (losses.BLOCK, 13 * BATCH + 1):
+        monkeypatch.setattr(losses, "BLOCK", size)
+        objective = objective_of(run, CACHED)
+        with Shapes() as shapes:
+            step = objective(views.z1_BD, views.z2_BD, layout.rows_B)
+            gradients = torch.autograd.grad(step.loss, [views.z1_BD, views.z2_BD])
+        found.append((step.values, *gradients))
+        quadratic = [shape for shape in shapes.seen if shape.count(BATCH) > 1 or BATCH**2 in shape]
+        assert quadratic == ([] if size != 2**22 else [(BATCH, BATCH)])
+    assert (13, BATCH) in shapes.seen
+    for whole, in_blocks in zip(*found, strict=True):
+        torch.testing.assert_close(in_blocks, whole, rtol=1e-5, atol=1e-7)

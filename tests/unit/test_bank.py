@@ -24,7 +24,7 @@ from clusterns_ray.errors import ClusterNSError, ConfigError
 from clusterns_ray.losses import BankNegatives, bank_negative_logits, clusterns_loss_share, similar_mask
 from clusterns_ray.training.context import RunContext
 from clusterns_ray.training.metrics import step_metrics
-from clusterns_ray.training.objective import SHARE_NAMES, StepLoss
+from clusterns_ray.training.objective import VALUE_NAMES, StepLoss
 from clusterns_ray.training.parts import TrainingParts
 
 CPU = torch.device("cpu")
@@ -276,11 +276,11 @@ def make_run(tiny_model: Path, corpus_file: Path, tmp_path: Path) -> Callable[..
 def take_step(run: Parts) -> tuple[StepLoss, torch.Tensor, torch.Tensor, Any]:
     with torch.random.fork_rng(devices=[]):
         layout, shards = run.batch(run.steps)
-        views = run.forward(shards)
-        step = run.objective(views.z1_bD, views.z2_bD, layout, views.mlm)
-        update_weights(run.optimizer, step.scaled_loss, 1e-2, views.backward)
+        views = run.forward(layout, shards)
+        step = run.objective(views.z1_BD, views.z2_BD, layout.rows_B, views.mlm_N2)
+        update_weights(run.optimizer, step.loss, 1e-2, views.backward)
     run.steps += 1
-    return step, views.z1_bD.detach(), views.z2_bD.detach(), layout
+    return step, views.z1_BD.detach(), views.z2_BD.detach(), layout
 
 
 def embeddings_of(run: Parts) -> torch.Tensor:
@@ -335,7 +335,7 @@ def test_the_loss_is_that_of_loops_in_float64(make_run: Callable[..., Parts], co
                 bml += max(gap + 0.05, 0) + max(-gap - 0.2, 0)
     bml /= B * B if reduction == "all_pairs" else pairs
     assert pairs > 0
-    found = dict(zip(SHARE_NAMES, step.shares.tolist()))
+    found = dict(zip(VALUE_NAMES, step.values.tolist()))
     assert found["info_nce"] == pytest.approx(info_nce, rel=1e-5)
     assert found["bml"] == pytest.approx(bml, rel=1e-5)
     assert found["loss"] == pytest.approx(info_nce + 0.5 * bml, rel=1e-5)
@@ -367,8 +367,8 @@ def test_the_bank_begins_with_the_embeddings_of_the_moment_without_dropout(
 ) -> None:
     run = make_run()
     layout, shards = run.batch(0)
-    views = run.forward(shards)
-    run.objective(views.z1_bD, views.z2_bD, layout, views.mlm)
+    views = run.forward(layout, shards)
+    run.objective(views.z1_BD, views.z2_BD, layout.rows_B, views.mlm_N2)
     assert run.corpus is not None and run.encoder.training
     ids = run.encoder.tokenize(run.tokens.texts(run.corpus.bank.rows_N))
     with torch.inference_mode():
@@ -397,8 +397,8 @@ def test_rows_are_encoded_anew_in_turn(make_run: Callable[..., Parts]) -> None:
             take_step(run)
         with torch.random.fork_rng(devices=[]):
             layout, shards = run.batch(run.steps)
-            views = run.forward(shards)
-            run.objective(views.z1_bD, views.z2_bD, layout, views.mlm)
+            views = run.forward(layout, shards)
+            run.objective(views.z1_BD, views.z2_BD, layout.rows_B, views.mlm_N2)
         ids = run.encoder.tokenize(run.tokens.texts(run.corpus.bank.rows_N))
         with torch.inference_mode():
             fresh = run.encoder.project(run.encoder.encode_ids(ids))
@@ -427,10 +427,10 @@ def test_no_large_matrix_is_made(make_run: Callable[..., Parts]) -> None:
     run = make_run()
     take_step(run)
     layout, shards = run.batch(1)
-    views = run.forward(shards)
+    views = run.forward(layout, shards)
     with Shapes() as shapes:
-        step = run.objective(views.z1_bD, views.z2_bD, layout, views.mlm)
-        step.scaled_loss.backward()
+        step = run.objective(views.z1_BD, views.z2_BD, layout.rows_B, views.mlm_N2)
+        step.loss.backward()
     lost = {(B, K), (B, B), (B, B * M)}
     assert lost <= shapes.found and (B * M, WIDTH) in shapes.found
     encoder = {parameter.shape for parameter in run.encoder.parameters()}

@@ -17,6 +17,7 @@ from clusterns_ray.data.sampler import (
     permute,
     steps_per_epoch,
     stream_key,
+    tree_order,
 )
 from clusterns_ray.errors import DataError
 
@@ -237,25 +238,27 @@ def test_cut_shards_refuses_too_few_rows() -> None:
         cut_shards(np.array([1, 2]), 3)
 
 
-@settings(deadline=None)
-@given(data=st.data())
-def test_deal_shards(data: st.DataObject) -> None:
-    workers, each = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5))
-    tokens = data.draw(st.lists(st.integers(0, 1000), min_size=workers * each, max_size=workers * each))
-    shards_by_rank = assign_shards(tokens, workers)
-    assert sorted(shard for its_shards in shards_by_rank for shard in its_shards) == list(range(workers * each))
-    assert all(len(its_shards) == each and its_shards == sorted(its_shards) for its_shards in shards_by_rank)
-    assert shards_by_rank == assign_shards(np.array(tokens), workers)
-    loads = [sum(tokens[shard] for shard in its_shards) for its_shards in shards_by_rank]
-    assert max(loads) - min(loads) <= max(tokens)
+@pytest.mark.parametrize("shards", [1, 2, 3, 6, 8, 12, 20, 64])
+def test_workers_get_runs_of_the_tree_with_about_the_same_number_of_tokens(shards: int) -> None:
+    order = tree_order(shards)
+    assert sorted(order) == list(range(shards))
+    tokens = np.arange(shards) + 10
+    for workers in (n for n in range(1, shards + 1) if shards % n == 0):
+        by_rank = assign_shards(shards, workers)
+        assert sorted(shard for its_shards in by_rank for shard in its_shards) == list(range(shards))
+        assert all(its_shards == sorted(its_shards) for its_shards in by_rank)
+        assert {len(its_shards) for its_shards in by_rank} == {shards // workers}
+        loads = [tokens[its_shards].sum() for its_shards in by_rank]
+        if shards // workers % 2 == 0:
+            assert max(loads) - min(loads) <= tokens.max() / 4
 
 
-def test_deal_shards_balances_tokens() -> None:
-    assert assign_shards([8, 7, 6, 5, 4, 3, 2, 1], 2) == [[0, 3, 4, 7], [1, 2, 5, 6]]
-    assert assign_shards([5, 5, 5, 5], 2) == [[0, 2], [1, 3]]
+def test_tree_order_folds_short_onto_long() -> None:
+    assert tree_order(8) == [0, 7, 3, 4, 1, 6, 2, 5]
+    assert assign_shards(8, 2) == [[0, 3, 4, 7], [1, 2, 5, 6]]
 
 
 @pytest.mark.parametrize("workers", [0, 3, 8])
-def test_deal_shards_refuses_an_uneven_deal(workers: int) -> None:
+def test_assign_shards_refuses_an_uneven_share(workers: int) -> None:
     with pytest.raises(ValueError, match=f"4 shards cannot be dealt to {workers} workers"):
-        assign_shards([1, 2, 3, 4], workers)
+        assign_shards(4, workers)

@@ -30,7 +30,7 @@ from clusterns_ray.training.hard_negatives import CentroidNegatives
 from clusterns_ray.training.metrics import read_metrics
 from clusterns_ray.training.parts import TrainingParts
 from clusterns_ray.training.validation import DevSet
-from clusterns_ray.training.views import CachedViews, Views, chunked
+from clusterns_ray.training.views import Views
 
 # ---- what a run leaves --------------------------------------------------------------------------------------------
 
@@ -276,11 +276,12 @@ def test_a_cached_gradient_trains_the_same(lab: Lab, tmp_path: Path, sections: d
             assert ours[key] == pytest.approx(other[key], rel=1e-4, abs=1e-7), (ours["step"], key)
 
 
-def test_a_cached_gradient_holds_the_activations_of_one_chunk(lab: Lab, tmp_path: Path) -> None:
-    config = lab.config()
+@pytest.mark.parametrize("way", ["tree", "all_reduce"])
+def test_a_cached_gradient_holds_the_activations_of_one_chunk(lab: Lab, tmp_path: Path, way: str) -> None:
+    config = lab.config(train={"reduction": way})
     run = TrainingParts(RunContext(config, prepare(config).tokens_dir, None, tmp_path), CPU)
-    _, shards = run.batch(0)
-    kept: list[int] = []
+    layout, shards = run.batch(0)
+    reduction, kept = run.reduction, list[int]()
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         kept[-1] += tensor.nbytes
@@ -288,13 +289,13 @@ def test_a_cached_gradient_holds_the_activations_of_one_chunk(lab: Lab, tmp_path
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         kept.append(0)
-        Views(run.model, shards)
+        Views(reduction, shards, layout)
         kept.append(0)
-        views = CachedViews(run.model, chunked(shards, 8))
-        assert kept[1] == 0 and len(views.chunks) == 4
+        views = Views(reduction, shards, layout, 8)
+        assert kept[1] == 0 and len(views.pieces) == 4
         forward, at_a_time = run.views.forward, kept.append
         run.views.forward = lambda chunk: (at_a_time(0), forward(chunk))[1]  # type: ignore[method-assign]
-        views.backward(views.z1_bD.sum() + views.z2_bD.sum())
+        views.backward(views.z1_BD.sum() + views.z2_BD.sum())
     assert len(kept) == 6 and 0 < max(kept[2:]) < 0.6 * kept[0]
 
 

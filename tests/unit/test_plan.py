@@ -81,9 +81,9 @@ def run_of(config: Config, prepared: Prepared, directory: Path) -> TrainingParts
 
 def take_step(run: TrainingParts, step: int) -> None:
     layout, shards = run.batch(step)
-    views = run.forward(shards)
-    loss = run.objective(views.z1_bD, views.z2_bD, layout, views.mlm, run.teacher_embeddings(shards))
-    update_weights(run.optimizer, loss.scaled_loss, 1e-4, views.backward)
+    views = run.forward(layout, shards)
+    loss = run.objective(views.z1_BD, views.z2_BD, layout.rows_B, views.mlm_N2, run.teacher_embeddings(layout, shards))
+    update_weights(run.optimizer, loss.loss, 1e-4, views.backward)
 
 
 # ---- FLOPs ----------------------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_the_busiest_worker_is_that_of_the_layout(make: Callable[..., Config]):
         layout = build_batch_layout(ids, store.lengths(ids), 8, rank=0, workers=4)
         flops_S = [encoder.shard(rows, tokens, tokens) for rows, tokens in zip(rows_S, tokens_S)]
         expected.append(max(sum(flops_S[shard] for shard in its_shards) for its_shards in layout.shards_by_rank))
-    found = step_model.busiest_worker(work.shard_flops_NS, rows_NS * tokens_NS, 4)
+    found = step_model.busiest_worker(work.shard_flops_NS, 4)
     assert found == pytest.approx(np.mean(expected), rel=1e-12)
     assert found > work.shard_flops_NS.sum(axis=1).mean() / 4, "shards differ, so one worker has more"
 

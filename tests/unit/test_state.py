@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,9 +11,8 @@ from clusterns_ray.clustering.kmeans import assign, cosine_matrix, farthest_chai
 from clusterns_ray.clustering.state import Clustering
 from clusterns_ray.config import LossConfig
 from clusterns_ray.losses import clusterns_loss, info_nce
-from clusterns_ray.training.batch_layout import BatchLayout, build_batch_layout
 from clusterns_ray.training.hard_negatives import CentroidNegatives
-from clusterns_ray.training.objective import SHARE_NAMES, Objective, StepLoss
+from clusterns_ray.training.objective import VALUE_NAMES, Objective, StepLoss
 
 K, B, D = 4, 16, 6
 CPU = torch.device("cpu")
@@ -26,12 +26,6 @@ def views(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     z1_BD = torch.randn(B, D, generator=generator) + 0.5
     return z1_BD, z1_BD + 0.3 * torch.randn(B, D, generator=generator)
-
-
-def layout() -> BatchLayout:
-    import numpy as np
-
-    return build_batch_layout(np.arange(B), np.arange(B) % 5 + 3, 4)
 
 
 def objective_with(state: Clustering, loss: LossConfig | None = None, **settings: Any) -> Objective:
@@ -71,9 +65,9 @@ def test_the_threshold_is_met_exactly_by_the_step_that_reaches_it() -> None:
     assert 0 < without_diagonal < mean - 0.02 < 1, "with and without the diagonal cannot be told apart"
     for start, opens in ((mean + 1e-5, True), (mean - 1e-5, False)):
         state = clustering(start)
-        step = objective_with(state)(z1_BD, z2_BD, layout())
+        step = objective_with(state)(z1_BD, z2_BD, np.arange(B))
         assert state.started is opens
-        assert dict(zip(SHARE_NAMES, step.shares.tolist()))["mean_cosine"] == pytest.approx(mean, abs=1e-6)
+        assert dict(zip(VALUE_NAMES, step.values.tolist()))["mean_cosine"] == pytest.approx(mean, abs=1e-6)
 
 
 # ---- the first centroids ------------------------------------------------------------------------------------------
@@ -181,8 +175,8 @@ def test_state_before_the_start() -> None:
 
 def step_of(objective: Objective, seed: int) -> tuple[StepLoss, torch.Tensor]:
     z1_BD, z2_BD = (z.requires_grad_() for z in views(seed))
-    step = objective(z1_BD, z2_BD, layout())
-    step.scaled_loss.backward()
+    step = objective(z1_BD, z2_BD, np.arange(B))
+    step.loss.backward()
     assert z1_BD.grad is not None and z1_BD.grad.abs().max() > 0
     return step, z1_BD.grad
 
@@ -193,7 +187,7 @@ def test_the_step_that_creates_the_centroids_is_plain_info_nce_and_the_next_is_n
     objective = objective_with(state, loss)
     first, _ = step_of(objective, 0)
     z1_BD, z2_BD = views(0)
-    assert first.scaled_loss.item() == pytest.approx(info_nce(z1_BD, z2_BD, loss.temperature).item(), rel=1e-6)
+    assert first.loss.item() == pytest.approx(info_nce(z1_BD, z2_BD, loss.temperature).item(), rel=1e-6)
     assert first.counts_K is None and state.started
     created_KD = farthest_chain(cosine_matrix(z1_BD, z2_BD), K, 3)
     assert torch.equal(state.centroids_KD, z1_BD[created_KD]), "they moved in the step that created them"
@@ -206,12 +200,12 @@ def test_the_step_that_creates_the_centroids_is_plain_info_nce_and_the_next_is_n
     expected = clusterns_loss(
         *views(1), moved.centroids_KD, temperature=0.05, bml_weight=0.5, bml_alpha=0.1, bml_beta=0.3
     )
-    values = dict(zip(SHARE_NAMES, second.shares.tolist()))
-    assert second.scaled_loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
+    values = dict(zip(VALUE_NAMES, second.values.tolist()))
+    assert second.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
     assert values["info_nce"] == pytest.approx(expected.info_nce.item(), rel=1e-6)
     assert values["bml"] == pytest.approx(expected.bml.item(), rel=1e-6) and values["bml"] > 0
     plain = info_nce(*views(1), 0.05).item()
-    assert abs(second.scaled_loss.item() - plain) > 1e-3
+    assert abs(second.loss.item() - plain) > 1e-3
     assert second.counts_K is not None and second.counts_K.sum() == B
 
 
@@ -219,12 +213,12 @@ def test_without_clusters_every_step_is_plain_info_nce() -> None:
     objective = Objective(LossConfig())
     for seed in range(3):
         step, _ = step_of(objective, seed)
-        assert step.scaled_loss.item() == pytest.approx(info_nce(*views(seed), 0.05).item(), rel=1e-6)
+        assert step.loss.item() == pytest.approx(info_nce(*views(seed), 0.05).item(), rel=1e-6)
         assert step.counts_K is None
 
 
 def test_other_first_centroids_are_used_when_given() -> None:
     state = clustering(1.0)
     given_KD = torch.randn(K, D)
-    objective_with(state, initial_centroids=lambda: given_KD)(*views(), layout())
+    objective_with(state, initial_centroids=lambda: given_KD)(*views(), np.arange(B))
     assert torch.equal(state.centroids_KD, given_KD)

@@ -95,16 +95,14 @@ def objective_flops(rows: float, batch: int, width: int, clusters: int, negative
     return rows * width * (6 * batch + 2 * clusters + 4 * batch * negatives)
 
 
-def busiest_worker(flops_NS: np.ndarray, padded_NS: np.ndarray, workers: int) -> float:
+def busiest_worker(flops_NS: np.ndarray, workers: int) -> float:
     """FLOPs of the worker that has most to do, as the others wait for it: the mean over N sampled batches.
 
     Args:
         flops_NS: FLOPs of each of a batch's S shards.
-        padded_NS: tokens of each shard with its padding, by which shards are assigned to workers.
     """
     most = [
-        max(flops_S[its_shards].sum() for its_shards in assign_shards(padded_S, workers))
-        for flops_S, padded_S in zip(flops_NS, padded_NS)
+        max(flops_S[its_shards].sum() for its_shards in assign_shards(len(flops_S), workers)) for flops_S in flops_NS
     ]
     return float(np.mean(most))
 

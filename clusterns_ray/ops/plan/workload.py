@@ -76,7 +76,7 @@ class Workload:
 @lru_cache(maxsize=64)  # with many shards, assigning those of every sampled batch takes seconds
 def _worker_flops(work: Workload, workers: int) -> float:
     train, clusters, negatives = work.config.train, work.config.clustering.num_clusters, _bank_negatives(work.config)
-    encoder = busiest_worker(work.shard_flops_NS, work.rows_NS * work.tokens_NS, workers)
+    encoder = busiest_worker(work.shard_flops_NS, workers)
     rows = train.global_batch_size / workers
     taught = 2 * rows * train.global_batch_size * (work.teacher.width if work.teacher else 0)  # its scores
     return encoder + objective_flops(rows, train.global_batch_size, work.size.width, clusters, negatives) + taught
