@@ -11,7 +11,7 @@ MEMORY = {
     "weights": "weights",
     "gradients": "gradients",
     "optimizer": "AdamW",
-    "buckets": "DDP's buckets",
+    "partial_sums": "partial sums",
     "activations": "activations, scores",
     "keys": "keys of the batch",
     "clusters": "centroids",

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from clusterns_ray.errors import ConfigError, DataError
+from clusterns_ray.errors import DataError
 
 CHUNK_BATCHES = 16  # global batches sorted by length together under order "length_grouped"
 
@@ -221,35 +221,3 @@ def cut_shards(lengths_B: np.ndarray, shards: int) -> list[np.ndarray]:
             "larger batches or fewer shards"
         )
     return np.array_split(np.argsort(lengths_B, kind="stable"), shards)
-
-
-def tree_order(shards: int) -> list[int]:
-    """The shards of a batch in the order of the tree in which their gradients are added: a pure function of their
-    number.
-
-    Shards are numbered by the length of their rows. The first is paired with the last, the second with the last but
-    one, and so on; these pairs are folded in the same way, and again, until one is left. So the neighbours in this
-    order, and all runs of them that workers get, have about the same number of tokens.
-    """
-    groups = [[shard] for shard in range(shards)]
-    while len(groups) > 1:
-        half = len(groups) // 2
-        folded = [groups[i] + groups[-1 - i] for i in range(half)]
-        groups = folded + ([groups[half]] if len(groups) % 2 else [])
-    return groups[0]
-
-
-def assign_shards(shards: int, workers: int) -> list[list[int]]:
-    """The shards of each worker, ascending: the same number for each, neighbours in the order of the tree, so that a
-    worker adds up most of what it has before anything is exchanged.
-
-    Raises:
-        ConfigError: (a ValueError) the shards cannot be dealt evenly.
-    """
-    if workers < 1 or shards % workers:
-        raise ConfigError(
-            f"{shards} shards cannot be dealt to {workers} workers, as each must get the same number; make "
-            "the number of shards a multiple of the number of workers"
-        )
-    order, each = tree_order(shards), shards // workers
-    return [sorted(order[first : first + each]) for first in range(0, shards, each)]

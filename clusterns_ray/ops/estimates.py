@@ -44,7 +44,7 @@ class ModelSize:
     shard_bytes: int
     """Saved for the backward pass of one shard, both views."""
     loss_bytes: int
-    """Saved for the backward pass of the loss of the whole batch."""
+    """Saved for the backward pass of the loss of a block of the batch; see ``losses.row_blocks``."""
     filled_bytes: int = 0
     """Saved for the backward pass of one shard besides ``shard_bytes`` where its rows are packed, on a CPU."""
     teacher: int = 0
@@ -59,8 +59,8 @@ class WorkerMemory:
     gradients: int
     optimizer: int
     """AdamW's two moments."""
-    buckets: int
-    """DDP's copies of the gradients, which it exchanges."""
+    partial_sums: int
+    """Further copies of the gradients, while they are added up."""
     activations: int
     """What autograd keeps for the backward pass."""
     besides: int
@@ -83,7 +83,7 @@ def model_size(config: Config) -> ModelSize:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers.initialization import no_init_weights
 
-    from clusterns_ray.losses import clusterns_loss, rank_distillation_share
+    from clusterns_ray.losses import clusterns_loss, rank_distillation_share, row_blocks
     from clusterns_ray.models.backbone import check_dropout, empty_model, load_config, masked_language_model_class
     from clusterns_ray.models.base_model import complete
     from clusterns_ray.models.encoder import Encoder
@@ -161,7 +161,7 @@ def model_size(config: Config) -> ModelSize:
         fixed_bytes=max(2 * one - two, 0),
         shard_bytes=two - one,
         filled_bytes=_filled_bytes(backbone, rows, tokens, precision),
-        loss_bytes=loss,
+        loss_bytes=math.ceil(loss * row_blocks(batch)[0].stop / batch),
         teacher=teacher,
     )
 
@@ -189,23 +189,33 @@ def held_shards(train: TrainConfig, workers: int) -> int:
     return min(own, max(train.cache_chunk * train.shards // train.global_batch_size, 1))
 
 
-def worker_memory(size: ModelSize, shards: int, workers: int, *, gpu: bool) -> WorkerMemory:
+def adds_in_tree(train: TrainConfig, *, gpu: bool) -> bool:
+    """Whether each shard has a gradient of its own (``train.reduction``)."""
+    return train.reduction == "tree" or (train.reduction == "auto" and not gpu)
+
+
+def partial_sums(train: TrainConfig, workers: int, *, gpu: bool) -> int:
+    """Copies of the gradients that a worker holds besides one: DDP's buckets; or of the tree, a partial sum a level and
+    the gradient that is added, or what is sent and what has arrived."""
+    if not adds_in_tree(train, gpu=gpu):
+        return int(workers > 1)
+    own = math.ceil(train.shards / workers)
+    return max(math.ceil(math.log2(own)) + (own > 1), 2 * (workers > 1))
+
+
+def worker_memory(size: ModelSize, train: TrainConfig, workers: int, *, gpu: bool) -> WorkerMemory:
     """The memory of each of ``workers`` workers, on the GPU or, without one, of the host.
 
     It is an upper estimate: every row is as long as it may be. Per trained parameter: 4 bytes of weight, 4 of gradient,
-    8 of AdamW's two moments (Kingma & Ba, "Adam", 2015), 4 more of DDP's buckets with two workers or more.
-
-    Args:
-        shards: number of shards whose activations all workers together hold at a time; see :func:`held_shards`.
+    8 of AdamW's two moments (Kingma & Ba, "Adam", 2015), and 4 of each of :func:`partial_sums`.
     """
-    mine = math.ceil(shards / workers)
     shard_bytes = size.shard_bytes + (0 if gpu else size.filled_bytes)
     return WorkerMemory(
         weights=FLOAT * (size.all + size.teacher),
         gradients=FLOAT * size.trained,
         optimizer=2 * FLOAT * size.trained,
-        buckets=FLOAT * size.trained if workers > 1 else 0,
-        activations=size.fixed_bytes + mine * shard_bytes + math.ceil(size.loss_bytes / workers),
+        partial_sums=FLOAT * size.trained * partial_sums(train, workers, gpu=gpu),
+        activations=size.fixed_bytes + held_shards(train, workers) * shard_bytes + size.loss_bytes,
         besides=CUDA_BYTES if gpu else PROCESS_BYTES,
     )
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from clusterns_ray import distributed
-from clusterns_ray.data.sampler import assign_shards, cut_shards
+from clusterns_ray.data.sampler import cut_shards
+from clusterns_ray.data.shard_tree import assign_shards
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:

@@ -10,10 +10,7 @@ has, and DDP averages over the workers while the backward pass goes on; how a su
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
-from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -21,14 +18,10 @@ from torch import Tensor, nn
 
 from clusterns_ray import distributed
 from clusterns_ray.config import TrainConfig
-from clusterns_ray.data.sampler import assign_shards, tree_order
+from clusterns_ray.data.shard_tree import ShardTree, assign_shards, nodes_by_rank, tree_order
 from clusterns_ray.training.batch_layout import BatchLayout, to_device
 from clusterns_ray.training.collate import Shard
 from clusterns_ray.training.objective import TwoViews
-
-Node = tuple[int, int]
-"""A level of the tree, that of the leaves is 0, and a place in it."""
-Value = TypeVar("Value")
 
 
 class AllReduce:
@@ -83,7 +76,7 @@ class TreeReduction:
         self._begin()
 
     def _begin(self) -> None:
-        self.tree = Tree[list[Tensor]](self.num_shards, _add)
+        self.tree = ShardTree[list[Tensor]](self.num_shards, _add)
         self.lookups: list[list[Tensor]] = []
         """the sparse gradients of each of this worker's shards"""
 
@@ -127,7 +120,7 @@ class TreeReduction:
         size = flat_NP.shape[1]
         flat_NP = nn.functional.pad(flat_NP, (0, -size % workers))
         own = nodes_by_rank(self.num_shards, workers)
-        tree = Tree[list[Tensor]](self.num_shards, _add)
+        tree = ShardTree[list[Tensor]](self.num_shards, _add)
         for its_nodes, part in zip(own, distributed.exchange_slices(flat_NP, [len(its) for its in own]), strict=True):
             for (level, place), slice_P in zip(its_nodes, part, strict=True):
                 tree.put(level, place, [slice_P])
@@ -168,40 +161,9 @@ def make_reduction(views: TwoViews, train: TrainConfig, device: torch.device) ->
     return TreeReduction(views, train.shards) if tree else AllReduce(views)
 
 
-class Tree(Generic[Value]):
-    """Sums of leaves in a binary tree over their places; where a node has no sibling, it is its parent."""
-
-    def __init__(self, leaves: int, add: Callable[[Value, Value], Value]) -> None:
-        self.leaves, self.add = leaves, add
-        self.nodes: dict[Node, Value] = {}
-        """sums whose siblings are not there yet; in the end the root alone, where all leaves are there"""
-
-    def put(self, level: int, place: int, value: Value) -> None:
-        """Take the sum of a node in, and all sums that it completes."""
-        while (width := -(-self.leaves // 2**level)) > 1:
-            if place ^ 1 < width:
-                if (level, place ^ 1) not in self.nodes:
-                    break
-                value = self.add(self.nodes.pop((level, place ^ 1)), value)
-            level, place = level + 1, place // 2
-        self.nodes[level, place] = value
-
-
 def _add(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
     # Not in place: autograd may return one tensor for two parameters.
     return list(torch._foreach_add(a, b))
-
-
-@cache
-def nodes_by_rank(shards: int, workers: int) -> list[list[Node]]:
-    """The nodes that each worker's shards add up to, ascending."""
-    order, nodes = tree_order(shards), []
-    for its_shards in assign_shards(shards, workers):
-        tree = Tree[None](shards, lambda a, b: None)
-        for shard in its_shards:
-            tree.put(0, order.index(shard), None)
-        nodes.append(sorted(tree.nodes))
-    return nodes
 
 
 def chunked(shards: list[Shard], rows: int) -> list[list[Shard]]:

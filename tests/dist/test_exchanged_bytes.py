@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,12 @@ from clusterns_ray.training.parts import TrainingParts
 
 pytestmark = pytest.mark.slow
 
-KINDS = {"allreduce_": "all_reduce", "_allgather_base_": "all_gather", "broadcast_": "broadcast"}
+KINDS = {
+    "allreduce_": "all_reduce",
+    "_allgather_base_": "all_gather",
+    "broadcast_": "broadcast",
+    "alltoall_base_": "all_to_all",
+}
 
 
 class Collectives(TorchDispatchMode):
@@ -65,22 +71,39 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "teacher": {"loss": {"teacher": "TEACHER"}},
     "in chunks": {"train": {"cache_chunk": 8}},
+    "crops": {"data": {"positives": "crop"}},
+    "twelve shards": {"train": {"shards": 12, "global_batch_size": 36}},
 }
+WAYS = ("tree", "all_reduce")
+
+
+def exchanged_by_all(configs: list[Config], tokens_dirs: list[Path], run_dir: Path) -> list[list[tuple[str, int]]]:
+    return [exchanged(config, tokens, run_dir) for config, tokens in zip(configs, tokens_dirs, strict=True)]
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("case", CASES)
-def test_a_step_exchanges_what_the_plan_says(
-    case: str, ranks: int, tiny_model: Path, corpus_file: Path, tmp_path: Path
-):
-    sections = {"clustering": {"start_cosine": 1.0}, **CASES[case]}
-    if case == "teacher":
-        sections["loss"] = {"teacher": str(tiny_model)}
-    config = small_config(tiny_model, corpus_file, None, tmp_path, **sections)
-    tokens_dir = prepare(config).tokens_dir
-    results = run_ranks(exchanged, ranks, config, tokens_dir, tmp_path / "run")
+def test_a_step_exchanges_what_the_plan_says(ranks: int, tiny_model: Path, corpus_file: Path, tmp_path: Path):
+    configs: list[Config] = []
+    for case, way in product(CASES, WAYS):
+        sections = {name: dict(section) for name, section in CASES[case].items()}
+        sections["clustering"] = {"start_cosine": 1.0, **sections.get("clustering", {})}
+        sections["train"] = {**sections.get("train", {}), "reduction": way}
+        if case == "teacher":
+            sections["loss"] = {"teacher": str(tiny_model)}
+        configs.append(small_config(tiny_model, corpus_file, None, tmp_path, **sections))
+    tokens_dirs = [prepare(config).tokens_dir for config in configs]
+    by_rank = run_ranks(exchanged_by_all, ranks, configs, tokens_dirs, tmp_path / "run")
 
-    expected = Counter((exchange.kind, int(exchange.size)) for exchange in workload(config).exchanges())
-    assert expected[("all_gather", 32 * WIDTH * 4)] == (2 if case in ("clusters of the corpus", "teacher") else 1)
-    for found in results:
-        assert Counter(found) == expected
+    for config, found in zip(configs, by_rank[0], strict=True):
+        exchanges = workload(config).exchanges(ranks)
+        at_most = [exchange for exchange in exchanges if exchange.what == "gradients of tokens"]
+        expected = Counter((exchange.kind, int(exchange.size)) for exchange in exchanges if exchange not in at_most)
+        assert expected["all_gather", config.train.global_batch_size * 2 * WIDTH * 4] == 1
+        rest = Counter(found) - expected
+        assert not expected - Counter(found), config
+        # Rows and ids of tokens; what is padded so that all workers have as many comes on top.
+        assert bool(rest) is bool(at_most)
+        for exchange in at_most:
+            assert sorted(kind for kind, _ in rest.elements()) == ["all_gather"] * 2
+            assert 0.2 < sum(size for _, size in rest.elements()) / exchange.size < 1.2
+    assert all(Counter(found) == Counter(first) for other in by_rank for found, first in zip(other, by_rank[0]))

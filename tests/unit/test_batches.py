@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 import time
@@ -12,13 +13,12 @@ from hypothesis import strategies as st
 
 from clusterns_ray.data.sampler import (
     BatchOrder,
-    assign_shards,
     cut_shards,
     permute,
     steps_per_epoch,
     stream_key,
-    tree_order,
 )
+from clusterns_ray.data.shard_tree import ShardTree, assign_shards, nodes_by_rank, tree_order
 from clusterns_ray.errors import DataError
 
 KEYS = st.integers(0, 2**64 - 1)
@@ -262,3 +262,28 @@ def test_tree_order_folds_short_onto_long() -> None:
 def test_assign_shards_refuses_an_uneven_share(workers: int) -> None:
     with pytest.raises(ValueError, match=f"4 shards cannot be dealt to {workers} workers"):
         assign_shards(4, workers)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 6, 8, 10, 12])
+def test_all_workers_add_up_the_same_tree(shards: int) -> None:
+    """Sums are written out with their brackets; the shards of each worker come in its own order."""
+
+    def add(a: str, b: str) -> str:
+        return "(" + "+".join(sorted([a, b])) + ")"
+
+    roots = set()
+    for workers in (n for n in range(1, shards + 1) if shards % n == 0):
+        whole = ShardTree[str](shards, add)
+        for its_shards, nodes in zip(assign_shards(shards, workers), nodes_by_rank(shards, workers), strict=True):
+            tree = ShardTree[str](shards, add)
+            for shard in reversed(its_shards):
+                tree.put(0, tree_order(shards).index(shard), str(shard))
+            assert sorted(tree.nodes) == nodes and len(nodes) <= 3
+            if shards & (shards - 1) == 0:
+                assert len(nodes) == 1, "one partial sum is sent"
+            for node, value in tree.nodes.items():
+                whole.put(*node, value)
+        (root,) = whole.nodes.values()
+        assert sorted(int(shard) for shard in re.findall(r"\d+", root)) == list(range(shards))
+        roots.add(root)
+    assert len(roots) == 1

@@ -11,7 +11,7 @@ from helpers import ARCHITECTURES, make_tiny_model, quick_first
 from torch.utils._pytree import tree_leaves
 
 from clusterns_ray.clustering.bank import Bank
-from clusterns_ray.config import Config, make_config
+from clusterns_ray.config import Config, TrainConfig, make_config
 from clusterns_ray.errors import ConfigError
 from clusterns_ray.launch.trainer import train
 from clusterns_ray.models.encoder import Encoder
@@ -27,7 +27,7 @@ from clusterns_ray.ops.estimates import (
 )
 from clusterns_ray.training.collate import Shard, dropout_keys
 from clusterns_ray.training.objective import TwoViews
-from clusterns_ray.training.views import chunked
+from clusterns_ray.training.reduction import chunked
 
 
 def config_of(model: Path, corpus: str = "none.txt", **sections: Any) -> Config:
@@ -179,13 +179,16 @@ def test_memory_of_a_worker() -> None:
         loss_bytes=64,
         filled_bytes=20,
     )
-    one, four = (worker_memory(size, 8, workers, gpu=False) for workers in (1, 4))
-    assert (one.weights, one.gradients, one.optimizer, one.buckets) == (4000, 3600, 7200, 0)
+    tree, ddp = (TrainConfig(reduction=way) for way in ("tree", "all_reduce"))
+    one, four = (worker_memory(size, ddp, workers, gpu=False) for workers in (1, 4))
+    assert (one.weights, one.gradients, one.optimizer, one.partial_sums) == (4000, 3600, 7200, 0)
     assert one.activations == 10 + 8 * 120 + 64
-    assert (four.buckets, four.activations) == (3600, 10 + 2 * 120 + 16)
+    assert (four.partial_sums, four.activations) == (3600, 10 + 2 * 120 + 64)
+    # Of 8 shards three sums wait beside the last gradient; workers of one shard each hold what they send and get.
+    assert [worker_memory(size, tree, n, gpu=False).partial_sums // 3600 for n in (1, 2, 4, 8)] == [4, 3, 2, 2]
     assert one.total == 4000 + 3600 + 7200 + 1034 + one.besides
-    assert worker_memory(size, 8, 1, gpu=True).activations == 10 + 8 * 100 + 64
-    assert worker_memory(size, 8, 1, gpu=True).besides != one.besides
+    assert worker_memory(size, ddp, 1, gpu=True).activations == 10 + 8 * 100 + 64
+    assert worker_memory(size, ddp, 1, gpu=True).besides != one.besides
 
 
 @pytest.mark.parametrize(

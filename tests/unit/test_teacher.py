@@ -14,7 +14,7 @@ from helpers import make_tiny_model, sentences, write_corpus, write_pairs
 from scipy.special import rel_entr, softmax
 
 from clusterns_ray import Encoder, train
-from clusterns_ray.config import Config, make_config
+from clusterns_ray.config import Config, TrainConfig, make_config
 from clusterns_ray.data.prepare import prepare
 from clusterns_ray.errors import ConfigError
 from clusterns_ray.launch.staging import stage, unstage
@@ -205,7 +205,7 @@ def test_its_weights_are_planned_for(make: Callable[..., Config], tiny_model: Pa
     parameters = sum(p.numel() for p in Encoder.load(tiny_model).backbone.parameters())
     without, with_one = (model_size(make(loss=loss)) for loss in ({}, {"teacher": str(tiny_model)}))
     assert (without.teacher, with_one.teacher) == (0, parameters)
-    memory = [worker_memory(size, 4, 1, gpu=False) for size in (without, with_one)]
+    memory = [worker_memory(size, TrainConfig(shards=4), 1, gpu=False) for size in (without, with_one)]
     assert memory[1].weights - memory[0].weights == 4 * parameters
     assert with_one.loss_bytes > without.loss_bytes
 

@@ -13,7 +13,7 @@ from clusterns_ray.io.object_store import is_url
 from clusterns_ray.launch.capacity import ClusterCapacity, check_room, wants_gpu, worker_resources, workers_on
 from clusterns_ray.ops.doctor.findings import Finding, count_text, from_error, ok, problem, size_text, warning
 from clusterns_ray.ops.doctor.request import Request, Sizes
-from clusterns_ray.ops.estimates import bank_bytes, checkpoint_bytes, held_shards, run_bytes, worker_memory
+from clusterns_ray.ops.estimates import bank_bytes, checkpoint_bytes, run_bytes, worker_memory
 
 NEARLY = 0.8
 """The share of what is free above which a need gives a warning."""
@@ -303,8 +303,7 @@ def check_memory(request: Request, cluster: Cluster, sizes: Sizes) -> list[Findi
     except ConfigError:
         return []  # said among the resources
     config = request.config
-    shards = held_shards(config.train, request.fewest) * request.fewest
-    need = worker_memory(sizes.model, shards, request.fewest, gpu=gpu)
+    need = worker_memory(sizes.model, config.train, request.fewest, gpu=gpu)
     total = need.total + bank_bytes(sizes.model, config)
     each = f"at most {size_text(total)} {'of GPU memory ' if gpu else ''}a worker, {size_text(need.activations)} of it "
     each += "activations"

@@ -12,7 +12,7 @@ from typing import Any
 
 from clusterns_ray.config import Config
 from clusterns_ray.errors import ConfigError
-from clusterns_ray.ops.estimates import FLOAT, bank_bytes, checkpoint_bytes, held_shards, worker_memory
+from clusterns_ray.ops.estimates import FLOAT, adds_in_tree, bank_bytes, checkpoint_bytes, worker_memory
 from clusterns_ray.ops.plan.quantities import bytes_text, read_quantity, read_workers
 from clusterns_ray.ops.plan.step import BACKWARD, Network, exposed_seconds, nearest_possible
 from clusterns_ray.ops.plan.workload import Workload, workload
@@ -104,7 +104,7 @@ def predict(work: Workload, workers: int, machine: Machine) -> dict[str, Any]:
         "sentences_per_worker": batch / workers,
         "memory": memory(work, workers, gpu=machine.gpu),
         "flops": work.flops(workers),
-        "sent_bytes": {exchange.what: exchange.sent(workers) for exchange in work.exchanges()},
+        "sent_bytes": {exchange.what: exchange.sent(workers) for exchange in work.exchanges(workers, gpu=machine.gpu)},
         "seconds": seconds,
         "step_seconds": step,
         "sentences_per_second": step and batch / step,
@@ -117,13 +117,14 @@ def predict(work: Workload, workers: int, machine: Machine) -> dict[str, Any]:
 def memory(work: Workload, workers: int, *, gpu: bool) -> dict[str, int]:
     """Bytes of a worker where it computes: those of ``estimates.worker_memory``, and those of the whole batch.
 
-    ``keys``: B x D float32 in three copies, as gathered, in canonical order, and normalised; one worker has only the
-    last. ``clusters``: K x D float32 in four: centroids, those at the last evaluation, the sums, and where they go.
+    ``keys``: both views, B x 2 D float32, in four copies: as gathered, in canonical order, normalised, their gradient;
+    one worker has only the last two. ``clusters``: K x D float32 in four: centroids, those at the last evaluation, the
+    sums, and where they go.
     ``bank``: that of the corpus, where there is one; on a CPU a memory-mapped file.
     """
     train, width = work.config.train, work.size.width
-    parts = asdict(worker_memory(work.size, held_shards(train, workers) * workers, workers, gpu=gpu))
-    parts["keys"] = FLOAT * train.global_batch_size * width * (3 if workers > 1 else 1)
+    parts = asdict(worker_memory(work.size, train, workers, gpu=gpu))
+    parts["keys"] = FLOAT * train.global_batch_size * 2 * width * (4 if workers > 1 else 2)
     parts["clusters"] = 4 * FLOAT * work.config.clustering.num_clusters * width
     parts["bank"] = bank_bytes(work.size, work.config)
     return {**parts, "total": sum(parts.values())}
@@ -139,12 +140,12 @@ def step_seconds(work: Workload, workers: int, machine: Machine) -> dict[str, fl
     if network is not None:
         share = BACKWARD / (2 + BACKWARD if work.encoder.cached else 1 + BACKWARD)
         exchange = exposed_seconds(
-            work.exchanges(),
+            work.exchanges(workers, gpu=machine.gpu),
             workers,
             network,
             backward_s=share * compute * workers / work.config.train.shards,
             last=work.encoder.embeddings / work.size.trained,
-            overlaps=machine.gpu,
+            overlaps=machine.gpu and not adds_in_tree(work.config.train, gpu=True),
         )
     return {"compute": compute, "exchange": exchange}
 

@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from clusterns_ray.data.sampler import assign_shards
+from clusterns_ray.data.shard_tree import assign_shards, nodes_by_rank
 
 FLOAT, INDEX = 4, 8
 """Bytes of a float32 and of an int64: gradients, keys and centroids are exchanged as the one, clusters as the other."""
@@ -80,19 +80,20 @@ class EncoderWork:
         return flops
 
 
-def objective_flops(rows: float, batch: int, width: int, clusters: int, negatives: int | None = None) -> float:
-    """FLOPs of the loss of a worker's b rows: ``6 b B D + 6 b K D``.
+def objective_flops(batch: int, width: int, clusters: int, negatives: int | None = None) -> float:
+    """FLOPs of the loss of a batch, which every worker computes: ``6 B B D + 8 B K D``.
 
-    The scores of b rows with B keys, and from them the gradients of both: 3 products of 2 b B D. With K centroids: once
-    to move them, once for the hard negatives, and the rows' gradients of these, as centroids have none.
+    The scores of B rows with B keys, and from them the gradients of both: 3 products of 2 B B D. With K centroids: the
+    nearest and the sums of their members, by which they move, and the rows' hard negatives with their gradients, as
+    centroids have none. A batch that goes through in blocks (``losses.row_blocks``) has its scores computed twice.
 
     Args:
-        negatives: M sentences drawn for each row from clusters of the corpus: then ``6 b B D + 2 b K D + 4 b B M D``,
-            as centroids only say which, and stored embeddings have no gradient.
+        negatives: M sentences drawn for each row from clusters of the corpus: then ``8 B B D + 2 B K D + 4 B B M D``,
+            as false negatives are counted beforehand, centroids only say which, and stored embeddings have no gradient.
     """
     if negatives is None:
-        return 6 * rows * width * (batch + clusters)
-    return rows * width * (6 * batch + 2 * clusters + 4 * batch * negatives)
+        return 2 * batch * width * (3 * batch + 4 * clusters)
+    return 2 * batch * width * (4 * batch + clusters + 2 * batch * negatives)
 
 
 def busiest_worker(flops_NS: np.ndarray, workers: int) -> float:
@@ -127,13 +128,13 @@ class Exchange:
     """Some collectives of one step."""
 
     what: str
-    kind: Literal["all_reduce", "all_gather"]
+    kind: Literal["all_reduce", "all_gather", "all_to_all", "broadcast"]
     size: float
-    """Bytes of what is summed, or of what has been gathered, over all calls."""
+    """Bytes of what is summed, of what has been gathered, or of what a worker has or gets, over all calls."""
     calls: float = 1
 
     def sent(self, workers: int) -> float:
-        """Bytes that each worker sends: ``2 (n - 1) / n`` of a sum's, ``(n - 1) / n`` of what is gathered.
+        """Bytes that each worker sends: ``2 (n - 1) / n`` of a sum's, ``(n - 1) / n`` of all others.
 
         Around a ring, which is as few as there can be (Patarasuk & Yuan, "Bandwidth optimal all-reduce algorithms for
         clusters of workstations", J. Parallel Distrib. Comput. 69, 2009).
@@ -152,7 +153,7 @@ class Exchange:
             return 0.0
         turns = (2 if self.kind == "all_reduce" else 1) * (workers - 1) * self.calls
         ring = turns * network.latency + self.sent(workers) / network.bandwidth
-        if self.kind == "all_gather" or not network.trees:
+        if self.kind != "all_reduce" or not network.trees:
             return ring
         depth = math.ceil(math.log2(workers))
         return min(ring, 2 * depth * self.calls * network.latency + 2 * self.size / network.bandwidth)
@@ -165,48 +166,58 @@ def gradient_exchange(trained: int) -> Exchange:
     return Exchange("gradients", "all_reduce", size, 1 + math.ceil(max(size - FIRST_BUCKET, 0) / BUCKET))
 
 
+def tree_exchanges(dense: int, shards: int, workers: int, looked_up: float, width: int) -> list[Exchange]:
+    """What adds up gradients in the tree over shards: each worker gets its slice of the partial sums of all, adds them,
+    and sends the sum to all; and all gather the gradients of looked-up embeddings, rows of ``width`` and their ids.
+
+    Args:
+        dense: parameters that are not looked up.
+        looked_up: rows of the table that all shards read, at most.
+    """
+    partial_sums = sum(map(len, nodes_by_rank(shards, workers))) / workers
+    size = FLOAT * math.ceil(dense / workers) * workers
+    exchanges = [
+        Exchange("gradients", "all_to_all", size * partial_sums),
+        Exchange("sums of gradients", "all_gather", size),
+    ]
+    if looked_up:
+        exchanges += [
+            Exchange("gradients of tokens", "all_gather", (FLOAT * width + INDEX) * looked_up, 2),
+            Exchange("numbers of tokens", "all_gather", INDEX * shards),
+        ]
+    return exchanges
+
+
 def step_exchanges(
+    gradients: list[Exchange],
     *,
-    trained: int,
     batch: int,
     width: int,
     clusters: int,
-    mlm: bool,
+    mlm_sums: int = 0,
     teacher: int = 0,
-    negatives: int | None = None,
     encoded_anew: int = 0,
-    counted: bool = False,
 ) -> list[Exchange]:
     """What workers exchange in a step once clustering has started.
 
     That a gradient is finite is not exchanged: the sum of gradients is not, where one of them is not.
 
     Args:
+        gradients: how they are added up.
+        mlm_sums: pairs of a loss and a number of masked tokens; 0 without masked language modelling.
         teacher: width of its embeddings; 0 without one.
-        negatives: see :func:`objective_flops`.
-        encoded_anew: rows of the bank that are encoded again, besides those of the batch.
-        counted: whether the bank's false negatives have to be, as the loss divides by their number.
+        encoded_anew: rows of the corpus' bank that are encoded again, besides those of the batch.
     """
-    exchanges = [
-        gradient_exchange(trained),
-        Exchange("keys", "all_gather", FLOAT * batch * width),
-        # Summed whole, as gloo has no reduce-scatter in every version: each worker takes its rows of it.
-        Exchange("gradients of keys", "all_reduce", FLOAT * batch * width),
-    ]
-    if clusters and negatives is not None:
-        exchanges += [
-            Exchange("clusters of rows", "all_gather", INDEX * batch * (1 + negatives)),
-            Exchange("rows of the bank", "all_gather", FLOAT * batch * width),
-        ]
-        exchanges += [Exchange("rows encoded anew", "all_reduce", FLOAT * encoded_anew * width)] if encoded_anew else []
-        exchanges += [Exchange("false negatives", "all_reduce", INDEX)] if counted else []
-    elif clusters:
-        exchanges += [
-            Exchange("cluster sums", "all_reduce", FLOAT * clusters * (width + 1)),
-            Exchange("clusters of rows", "all_gather", INDEX * batch * 2),
-        ]
-    exchanges += [Exchange("the teacher's embeddings", "all_gather", FLOAT * batch * teacher)] if teacher else []
-    return [*exchanges, Exchange("masked tokens", "all_reduce", FLOAT)] if mlm else exchanges
+    exchanges = [*gradients, Exchange("both views", "all_gather", FLOAT * batch * 2 * width)]
+    if clusters:
+        exchanges.append(Exchange("centroids", "broadcast", FLOAT * clusters * width))
+    if encoded_anew:
+        exchanges.append(Exchange("rows encoded anew", "all_reduce", FLOAT * encoded_anew * width))
+    if teacher:
+        exchanges.append(Exchange("the teacher's embeddings", "all_gather", FLOAT * batch * teacher))
+    if mlm_sums:
+        exchanges.append(Exchange("masked tokens", "all_gather", 2 * FLOAT * mlm_sums))
+    return exchanges
 
 
 def exposed_seconds(

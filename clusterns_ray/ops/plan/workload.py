@@ -17,9 +17,17 @@ from clusterns_ray.data.token_store import TokenStore, reuse_tokens
 from clusterns_ray.errors import DataError
 from clusterns_ray.models.base_model import complete
 from clusterns_ray.models.resolve import local_model_config, resolve_model
-from clusterns_ray.ops.estimates import ModelSize, model_size
+from clusterns_ray.ops.estimates import ModelSize, adds_in_tree, model_size
 from clusterns_ray.ops.plan.quantities import bytes_text
-from clusterns_ray.ops.plan.step import EncoderWork, Exchange, busiest_worker, objective_flops, step_exchanges
+from clusterns_ray.ops.plan.step import (
+    EncoderWork,
+    Exchange,
+    busiest_worker,
+    gradient_exchange,
+    objective_flops,
+    step_exchanges,
+    tree_exchanges,
+)
 
 SAMPLED_STEPS = 64
 """Batches of the prepared corpus, spread over an epoch, whose padding stands for all."""
@@ -58,18 +66,27 @@ class Workload:
         """FLOPs of the busiest worker in a step."""
         return _worker_flops(self, workers)
 
-    def exchanges(self) -> list[Exchange]:
-        config = self.config
+    def exchanges(self, workers: int, *, gpu: bool = False) -> list[Exchange]:
+        config, size = self.config, self.size
+        train, clustering = config.train, config.clustering
+        tree, mlm = adds_in_tree(train, gpu=gpu), config.loss.mlm_weight > 0
+        gradients = [gradient_exchange(size.trained)]
+        if tree:
+            # The head of masked language modelling reads the whole table.
+            table = 0 if mlm else self.encoder.embeddings
+            tokens_NS = self.rows_NS * self.tokens_NS
+            if (self.second_NS != self.tokens_NS).any() or config.encoder.second_prompt:
+                tokens_NS = tokens_NS + self.rows_NS * self.second_NS
+            looked_up = float(np.minimum(tokens_NS, table / size.width).sum(axis=1).mean())
+            gradients = tree_exchanges(size.trained - table, train.shards, workers, looked_up, size.width)
         return step_exchanges(
-            trained=self.size.trained,
-            batch=config.train.global_batch_size,
-            width=self.size.width,
-            clusters=config.clustering.num_clusters,
-            mlm=config.loss.mlm_weight > 0,
+            gradients,
+            batch=train.global_batch_size,
+            width=size.width,
+            clusters=clustering.num_clusters if clustering.scope == "batch" else 0,
+            mlm_sums=0 if not mlm else train.shards if tree else workers,
             teacher=self.teacher.width if self.teacher else 0,
-            negatives=_bank_negatives(config),
-            encoded_anew=config.clustering.refresh_rows,
-            counted=config.loss.bml_reduction == "false_negatives",
+            encoded_anew=clustering.refresh_rows if clustering.enabled and clustering.scope == "corpus" else 0,
         )
 
 
@@ -77,9 +94,9 @@ class Workload:
 def _worker_flops(work: Workload, workers: int) -> float:
     train, clusters, negatives = work.config.train, work.config.clustering.num_clusters, _bank_negatives(work.config)
     encoder = busiest_worker(work.shard_flops_NS, workers)
-    rows = train.global_batch_size / workers
-    taught = 2 * rows * train.global_batch_size * (work.teacher.width if work.teacher else 0)  # its scores
-    return encoder + objective_flops(rows, train.global_batch_size, work.size.width, clusters, negatives) + taught
+    rows = train.global_batch_size
+    taught = 2 * rows * rows * (work.teacher.width if work.teacher else 0)  # its scores
+    return encoder + objective_flops(rows, work.size.width, clusters, negatives) + taught
 
 
 def _bank_negatives(config: Config) -> int | None:
