@@ -89,7 +89,7 @@ def exchange_slices(numbers_NP: Tensor, counts: list[int]) -> list[Tensor]:
     received = numbers_NP.new_empty(sum(counts) * width)
     sizes = [count * width for count in counts]
     dist.all_to_all_single(received, sent.view(-1), sizes, [sent[0].numel()] * workers)
-    return [part.view(-1, width) for part in received.split(sizes)]
+    return [part.view(-1, width) for part in torch.split(received, sizes)]
 
 
 def nccl_version() -> str | None:

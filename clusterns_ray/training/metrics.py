@@ -56,7 +56,7 @@ def _step_of(line: str) -> int:
 
 def step_metrics(step_loss: StepLoss, batch_size: int, unused: Collection[str] = ()) -> dict[str, float]:
     """The values of one step, but for those of terms that are ``unused``. Waits for the device."""
-    values: dict[str, float] = dict(zip(VALUE_NAMES, step_loss.values.tolist(), strict=True))
+    values: dict[str, float] = dict(zip(VALUE_NAMES, map(float, step_loss.values.cpu().numpy()), strict=True))
     for name in unused:
         del values[name]
     if step_loss.counts_K is None:

@@ -8,14 +8,14 @@ T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 from clusterns_ray import distributed
 from clusterns_ray.clustering.kmeans import cosine_matrix, mean_of_cosines
@@ -41,7 +41,7 @@ class TwoViews(nn.Module):
         self.dtype = DTYPES[precision]
 
     @contextmanager
-    def same_weights(self) -> Iterator[None]:
+    def same_weights(self) -> Generator[None]:
         """Inside, all passes multiply by the same casts of the weights, through which gradients flow."""
         with autocast(self.encoder.device, self.dtype), self.encoder.same_weights(self.dtype):
             yield
@@ -150,7 +150,7 @@ class Objective:
         if len(blocks) == 1:
             terms = self._terms(z1_BD, z2_BD, blocks[0], negatives, teacher_BD)
         else:
-            found = [
+            found: list[Tensor] = [
                 checkpoint(self._terms, z1_BD, z2_BD, rows, negatives, teacher_BD, use_reentrant=False)
                 for rows in blocks
             ]

@@ -94,7 +94,8 @@ class TreeReduction:
     def backward(self, outputs: list[Tensor], gradients: list[Tensor], shards: list[int], *, last: bool) -> None:
         (shard,) = shards
         found = torch.autograd.grad(outputs, self.parameters, gradients, allow_unused=True)
-        pairs = [(p, gradient) for p, gradient in zip(self.parameters, found, strict=True) if gradient is not None]
+        of_all: list[tuple[nn.Parameter, Tensor | None]] = list(zip(self.parameters, found, strict=True))
+        pairs = [(p, gradient) for p, gradient in of_all if gradient is not None]
         self.dense = [p for p, gradient in pairs if not gradient.is_sparse]
         self.looked_up = [p for p, gradient in pairs if gradient.is_sparse]
         self.lookups.append([gradient.coalesce() for _, gradient in pairs if gradient.is_sparse])
@@ -125,7 +126,7 @@ class TreeReduction:
             for (level, place), slice_P in zip(its_nodes, part, strict=True):
                 tree.put(level, place, [slice_P])
         ((slice_P,),) = tree.nodes.values()
-        sums = distributed.all_gather_rows(slice_P)[:size].split([parameter.numel() for parameter in self.dense])
+        sums = torch.split(distributed.all_gather_rows(slice_P)[:size], [p.numel() for p in self.dense])
         return [total.view_as(parameter) for total, parameter in zip(sums, self.dense, strict=True)]
 
     def _table(self, parameter: nn.Parameter, lookups: list[Tensor]) -> Tensor:
@@ -163,7 +164,7 @@ def make_reduction(views: TwoViews, train: TrainConfig, device: torch.device) ->
 
 def _add(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
     # Not in place: autograd may return one tensor for two parameters.
-    return list(torch._foreach_add(a, b))
+    return [x + y for x, y in zip(a, b, strict=True)]
 
 
 def chunked(shards: list[Shard], rows: int) -> list[list[Shard]]:

@@ -52,10 +52,10 @@ class Views:
 
     def backward(self, loss: Tensor) -> None:
         """Leave the gradient of ``loss`` in the parameters' ``.grad``: that of the global batch, on every worker."""
-        loss.backward()
+        torch.autograd.backward(loss)
         own_b = to_device(self.layout.canonical(self.layout.rank), loss.device)
         sizes = [sum(len(shard.input_ids_BT) for shard in piece) for piece in self.pieces]
-        d1, d2 = (_gradient(z_BD)[own_b].split(sizes) for z_BD in (self.z1_BD, self.z2_BD))
+        d1, d2 = (torch.split(_gradient(z_BD)[own_b], sizes) for z_BD in (self.z1_BD, self.z2_BD))
         shards = iter(self.layout.shards_by_rank[self.layout.rank])
         with self.reduction.same_weights() if self.cached else nullcontext():
             for number, piece in enumerate(self.pieces):

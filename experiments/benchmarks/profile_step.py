@@ -145,7 +145,7 @@ def step_flops(run: TrainingParts, work: EncoderWork, number: int) -> StepFlops:
     passes = 2 * (1 + BACKWARD)
     linear = passes * 2 * (work.linear * tokens + work.head * layout.size)
     attention = passes * 4 * work.layers * work.width * scores
-    objective = objective_flops(layout.size, layout.size, work.width, run.config.clustering.num_clusters)
+    objective = objective_flops(layout.size, work.width, run.config.clustering.num_clusters)
     return StepFlops(linear, attention, int(objective))
 
 

@@ -14,6 +14,7 @@ from clusterns_ray.clustering.bank import Bank
 from clusterns_ray.config import Config, TrainConfig, make_config
 from clusterns_ray.errors import ConfigError
 from clusterns_ray.launch.trainer import train
+from clusterns_ray.losses import BLOCK
 from clusterns_ray.models.encoder import Encoder
 from clusterns_ray.ops.estimates import (
     FLOAT,
@@ -205,14 +206,13 @@ def test_shards_whose_activations_are_held(tiny_model: Path, chunk: int | None, 
     assert max(map(len, chunks)) == held
 
 
-def test_the_loss_counts_where_the_batch_is_large(tiny_model: Path) -> None:
-    """Scores of a batch are B x B: four times as many with twice the batch."""
-    small, large = (
+def test_the_loss_of_a_large_batch_takes_the_memory_of_a_block(tiny_model: Path) -> None:
+    small, large, larger = (
         model_size(config_of(tiny_model, encoder={"dropout": 0.1}, train={"global_batch_size": size, "shards": 4}))
-        for size in (1 << 14, 1 << 15)
+        for size in (1 << 8, 1 << 14, 1 << 15)
     )
-    assert large.loss_bytes / small.loss_bytes == pytest.approx(4, rel=0.05)
-    assert small.loss_bytes > 4 * FLOAT * (1 << 28) / 2
+    assert larger.loss_bytes == pytest.approx(large.loss_bytes, rel=0.1)
+    assert large.loss_bytes > max(4 * FLOAT * BLOCK / 2, 16 * small.loss_bytes)
 
 
 @pytest.mark.parametrize(
