@@ -42,16 +42,19 @@ class AllReduce:
         """The sums of all workers, and which of them each of this worker's pieces is a part of."""
         return distributed.all_gather_rows(local_N2.sum(dim=0)[None]), [layout.rank] * len(local_N2)
 
-    def backward(self, outputs: list[Tensor], gradients: list[Tensor], shards: list[int], *, last: bool) -> None:
+    def around(self, *, last: bool) -> AbstractContextManager[object]:
+        """Where a piece that is computed once more goes forward and back."""
+        # DDP averages over workers once, with the last piece, what all pieces have left in `.grad`.
+        waits = not last and hasattr(self.model, "no_sync")
+        return self.model.no_sync() if waits else nullcontext()  # type: ignore[operator]
+
+    def backward(self, outputs: list[Tensor], gradients: list[Tensor], shards: list[int]) -> None:
         """Lead the gradients of the outputs of a piece back to the parameters.
 
         Args:
             shards: the numbers of the piece's shards.
         """
-        # DDP averages over workers once, with the last piece, what all pieces have left in `.grad`.
-        waits = not last and hasattr(self.model, "no_sync")
-        with self.model.no_sync() if waits else nullcontext():  # type: ignore[operator]
-            torch.autograd.backward(outputs, [gradient * distributed.world_size() for gradient in gradients])
+        torch.autograd.backward(outputs, [gradient * distributed.world_size() for gradient in gradients])
 
     def finish(self) -> None:
         """Leave the gradient of the global batch in the parameters' ``.grad``, on every worker."""
@@ -91,7 +94,10 @@ class TreeReduction:
         gathered = distributed.all_gather_rows(local_N2)
         return gathered[to_device(np.argsort(by_rank), gathered.device)], layout.shards_by_rank[layout.rank]
 
-    def backward(self, outputs: list[Tensor], gradients: list[Tensor], shards: list[int], *, last: bool) -> None:
+    def around(self, *, last: bool) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def backward(self, outputs: list[Tensor], gradients: list[Tensor], shards: list[int]) -> None:
         (shard,) = shards
         found = torch.autograd.grad(outputs, self.parameters, gradients, allow_unused=True)
         of_all: list[tuple[nn.Parameter, Tensor | None]] = list(zip(self.parameters, found, strict=True))

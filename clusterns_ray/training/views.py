@@ -59,12 +59,12 @@ class Views:
         shards = iter(self.layout.shards_by_rank[self.layout.rank])
         with self.reduction.same_weights() if self.cached else nullcontext():
             for number, piece in enumerate(self.pieces):
-                z1_bD, z2_bD, mlm = self.reduction.model(piece) if self.cached else self.outputs.pop(0)
-                outputs, gradients = [z1_bD, z2_bD], [d1[number], d2[number]]
-                if self.mlm_N2 is not None:
-                    outputs, gradients = [*outputs, mlm], [*gradients, _gradient(self.mlm_N2)[self._own[number]]]
-                last = number + 1 == len(self.pieces)
-                self.reduction.backward(outputs, gradients, [next(shards) for _ in piece], last=last)
+                with self.reduction.around(last=number + 1 == len(self.pieces)):
+                    z1_bD, z2_bD, mlm = self.reduction.model(piece) if self.cached else self.outputs.pop(0)
+                    outputs, gradients = [z1_bD, z2_bD], [d1[number], d2[number]]
+                    if self.mlm_N2 is not None:
+                        outputs, gradients = [*outputs, mlm], [*gradients, _gradient(self.mlm_N2)[self._own[number]]]
+                    self.reduction.backward(outputs, gradients, [next(shards) for _ in piece])
         self.reduction.finish()
 
 
