@@ -29,7 +29,7 @@ from clusterns_ray.models.encoder import Encoder
 from clusterns_ray.training.batch_layout import to_device
 from clusterns_ray.training.hard_negatives import BatchNegatives
 from clusterns_ray.training.kmeans_init import sample_rows, token_ids
-from clusterns_ray.training.validation import encode_together
+from clusterns_ray.training.validation import embed_together
 
 FILLED_AT_ONCE = 4096
 """Rows that are encoded between two checks of whether a note on the progress is due."""
@@ -154,9 +154,8 @@ class CorpusClusters:
         return random_draws(counters, "bank_negatives", self.seed, self.age)
 
     def _encode(self, slots: np.ndarray) -> None:
-        z_nD = encode_together(self.encoder, token_ids(self.tokens, self.bank.rows_N[slots]), project=True)
-        device = self.encoder.device
-        self.bank.write(to_device(slots, device), to_device(z_nD, device))
+        z_nD = embed_together(self.encoder, token_ids(self.tokens, self.bank.rows_N[slots]), project=True)
+        self.bank.write(to_device(slots, self.encoder.device), z_nD)
 
     def _cluster(self) -> None:
         seed = stream_key("bank_clusters", self.seed, self.age)

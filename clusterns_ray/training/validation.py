@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from clusterns_ray import distributed
 from clusterns_ray.evaluation.geometry import geometry
 from clusterns_ray.evaluation.sts import read_pairs, score_pairs
 from clusterns_ray.models.encoder import Encoder, length_batches
+from clusterns_ray.training.batch_layout import to_device
 
 
 class DevSet:
@@ -38,12 +40,17 @@ class DevSet:
 
 
 def encode_together(encoder: Encoder, ids: list[list[int]], *, project: bool = False) -> np.ndarray:
+    """:func:`embed_together` on the host: float32 (n, D)."""
+    return embed_together(encoder, ids, project=project).cpu().numpy()
+
+
+def embed_together(encoder: Encoder, ids: list[list[int]], *, project: bool = False) -> Tensor:
     """Embeddings of tokenised sentences, each batch on one of the workers; all of them on every worker.
 
     The batches do not depend on the number of workers. Without dropout; through the training head if ``project``.
 
     Returns:
-        float32 (n, D).
+        float32 (n, D) on the encoder's device, for which the host does not wait.
     """
     embeddings_ND = torch.zeros(len(ids), encoder.width, device=encoder.device)
     batches = list(length_batches([len(row) for row in ids], 64))
@@ -52,6 +59,6 @@ def encode_together(encoder: Encoder, ids: list[list[int]], *, project: bool = F
             z_BD = encoder.encode_ids([ids[int(row)] for row in rows])
             with torch.inference_mode():
                 z_BD = encoder.project(z_BD) if project else z_BD
-            embeddings_ND[torch.as_tensor(rows).to(encoder.device)] = z_BD.clone()
+            embeddings_ND[to_device(rows, encoder.device)] = z_BD.clone()
     # Each row is not zero on one worker alone, so the sum is exact.
-    return distributed.all_reduce_sum(embeddings_ND).cpu().numpy()
+    return distributed.all_reduce_sum(embeddings_ND)

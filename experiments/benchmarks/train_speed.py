@@ -136,12 +136,15 @@ class SentenceTransformers:
         bf16: bool,
         layers: int | None = None,
         device: torch.device = CPU,
+        model_options: dict[str, Any] | None = None,
     ) -> None:
         import sentence_transformers
         from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
         self.texts, self.bf16, self.device = texts, bf16, device
-        self.model = sentence_transformers.SentenceTransformer(model, device=str(device)).train()
+        self.model = sentence_transformers.SentenceTransformer(
+            model, device=str(device), model_kwargs=model_options
+        ).train()
         self.model.max_seq_length = 32
         backbone: Any = self.model[0].auto_model
         backbone.encoder.layer = backbone.encoder.layer[:layers]
