@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,25 +53,28 @@ def run_values(
     }
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Whatever ran before, a test draws the same from torch, where that is loaded."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(11)
+
+
 @pytest.fixture
-def lab(run_values: dict[str, Any]) -> Iterator[Lab]:
-    """Runs like that of ``run_values``; the random state of this process stays as it was."""
-    import torch
+def lab(run_values: dict[str, Any]) -> Lab:
+    """Runs like that of ``run_values``."""
     from training_runs import Lab  # here, as most unit tests need no torch
 
-    with torch.random.fork_rng(devices=[]):
-        yield Lab(run_values, prepare(make_config(run_values)))
+    return Lab(run_values, prepare(make_config(run_values)))
 
 
 @pytest.fixture(scope="module")
 def whole(run_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> WholeRun:
     """The undisturbed run of ``lab.config()``."""
-    import torch
     from training_runs import Lab, WholeRun
 
-    with torch.random.fork_rng(devices=[]):
-        lab, directory = Lab(run_values, prepare(make_config(run_values))), tmp_path_factory.mktemp("whole")
-        return WholeRun(directory, lab.run(directory, lab.config()), lab)
+    lab, directory = Lab(run_values, prepare(make_config(run_values))), tmp_path_factory.mktemp("whole")
+    return WholeRun(directory, lab.run(directory, lab.config()), lab)
 
 
 @pytest.fixture(scope="session")

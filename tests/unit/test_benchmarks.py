@@ -29,9 +29,6 @@ from clusterns_ray.ops.plan.workload import encoder_work
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Caches of the runs are beneath the working directory."""
     monkeypatch.chdir(tmp_path)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        yield
 
 
 def tiny_config(model: Path, corpus: Path, *settings: str) -> Config:

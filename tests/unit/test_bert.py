@@ -21,13 +21,6 @@ BATCHES = [[5, 1, 7, 7, 3], [12, 4]]
 PROMPT = 'this sentence : "{sentence}" means [MASK] .'
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(11)
-        yield
-
-
 def encoder_of(model: Path, pooling: str = "mean", dropout: float = 0.1, quiet: bool = True) -> Encoder:
     """In training; without dropout if ``quiet``."""
     prompt = PROMPT if pooling == "mask" else None

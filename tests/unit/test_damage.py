@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from damage import DAMAGE, digest
 from helpers import make_tiny_model, sentences, write_corpus, write_pairs
@@ -27,12 +26,6 @@ QUICK = {
     "out.parquet-flipped",
 }  # fmt: skip
 """One damage of each kind of file, tried in every check; the rest is tried every night."""
-
-
-@pytest.fixture(autouse=True)
-def leave_the_random_state() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        yield
 
 
 def call(*arguments: object) -> Result:

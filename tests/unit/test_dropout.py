@@ -29,13 +29,6 @@ from clusterns_ray.training.collate import dropout_keys
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(7)
-        yield
-
-
 def keys(rows: int, tokens: int, seed: int = 1) -> torch.Tensor:
     return token_keys(row_keys(rows, seed), tokens)
 

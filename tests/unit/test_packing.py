@@ -14,13 +14,6 @@ LENGTHS = [5, 1, 7, 7, 3]
 SECOND = [2, 9]
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(11)
-        yield
-
-
 def mask_of(lengths: list[int]) -> torch.Tensor:
     return (torch.arange(max(lengths))[None, :] < torch.tensor(lengths)[:, None]).long()
 

@@ -40,12 +40,6 @@ NETWORK = Network(1e9, 1e-4)
 SPEED = 1e9
 
 
-@pytest.fixture(autouse=True)
-def leave_the_random_state():
-    with torch.random.fork_rng(devices=[]):
-        yield
-
-
 @pytest.fixture(scope="module")
 def make(
     tiny_models: Callable[[str], Path], corpus_file: Path, sts_dir: Path, tmp_path_factory: pytest.TempPathFactory
