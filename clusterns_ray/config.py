@@ -291,8 +291,7 @@ class TrainConfig(Section):
     """Gradients are scaled down to this norm."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """The precision of matrix products in training and its dev evaluations: auto is bf16 where GPU or processor
-    multiply in it, else fp32. Weights, centroids and finished encoders stay fp32. The losses of different numbers of
-    workers agree to 1e-5 in fp32."""
+    multiply in it, else fp32. Weights, centroids and finished encoders stay fp32."""
     reduction: Literal["auto", "tree", "all_reduce"] = "auto"
     """How gradients are added up over shards and workers. `tree`: in an order that depends on `shards` alone, so that
     weights have the same bits on any number of workers (same versions, kind of processor, threads a worker).
