@@ -5,6 +5,7 @@ The fixtures over them are in ``unit/conftest.py``.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,13 +35,13 @@ Kind = TypeVar("Kind", bound=Event)
 class Lab:
     """Makes configurations of tiny runs, and runs them."""
 
-    base: dict[str, dict[str, Any]]
+    base: dict[str, Any]
     prepared: Prepared
     events: list[Event] = field(default_factory=list)
     reports: list[Evaluated] = field(default_factory=list)
 
     def config(self, **sections: dict[str, Any]) -> Config:
-        values: dict[str, Any] = {name: dict(section) for name, section in self.base.items()}
+        values: dict[str, Any] = copy.deepcopy(self.base)
         for name, section in sections.items():
             values.setdefault(name, {}).update(section)
         return make_config(values)

@@ -43,6 +43,7 @@ def run_values(
 ) -> dict[str, Any]:
     """The configuration of a tiny run: six steps, two layers, six clusters from the first step on."""
     return {
+        "seed": 3,
         "encoder": {"name": str(tiny_model), "num_layers": 2, "pooling": "cls"},
         "data": {"corpus": str(corpus_file), "cache_dir": str(tmp_path_factory.mktemp("cache"))},
         "loss": {"bml_weight": 0.1, "bml_alpha": 0.1},
