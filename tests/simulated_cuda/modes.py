@@ -82,9 +82,9 @@ def train(directory: Path, sections: dict[str, dict[str, Any]]) -> dict[str, Any
     steps: list[dict[str, Any]] = []
     forward = TrainingParts.forward
 
-    def first_of_step(parts: TrainingParts, shards: Any) -> Any:
+    def first_of_step(*arguments: Any) -> Any:
         steps.append(simulation.record.take())
-        return forward(parts, shards)
+        return forward(*arguments)
 
     simulation.record.take()
     TrainingParts.forward = first_of_step
