@@ -25,7 +25,7 @@ ALLOWED_WAITS = {
 }
 PADDED = "shards are padded, their dropout is drawn one by one, and denoising counts on the host: {} waits"
 WAITS = {
-    "plain": 8,
+    "plain": 12,
     "mean, first centroids by K-means": 10,
     "roberta, first_last": 12,
     "prompts": 48,
@@ -33,7 +33,7 @@ WAITS = {
     "masked language modelling": 16,
     "teacher, no clusters": 10,
     "cached, fp16": 32,
-    "corpus": 13,
+    "corpus": 11,
     "clusters have not started": 9,
     "neighbours": 16,
     "crops": 18,
