@@ -26,6 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from clusterns_ray.kernels.transfer import to_device
+
 LEVELS = 2**16
 PER_WORD = 4
 """Elements that read one word of 64 bits."""
@@ -61,25 +63,29 @@ def site_words(site: int, width: int) -> np.ndarray:
     return words
 
 
-@lru_cache(maxsize=1024)
-def _site_words_on(site: int, width: int, device: torch.device) -> Tensor:
-    """:func:`site_words` as int64, moved to a device once."""
-    return torch.as_tensor(site_words(site, width).view(np.int64).copy()).to(device)
+@lru_cache(maxsize=4096)
+def _moved(kind: str, site: int, count: int, device: torch.device) -> Tensor:
+    array = constants(HEADS, count) if kind == "heads" else site_words(site, count)
+    return to_device(array.view(np.int64).copy(), device)
+
+
+def _on_device(kind: str, site: int, count: int, device: torch.device) -> Tensor:
+    """int64: :func:`site_words`, or the constants of heads; moved to a device other than the CPU once."""
+    return (_moved.__wrapped__ if device.type == "cpu" else _moved)(kind, site, count, device)
 
 
 # ---- keys -----------------------------------------------------------------------------------------------------------
 
 
-def token_keys(row_keys_B: np.ndarray, tokens: int) -> Tensor:
-    """int64 (B, T), on the host: the key of each token, by its row's key (int64) and its position."""
+def token_keys(row_keys_B: np.ndarray, tokens: int) -> np.ndarray:
+    """int64 (B, T): the key of each token, by its row's key (int64) and its position."""
     positions_T = np.arange(1, tokens + 1, dtype=np.uint64) * GAMMA
-    return torch.as_tensor(mix(row_keys_B.view(np.uint64)[:, None] + positions_T).view(np.int64))
+    return mix(row_keys_B.view(np.uint64)[:, None] + positions_T).view(np.int64)
 
 
 def head_keys(keys_BT: Tensor, heads: int) -> Tensor:
     """int64 (B, H, T): a key for each head and token, where it is a query that draws for its keys."""
-    heads_H = torch.as_tensor(constants(HEADS, heads).view(np.int64)).to(keys_BT.device)
-    return keys_BT[:, None] ^ heads_H[:, None]
+    return keys_BT[:, None] ^ _on_device("heads", 0, heads, keys_BT.device)[:, None]
 
 
 # ---- masks ----------------------------------------------------------------------------------------------------------
@@ -119,7 +125,7 @@ def keep_mask(
 def hashed_words(keys: Tensor, width: int, site: int) -> Tensor:
     """int64 ``(*S, words)`` of keys of shape ``S``: the words that ``width`` elements read, by torch's operations."""
     first, second = (int(multiplier.astype(np.int64)) for multiplier in MULTIPLIERS)
-    x = (keys[..., None] ^ _site_words_on(site, width, keys.device)) * first
+    x = (keys[..., None] ^ _on_device("words", site, width, keys.device)) * first
     x = (x ^ ((x >> 32) & 0xFFFFFFFF)) * second  # as the shift of a signed number repeats its sign
     return x ^ ((x >> 32) & 0xFFFFFFFF)
 
@@ -132,7 +138,7 @@ def _kept(keys: Tensor, width: int, p: float, site: int) -> Tensor:
 def _fill(mask_MD: Tensor, keys_M: Tensor, p: float, site: int, kept: float) -> None:
     """On a CPU: rows of the mask in pieces, which threads share where there are many."""
     width = mask_MD.shape[1]
-    words = torch.as_tensor(site_words(site, width).view(np.int64).copy())
+    words = _on_device("words", site, width, keys_M.device)
     level = np.int16(dropped_levels(p) - LEVELS // 2)
     # A mask is 0 and a pattern of bits, and whole numbers of every size multiply fast.
     pattern = torch.full((1,), kept, dtype=mask_MD.dtype)

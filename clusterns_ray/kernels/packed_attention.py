@@ -1,4 +1,4 @@
-"""A batch as one sequence of its real tokens, on a CPU: nothing is computed for padding.
+"""A batch as one sequence of its real tokens: nothing is computed for padding.
 
 Linear layers, norms and dropout of a transformer treat each token by itself, so they take the tokens of all rows as
 one row. Attention alone has to know which of them belong together: it takes them apart by a :class:`Packing`. Several
@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from clusterns_ray.kernels.dropout import dropout_scale, drops, keep_mask
+from clusterns_ray.kernels.transfer import to_device
 
 VECTOR_BYTES = 64
 """Bytes of a CPU's widest vectors: torch's softmax takes several times as long for a row that does not fill them
@@ -43,16 +45,16 @@ class Packing(NamedTuple):
     """int64, the place of each real token in the padded batch, read row by row"""
 
     @classmethod
-    def of(cls, mask_BT: Tensor) -> Packing:
-        """The packing of a batch by its attention mask: 1 or True at real tokens, at least one in each row."""
-        rows, longest = mask_BT.shape
-        return cls(rows, longest, mask_BT.bool().flatten().nonzero().squeeze(1))
+    def of(cls, real_BT: np.ndarray, device: torch.device) -> Packing:
+        """The packing of a batch on ``device`` by where its real tokens are: bool, at least one in each row."""
+        rows, longest = real_BT.shape
+        return cls(rows, longest, to_device(np.flatnonzero(real_BT), device))
 
     def times(self, n: int) -> Packing:
         """The packing of ``n`` copies of the batch, one after the other."""
         if n == 1:
             return self
-        steps_n1 = torch.arange(n)[:, None] * (self.rows * self.longest)
+        steps_n1 = torch.arange(n, device=self.at_N.device)[:, None] * (self.rows * self.longest)
         return Packing(n * self.rows, self.longest, (self.at_N + steps_n1).flatten())
 
     def __len__(self) -> int:
@@ -75,7 +77,7 @@ class Packing(NamedTuple):
 
     def find(self, column_B: Tensor) -> Tensor:
         """Where the token in the given column of each row stands among the N: int64 (B)."""
-        at_B = torch.arange(self.rows) * self.longest + column_B
+        at_B = torch.arange(self.rows, device=self.at_N.device) * self.longest + column_B
         return torch.searchsorted(self.at_N, at_B)
 
 
@@ -118,13 +120,13 @@ class UnpackIndex(NamedTuple):
     def of(cls, packing: Packing, heads: int, dtype: torch.dtype) -> UnpackIndex:
         """The index of a packing, with keys and values filled up to whole vectors, for scores of ``dtype``."""
         rows, longest = packing.rows, packing.longest
-        filled = filled_columns(longest, dtype)
+        filled, device = filled_columns(longest, dtype), packing.at_N.device
         row_N, position_N = packing.at_N // longest, packing.positions_N
-        token_BT = torch.full((rows, filled), -1)
-        token_BT[row_N, position_N] = torch.arange(len(packing))
-        bias_BT = torch.zeros(rows, filled, dtype=dtype).masked_fill_(token_BT < 0, -torch.inf)
+        token_BT = torch.full((rows, filled), -1, device=device)
+        token_BT[row_N, position_N] = torch.arange(len(packing), device=device)
+        bias_BT = torch.zeros(rows, filled, dtype=dtype, device=device).masked_fill_(token_BT < 0, -torch.inf)
 
-        head_H1 = torch.arange(heads)[:, None]
+        head_H1 = torch.arange(heads, device=device)[:, None]
         first_BHT = token_BT.clamp_(min=0)[:, None] * 3 * heads + head_H1
         parts = (first_BHT[:, :, :longest], first_BHT + heads, first_BHT + 2 * heads)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from clusterns_ray.errors import ConfigError, NonFiniteError
 from clusterns_ray.io.files import DIRECTORY_MANIFEST, check_unchanged, follow_umask
 from clusterns_ray.kernels.packed_attention import Packing
+from clusterns_ray.kernels.transfer import to_device
 from clusterns_ray.models.backbone import (
     check_dropout,
     first_position,
@@ -28,10 +29,10 @@ from clusterns_ray.models.backbone import (
     longest_input,
     passes_differ,
 )
-from clusterns_ray.models.base_model import choose_pooling, complete_encoder
+from clusterns_ray.models.base_model import BIDIRECTIONAL, choose_pooling, complete_encoder
 from clusterns_ray.models.packed_bert import PackedBert, can_pack
 from clusterns_ray.models.resolve import resolve_model
-from clusterns_ray.models.sdpa import keyed_dropout, number_dropout, use_keyed_dropout
+from clusterns_ray.models.sdpa import ATTENTION, keyed_dropout, number_dropout, use_keyed_dropout
 from clusterns_ray.models.serialization import (
     HIDDEN_STATE_POOLINGS,
     write_prompt_module,
@@ -61,8 +62,16 @@ class TokenBatch(NamedTuple):
     """int64: of the dropout of each row, in every draw, the first draw first; without them torch's generator draws"""
     template_keys_B: np.ndarray | None = None
     """int64: of the dropout of the template at each row's length, for denoising"""
+    lengths_B: np.ndarray | None = None
+    """tokens of each row, where padding stands behind them; without it the host reads the mask, and waits for it"""
     draws: int = 1
     """how many times the batch goes in, which dropout makes differ: embeddings are (draws x B, D)"""
+
+    def real_BT(self) -> np.ndarray:
+        """Where the tokens are real, on the host: bool."""
+        if self.lengths_B is None:
+            return self.attention_mask_BT.numpy(force=True).astype(bool)
+        return np.arange(self.attention_mask_BT.shape[1]) < self.lengths_B[:, None]
 
 
 class Encoder(nn.Module):
@@ -258,18 +267,21 @@ class Encoder(nn.Module):
     def embed(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
         """Embeddings (B x D) of each batch, without the training head; dropout where the encoder is in training.
 
-        On a CPU all of them go through the layers packed, in one pass.
+        All of them go through the layers packed, in one pass, where the architecture is known.
         """
-        packs = self.packs and self.device.type == "cpu" and can_pack(self.backbone)
-        pooled = self._pooled_packed(batches) if packs else map(self._pooled, batches)
+        pooled = self._pooled_packed(batches) if self.can_pack() else map(self._pooled, batches)
         embeddings = []
         for batch, z_BD in zip(batches, pooled, strict=True):
             if self.denoise:
-                lengths_B = batch.attention_mask_BT.sum(dim=1)
+                lengths_B = batch.real_BT().sum(axis=1) if batch.lengths_B is None else batch.lengths_B
                 delta_BD = self.template_states(lengths_B, batch.view, batch.template_keys_B)
                 z_BD = z_BD - delta_BD.repeat(batch.draws, 1)
             embeddings.append(nn.functional.normalize(z_BD, dim=-1) if self.normalize else z_BD)
         return embeddings
+
+    def can_pack(self) -> bool:
+        """Whether its batches are packed, see :func:`~clusterns_ray.models.packed_bert.can_pack`."""
+        return self.packs and can_pack(self.backbone)
 
     def _pooled(self, batch: TokenBatch) -> Tensor:
         """Padded, by transformers."""
@@ -281,14 +293,14 @@ class Encoder(nn.Module):
         all_layers = self.pooling in HIDDEN_STATE_POOLINGS
         mask_BT = batch.attention_mask_BT.repeat(n, 1)
         with self._keyed(batch.row_keys_B):
-            output = self.backbone(**words, attention_mask=mask_BT, output_hidden_states=all_layers)
+            output = self.backbone(**words, attention_mask=self._mask(mask_BT), output_hidden_states=all_layers)
         states = output.hidden_states if all_layers else (output.last_hidden_state,)
         return pool(states, mask_BT, self.pooling, self._read_B(batch))
 
     def _pooled_packed(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
         """Packed, in one pass; of the last layer no more is computed than is read."""
         embedding = self.backbone.get_input_embeddings()
-        packings = [Packing.of(batch.attention_mask_BT) for batch in batches]
+        packings = [Packing.of(batch.real_BT(), batch.input_ids_BT.device) for batch in batches]
         words = [embedding(b.input_ids_BT) if b.token_embeds_BTD is None else b.token_embeds_BTD for b in batches]
         token_embeds_ND = torch.cat(
             [packing.pack(token_embeds_BTD) for packing, token_embeds_BTD in zip(packings, words, strict=True)]
@@ -301,10 +313,10 @@ class Encoder(nn.Module):
                 read_R.append(first + packing.find(column_B))
             first += len(packing)
         all_layers = self.pooling in HIDDEN_STATE_POOLINGS
-        weights, dtype = self._weights, autocast_dtype()
+        weights, dtype = self._weights, autocast_dtype(self.device)
         if weights is None or weights.dtype != dtype:
             weights = PackedBert(self.backbone, dtype)
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(self.device.type, enabled=False):
             states = weights(
                 token_embeds_ND,
                 packings,
@@ -341,6 +353,16 @@ class Encoder(nn.Module):
             return batch.row_keys_B
         return torch.randint(2**63 - 1, (batch.draws * len(batch.input_ids_BT),)).numpy()
 
+    def _mask(self, mask_BT: Tensor) -> Tensor:
+        """The attention mask as transformers' own pass takes it. Of two dimensions it asks whether all tokens are real,
+        and the host would wait for a GPU's answer; four it takes as they are, and knows of no other mask then."""
+        config = self.backbone.config
+        fused = getattr(config, "_attn_implementation", None) in ("sdpa", ATTENTION)
+        plain = config.model_type in BIDIRECTIONAL and not getattr(config, "is_decoder", False)
+        if not (fused and plain and mask_BT.device.type == "cuda"):
+            return mask_BT
+        return mask_BT.bool()[:, None, None, :].expand(-1, -1, mask_BT.shape[1], -1)
+
     def _keyed(self, row_keys_B: np.ndarray | None) -> AbstractContextManager[object]:
         if row_keys_B is None or not self.backbone.training:
             return nullcontext()
@@ -351,7 +373,7 @@ class Encoder(nn.Module):
         """Inside, weights stay as they are and nothing is trained: for products in ``dtype`` they are cast and laid out
         once, not once a batch."""
         before = self._weights
-        if self.packs and self.device.type == "cpu" and can_pack(self.backbone):
+        if self.can_pack():
             with torch.no_grad():
                 self._weights = PackedBert(self.backbone, dtype)
         try:
@@ -361,10 +383,10 @@ class Encoder(nn.Module):
 
     @contextmanager
     def same_weights(self, dtype: torch.dtype) -> Iterator[None]:
-        """Inside, all passes on a CPU multiply by the same casts of the weights to ``dtype``, through which gradients
+        """Inside, all packed passes multiply by the same casts of the weights to ``dtype``, through which gradients
         flow."""
         before = self._weights
-        if self.packs and self.device.type == "cpu" and can_pack(self.backbone):
+        if self.can_pack():
             with torch.enable_grad():
                 self._weights = PackedBert(self.backbone, dtype)
         try:
@@ -372,27 +394,28 @@ class Encoder(nn.Module):
         finally:
             self._weights = before
 
-    def template_states(self, lengths_B: Tensor, view: int = 0, keys_B: np.ndarray | None = None) -> Tensor:
+    def template_states(self, lengths_B: np.ndarray, view: int = 0, keys_B: np.ndarray | None = None) -> Tensor:
         """States of the mask token of the template alone (B x D), at the positions that it has in rows of ``lengths_B``
         tokens: what comes after the sentence stays behind it.
 
         Template denoising, after Jiang et al., "PromptBERT: Improving BERT Sentence Embeddings with Prompts", EMNLP
-        2022. Each different length is encoded once.
+        2022. Each different length is encoded once, with dropout by its own key.
         """
         before, after = self.prompt_affixes[view]
-        lengths_L, row_B = lengths_B.unique(return_inverse=True)
-        keys_L = None if keys_B is None else keys_B[np.unique(lengths_B.numpy(force=True), return_index=True)[1]]
-        ids_T = torch.tensor([*before, *after], device=lengths_B.device)
-        behind_LS = lengths_L[:, None] - torch.arange(len(after), 0, -1, device=lengths_B.device)
-        before_LP = torch.arange(len(before), device=lengths_B.device).expand(len(lengths_L), -1)
-        positions_LT = torch.cat([before_LP, behind_LS], dim=1) + first_position(self.backbone)
-        ids_LT = ids_T.expand(len(lengths_L), -1)
-        with self._keyed(keys_L):
+        lengths_L, first_L, row_B = np.unique(lengths_B, return_index=True, return_inverse=True)
+        ids = np.array([*before, *after])
+        behind_LS = lengths_L[:, None] - np.arange(len(after), 0, -1)
+        before_LP = np.broadcast_to(np.arange(len(before)), (len(lengths_L), len(before)))
+        positions_LT = np.concatenate([before_LP, behind_LS], axis=1) + first_position(self.backbone)
+        ids_LT = to_device(np.tile(ids, (len(lengths_L), 1)), self.device)
+        with self._keyed(None if keys_B is None else keys_B[first_L]):
             states_LTD = self.backbone(
-                input_ids=ids_LT, attention_mask=torch.ones_like(ids_LT), position_ids=positions_LT
+                input_ids=ids_LT,
+                attention_mask=self._mask(torch.ones_like(ids_LT)),
+                position_ids=to_device(positions_LT, self.device),
             ).last_hidden_state
-        mask_at = (ids_T == self.tokenizer.mask_token_id).to(torch.int64).argmax()
-        return states_LTD[:, mask_at][row_B]
+        mask_at = int((ids == self.tokenizer.mask_token_id).argmax())
+        return states_LTD[:, mask_at][to_device(row_B, self.device)]
 
     def project(self, z_BD: Tensor) -> Tensor:
         """Through the training head, where there is one."""
@@ -465,7 +488,9 @@ class Encoder(nn.Module):
         try:
             input_ids_BT, mask_BT = pad(ids, self.tokenizer.pad_token_id)
             with autocast(self.device, self.autocast_dtype):
-                return self(input_ids_BT.to(self.device), mask_BT.to(self.device)).float()
+                lengths_B = np.array([len(row) for row in ids])
+                ids_BT, mask_BT = (to_device(each.numpy(), self.device) for each in (input_ids_BT, mask_BT))
+                return self.embed([TokenBatch(ids_BT, mask_BT, lengths_B=lengths_B)])[0].float()
         finally:
             self.train(was_training)
 
@@ -527,9 +552,10 @@ def longest_text(backbone: Any, tokenizer: Any, *prompts: str | None) -> int | N
     return limit - max((prompt_length(prompt, tokenizer) for prompt in prompts if prompt), default=0)
 
 
-def autocast_dtype() -> torch.dtype:
-    """The precision in which a CPU multiplies at the moment."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+def autocast_dtype(device: torch.device) -> torch.dtype:
+    """The precision in which a device multiplies at the moment."""
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
 
 
 def pool(states_L: Sequence[Tensor], attention_mask_BT: Tensor, pooling: str, column_B: Tensor | None = None) -> Tensor:

@@ -1,8 +1,8 @@
-"""BERT and its like over packed tokens, on a CPU: what transformers computes of a padded batch, without the padding.
+"""BERT and its like over packed tokens: what transformers computes of a padded batch, without the padding.
 
 Several batches go through in one pass. The residual stream and the norms are
-float32, products are in the dtype asked for, each weight is cast once a pass. On a GPU, where attention has kernels of
-its own, and for all other architectures, transformers' own forward pass is taken.
+float32, products are in the dtype asked for, each weight is cast once a pass. For all other architectures
+transformers' own forward pass is taken.
 
 Shape suffixes: N tokens of all rows of all batches, R of these, D width, I and O in- and outputs of a layer.
 """
@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from clusterns_ray.kernels.dropout import drop, head_keys, token_keys
 from clusterns_ray.kernels.packed_attention import Packing, UnpackIndex, packed_attention
+from clusterns_ray.kernels.transfer import to_device
 from clusterns_ray.models.backbone import first_position
 
 PACKABLE = ("bert", "roberta", "xlm-roberta", "camembert")
@@ -64,7 +65,7 @@ class Linear(NamedTuple):
         biases: list[Tensor] = [layer.bias for layer in layers]
         weight = (weights[0] if len(layers) == 1 else torch.cat(weights)).to(dtype)
         bias_O = (biases[0] if len(layers) == 1 else torch.cat(biases)).to(dtype)
-        if not torch.is_grad_enabled() and onednn_multiplies(dtype):
+        if not torch.is_grad_enabled() and weight.device.type == "cpu" and onednn_multiplies(dtype):
             weight = torch.ops.mkldnn._reorder_linear_weight(weight)
         return cls(weight, bias_O)
 
@@ -94,7 +95,7 @@ def multiply(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     In float32 it is faster than MKL; in bfloat16 torch's own product copies the bias first (measured:
     experiments/LOG.md).
     """
-    if onednn_multiplies(x_NI.dtype):
+    if x_NI.device.type == "cpu" and onednn_multiplies(x_NI.dtype):
         return torch.ops.mkldnn._linear_pointwise(x_NI, weight_OI, bias_O, "none", [], "")
     return F.linear(x_NI, weight_OI, bias_O)
 
@@ -146,8 +147,8 @@ class PackedBert:
             row_keys: of dropout, of each batch's rows in every draw, the first draw first; no dropout without.
             draws: how many times each batch goes in, once unless said. It is dropout that makes them differ, and
                 what comes before the first is computed once.
-            read_R: the tokens whose states in the last layer are read, as many in each batch as it has rows: the last
-                layer computes nothing but its keys and values for the others, and its states are (R, D).
+            read_R: the tokens whose states in the last layer are read: it computes nothing but its keys and values for
+                the others, and its states are (R, D).
         """
         embeddings = self.backbone.embeddings
         positions_N = torch.cat([packing.positions_N for packing in packings]) + self.first
@@ -163,7 +164,10 @@ class PackedBert:
         apart = [UnpackIndex.of(packing, self.heads, self.dtype) for packing in packings]
         keys_N, query_keys = None, None
         if row_keys is not None:
-            keys = [token_keys(keys_B, packing.longest) for keys_B, packing in zip(row_keys, packings, strict=True)]
+            keys = [
+                to_device(token_keys(keys_B, packing.longest), x_ND.device)
+                for keys_B, packing in zip(row_keys, packings, strict=True)
+            ]
             keys_N = torch.cat([keys_BT.flatten()[packing.at_N] for keys_BT, packing in zip(keys, packings)])
             query_keys = [head_keys(keys_BT, self.heads).flatten(0, 1) for keys_BT in keys]
 

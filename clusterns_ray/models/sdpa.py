@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from clusterns_ray.kernels.dropout import drop, head_keys, token_keys
+from clusterns_ray.kernels.transfer import to_device
 
 ATTENTION = "clusterns_sdpa"
 """The name under which transformers knows :func:`attention`."""
@@ -39,7 +40,7 @@ class _Pass:
 
     def tokens(self, count: int) -> Tensor:
         if count not in self._tokens:
-            self._tokens[count] = token_keys(self.row_keys_B, count).to(self.device)
+            self._tokens[count] = to_device(token_keys(self.row_keys_B, count), self.device)
         return self._tokens[count]
 
     def keys(self, shape: torch.Size) -> Tensor | None:

@@ -16,12 +16,7 @@ from torch import Tensor
 from clusterns_ray import distributed
 from clusterns_ray.data.sampler import cut_shards
 from clusterns_ray.data.shard_tree import assign_shards
-
-
-def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """A tensor on ``device``; the host does not wait for the copy."""
-    tensor = torch.as_tensor(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+from clusterns_ray.kernels.transfer import to_device as to_device
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,8 @@ class Shard(NamedTuple):
     """ids and mask of the second view, where they are not those of the first"""
     masked: tuple[Tensor, Tensor] | None = None
     """ids with masked tokens and their labels, for masked language modelling"""
+    lengths: tuple[np.ndarray, np.ndarray] | None = None
+    """on the host: tokens of each row, int64 (B), in both views; where it is None, it is read from the masks"""
 
 
 def dropout_keys(
@@ -82,6 +84,7 @@ class ShardReader:
             dropout_keys(seed, step, rows, mask, None if second is None else second[1]),
             None if second is None else (to_device(second[0], self.device), to_device(second[1], self.device)),
             masked,
+            (mask.sum(axis=1), (mask if second is None else second[1]).sum(axis=1)),
         )
 
     def in_second_prompt(self, input_ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

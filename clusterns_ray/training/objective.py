@@ -80,12 +80,13 @@ class TwoViews(nn.Module):
     def _batches(self, shard: Shard, token_embeds: list[Tensor]) -> list[TokenBatch]:
         """Both views as one batch, or as one each."""
         ids_BT, mask_BT, keys = shard.input_ids_BT, shard.attention_mask_BT, shard.dropout_keys
+        lengths = shard.lengths or (None, None)
         if shard.second is None:
             both_B = np.concatenate([keys.first_B, keys.second_B])
-            return [TokenBatch(ids_BT, mask_BT, 0, token_embeds[0], both_B, keys.templates[0], draws=2)]
+            return [TokenBatch(ids_BT, mask_BT, 0, token_embeds[0], both_B, keys.templates[0], lengths[0], draws=2)]
         return [
-            TokenBatch(ids_BT, mask_BT, 0, token_embeds[0], keys.first_B, keys.templates[0]),
-            TokenBatch(*shard.second, 1, token_embeds[1], keys.second_B, keys.templates[1]),
+            TokenBatch(ids_BT, mask_BT, 0, token_embeds[0], keys.first_B, keys.templates[0], lengths[0]),
+            TokenBatch(*shard.second, 1, token_embeds[1], keys.second_B, keys.templates[1], lengths[1]),
         ]
 
 

@@ -23,6 +23,11 @@ class Teacher:
         """float32 (b, D), the shards' rows one after the other; products in ``dtype``."""
         with autocast(shards[0].input_ids_BT.device, dtype):
             embeddings = self.encoder.embed(
-                [TokenBatch(shard.input_ids_BT, shard.attention_mask_BT) for shard in shards]
+                [
+                    TokenBatch(
+                        shard.input_ids_BT, shard.attention_mask_BT, lengths_B=shard.lengths and shard.lengths[0]
+                    )
+                    for shard in shards
+                ]
             )
         return torch.cat(embeddings).float()

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from clusterns_ray.data.sampler import random_draws
-from clusterns_ray.kernels.dropout import LEVELS, hashed_words, head_keys, token_keys
+from clusterns_ray.kernels.dropout import LEVELS, hashed_words, head_keys
+from clusterns_ray.kernels.dropout import token_keys as keys_of_tokens
 
 ALARM = 5.0
 """Standard deviations: of a hundred statistics, one is further off in one of 20,000 runs."""
@@ -34,6 +35,10 @@ def words(keys: torch.Tensor, count: int, site: int = 1) -> np.ndarray:
 
 def row_keys(rows: np.ndarray, step: int = 0, seed: int = 1) -> np.ndarray:
     return random_draws(rows, "dropout", seed, step, "first")
+
+
+def token_keys(row_keys_B: np.ndarray, count: int) -> torch.Tensor:
+    return torch.from_numpy(keys_of_tokens(row_keys_B, count))
 
 
 # ---- streams --------------------------------------------------------------------------------------------------------

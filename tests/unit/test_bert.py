@@ -247,7 +247,7 @@ def test_states_of_all_layers(tiny_model: Path):
     output = encoder.backbone(
         input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, output_hidden_states=True
     )
-    packing = clusterns_ray.models.packed_bert.Packing.of(batch.attention_mask_BT)
+    packing = clusterns_ray.models.packed_bert.Packing.of(batch.real_BT(), torch.device("cpu"))
     token_embeds_ND = packing.pack(encoder.backbone.get_input_embeddings()(batch.input_ids_BT))
     states = PackedBert(encoder.backbone, torch.float32)(token_embeds_ND, [packing], all_layers=True)
     assert len(states) == len(output.hidden_states)

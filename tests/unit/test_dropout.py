@@ -20,13 +20,17 @@ from dropout_randomness import ALARM, battery
 
 import clusterns_ray.kernels.dropout
 from clusterns_ray.config import EncoderConfig
-from clusterns_ray.kernels.dropout import _kept, drop, head_keys, keep_mask, token_keys
+from clusterns_ray.kernels.dropout import _kept, drop, head_keys, keep_mask
 from clusterns_ray.models.backbone import load_transformer
 from clusterns_ray.models.encoder import Encoder, TokenBatch
 from clusterns_ray.models.sdpa import ATTENTION, Dropout, attention, keyed_dropout, number_dropout, use_keyed_dropout
 from clusterns_ray.training.collate import dropout_keys
 
 CPU = torch.device("cpu")
+
+
+def token_keys(row_keys_B: np.ndarray, tokens: int) -> torch.Tensor:
+    return torch.from_numpy(clusterns_ray.kernels.dropout.token_keys(row_keys_B, tokens))
 
 
 def keys(rows: int, tokens: int, seed: int = 1) -> torch.Tensor:

@@ -18,16 +18,20 @@ def mask_of(lengths: list[int]) -> torch.Tensor:
     return (torch.arange(max(lengths))[None, :] < torch.tensor(lengths)[:, None]).long()
 
 
+def packing_of(lengths: list[int]) -> Packing:
+    return Packing.of(mask_of(lengths).numpy().astype(bool), torch.device("cpu"))
+
+
 def apart_of(lengths: list[int], heads: int, dtype: torch.dtype) -> UnpackIndex:
-    return UnpackIndex.of(Packing.of(mask_of(lengths)), heads, dtype)
+    return UnpackIndex.of(packing_of(lengths), heads, dtype)
 
 
 def queries_of(row_keys: list[int], lengths: list[int], heads: int) -> torch.Tensor:
-    return head_keys(token_keys(np.array(row_keys), max(lengths)), heads).flatten(0, 1)
+    return head_keys(torch.from_numpy(token_keys(np.array(row_keys), max(lengths))), heads).flatten(0, 1)
 
 
 def test_real_tokens_in_order_and_back():
-    packing = Packing.of(mask_of(LENGTHS))
+    packing = packing_of(LENGTHS)
     x_BTD = torch.randn(5, 7, 4, requires_grad=True)
     x_ND = packing.pack(x_BTD)
     rows = [x_BTD[row, :length] for row, length in enumerate(LENGTHS)]
@@ -43,15 +47,14 @@ def test_real_tokens_in_order_and_back():
 
 
 def test_one_token_of_each_row_is_found():
-    packing = Packing.of(mask_of(LENGTHS))
+    packing = packing_of(LENGTHS)
     columns = torch.tensor([4, 0, 6, 2, 1])
     x_BTD = torch.randn(5, 7, 3)
     torch.testing.assert_close(packing.pack(x_BTD)[packing.find(columns)], x_BTD[torch.arange(5), columns])
 
 
 def test_a_batch_several_times():
-    mask = mask_of(LENGTHS)
-    once, thrice = Packing.of(mask), Packing.of(mask.repeat(3, 1))
+    once, thrice = packing_of(LENGTHS), packing_of(LENGTHS * 3)
     found = once.times(3)
     assert (found.rows, found.longest) == (thrice.rows, thrice.longest) == (15, 7)
     assert torch.equal(found.at_N, thrice.at_N) and once.times(1) is once
