@@ -293,7 +293,9 @@ class Encoder(nn.Module):
         all_layers = self.pooling in HIDDEN_STATE_POOLINGS
         mask_BT = batch.attention_mask_BT.repeat(n, 1)
         with self._keyed(batch.row_keys_B):
-            output = self.backbone(**words, attention_mask=self._mask(mask_BT), output_hidden_states=all_layers)
+            output = self.backbone(
+                **words, attention_mask=self.attention_mask(mask_BT), output_hidden_states=all_layers
+            )
         states = output.hidden_states if all_layers else (output.last_hidden_state,)
         return pool(states, mask_BT, self.pooling, self._read_B(batch))
 
@@ -313,9 +315,7 @@ class Encoder(nn.Module):
                 read_R.append(first + packing.find(column_B))
             first += len(packing)
         all_layers = self.pooling in HIDDEN_STATE_POOLINGS
-        weights, dtype = self._weights, autocast_dtype(self.device)
-        if weights is None or weights.dtype != dtype:
-            weights = PackedBert(self.backbone, dtype)
+        weights = self._packed_weights()
         with torch.autocast(self.device.type, enabled=False):
             states = weights(
                 token_embeds_ND,
@@ -332,6 +332,22 @@ class Encoder(nn.Module):
             pool([packing.unpack(x_ND) for x_ND in part], batch.attention_mask_BT.repeat(batch.draws, 1), self.pooling)
             for packing, batch, part in zip(drawn, batches, parts, strict=True)
         ]
+
+    def states_at(self, batch: TokenBatch, at_R: Tensor) -> Tensor:
+        """States of the last layer (R, D) at places of the padded batch, read row by row; packed."""
+        packing = Packing.of(batch.real_BT(), batch.input_ids_BT.device)
+        token_embeds_ND = packing.pack(self.backbone.get_input_embeddings()(batch.input_ids_BT))
+        weights = self._packed_weights()
+        with torch.autocast(self.device.type, enabled=False):
+            keys = [self._row_keys(batch)] if self.backbone.training else None
+            return weights(token_embeds_ND, [packing], keys, read_R=torch.searchsorted(packing.at_N, at_R))[-1]
+
+    def _packed_weights(self) -> PackedBert:
+        """In the precision of the moment: those that are frozen, or the current ones."""
+        dtype = autocast_dtype(self.device)
+        if self._weights is not None and self._weights.dtype == dtype:
+            return self._weights
+        return PackedBert(self.backbone, dtype)
 
     def _read_B(self, batch: TokenBatch) -> Tensor | None:
         """The column of the one token whose state in the last layer is a row's embedding, for every draw; None where it
@@ -353,7 +369,7 @@ class Encoder(nn.Module):
             return batch.row_keys_B
         return torch.randint(2**63 - 1, (batch.draws * len(batch.input_ids_BT),)).numpy()
 
-    def _mask(self, mask_BT: Tensor) -> Tensor:
+    def attention_mask(self, mask_BT: Tensor) -> Tensor:
         """The attention mask as transformers' own pass takes it. Of two dimensions it asks whether all tokens are real,
         and the host would wait for a GPU's answer; four it takes as they are, and knows of no other mask then."""
         config = self.backbone.config
@@ -411,7 +427,7 @@ class Encoder(nn.Module):
         with self._keyed(None if keys_B is None else keys_B[first_L]):
             states_LTD = self.backbone(
                 input_ids=ids_LT,
-                attention_mask=self._mask(torch.ones_like(ids_LT)),
+                attention_mask=self.attention_mask(torch.ones_like(ids_LT)),
                 position_ids=to_device(positions_LT, self.device),
             ).last_hidden_state
         mask_at = int((ids == self.tokenizer.mask_token_id).argmax())

@@ -18,7 +18,7 @@ from clusterns_ray.data.token_store import TokenStore
 from clusterns_ray.models.encoder import pad
 from clusterns_ray.models.tokenization import prompt_affixes, swap_prompt
 from clusterns_ray.training.batch_layout import BatchLayout, to_device
-from clusterns_ray.training.mlm import mask_tokens
+from clusterns_ray.training.mlm import IGNORED, mask_tokens
 
 
 class DropoutKeys(NamedTuple):
@@ -43,6 +43,8 @@ class Shard(NamedTuple):
     """ids with masked tokens and their labels, for masked language modelling"""
     lengths: tuple[np.ndarray, np.ndarray] | None = None
     """on the host: tokens of each row, int64 (B), in both views; where it is None, it is read from the masks"""
+    predicted_R: Tensor | None = None
+    """int64: places of the predicted tokens in the masked copy, read row by row"""
 
 
 def dropout_keys(
@@ -75,9 +77,9 @@ class ShardReader:
         second = self.positives(rows, input_ids, mask, step)
         if self.config.encoder.second_prompt:
             second = self.in_second_prompt(*(second or (input_ids, mask)))
-        masked = None
+        masked, predicted_R = None, None
         if self.config.loss.mlm_weight:
-            masked = self.masked_copy(input_ids, stream_key("mlm", seed, step, shard))
+            masked, predicted_R = self.masked_copy(input_ids, stream_key("mlm", seed, step, shard))
         return Shard(
             to_device(input_ids, self.device),
             to_device(mask, self.device),
@@ -85,6 +87,7 @@ class ShardReader:
             None if second is None else (to_device(second[0], self.device), to_device(second[1], self.device)),
             masked,
             (mask.sum(axis=1), (mask if second is None else second[1]).sum(axis=1)),
+            predicted_R,
         )
 
     def in_second_prompt(self, input_ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -94,8 +97,8 @@ class ShardReader:
         ids_BT, mask_BT = pad(framed, self.tokenizer.pad_token_id)
         return ids_BT.numpy(), mask_BT.numpy()
 
-    def masked_copy(self, input_ids: np.ndarray, key: int) -> tuple[Tensor, Tensor]:
-        """Ids with masked tokens, and their labels."""
+    def masked_copy(self, input_ids: np.ndarray, key: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Ids with masked tokens and their labels, and where these are: one place that is ignored if there are none."""
         ids_BT, labels_BT = mask_tokens(
             torch.as_tensor(input_ids),
             self.config.loss.mlm_probability,
@@ -104,7 +107,10 @@ class ShardReader:
             kept_ids=self.tokenizer.all_special_ids,
             generator=torch.Generator().manual_seed(key),
         )
-        return to_device(ids_BT.numpy(), self.device), to_device(labels_BT.numpy(), self.device)
+        ids, labels = ids_BT.numpy(), labels_BT.numpy()
+        predicted = np.flatnonzero(labels != IGNORED)
+        masked = to_device(ids, self.device), to_device(labels, self.device)
+        return masked, to_device(predicted if len(predicted) else np.zeros(1, np.int64), self.device)
 
     def warm_up_shard(self) -> Shard:
         """A shard of one row that exercises every part of the model, and whose values mean nothing."""

@@ -66,7 +66,8 @@ def changed_versions(path: Path, environment: dict[str, Any]) -> str | None:
 
 
 def _gpu(device: torch.device) -> dict[str, str | int | None]:
-    """The GPU's name, and its multiprocessors, on whose number it depends what torch's dropout draws."""
+    """The GPU's name, and its multiprocessors: what torch draws on it, in models with dropout of their own, depends on
+    their number."""
     if device.type != "cuda":
         return {"gpu": None}
     return {

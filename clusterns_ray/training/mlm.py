@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clusterns_ray.models.encoder import Encoder, TokenBatch
+
 IGNORED = -100
 """The label of a token that is not predicted."""
 
@@ -53,6 +55,25 @@ def prediction_loss(model: nn.Module, ids_BT: Tensor, mask_BT: Tensor, labels_BT
         logits_BTV.flatten(0, 1).float(), labels_BT.flatten(), ignore_index=IGNORED, reduction="sum"
     )
     return torch.stack([total, (labels_BT != IGNORED).sum().to(total.dtype)])
+
+
+def packed_prediction_loss(
+    encoder: Encoder, model: nn.Module, batch: TokenBatch, at_R: Tensor, labels_BT: Tensor
+) -> Tensor:
+    """The same, where the encoder packs its batches: the last layer and the head see the predicted tokens alone.
+
+    Args:
+        at_R: their places in the padded batch, read row by row: int64, one at least, and perhaps one that is ignored.
+    """
+    labels_R = labels_BT.flatten()[at_R]
+    logits_RV = prediction_head(model)(encoder.states_at(batch, at_R))
+    total = F.cross_entropy(logits_RV.float(), labels_R, ignore_index=IGNORED, reduction="sum")
+    return torch.stack([total, (labels_R != IGNORED).sum().to(total.dtype)])
+
+
+def prediction_head(model: Any) -> nn.Module:
+    """What makes logits of the states of BERT's and RoBERTa's language models."""
+    return model.cls if model.config.model_type == "bert" else model.lm_head
 
 
 class LanguageModelHead:

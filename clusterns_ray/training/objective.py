@@ -25,7 +25,7 @@ from clusterns_ray.models.encoder import Encoder, TokenBatch, autocast
 from clusterns_ray.models.sdpa import keyed_dropout
 from clusterns_ray.training.collate import Shard
 from clusterns_ray.training.hard_negatives import BatchNegatives, HardNegatives
-from clusterns_ray.training.mlm import prediction_loss
+from clusterns_ray.training.mlm import packed_prediction_loss, prediction_loss
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -63,8 +63,21 @@ class TwoViews(nn.Module):
             for shard in shards:
                 if self.language_model is not None and shard.masked is not None:
                     ids_BT, labels_BT = shard.masked
+                    if shard.predicted_R is not None and self.encoder.can_pack():
+                        lengths_B = (shard.lengths or [None])[0]
+                        batch = TokenBatch(
+                            ids_BT,
+                            shard.attention_mask_BT,
+                            row_keys_B=shard.dropout_keys.masked_B,
+                            lengths_B=lengths_B,
+                        )
+                        mlm = mlm + packed_prediction_loss(
+                            self.encoder, self.language_model, batch, shard.predicted_R, labels_BT
+                        )
+                        continue
+                    mask_BT = self.encoder.attention_mask(shard.attention_mask_BT)
                     with keyed_dropout(shard.dropout_keys.masked_B, ids_BT.device):
-                        mlm = mlm + prediction_loss(self.language_model, ids_BT, shard.attention_mask_BT, labels_BT)
+                        mlm = mlm + prediction_loss(self.language_model, ids_BT, mask_BT, labels_BT)
         return torch.cat([z1 for z1, _ in views]), torch.cat([z2 for _, z2 in views]), mlm
 
     def _token_embeds(self, shards: list[Shard]) -> list[list[Tensor]]:

@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import ARCHITECTURES
 
+from clusterns_ray.config import EncoderConfig
 from clusterns_ray.errors import ConfigError
 from clusterns_ray.models.backbone import load_language_model, load_transformer
-from clusterns_ray.training.mlm import IGNORED, LanguageModelHead, mask_tokens, prediction_loss
+from clusterns_ray.models.encoder import Encoder, TokenBatch
+from clusterns_ray.models.sdpa import keyed_dropout
+from clusterns_ray.training.mlm import (
+    IGNORED,
+    LanguageModelHead,
+    mask_tokens,
+    packed_prediction_loss,
+    prediction_loss,
+)
 
 MASK, VOCABULARY, SPECIAL = 4, 1000, (0, 1, 2, 3, 4)
 
@@ -66,6 +76,38 @@ def test_the_loss_is_the_cross_entropy_of_the_chosen_tokens(tiny_models: Callabl
         logits = model(input_ids=ids, attention_mask=mask).logits.double()
     by_hand = sum(-logits[row, at].log_softmax(dim=0)[label] for row, at, label in ((0, 1, 7), (1, 2, 8), (1, 3, 9)))
     assert count == 3 and total == pytest.approx(float(by_hand), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_packed_predictions_are_those_of_the_padded_copy(tiny_models: Callable[[str], Path], kind: str) -> None:
+    """Values and gradients, with dropout; where nothing is predicted it is 0 of 0, and has a gradient all the same."""
+    encoder = Encoder.for_training(EncoderConfig(name=str(tiny_models(kind)), dropout=0.2), seed=0).train()
+    model = load_language_model(str(tiny_models(kind)), encoder.backbone)[0].train()
+    lengths = np.array([4, 9, 6])
+    mask = torch.from_numpy((np.arange(9) < lengths[:, None]).astype(np.int64))
+    ids = torch.randint(10, 40, mask.shape, generator=torch.Generator().manual_seed(0))
+    ids = ids.where(mask.bool(), torch.tensor(encoder.tokenizer.pad_token_id))
+    rows, device = np.array([5, 6, 7]), torch.device("cpu")
+    labels = torch.full_like(ids, IGNORED)
+    labels[0, 1], labels[1, 8], labels[2, 3] = 7, 8, 9
+    batch = TokenBatch(ids, mask, row_keys_B=rows, lengths_B=lengths)
+
+    def outcome(loss: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        loss[0].backward()
+        return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    with keyed_dropout(rows, device):
+        expected, expected_gradients = outcome(prediction_loss(model, ids, mask, labels))
+    at = (labels.flatten() != IGNORED).nonzero()[:, 0]
+    found, gradients = outcome(packed_prediction_loss(encoder, model, batch, at, labels))
+    assert found[1] == 3 and gradients.keys() == expected_gradients.keys()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradients, expected_gradients, atol=1e-5, rtol=1e-4)
+    none, gradients = outcome(
+        packed_prediction_loss(encoder, model, batch, torch.zeros(1, dtype=torch.int64), torch.full_like(ids, IGNORED))
+    )
+    assert none.tolist() == [0.0, 0.0] and gradients.keys() == expected_gradients.keys()
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
