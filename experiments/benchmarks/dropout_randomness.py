@@ -46,12 +46,12 @@ def token_keys(row_keys_B: np.ndarray, count: int) -> torch.Tensor:
 
 def features(start: int) -> np.ndarray:
     """All words of width 768, of the tokens of rows of 32."""
-    return words(token_keys(row_keys(np.arange(start, start + 16)), 32), 192)
+    return words(token_keys(row_keys(np.arange(16 * start, 16 * (start + 1))), 32), 192)
 
 
 def tokens(start: int) -> np.ndarray:
     """One word of the tokens of rows of 512."""
-    return words(token_keys(row_keys(np.arange(start, start + 128)), 512), 1)
+    return words(token_keys(row_keys(np.arange(128 * start, 128 * (start + 1))), 512), 1)
 
 
 def rows(start: int) -> np.ndarray:

@@ -125,6 +125,27 @@ def test_with_dropout_a_batch_does_not_depend_on_those_beside_it(tiny_model: Pat
     assert not torch.allclose(first, second, atol=1e-3), "without a key the draws go on"
 
 
+@pytest.mark.parametrize("packs", [True, False])
+def test_with_dropout_a_batch_is_the_same_in_any_number_of_pieces(packs: bool, tiny_model: Path):
+    """Each padded to its own longest row; values and gradients."""
+    encoder = encoder_of(tiny_model, quiet=False)
+    lengths, keys_B = [3, 4, 4, 5, 7, 7, 9, 12], row_keys(8, 1)
+    whole = batches_of(encoder, [lengths])[0]
+    outcomes = []
+    for pieces in (1, 2, 8):
+        encoder.packs = packs or pieces == 1  # whole and packed, it is the same as in padded pieces
+        batches = []
+        for rows in np.array_split(np.arange(8), pieces):
+            ids, mask = (each[rows, : lengths[rows[-1]]] for each in whole[:2])
+            batches.append(TokenBatch(ids, mask, row_keys_B=keys_B[rows], lengths_B=np.array(lengths)[rows]))
+        encoder.zero_grad()
+        z_BD = torch.cat(encoder.embed(batches))
+        z_BD.square().sum().backward()
+        outcomes.append((z_BD.detach(), {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}))
+    for other in outcomes[1:]:
+        torch.testing.assert_close(other, outcomes[0], atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_all_precisions_draw_the_same_dropout(tiny_model: Path, precision: torch.dtype):
     encoder = encoder_of(tiny_model, quiet=False, dropout=0.5)
