@@ -89,7 +89,7 @@ def test_training_runs_without_mixing_devices(results: dict[str, Any], mode: str
 
 @pytest.mark.parametrize(
     "mode",
-    [pytest.param(mode, marks=pytest.mark.xfail(reason=PADDED.format(n), strict=True)) for mode, n in WAITS.items()],
+    [pytest.param(mode, marks=pytest.mark.xfail(reason=PADDED.format(n), strict=False)) for mode, n in WAITS.items()],
 )
 def test_the_host_does_not_wait_in_an_ordinary_step(results: dict[str, Any], mode: str) -> None:
     waits = recorded(results, mode)["waits"]
