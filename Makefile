@@ -6,7 +6,8 @@ PARALLEL ?= 2
 # Python compiles what it imports; compiling all of it beforehand would take two minutes.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
-SPREAD := -n $(PARALLEL) --dist loadfile --durations 10
+# Files in their order: by default those of many tests come first, and the long ones of Ray last and alone.
+SPREAD := -n $(PARALLEL) --dist loadfile --no-loadscope-reorder --durations 25
 
 .PHONY: demo check test test-slow test-cluster test-nightly bench docs clean
 
