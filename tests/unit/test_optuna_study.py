@@ -362,7 +362,7 @@ def test_a_process_killed_while_it_writes(make: Any, tmp_path: Path, storage: st
     """A real SIGKILL amid real writes, some times over."""
     values = {"storage": storage, "budget": {"trials": 200}, "scheduler": "none"}
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import sys; sys.path[:0] = sys.argv[1], sys.argv[1] + '/..'\n"
         "import test_optuna_study as t, yaml\nfrom pathlib import Path\n"
         "from clusterns_ray.tuning.study import check_study\n"
         "study = check_study(yaml.safe_load(Path(sys.argv[2]).read_text()), Path(sys.argv[2]))\n"
