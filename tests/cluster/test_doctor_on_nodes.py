@@ -67,6 +67,7 @@ def add_apart(nodes: Nodes, name: str, hidden: Path, **env: str) -> None:
     node.wait_until_up()
 
 
+@pytest.mark.nightly  # a minute is all the doctor takes, which other clusters beside it would use up
 def test_two_sound_nodes(make_run: Any, nodes: Nodes, tmp_path: Path) -> None:
     nodes.start_head(1)
     nodes.add("second")
