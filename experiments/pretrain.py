@@ -31,7 +31,7 @@ from clusterns_ray.models.backbone import load_language_model, load_transformer
 from clusterns_ray.models.encoder import Encoder
 from clusterns_ray.models.resolve import resolve_model
 from clusterns_ray.models.settings import ModelSettings
-from clusterns_ray.training.mlm import IGNORED, mask_tokens
+from clusterns_ray.training.mlm import IGNORED, mask_tokens, prediction_head
 from clusterns_ray.training.objective import DTYPES
 from clusterns_ray.training.precision import agreed_precision
 
@@ -120,8 +120,8 @@ class Pretraining:
         with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
             states = self.model.base_model(ids_BT, attention_mask=torch.as_tensor(mask)).last_hidden_state
             predicted_BT = labels_BT != IGNORED
-            (head,) = [m for name, m in self.model.named_children() if name != self.model.base_model_prefix]
-            loss = F.cross_entropy(head(states[predicted_BT]).float(), labels_BT[predicted_BT])
+            logits_RV = prediction_head(self.model)(states[predicted_BT])
+            loss = F.cross_entropy(logits_RV.float(), labels_BT[predicted_BT])
         warmup = max(1, round(WARMUP * self.steps))
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * min((self.step + 1) / warmup, (self.steps - self.step) / (self.steps - warmup))

@@ -385,25 +385,15 @@ class Encoder(nn.Module):
         return keyed_dropout(row_keys_B, self.device)
 
     @contextmanager
-    def frozen_weights(self, dtype: torch.dtype) -> Iterator[None]:
-        """Inside, weights stay as they are and nothing is trained: for products in ``dtype`` they are cast and laid out
-        once, not once a batch."""
-        before = self._weights
-        if self.can_pack():
-            with torch.no_grad():
-                self._weights = PackedBert(self.backbone, dtype)
-        try:
-            yield
-        finally:
-            self._weights = before
+    def same_weights(self, dtype: torch.dtype, *, frozen: bool) -> Iterator[None]:
+        """Inside, weights stay as they are, and are cast to ``dtype`` once for all packed passes.
 
-    @contextmanager
-    def same_weights(self, dtype: torch.dtype) -> Iterator[None]:
-        """Inside, all packed passes multiply by the same casts of the weights to ``dtype``, through which gradients
-        flow."""
+        Args:
+            frozen: nothing is trained, so that they may be laid out anew as well; else gradients flow through the cast.
+        """
         before = self._weights
         if self.can_pack():
-            with torch.enable_grad():
+            with torch.set_grad_enabled(not frozen):
                 self._weights = PackedBert(self.backbone, dtype)
         try:
             yield
@@ -481,7 +471,7 @@ class Encoder(nn.Module):
         done = 0
         dtype = torch.bfloat16 if bf16 else torch.float32
         # Around the loop, as casts are kept until the context ends.
-        with autocast(self.device, dtype), self.frozen_weights(dtype):
+        with autocast(self.device, dtype), self.same_weights(dtype, frozen=True):
             for rows in length_batches([len(row) for row in ids], batch_size):
                 embeddings[rows] = self.encode_ids([ids[row] for row in rows]).cpu().numpy()
                 done += len(rows)

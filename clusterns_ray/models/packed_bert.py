@@ -1,8 +1,7 @@
 """BERT and its like over packed tokens: what transformers computes of a padded batch, without the padding.
 
-Several batches go through in one pass. The residual stream and the norms are
-float32, products are in the dtype asked for, each weight is cast once a pass. For all other architectures
-transformers' own forward pass is taken.
+Several batches go through in one pass. The residual stream and the norms are float32, products are in the dtype asked
+for, each weight is cast once a pass. For all other architectures transformers' own forward pass is taken.
 
 Shape suffixes: N tokens of all rows of all batches, R of these, D width, I and O in- and outputs of a layer.
 """

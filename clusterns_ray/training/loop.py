@@ -176,7 +176,7 @@ def _train(
         loss = parts.objective(views.z1_BD, views.z2_BD, layout.rows_B, views.mlm_N2, teacher_BD)
         parts.health.observe(parts.clustering.centroids_KD, loss.counts_K)
 
-        # Backward: each worker leads its rows' gradients back, and all add up the parameters' (train.reduction).
+        # Backward: each worker back-propagates its own rows; all add up the parameters' gradients (train.reduction).
         parts.optimizer.zero_grad()
         views.backward(parts.optimizer.scale(loss.loss))
 

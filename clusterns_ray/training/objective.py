@@ -43,7 +43,7 @@ class TwoViews(nn.Module):
     @contextmanager
     def same_weights(self) -> Generator[None]:
         """Inside, all passes multiply by the same casts of the weights, through which gradients flow."""
-        with autocast(self.encoder.device, self.dtype), self.encoder.same_weights(self.dtype):
+        with autocast(self.encoder.device, self.dtype), self.encoder.same_weights(self.dtype, frozen=False):
             yield
 
     def forward(self, shards: list[Shard]) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,11 +164,11 @@ class Objective:
         if len(blocks) == 1:
             terms = self._terms(z1_BD, z2_BD, blocks[0], negatives, teacher_BD)
         else:
-            found: list[Tensor] = [
+            of_blocks: list[Tensor] = [
                 checkpoint(self._terms, z1_BD, z2_BD, rows, negatives, teacher_BD, use_reentrant=False)
                 for rows in blocks
             ]
-            terms = torch.stack(found).sum(dim=0)
+            terms = torch.stack(of_blocks).sum(dim=0)
         contrastive, info_nce, bml, distillation = terms.unbind()
         loss, mlm = contrastive, torch.zeros_like(contrastive)
         if teacher_BD is not None:

@@ -42,14 +42,14 @@ class AllReduce:
         """The sums of all workers, and which of them each of this worker's pieces is a part of."""
         return distributed.all_gather_rows(local_N2.sum(dim=0)[None]), [layout.rank] * len(local_N2)
 
-    def around(self, *, last: bool) -> AbstractContextManager[object]:
-        """Where a piece that is computed once more goes forward and back."""
+    def recomputation(self, *, last: bool) -> AbstractContextManager[object]:
+        """The context in which a piece is computed once more, forward and backward."""
         # DDP averages over workers once, with the last piece, what all pieces have left in `.grad`.
         waits = not last and hasattr(self.model, "no_sync")
         return self.model.no_sync() if waits else nullcontext()  # type: ignore[operator]
 
     def backward(self, outputs: list[Tensor], gradients: list[Tensor], shards: list[int]) -> None:
-        """Lead the gradients of the outputs of a piece back to the parameters.
+        """Back-propagate the gradients of a piece's outputs to the parameters.
 
         Args:
             shards: the numbers of the piece's shards.
@@ -94,13 +94,13 @@ class TreeReduction:
         gathered = distributed.all_gather_rows(local_N2)
         return gathered[to_device(np.argsort(by_rank), gathered.device)], layout.shards_by_rank[layout.rank]
 
-    def around(self, *, last: bool) -> AbstractContextManager[object]:
+    def recomputation(self, *, last: bool) -> AbstractContextManager[object]:
         return nullcontext()
 
     def backward(self, outputs: list[Tensor], gradients: list[Tensor], shards: list[int]) -> None:
         (shard,) = shards
-        found = torch.autograd.grad(outputs, self.parameters, gradients, allow_unused=True)
-        of_all: list[tuple[nn.Parameter, Tensor | None]] = list(zip(self.parameters, found, strict=True))
+        computed = torch.autograd.grad(outputs, self.parameters, gradients, allow_unused=True)
+        of_all: list[tuple[nn.Parameter, Tensor | None]] = list(zip(self.parameters, computed, strict=True))
         pairs = [(p, gradient) for p, gradient in of_all if gradient is not None]
         self.dense = [p for p, gradient in pairs if not gradient.is_sparse]
         self.looked_up = [p for p, gradient in pairs if gradient.is_sparse]

@@ -54,7 +54,7 @@ def embed_together(encoder: Encoder, ids: list[list[int]], *, project: bool = Fa
     """
     embeddings_ND = torch.zeros(len(ids), encoder.width, device=encoder.device)
     batches = list(length_batches([len(row) for row in ids], 64))
-    with encoder.frozen_weights(encoder.autocast_dtype):
+    with encoder.same_weights(encoder.autocast_dtype, frozen=True):
         for rows in batches[distributed.rank() :: distributed.world_size()]:
             z_BD = encoder.encode_ids([ids[int(row)] for row in rows])
             with torch.inference_mode():

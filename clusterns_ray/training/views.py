@@ -1,10 +1,10 @@
 """The two views of a step, and the way back through them: at once, or piece by piece with the gradient cached.
 
 The loss reads the embeddings of the whole batch, which every worker has, and gives their gradient; then each worker
-leads the gradient of its own rows back, piece by piece. Cached (Gao et al., "Scaling Deep Contrastive Learning Batch
-Size under Memory Limited Setup", RepL4NLP 2021): no activations are kept; each piece is computed once more, with the
-same dropout, before it takes its part of the gradient. Memory is that of one piece and of the embeddings, for one more
-forward pass.
+back-propagates the gradient of its own rows, piece by piece. Cached (Gao et al., "Scaling Deep Contrastive Learning
+Batch Size under Memory Limited Setup", RepL4NLP 2021): no activations are kept; each piece is computed once more, with
+the same dropout, before it takes its part of the gradient. Memory is that of one piece and of the embeddings, for one
+more forward pass.
 
 Shape suffixes: B rows of the global batch, b rows of this worker, D width.
 """
@@ -59,7 +59,7 @@ class Views:
         shards = iter(self.layout.shards_by_rank[self.layout.rank])
         with self.reduction.same_weights() if self.cached else nullcontext():
             for number, piece in enumerate(self.pieces):
-                with self.reduction.around(last=number + 1 == len(self.pieces)):
+                with self.reduction.recomputation(last=number + 1 == len(self.pieces)):
                     z1_bD, z2_bD, mlm = self.reduction.model(piece) if self.cached else self.outputs.pop(0)
                     outputs, gradients = [z1_bD, z2_bD], [d1[number], d2[number]]
                     if self.mlm_N2 is not None:
