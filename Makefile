@@ -1,6 +1,8 @@
 # `make demo` and `make test` each do everything from a bare clone: make .venv, install under constraints.txt, run.
 PYTHON ?= python3
 BIN := .venv/bin
+# Compiled files are kept, whatever the environment says: each of many processes would else compile torch and Ray anew.
+export PYTHONDONTWRITEBYTECODE :=
 # Tests at a time where Ray and other processes are started, which wait much of their time.
 PARALLEL ?= 2
 # Python compiles what it imports; compiling all of it beforehand would take two minutes.
