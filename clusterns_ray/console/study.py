@@ -82,7 +82,7 @@ def read_progress(study: Study, optuna_study: optuna.Study) -> Progress:
     price = budget.price or 0.0
     hours = [budget.worker_hours, budget.cost and budget.cost / price]
     spent = worker_hours(study.config, optuna_study)
-    workers = max(study.config.workers_per_trial, 1)
+    workers = max(study.config.workers_per_trial, 1) / study.config.trials_per_gpu
     left += [max(limit - spent, 0.0) * 3600 / workers / concurrent for limit in hours if limit is not None]
     before = max(attrs.get("scores_before", {}).values(), default=None)
     cost = worker_hours(study.config, optuna_study, confirmations=True) * price if price else None

@@ -149,9 +149,12 @@ def workers_on(worker: Resources, node: Resources) -> int:
     return min(int(node.get(key, 0) / value + 1e-9) for key, value in worker.items() if value)
 
 
-def worker_resources(cpus: int, gpu: bool) -> dict[str, float]:
-    """What Ray reserves for one training worker."""
-    return {"CPU": float(cpus), **({"GPU": 1.0} if gpu else {})}
+def worker_resources(cpus: int, gpu: bool, shared_by: int = 1) -> dict[str, float]:
+    """What Ray reserves for one training worker: its CPUs, and its GPU or the part of one that ``shared_by`` share.
+
+    Ray counts in ten-thousandths, so parts are rounded down to these.
+    """
+    return {"CPU": float(cpus), **({"GPU": 10_000 // shared_by / 10_000} if gpu else {})}
 
 
 def wants_gpu(use_gpu: bool | None, capacity: ClusterCapacity) -> bool:

@@ -23,6 +23,8 @@ class Job:
     staged: dict[str, Any]
     """Where the tokens and the STS pairs are (see ``clusterns_ray.launch.staging``)."""
     use_gpu: bool = False
+    trials_per_gpu: int = 1
+    """How many processes share that GPU."""
     score_before: float | None = None
     """The dev score of the untrained encoder; None if this job is to measure it."""
     known_step: int | None = None

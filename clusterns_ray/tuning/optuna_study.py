@@ -334,11 +334,12 @@ def enqueued_points(home: Place, space: Space, study: optuna.Study, note: OnNote
 
 
 def worker_hours(config: StudyConfig, study: optuna.Study, *, confirmations: bool = False) -> float:
-    """Hours that the workers of the trials were held, and of the runs that confirm if ``confirmations``."""
+    """Hours that the workers of the trials were held, and of the runs that confirm if ``confirmations``; a trial that
+    shares a GPU holds a part of it."""
     seconds = sum(trial.user_attrs.get("seconds", 0.0) for trial in begun(study))
     if confirmations:
         seconds += study.user_attrs.get("confirmation_seconds", 0.0)
-    return seconds / 3600 * max(config.workers_per_trial, 1)
+    return seconds / 3600 * max(config.workers_per_trial, 1) / config.trials_per_gpu
 
 
 def last_gain(trials: Sequence[FrozenTrial], gain: float) -> tuple[FrozenTrial | None, int]:

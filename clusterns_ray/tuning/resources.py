@@ -34,6 +34,11 @@ def cluster(study: Study, note: OnNote, *, begun: bool) -> Iterator[bool]:
     # Trials with workers of their own are watched through the State API, which the dashboard serves.
     with connect(needed, note, dashboard=bool(config.workers_per_trial)):
         use_gpu = check_workers(study.base.runtime, max(config.workers_per_trial, 1), "trial", begun=begun, note=note)
+        if config.trials_per_gpu > 1 and not use_gpu:
+            raise ConfigError(
+                f"trials_per_gpu is {config.trials_per_gpu}, but trials take no GPU here.",
+                "Leave it out: on CPUs concurrent_trials and runtime.cpus_per_worker say how many run at a time.",
+            )
         if config.workers_per_trial:
             check_state_api()
         yield use_gpu
@@ -41,7 +46,10 @@ def cluster(study: Study, note: OnNote, *, begun: bool) -> Iterator[bool]:
 
 def trial_resources(study: Study, use_gpu: bool) -> dict[str, float]:
     """What the process of a trial needs: all, or nothing but a place on the head where it has workers."""
-    return HEAD if study.config.workers_per_trial else worker_resources(study.base.runtime.cpus_per_worker, use_gpu)
+    config = study.config
+    if config.workers_per_trial:
+        return HEAD
+    return worker_resources(study.base.runtime.cpus_per_worker, use_gpu, config.trials_per_gpu)
 
 
 def check_state_api() -> None:

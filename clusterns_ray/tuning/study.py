@@ -147,6 +147,9 @@ class StudyConfig(Section):
     """Trials that run at a time."""
     workers_per_trial: int = Field(default=0, ge=0, le=MAX_WORKERS)
     """0: in the trial's own process, kept for the next trial. N: that many Ray workers a trial."""
+    trials_per_gpu: int = Field(default=1, ge=1, le=64)
+    """Trials in processes of their own that share a GPU, where trials take GPUs: each may use its part of the memory.
+    `clusterns plan` says what one needs."""
     sampler: Annotated[ModelSampler | PlainSampler, Discriminator("name")] = ModelSampler(name="tpe")
     """How the values of the next trial are proposed; a name alone takes its defaults."""
     scheduler: Annotated[ASHAScheduler | MedianScheduler | NoScheduler, Discriminator("name")] = NoScheduler(
@@ -188,6 +191,16 @@ class StudyConfig(Section):
     def _whole(self) -> Self:
         if not self.varied():
             raise ValueError("space varies nothing; give at least one key a type (int, float or choice)")
+        if self.trials_per_gpu > 1 and self.workers_per_trial:
+            raise ValueError(
+                f"trials_per_gpu is {self.trials_per_gpu} and workers_per_trial {self.workers_per_trial}: Ray workers "
+                "take whole GPUs; set workers_per_trial to 0, or leave trials_per_gpu out"
+            )
+        if self.trials_per_gpu > self.concurrent_trials:
+            raise ValueError(
+                f"trials_per_gpu is {self.trials_per_gpu}, but only {self.concurrent_trials} run at a time "
+                "(concurrent_trials); raise that, or lower trials_per_gpu"
+            )
         if self.previous and isinstance(self.sampler, PlainSampler):
             raise ValueError(
                 f"previous is of no use to the sampler {self.sampler.name}, which looks at no scores; use tpe or gp, "
@@ -327,7 +340,7 @@ def dump_study(study: Study) -> str:
 
 
 _NUMBERS = {f"budget.{key}" for key in BudgetConfig.model_fields} | {
-    "stop.after", "stop.gain", "concurrent_trials", "workers_per_trial",
+    "stop.after", "stop.gain", "concurrent_trials", "workers_per_trial", "trials_per_gpu",
     "confirmation.top", "confirmation.seeds", "sampler.seed", "sampler.startup_trials", "scheduler.min_steps",
     "scheduler.reduction_factor", "scheduler.startup_trials", "scheduler.warmup_steps",
 }  # fmt: skip

@@ -242,7 +242,8 @@ class Sweep:
         if number is not None:
             known_step = -1 if before is None else self.optuna_study.known_step(number)
         self.live.add(name)
-        job = Job(name, number, overrides, config, staged, self.use_gpu, before, known_step)
+        shared = self.study.config.trials_per_gpu
+        job = Job(name, number, overrides, config, staged, self.use_gpu, shared, before, known_step)
         self.on_event(TrialBegan(name, overrides))
         return job
 

@@ -178,6 +178,8 @@ def train_here(job: Job, report: Callable[[Evaluation], None]) -> dict[str, Any]
     device = torch.device("cuda" if job.use_gpu else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(job.config.runtime.cpus_per_worker)
+    else:  # so that a trial that needs more fails by itself, and not its neighbours
+        torch.cuda.set_per_process_memory_fraction(1 / job.trials_per_gpu)
     reporter = Reporter(job, report)
     try:
         with run_context(job) as context:

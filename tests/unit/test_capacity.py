@@ -145,6 +145,12 @@ def test_a_refusal_names_the_autoscaler_and_a_remedy_that_works(version: int) ->
     assert "that has failed: no credentials" in text and "Start the autoscaler again." in text
 
 
+@pytest.mark.parametrize("shared_by", range(1, 65))
+def test_trials_that_share_a_gpu(shared_by: int) -> None:
+    assert workers_on(worker_resources(1, True, shared_by), {"CPU": 128.0, "GPU": 2.0}) == 2 * shared_by
+    assert worker_resources(1, False, shared_by) == {"CPU": 1.0}
+
+
 def test_capacities_survive_json() -> None:
     for capacity, *_ in ROOM:
         again = ClusterCapacity.from_values(json.loads(json.dumps(capacity.values())))

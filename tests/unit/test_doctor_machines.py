@@ -282,6 +282,11 @@ def test_memory_of_gpus(two: Cluster, run_config: Callable[..., Config], sized: 
     assert "no GPU is up" in machines.check_memory(asked, two, sized)[0].value
     two.machines[0].facts["gpus"] = [{"name": "A10G", "memory": 24 << 30, "driver": "570"}]
     assert levels(machines.check_memory(asked, two, sized)) == ["ok"]
+    two.machines[0].facts["gpus"][0]["memory"] = 3 << 30
+    shared = replace(asked, study=True, concurrent=4, shared_by=4)
+    (finding,) = machines.check_memory(shared, two, sized)
+    assert finding.level == "problem" and "4 of them on a GPU" in finding.value
+    assert levels(machines.check_memory(replace(shared, shared_by=1), two, sized)) == ["ok"]
     two.machines[1].facts["gpus"] = [{"name": "MX", "memory": 1 << 29, "driver": "570"}]
     (finding,) = machines.check_memory(asked, two, sized)
     assert finding.level == "problem" and "of GPU memory" in finding.value

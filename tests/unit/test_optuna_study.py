@@ -434,14 +434,16 @@ def test_hours_are_those_of_all_sessions(make: Any) -> None:
 
 
 def test_worker_hours_count_every_worker(make: Any) -> None:
-    def spent(workers: int, seconds: float) -> bool:
-        study = make(f"w{workers}-{seconds}", budget={"worker_hours": 1.0}, workers_per_trial=workers)
+    def spent(workers: int, seconds: float, **changes: Any) -> bool:
+        study = make(f"w{workers}-{seconds}", budget={"worker_hours": 1.0}, workers_per_trial=workers, **changes)
         optuna_study = OptunaStudy(study)
         optuna_study.fail(optuna_study.propose().number, "why not", seconds)
         return optuna_study.budget_spent()
 
     assert not spent(1, 3599.0) and spent(1, 3600.0)
     assert not spent(0, 3599.0) and spent(2, 1800.0) and not spent(2, 1799.0)
+    shared = {"trials_per_gpu": 4, "concurrent_trials": 4}
+    assert not spent(0, 14_399.0, **shared) and spent(0, 14_400.0, **shared), "a quarter of a GPU each"
 
 
 def test_money_is_worker_hours_times_the_price(make: Any) -> None:

@@ -141,6 +141,8 @@ WRONG = [
     ({"sampler": "grid"}, "space.train.learning_rate has no step, and sampler grid needs one"),
     ({"scheduler": {"name": "asha", "reduction_factor": 1}}, "scheduler.reduction_factor is 1"),
     ({"concurrent_trials": 0}, "concurrent_trials is 0"),
+    ({"trials_per_gpu": 2}, "trials_per_gpu is 2, but only 1 run at a time"),
+    ({"trials_per_gpu": 2, "concurrent_trials": 2, "workers_per_trial": 1}, "Ray workers take whole GPUs"),
     ({"workers_per_trial": 3}, "runtime.num_workers allows 3 workers, which does not divide train.shards (4)"),
     ({"set": {"train.max_stps": 3}}, "unknown key train.max_stps in set: did you mean train.max_steps?"),
     ({"set": {"train.max_steps": -3}}, "train.max_steps is -3"),

@@ -7,6 +7,7 @@ import json
 import queue
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +34,7 @@ from clusterns_ray.tuning.outcome import write_outcome
 from clusterns_ray.tuning.study import Study, check_study, load_study
 from clusterns_ray.tuning.study_file import read_optuna_study
 from clusterns_ray.tuning.sweep import Sweep, owner, tune
-from clusterns_ray.tuning.trial import TrialRun, failure
+from clusterns_ray.tuning.trial import TrialRun, failure, train_here
 
 
 def refused(result: Result, *parts: str) -> None:
@@ -341,6 +342,21 @@ def test_a_worker_gets_the_verdict_on_its_own_evaluation(monkeypatch: pytest.Mon
     assert channel.listen(lambda evaluation: evaluation.score == 60.0)
     worker.join(5)
     assert verdicts == [True]
+
+
+@pytest.mark.parametrize("shared_by", [1, 3])
+def test_a_trial_may_use_its_part_of_a_gpu(
+    write_study: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, shared_by: int
+) -> None:
+    parts: list[float] = []
+    monkeypatch.setattr("clusterns_ray.launch.workers.check_gpu", lambda: None)
+    monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", parts.append)
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
+    monkeypatch.setattr("clusterns_ray.training.loop.train_worker", lambda context, device, *_, **__: {"on": device})
+    job = sweep_of(load_study(write_study())).next_job()
+    assert job is not None
+    done = train_here(replace(job, use_gpu=True, trials_per_gpu=shared_by), lambda _: None)
+    assert str(done["on"]) == "cuda" and parts == [1 / shared_by]
 
 
 def test_why_a_trial_failed(tmp_path: Path) -> None:

@@ -96,7 +96,8 @@ def read_request(path: Path, overrides: Iterable[str], load_study: LoadStudy) ->
     values = load_yaml(read_yaml_text("The configuration", path), str(path))
     if isinstance(values, dict) and "space" in values:
         study = load_study(path, overrides)
-        return Request(study.base, study=True, concurrent=study.config.concurrent_trials)
+        of_study = {"concurrent": study.config.concurrent_trials, "shared_by": study.config.trials_per_gpu}
+        return Request(study.base, study=True, **of_study)
     return Request(load_config(path, overrides))
 
 

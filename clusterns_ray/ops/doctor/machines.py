@@ -224,7 +224,8 @@ def check_resources(request: Request, cluster: Cluster) -> list[Finding]:
         return []
     capacity = cluster.capacity
     try:
-        worker = worker_resources(request.config.runtime.cpus_per_worker, takes_gpu(request, cluster))
+        gpu = takes_gpu(request, cluster)
+        worker = worker_resources(request.config.runtime.cpus_per_worker, gpu, request.shared_by)
         check_room(capacity, worker, request.fewest, "trial" if request.study else "run")
     except ConfigError as error:
         return from_error("resources", error)
@@ -313,7 +314,9 @@ def check_memory(request: Request, cluster: Cluster, sizes: Sizes) -> list[Findi
         there = [gpu["memory"] for m in cluster.machines for gpu in m.facts.get("gpus", []) if gpu["memory"]]
         if not there:
             return [ok("memory", f"{each}; no GPU is up to compare it with")]
-        return [_fits("memory", total, min(there), min(there), each, "the smallest GPU", remedy)]
+        shared_by = request.shared_by
+        each += f", {shared_by} of them on a GPU" if shared_by > 1 else ""
+        return [_fits("memory", shared_by * total, min(there), min(there), each, "the smallest GPU", remedy)]
     worker = {"CPU": float(config.runtime.cpus_per_worker)}
     findings = []
     for machine in cluster.machines:

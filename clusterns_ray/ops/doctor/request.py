@@ -45,6 +45,8 @@ class Request:
     study: bool = False
     concurrent: int = 1
     """Runs at the same time."""
+    shared_by: int = 1
+    """Runs that share a GPU."""
 
     @property
     def on_ray(self) -> bool:
