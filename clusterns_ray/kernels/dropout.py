@@ -11,12 +11,13 @@ An element reads 16 of these 64 bits and is dropped where they are below ``p`` x
 multipliers of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014, with
 the constants of David Stafford's variant 13), whose whole finaliser makes keys and constants.
 
-A CPU computes it in pieces that stay in its cache, on as many threads as torch has, and keeps the mask for the way
-back; other devices compute it anew.
+A CPU computes it where it is read, in pieces that stay in its cache, on as many threads as torch has; other devices
+compute the masks of many sites in a few operations. Masks are kept for the way back.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 from typing import Any
@@ -34,6 +35,9 @@ PER_WORD = 4
 
 CHUNK = 2**14
 """Words that are hashed at a time: with what is computed of them they fit into a core's second cache."""
+
+WORDS_TOGETHER = 2**27
+"""Words that other devices hash at a time, 1 GiB: at the beginning of a pass, when its activations are not there."""
 
 GAMMA = np.uint64(0x9E3779B97F4A7C15)
 MULTIPLIERS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
@@ -55,23 +59,23 @@ def constants(first: int, count: int) -> np.ndarray:
     return mix(np.arange(first + 1, first + count + 1, dtype=np.uint64) * GAMMA)
 
 
-@lru_cache(maxsize=1024)
 def site_words(site: int, width: int) -> np.ndarray:
     """uint64: what tells the words of ``width`` elements apart, at this site."""
-    words = constants(0, -(-width // PER_WORD)) ^ constants(SITES + site, 1)
-    words.flags.writeable = False
-    return words
+    return constants(0, -(-width // PER_WORD)) ^ constants(SITES + site, 1)
 
 
 @lru_cache(maxsize=4096)
-def _moved(kind: str, site: int, count: int, device: torch.device) -> Tensor:
-    array = constants(HEADS, count) if kind == "heads" else site_words(site, count)
-    return to_device(array.view(np.int64).copy(), device)
+def _moved(kind: str, numbers: tuple[int, ...], count: int, device: torch.device) -> Tensor:
+    if kind == "levels":
+        return to_device(np.array(numbers) - LEVELS // 2, device).to(torch.int16)
+    array = constants(HEADS, count) if kind == "heads" else np.stack([site_words(site, count) for site in numbers])
+    return to_device(array.view(np.int64), device)
 
 
-def _on_device(kind: str, site: int, count: int, device: torch.device) -> Tensor:
-    """int64: :func:`site_words`, or the constants of heads; moved to a device other than the CPU once."""
-    return (_moved.__wrapped__ if device.type == "cpu" else _moved)(kind, site, count, device)
+def _on_device(kind: str, numbers: tuple[int, ...], count: int, device: torch.device) -> Tensor:
+    """Moved to a device other than the CPU once: :func:`site_words` of these sites, int64; the constants of heads,
+    int64; or the levels below which a number drops its element, int16."""
+    return (_moved.__wrapped__ if device.type == "cpu" else _moved)(kind, numbers, count, device)
 
 
 # ---- keys -----------------------------------------------------------------------------------------------------------
@@ -85,7 +89,7 @@ def token_keys(row_keys_B: np.ndarray, tokens: int) -> np.ndarray:
 
 def head_keys(keys_BT: Tensor, heads: int) -> Tensor:
     """int64 (B, H, T): a key for each head and token, where it is a query that draws for its keys."""
-    return keys_BT[:, None] ^ _on_device("heads", 0, heads, keys_BT.device)[:, None]
+    return keys_BT[:, None] ^ _on_device("heads", (), heads, keys_BT.device)[:, None]
 
 
 # ---- masks ----------------------------------------------------------------------------------------------------------
@@ -119,26 +123,39 @@ def keep_mask(
         if type(mask) is Tensor:  # else it has no values, and memory alone is counted
             _fill(mask.view(-1, width), keys.flatten(), p, site, kept)
         return mask
-    return _kept(keys, width, p, site).to(dtype) * kept
+    return keep_masks(keys, width, {site: p})[site].to(dtype) * kept
 
 
-def hashed_words(keys: Tensor, width: int, site: int) -> Tensor:
-    """int64 ``(*S, words)`` of keys of shape ``S``: the words that ``width`` elements read, by torch's operations."""
-    first, second = (int(multiplier.astype(np.int64)) for multiplier in MULTIPLIERS)
-    x = (keys[..., None] ^ _on_device("words", site, width, keys.device)) * first
-    x = (x ^ ((x >> 32) & 0xFFFFFFFF)) * second  # as the shift of a signed number repeats its sign
-    return x ^ ((x >> 32) & 0xFFFFFFFF)
+def keep_masks(keys: Tensor, width: int, sites: Mapping[int, float]) -> dict[int, Tensor]:
+    """The masks of sites with the probabilities of their dropout, bool ``(*S, width)``, by torch's operations on any
+    device: as many sites at a time as memory allows, so that they are few."""
+    words = -(-width // PER_WORD)
+    together = max(1, WORDS_TOGETHER // max(1, keys.numel() * words))
+    masks, numbers = dict[int, Tensor](), list(sites)
+    for first in range(0, len(numbers), together):
+        some = tuple(numbers[first : first + together])
+        levels = _on_device("levels", tuple(dropped_levels(sites[site]) for site in some), 0, keys.device)
+        number = hashed_words(keys, width, some).view(torch.int16)[..., :width]
+        masks |= zip(some, (number >= levels.view(-1, *[1] * (keys.dim() + 1))).unbind())
+    return masks
 
 
-def _kept(keys: Tensor, width: int, p: float, site: int) -> Tensor:
-    """bool ``(*S, width)``."""
-    return hashed_words(keys, width, site).view(torch.int16)[..., :width] >= dropped_levels(p) - LEVELS // 2
+def hashed_words(keys: Tensor, width: int, sites: tuple[int, ...]) -> Tensor:
+    """int64 ``(sites, *S, words)`` of keys of shape ``S``: the words that ``width`` elements read, by torch's
+    operations."""
+    words = _on_device("words", sites, width, keys.device)
+    x = keys[..., None] ^ words.view(len(sites), *[1] * keys.dim(), -1)
+    low, high = x.view(torch.int32)[..., ::2], x.view(torch.int32)[..., 1::2]
+    for multiplier in MULTIPLIERS:
+        x.mul_(int(multiplier.astype(np.int64)))
+        low.bitwise_xor_(high)  # x ^= x >> 32
+    return x
 
 
 def _fill(mask_MD: Tensor, keys_M: Tensor, p: float, site: int, kept: float) -> None:
     """On a CPU: rows of the mask in pieces, which threads share where there are many."""
     width = mask_MD.shape[1]
-    words = _on_device("words", site, width, keys_M.device)
+    words = _moved("words", (site,), width, keys_M.device)[0]
     level = np.int16(dropped_levels(p) - LEVELS // 2)
     # A mask is 0 and a pattern of bits, and whole numbers of every size multiply fast.
     pattern = torch.full((1,), kept, dtype=mask_MD.dtype)
@@ -181,40 +198,33 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 # ---- dropout --------------------------------------------------------------------------------------------------------
 
 
+def masked(x: Tensor, mask: Tensor, kept: float, *, in_place: bool = False) -> Tensor:
+    """``x * mask * kept`` in the dtype of ``x``, which the mask has too, or else is bool; no gradient."""
+    if mask.dtype == torch.bool:
+        return torch.ops.aten.native_dropout_backward(x, mask, kept)  # One kernel of a GPU, which does just this.
+    x = x.mul_(mask) if in_place else x * mask
+    return x if kept == 1.0 else x.mul_(kept)
+
+
 class _Drop(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, keys: Tensor, p: float, site: int) -> Tensor:
-        mask, scale = _mask_for(x, keys, p, site)
-        ctx.p, ctx.site, ctx.scale = p, site, scale
-        ctx.save_for_backward(mask if stores_mask(x) else keys)
-        return _scaled(x * mask, scale)
+    def forward(ctx: Any, x: Tensor, mask: Tensor, kept: float) -> Tensor:
+        ctx.kept = kept
+        ctx.save_for_backward(mask)
+        return masked(x, mask, kept)
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *gradients: Tensor
-    ) -> tuple[Tensor, None, None, None]:
-        (saved,) = ctx.saved_tensors
-        (gradient,) = gradients
-        mask = saved if stores_mask(gradient) else _mask_for(gradient, saved, ctx.p, ctx.site)[0]
-        return _scaled(gradient * mask, ctx.scale), None, None, None
+    ) -> tuple[Tensor, None, None]:
+        (mask,) = ctx.saved_tensors
+        return masked(gradients[0], mask, ctx.kept), None, None
 
 
-def stores_mask(x: Tensor) -> bool:
-    """Whether the mask is kept for the way back: where it takes longer to compute it anew than to read it."""
-    return x.device.type == "cpu"
-
-
-def _mask_for(x: Tensor, keys: Tensor, p: float, site: int) -> tuple[Tensor, float]:
-    """The mask in the dtype of ``x``, and what is still to be multiplied by: a narrow mask cannot hold the scale."""
-    scale = dropout_scale(p)
-    if x.dtype.itemsize < 4:
-        return keep_mask(keys, x.shape[-1], p, site, dtype=x.dtype), scale
-    return keep_mask(keys, x.shape[-1], p, site, kept=scale, dtype=x.dtype), 1.0
-
-
-def _scaled(x: Tensor, scale: float) -> Tensor:
-    return x if scale == 1.0 else x.mul_(scale)
+def drop_by(x: Tensor, p: float, mask: Tensor) -> Tensor:
+    """:func:`drop` by a mask of :func:`keep_masks`."""
+    return _Drop.apply(x, mask, dropout_scale(p))  # type: ignore[return-value]
 
 
 def drop(x: Tensor, p: float, keys: Tensor, site: int) -> Tensor:
@@ -227,4 +237,9 @@ def drop(x: Tensor, p: float, keys: Tensor, site: int) -> Tensor:
     """
     if not drops(p):
         return nn.functional.dropout(x, p)
-    return _Drop.apply(x, keys, p, site)  # type: ignore[return-value]
+    width, kept = x.shape[-1], dropout_scale(p)
+    if keys.device.type != "cpu":
+        return drop_by(x, p, keep_masks(keys, width, {site: p})[site])
+    if x.dtype.itemsize < 4:  # a narrow mask cannot hold the scale
+        return _Drop.apply(x, keep_mask(keys, width, p, site, dtype=x.dtype), kept)  # type: ignore[return-value]
+    return _Drop.apply(x, keep_mask(keys, width, p, site, kept=kept, dtype=x.dtype), 1.0)  # type: ignore[return-value]

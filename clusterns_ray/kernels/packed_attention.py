@@ -1,15 +1,19 @@
 """A batch as one sequence of its real tokens: nothing is computed for padding.
 
 Linear layers, norms and dropout of a transformer treat each token by itself, so they take the tokens of all rows as
-one row. Attention alone has to know which of them belong together: it takes them apart by a :class:`Packing`. Several
-batches can stand one after the other, each with a packing of its own.
+one row. Attention alone has to know which of them belong together: it takes them apart by an :class:`AttentionIndex`,
+in groups of rows of about the same length. Several batches can stand one after the other, each with a
+:class:`Packing` of its own.
 
-Shape suffixes: B rows, T tokens of the longest row, N real tokens of all rows, H heads, D width, d = D / H, M = B x H.
+Shape suffixes: B rows of a batch, R rows of a group, T tokens of the longest row, N real tokens of all rows, H heads,
+D width, d = D / H, M = R x H.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from clusterns_ray.kernels.dropout import dropout_scale, drops, keep_mask
+from clusterns_ray.kernels.dropout import masked
 from clusterns_ray.kernels.transfer import to_device
 
 VECTOR_BYTES = 64
@@ -30,45 +34,54 @@ FUSED_FROM = 64
 from there on, and keeps no scores."""
 
 
+GROUPS = 2 ** np.arange(5, 21)
+"""Tokens of the longest row that a group takes: more groups would be more launches, fewer more work on padding."""
+
+
 def filled_columns(tokens: int, dtype: torch.dtype) -> int:
     """T': the columns of scores of T tokens, whole vectors of numbers of this type."""
     fill = VECTOR_BYTES // dtype.itemsize
     return -(-tokens // fill) * fill
 
 
-class Packing(NamedTuple):
+@dataclass(frozen=True)
+class Packing:
     """Where the tokens of a padded batch stand in the packed one."""
 
     rows: int
     longest: int
-    at_N: Tensor
-    """int64, the place of each real token in the padded batch, read row by row"""
+    places_N: np.ndarray
+    """int64, on the host: the place of each real token in the padded batch, read row by row"""
+    device: torch.device
 
     @classmethod
     def of(cls, real_BT: np.ndarray, device: torch.device) -> Packing:
         """The packing of a batch on ``device`` by where its real tokens are: bool, at least one in each row."""
         rows, longest = real_BT.shape
-        return cls(rows, longest, to_device(np.flatnonzero(real_BT), device))
+        return cls(rows, longest, np.flatnonzero(real_BT), device)
 
     def times(self, n: int) -> Packing:
         """The packing of ``n`` copies of the batch, one after the other."""
-        if n == 1:
-            return self
-        steps_n1 = torch.arange(n, device=self.at_N.device)[:, None] * (self.rows * self.longest)
-        return Packing(n * self.rows, self.longest, (self.at_N + steps_n1).flatten())
+        steps_n1 = np.arange(n)[:, None] * (self.rows * self.longest)
+        return self if n == 1 else Packing(n * self.rows, self.longest, (self.places_N + steps_n1).ravel(), self.device)
 
     def __len__(self) -> int:
         """N, real tokens of all rows."""
-        return len(self.at_N)
+        return len(self.places_N)
+
+    @cached_property
+    def at_N(self) -> Tensor:
+        """``places_N`` on the device."""
+        return to_device(self.places_N, self.device)
 
     @property
-    def positions_N(self) -> Tensor:
-        """int64, the place of each token in its row."""
-        return self.at_N % self.longest
+    def columns_N(self) -> np.ndarray:
+        """int64, on the host: the place of each token in its row."""
+        return self.places_N % self.longest
 
-    def pack(self, x_BTD: Tensor) -> Tensor:
-        """Real tokens alone: (B, T, D) to (N, D)."""
-        return _Take.apply(x_BTD.flatten(0, 1), self.at_N)  # type: ignore[return-value]
+    def pack(self, x_BT: Tensor) -> Tensor:
+        """Real tokens alone: (B, T, ...) to (N, ...)."""
+        return x_BT.flatten(0, 1)[self.at_N]
 
     def unpack(self, x_ND: Tensor) -> Tensor:
         """The padded batch again, zeros at padding: (N, D) to (B, T, D)."""
@@ -77,100 +90,131 @@ class Packing(NamedTuple):
 
     def find(self, column_B: Tensor) -> Tensor:
         """Where the token in the given column of each row stands among the N: int64 (B)."""
-        at_B = torch.arange(self.rows, device=self.at_N.device) * self.longest + column_B
+        at_B = torch.arange(self.rows, device=self.device) * self.longest + column_B
         return torch.searchsorted(self.at_N, at_B)
 
 
-class _Take(torch.autograd.Function):
-    """Rows of a matrix, each at most once: what comes back is then copied and not added up."""
+class Group(NamedTuple):
+    """Rows of about the same length. Queries are T a row, keys and values T' >= T."""
 
-    @staticmethod
-    def forward(ctx: Any, x_MD: Tensor, rows_N: Tensor) -> Tensor:
-        ctx.save_for_backward(rows_N)
-        ctx.shape = x_MD.shape
-        return x_MD.index_select(0, rows_N)
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *gradients: Tensor
-    ) -> tuple[Tensor, None]:
-        (rows_N,) = ctx.saved_tensors
-        return gradients[0].new_zeros(ctx.shape).index_copy_(0, rows_N, gradients[0]), None
-
-
-class UnpackIndex(NamedTuple):
-    """How to read queries, keys and values of a packed batch by row and head, and back; the same for all layers.
-
-    Queries are T a row, keys and values T' >= T. Padding reads token 0, as no one looks at what comes of it.
-    """
-
-    tokens: int
     longest: int
+    """T"""
     filled: int
     """T'"""
     bias_M1T: Tensor
     """added to the scores: -inf at padding"""
+    token_RT: np.ndarray
+    """int64, on the host: the token at each place, 0 at padding"""
+
+
+class AttentionIndex(NamedTuple):
+    """How to read queries, keys and values of packed batches by group, row and head, and back; the same for all layers.
+
+    What is read are the queries of all groups, then the keys and values of each. Padding reads token 0, as no one looks
+    at what comes of it.
+    """
+
+    groups: list[Group]
+    heads: int
     take: Tensor
-    """int64, M (T + 2 T') rows of (N x 3 x H) x d"""
-    back_N3H: Tensor
-    """int64, where each of these is among what was taken"""
+    """int64: which rows of (N x 3 x H) x d are read"""
+    back: Tensor
+    """int64, where each row of (N x 3 x H) x d is among what was read"""
+    queries: Tensor
+    """int64, where each row of (N x H) x d is, a query"""
 
     @classmethod
-    def of(cls, packing: Packing, heads: int, dtype: torch.dtype) -> UnpackIndex:
-        """The index of a packing, with keys and values filled up to whole vectors, for scores of ``dtype``."""
-        rows, longest = packing.rows, packing.longest
-        filled, device = filled_columns(longest, dtype), packing.at_N.device
-        row_N, position_N = packing.at_N // longest, packing.positions_N
-        token_BT = torch.full((rows, filled), -1, device=device)
-        token_BT[row_N, position_N] = torch.arange(len(packing), device=device)
-        bias_BT = torch.zeros(rows, filled, dtype=dtype, device=device).masked_fill_(token_BT < 0, -torch.inf)
+    def of(cls, packings: Sequence[Packing], heads: int, dtype: torch.dtype) -> AttentionIndex:
+        """The index of batches that stand one after the other, with keys and values filled up to whole vectors, for
+        scores of ``dtype``."""
+        device = packings[0].device
+        first_rows = np.cumsum([0, *(packing.rows for packing in packings)])
+        rows = [packing.places_N // packing.longest + first for packing, first in zip(packings, first_rows)]
+        row_N, column_N = np.concatenate(rows), np.concatenate([packing.columns_N for packing in packings])
+        longest_B = np.zeros(first_rows[-1], np.int64)
+        longest_B[row_N] = column_N + 1  # the last token of a row comes last
+        group_B = np.searchsorted(GROUPS, longest_B)
 
-        head_H1 = torch.arange(heads, device=device)[:, None]
-        first_BHT = token_BT.clamp_(min=0)[:, None] * 3 * heads + head_H1
-        parts = (first_BHT[:, :, :longest], first_BHT + heads, first_BHT + 2 * heads)
+        place_B = np.empty_like(group_B)
+        members = [np.flatnonzero(group_B == number) for number in np.unique(group_B)]
+        groups, tokens = list[Group](), list[Tensor]()
+        query_N, key_N, value_N, query_step_N, key_step_N = np.empty((5, len(row_N)), np.int64)
+        queries, keys = 0, heads * sum(len(of_group) * int(longest_B[of_group].max()) for of_group in members)
+        for of_group in members:
+            longest = int(longest_B[of_group].max())
+            filled, count = filled_columns(longest, dtype), heads * len(of_group)
+            place_B[of_group] = np.arange(len(of_group))
+            of_N = slice(None) if len(members) == 1 else np.flatnonzero(group_B[row_N] == group_B[of_group[0]])
+            first_N, column = heads * place_B[row_N[of_N]], column_N[of_N]
+            token_RT = np.full((len(of_group), filled), -1)
+            token_RT[place_B[row_N[of_N]], column] = np.arange(len(row_N))[of_N]
+            bias_RT = to_device(np.where(token_RT < 0, np.float32(-np.inf), np.float32(0)), device).to(dtype)
+            token_RT = np.maximum(token_RT, 0)
+            query_N[of_N], query_step_N[of_N] = queries + first_N * longest + column, longest
+            key_N[of_N], key_step_N[of_N] = keys + first_N * filled + column, filled
+            value_N[of_N] = key_N[of_N] + count * filled
+            queries, keys = queries + count * longest, keys + 2 * count * filled
+            bias_M1T = bias_RT[:, None].repeat_interleave(heads, dim=0)
+            groups.append(Group(longest, filled, bias_M1T, token_RT[:, :longest]))
+            tokens.append(to_device(token_RT * (3 * heads), device))
 
-        at_NH = row_N[:, None] * heads + head_H1.T
-        queries, keys = rows * heads * longest, rows * heads * filled
-        query_NH, key_NH = at_NH * longest + position_N[:, None], queries + at_NH * filled + position_N[:, None]
+        head_H = torch.arange(heads, device=device)
+        first_RHT = [token_RT[:, None] + head_H[:, None] for token_RT in tokens]
+        parts = [first[:, :, : group.longest] for first, group in zip(first_RHT, groups, strict=True)]
+        parts += [first + n * heads for first in first_RHT for n in (1, 2)]
+        steps = np.stack([[query_N, key_N, value_N], [query_step_N, key_step_N, key_step_N]])
+        base_3N, step_3N = to_device(steps, device)
+        back_N3H = base_3N.T[:, :, None] + step_3N.T[:, :, None] * head_H
         return cls(
-            len(packing),
-            longest,
-            filled,
-            bias_BT[:, None].repeat_interleave(heads, dim=0),
+            groups,
+            heads,
             torch.cat([part.flatten() for part in parts]),
-            torch.stack([query_NH, key_NH, key_NH + keys], dim=1),
+            back_N3H.flatten(),
+            back_N3H[:, 0].flatten(),
         )
 
-    def split(self, taken: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (M, T, d), keys and values (M, T', d), as views of ``M (T + 2 T') x d``."""
-        sizes = [len(self.bias_M1T) * t for t in (self.longest, self.filled, self.filled)]
-        query, key, value = (part.view(len(self.bias_M1T), -1, taken.shape[1]) for part in torch.split(taken, sizes))
-        return query, key, value
+    @property
+    def num_queries(self) -> int:
+        """Of all groups, rows and heads."""
+        return sum(len(group.bias_M1T) * group.longest for group in self.groups)
+
+    def of_queries(self, x: Tensor) -> list[Tensor]:
+        """A row of ``x`` for each query, (., d), as views: those of each group (M, T, d)."""
+        parts = torch.split(x, [len(group.bias_M1T) * group.longest for group in self.groups])
+        return [part.view(-1, group.longest, x.shape[1]) for part, group in zip(parts, self.groups, strict=True)]
+
+    def split(self, taken: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Of what was read, as views, each group's queries (M, T, d), keys and values (M, T', d)."""
+        first, parts = self.num_queries, list[tuple[Tensor, Tensor, Tensor]]()
+        for group, query in zip(self.groups, self.of_queries(taken[:first]), strict=True):
+            size = len(query) * group.filled
+            key, value = (taken[at : at + size].view(len(query), -1, taken.shape[1]) for at in (first, first + size))
+            first += 2 * size
+            parts.append((query, key, value))
+        return parts
 
 
 def packed_attention(
     qkv_N3D: Tensor,
-    parts: Sequence[UnpackIndex],
-    p: float,
+    index: AttentionIndex,
     scaling: float,
-    keys: Sequence[Tensor] | None = None,
-    site: int = 0,
+    masks: Sequence[Tensor] | None = None,
+    kept: float = 1.0,
 ) -> Tensor:
-    """Attention of each row with itself, with dropout ``p`` of its weights: (N, D), in the dtype of ``qkv_N3D``.
+    """Attention of each row with itself, with dropout of its weights: (N, D), in the dtype of ``qkv_N3D``.
 
     Args:
         qkv_N3D: (N, 3 D): queries, keys and values of the packed batches, one batch after the other.
-        keys: of dropout, for each batch those of its queries by row and head: int64 (M, T).
-        site: the number of this dropout in the model.
+        masks: of dropout, for each group (M, T, T'), see :func:`~clusterns_ray.kernels.dropout.masked`.
+        kept: what the weights that stay are multiplied by.
     """
-    return _Attention.apply(qkv_N3D, parts, p, scaling, keys, site)  # type: ignore[return-value]
+    return _Attention.apply(qkv_N3D, index, scaling, masks, kept)  # type: ignore[return-value]
 
 
 class _Attention(torch.autograd.Function):
     """Forward and backward by hand: no score leaves the dtype of the queries, and rows are taken apart in one go.
 
-    With S the scores, P = softmax(S), M the kept weights and c = 1 / (1 - p): out = c (M P) V, so that
+    With S the scores, P = softmax(S), M the mask and c what is kept: out = c (M P) V, so that
     dV = c (M P)' dO, dP = c M (dO V'), dS = P (dP - sum(P dP)), dQ = s dS K, dK = s dS' Q.
     """
 
@@ -178,75 +222,62 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any,
         qkv_N3D: Tensor,
-        parts: Sequence[UnpackIndex],
-        p: float,
+        index: AttentionIndex,
         scaling: float,
-        keys: Sequence[Tensor] | None,
-        site: int,
+        masks: Sequence[Tensor] | None,
+        kept: float,
     ) -> Tensor:
-        heads = parts[0].back_N3H.shape[2]
-        width = qkv_N3D.shape[1] // 3 // heads
-        out_ND = qkv_N3D.new_empty(len(qkv_N3D), heads * width)
-        sizes = [part.tokens for part in parts]
-        keeps: Sequence[Tensor | None] = [None] * len(parts)
-        if keys is not None and drops(p):
-            keeps = [
-                keep_mask(keys_MT, part.filled, p, site, dtype=qkv_N3D.dtype)
-                for part, keys_MT in zip(parts, keys, strict=True)
-            ]
-        saved: list[Tensor | None] = []
-        for part, keep, qkv, out in zip(
-            parts, keeps, torch.split(qkv_N3D, sizes), torch.split(out_ND, sizes), strict=True
+        width = qkv_N3D.shape[1] // 3 // index.heads
+        taken = qkv_N3D.view(-1, width).index_select(0, index.take)
+        read = taken.new_empty(index.num_queries, width)
+        # A narrow mask of a CPU cannot hold the scale, and what is read is smaller than the weights.
+        ctx.last = 1.0 if masks is None or masks[0].dtype == torch.bool else kept
+        saved: list[Tensor | None] = [taken]
+        for number, (group, (query, key, value), out) in enumerate(
+            zip(index.groups, index.split(taken), index.of_queries(read), strict=True)
         ):
-            taken = qkv.view(-1, width).index_select(0, part.take)
-            query, key, value = part.split(taken)
-            if not ctx.needs_input_grad[0] and keep is None and part.longest > FUSED_FROM:
-                real = slice(part.longest)
-                read = F.scaled_dot_product_attention(
+            if not ctx.needs_input_grad[0] and masks is None and group.longest > FUSED_FROM:
+                real = slice(group.longest)
+                out[:, None] = F.scaled_dot_product_attention(
                     query[:, None],
                     key[:, None, real],
                     value[:, None, real],
-                    part.bias_M1T[:, None, :, real],
+                    group.bias_M1T[:, None, :, real],
                     scale=scaling,
                 )
-            else:
-                weights = torch.softmax(torch.baddbmm(part.bias_M1T, query, key.transpose(1, 2), alpha=scaling), dim=-1)
-                if keep is None:
-                    read = torch.bmm(weights, value)
-                else:
-                    read = torch.bmm(weights * keep, value).mul_(dropout_scale(p))
-                saved += [taken, weights, keep]
-            torch.index_select(read.view(-1, width), 0, part.back_N3H[:, 0].flatten(), out=out.view(-1, width))
+                continue
+            weights = torch.softmax(torch.baddbmm(group.bias_M1T, query, key.transpose(1, 2), alpha=scaling), dim=-1)
+            mask = None if masks is None else masks[number]
+            torch.bmm(weights if mask is None else masked(weights, mask, kept / ctx.last), value, out=out)
+            saved += [weights, mask]
+        if ctx.last != 1.0:
+            read.mul_(ctx.last)
         ctx.save_for_backward(*saved)
-        ctx.parts, ctx.scaling = parts, scaling
-        ctx.dropout_scale = 1.0 if keeps[0] is None else dropout_scale(p)
-        return out_ND
+        ctx.index, ctx.scaling, ctx.kept = index, scaling, kept
+        return read.index_select(0, index.queries).view(len(qkv_N3D), -1)
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *gradients: Tensor
     ) -> tuple[Tensor | None, ...]:
-        saved = iter(ctx.saved_tensors)
-        sizes = [part.tokens for part in ctx.parts]
-        d_out_ND = gradients[0] * ctx.dropout_scale
-        d_qkv_N3D = d_out_ND.new_empty(len(d_out_ND), 3 * d_out_ND.shape[1])
-        for part, d_out, d_qkv in zip(ctx.parts, d_out_ND.split(sizes), d_qkv_N3D.split(sizes), strict=True):
-            taken, weights, keep = next(saved), next(saved), next(saved)
-            width = taken.shape[1]
-            query, key, value = part.split(taken)
-            d_taken = torch.empty_like(taken)
-            d_query, d_key, d_value = part.split(d_taken)
-            d_read = torch.zeros_like(query)
-            d_read.view(-1, width).index_copy_(0, part.back_N3H[:, 0].flatten(), d_out.view(-1, width))
-            d_weights = torch.bmm(d_read, value.transpose(1, 2))
-            if keep is None:
-                torch.bmm(weights.transpose(1, 2), d_read, out=d_value)
-            else:
-                torch.bmm((weights * keep).transpose(1, 2), d_read, out=d_value)
-                d_weights.mul_(keep)
-            d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype).mul_(ctx.scaling)
-            torch.bmm(d_scores, key, out=d_query)
-            torch.bmm(d_scores.transpose(1, 2), query, out=d_key)
-            torch.index_select(d_taken, 0, part.back_N3H.flatten(), out=d_qkv.view(-1, width))
-        return d_qkv_N3D, None, None, None, None, None
+        index: AttentionIndex = ctx.index
+        taken, *saved = ctx.saved_tensors
+        width = taken.shape[1]
+        d_taken = torch.empty_like(taken)
+        d_out_ND = gradients[0] if ctx.last == 1.0 else gradients[0] * ctx.last
+        d_read = taken.new_zeros(index.num_queries, width)
+        d_read.index_copy_(0, index.queries, d_out_ND.reshape(-1, width))
+        for (query, key, value), (d_query, d_key, d_value), d_out, weights, mask in zip(
+            index.split(taken), index.split(d_taken), index.of_queries(d_read), saved[::2], saved[1::2], strict=True
+        ):
+            d_weights = torch.bmm(d_out, value.transpose(1, 2))
+            read_by = weights
+            if mask is not None:
+                read_by = masked(weights, mask, ctx.kept / ctx.last)
+                d_weights = masked(d_weights, mask, ctx.kept / ctx.last, in_place=True)
+            torch.bmm(read_by.transpose(1, 2), d_out, out=d_value)
+            d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+            d_query.baddbmm_(d_scores, key, beta=0, alpha=ctx.scaling)
+            d_key.baddbmm_(d_scores.transpose(1, 2), query, beta=0, alpha=ctx.scaling)
+        return d_taken.index_select(0, index.back).view(len(d_out_ND), -1), None, None, None, None

@@ -57,7 +57,7 @@ class TokenBatch(NamedTuple):
     view: int = 0
     """1 where the rows have the second prompt"""
     token_embeds_BTD: Tensor | None = None
-    """the embeddings of the tokens, where they were looked up before"""
+    """the embeddings of the tokens, where they were looked up before; read where the batch is not packed"""
     row_keys_B: np.ndarray | None = None
     """int64: of the dropout of each row, in every draw, the first draw first; without them torch's generator draws"""
     template_keys_B: np.ndarray | None = None
@@ -281,7 +281,7 @@ class Encoder(nn.Module):
 
     def can_pack(self) -> bool:
         """Whether its batches are packed, see :func:`~clusterns_ray.models.packed_bert.can_pack`."""
-        return self.packs and can_pack(self.backbone)
+        return self._weights is not None or (self.packs and can_pack(self.backbone))
 
     def _pooled(self, batch: TokenBatch) -> Tensor:
         """Padded, by transformers."""
@@ -301,12 +301,9 @@ class Encoder(nn.Module):
 
     def _pooled_packed(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
         """Packed, in one pass; of the last layer no more is computed than is read."""
-        embedding = self.backbone.get_input_embeddings()
         packings = [Packing.of(batch.real_BT(), batch.input_ids_BT.device) for batch in batches]
-        words = [embedding(b.input_ids_BT) if b.token_embeds_BTD is None else b.token_embeds_BTD for b in batches]
-        token_embeds_ND = torch.cat(
-            [packing.pack(token_embeds_BTD) for packing, token_embeds_BTD in zip(packings, words, strict=True)]
-        )
+        ids = [packing.pack(batch.input_ids_BT) for packing, batch in zip(packings, batches, strict=True)]
+        token_embeds_ND = self.backbone.get_input_embeddings()(torch.cat(ids))
         drawn = [packing.times(batch.draws) for packing, batch in zip(packings, batches, strict=True)]
         read_R, first = [], 0
         for packing, batch in zip(drawn, batches, strict=True):
@@ -336,7 +333,7 @@ class Encoder(nn.Module):
     def states_at(self, batch: TokenBatch, at_R: Tensor) -> Tensor:
         """States of the last layer (R, D) at places of the padded batch, read row by row; packed."""
         packing = Packing.of(batch.real_BT(), batch.input_ids_BT.device)
-        token_embeds_ND = packing.pack(self.backbone.get_input_embeddings()(batch.input_ids_BT))
+        token_embeds_ND = self.backbone.get_input_embeddings()(packing.pack(batch.input_ids_BT))
         weights = self._packed_weights()
         with torch.autocast(self.device.type, enabled=False):
             keys = [self._row_keys(batch)] if self.backbone.training else None

@@ -19,8 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from clusterns_ray.kernels.dropout import drop, head_keys, token_keys
-from clusterns_ray.kernels.packed_attention import Packing, UnpackIndex, packed_attention
+from clusterns_ray.kernels.dropout import (
+    drop,
+    drop_by,
+    dropout_scale,
+    drops,
+    head_keys,
+    keep_mask,
+    keep_masks,
+    token_keys,
+)
+from clusterns_ray.kernels.packed_attention import AttentionIndex, Packing, packed_attention
 from clusterns_ray.kernels.transfer import to_device
 from clusterns_ray.models.backbone import first_position
 
@@ -57,16 +66,20 @@ class Linear(NamedTuple):
     """(O, I); where nothing is trained perhaps in a layout of oneDNN's own"""
     bias_O: Tensor
 
-    @classmethod
-    def of(cls, layers: Sequence[nn.Linear], dtype: torch.dtype) -> Linear:
+    @staticmethod
+    def of_groups(groups: Sequence[Sequence[nn.Linear]], dtype: torch.dtype) -> list[Linear]:
         """Join the weights of layers that read the same states, so that one product computes them all."""
-        weights: list[Tensor] = [layer.weight for layer in layers]
-        biases: list[Tensor] = [layer.bias for layer in layers]
-        weight = (weights[0] if len(layers) == 1 else torch.cat(weights)).to(dtype)
-        bias_O = (biases[0] if len(layers) == 1 else torch.cat(biases)).to(dtype)
-        if not torch.is_grad_enabled() and weight.device.type == "cpu" and onednn_multiplies(dtype):
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight)
-        return cls(weight, bias_O)
+        lists: list[list[Tensor]] = [
+            [getattr(layer, name) for layer in layers] for layers in groups for name in ("weight", "bias")
+        ]
+        if dtype == torch.float32:
+            joined = [tensors[0] if len(tensors) == 1 else torch.cat(tensors) for tensors in lists]
+        else:
+            joined = _Cast.apply(dtype, [len(tensors) for tensors in lists], *(t for tensors in lists for t in tensors))
+        linears = [Linear(weight, bias_O) for weight, bias_O in zip(joined[::2], joined[1::2], strict=True)]
+        if not torch.is_grad_enabled() and linears[0].bias_O.device.type == "cpu" and onednn_multiplies(dtype):
+            return [Linear(torch.ops.mkldnn._reorder_linear_weight(each.weight), each.bias_O) for each in linears]
+        return linears
 
     def __call__(self, x_NI: Tensor) -> Tensor:
         return _Linear.apply(x_NI, self.weight, self.bias_O)  # type: ignore[return-value]
@@ -109,6 +122,38 @@ def onednn_multiplies(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
+class _Cast(torch.autograd.Function):
+    """Parameters in a narrower dtype, those of a list joined: in one operation for all, and one for their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, counts: Sequence[int], *parameters: Tensor) -> tuple[Tensor, ...]:
+        """``counts`` of the parameters, one after the other, are joined."""
+        ctx.parameters, ctx.counts = [torch.empty_like(p, device="meta") for p in parameters], counts
+        cast, parts = [], []
+        for some in _lists(parameters, counts):
+            cast.append(some[0].new_empty(sum(map(len, some)), *some[0].shape[1:], dtype=dtype))
+            parts += cast[-1].split([len(parameter) for parameter in some])
+        torch._foreach_copy_(parts, list(parameters))  # pyright: ignore[reportPrivateImportUsage]
+        return tuple(cast)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        parts: list[Tensor] = []
+        for gradient, some in zip(gradients, _lists(ctx.parameters, ctx.counts), strict=True):
+            parts += gradient.split([len(parameter) for parameter in some])
+        wide = [torch.empty_like(p, device=part.device) for p, part in zip(ctx.parameters, parts, strict=True)]
+        torch._foreach_copy_(wide, parts)  # pyright: ignore[reportPrivateImportUsage]
+        return None, None, *wide
+
+
+def _lists(values: Sequence[Tensor], counts: Sequence[int]) -> list[Sequence[Tensor]]:
+    ends = np.cumsum(counts)
+    return [values[end - count : end] for end, count in zip(ends, counts, strict=True)]
+
+
 class Layer(NamedTuple):
     queries_keys_values: Linear
     attended: Linear
@@ -116,6 +161,65 @@ class Layer(NamedTuple):
     down: Linear
     module: Any
     """of transformers: its norms, activation and probabilities"""
+
+
+class PassDropout:
+    """Dropout of one pass: states draw by the keys of their tokens, weights of attention by those of their queries.
+
+    A CPU makes each mask where it is read; other devices make all of them at the beginning, in a few operations.
+    """
+
+    def __init__(
+        self,
+        backbone: Any,
+        row_keys: Sequence[np.ndarray],
+        packings: Sequence[Packing],
+        index: AttentionIndex,
+        dtype: torch.dtype,
+    ) -> None:
+        keys_N = np.concatenate(
+            [token_keys(keys_B, p.longest).ravel()[p.places_N] for keys_B, p in zip(row_keys, packings, strict=True)]
+        )
+        device = packings[0].device
+        self.dtype, self.index, self.at_once = dtype, index, device.type != "cpu"
+        self.keys_N = to_device(keys_N, device)
+        self.query_keys = [
+            head_keys(to_device(keys_N[group.token_RT], device), index.heads).flatten(0, 1) for group in index.groups
+        ]
+        if self.at_once:
+            layers = backbone.encoder.layer
+            of_states = [backbone.embeddings.dropout]
+            of_states += [part.output.dropout for layer in layers for part in (layer.attention, layer)]
+            of_weights = [layer.attention.self.dropout for layer in layers]
+            states, weights = (
+                {module.dropout_site: module.p for module in modules if drops(module.p)}
+                for modules in (of_states, of_weights)
+            )
+            self.masks_of_states = keep_masks(self.keys_N, backbone.config.hidden_size, states)
+            self.masks_of_weights = [
+                keep_masks(keys_MT, group.filled, weights)
+                for group, keys_MT in zip(index.groups, self.query_keys, strict=True)
+            ]
+
+    def states(self, x: Tensor, module: Any, read_R: Tensor | None = None) -> Tensor:
+        """Drop of the states of all tokens (N, D), or of those that are read (R, D)."""
+        if not self.at_once or not drops(module.p):
+            keys = self.keys_N if read_R is None else self.keys_N[read_R]
+            return drop(x, module.p, keys, module.dropout_site)
+        mask_ND = self.masks_of_states[module.dropout_site]
+        return drop_by(x, module.p, mask_ND if read_R is None else mask_ND[read_R])
+
+    def weights(self, module: Any) -> tuple[list[Tensor] | None, float]:
+        """The masks of the groups, and what is kept is multiplied by."""
+        if not drops(module.p):
+            return None, 1.0
+        site = module.dropout_site
+        if self.at_once:
+            return [masks[site] for masks in self.masks_of_weights], dropout_scale(module.p)
+        return [
+            keep_mask(keys_MT, group.filled, module.p, site, dtype=self.dtype)
+            for group, keys_MT in zip(self.index.groups, self.query_keys, strict=True)
+        ], dropout_scale(module.p)
 
 
 class PackedBert:
@@ -126,7 +230,7 @@ class PackedBert:
         self.heads = backbone.config.num_attention_heads
         self.layers = []
         for module in backbone.encoder.layer:
-            heads, attended, up, down = (Linear.of(group, dtype) for group in _linears(module))
+            heads, attended, up, down = Linear.of_groups(_linears(module), dtype)
             self.layers.append(Layer(heads, attended, up, down, module))
 
     def __call__(
@@ -150,7 +254,8 @@ class PackedBert:
                 the others, and its states are (R, D).
         """
         embeddings = self.backbone.embeddings
-        positions_N = torch.cat([packing.positions_N for packing in packings]) + self.first
+        device = token_embeds_ND.device
+        positions_N = to_device(np.concatenate([packing.columns_N for packing in packings]) + self.first, device)
         x_ND = (
             token_embeds_ND + embeddings.token_type_embeddings.weight[0] + embeddings.position_embeddings(positions_N)
         )
@@ -160,33 +265,25 @@ class PackedBert:
             x_ND = torch.cat([x for x, n in parts for _ in range(n)])
             packings = [packing.times(n) for packing, n in zip(packings, draws, strict=True)]
 
-        apart = [UnpackIndex.of(packing, self.heads, self.dtype) for packing in packings]
-        keys_N, query_keys = None, None
-        if row_keys is not None:
-            keys = [
-                to_device(token_keys(keys_B, packing.longest), x_ND.device)
-                for keys_B, packing in zip(row_keys, packings, strict=True)
-            ]
-            keys_N = torch.cat([keys_BT.flatten()[packing.at_N] for keys_BT, packing in zip(keys, packings)])
-            query_keys = [head_keys(keys_BT, self.heads).flatten(0, 1) for keys_BT in keys]
+        index = AttentionIndex.of(packings, self.heads, self.dtype)
+        dropout = None if row_keys is None else PassDropout(self.backbone, row_keys, packings, index, self.dtype)
 
-        def dropped(x: Tensor, module: Any) -> Tensor:
-            return x if keys_N is None else drop(x, module.p, keys_N, module.dropout_site)
+        def dropped(x: Tensor, module: Any, read_R: Tensor | None = None) -> Tensor:
+            return x if dropout is None else dropout.states(x, module, read_R)
 
         x_ND = dropped(x_ND, embeddings.dropout)
         states = [x_ND]
         for layer in self.layers:
             attention, output = layer.module.attention, layer.module.output
             qkv_N3D = layer.queries_keys_values(x_ND.to(self.dtype))
-            weights_dropout = attention.self.dropout
-            attended_ND = packed_attention(
-                qkv_N3D, apart, weights_dropout.p, attention.self.scaling, query_keys, weights_dropout.dropout_site
-            )
+            masks, kept = (None, 1.0) if dropout is None else dropout.weights(attention.self.dropout)
+            attended_ND = packed_attention(qkv_N3D, index, attention.self.scaling, masks, kept)
+            read = None
             if layer is self.layers[-1] and read_R is not None:
-                x_ND, attended_ND = x_ND[read_R], attended_ND[read_R]
-                keys_N = None if keys_N is None else keys_N[read_R]
-            x_ND = attention.output.LayerNorm(x_ND + dropped(layer.attended(attended_ND), attention.output.dropout))
+                read, x_ND, attended_ND = read_R, x_ND[read_R], attended_ND[read_R]
+            attended_ND = dropped(layer.attended(attended_ND), attention.output.dropout, read)
+            x_ND = attention.output.LayerNorm(x_ND + attended_ND)
             wide_NI = layer.module.intermediate.intermediate_act_fn(layer.up(x_ND.to(self.dtype)))
-            x_ND = output.LayerNorm(x_ND + dropped(layer.down(wide_NI), output.dropout))
+            x_ND = output.LayerNorm(x_ND + dropped(layer.down(wide_NI), output.dropout, read))
             states = [*states, x_ND] if all_layers else [x_ND]
         return states

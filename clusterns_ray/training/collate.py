@@ -1,14 +1,16 @@
-"""Rows of the global batch as tensors: a shard is what one forward pass reads.
+"""Rows of the global batch as tensors: one forward pass reads a shard, or several that are joined.
 
 Shape suffixes: B rows of the shard, T tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clusterns_ray.config import Config
@@ -44,7 +46,19 @@ class Shard(NamedTuple):
     lengths: tuple[np.ndarray, np.ndarray] | None = None
     """on the host: tokens of each row, int64 (B), in both views; where it is None, it is read from the masks"""
     predicted_R: Tensor | None = None
-    """int64: places of the predicted tokens in the masked copy, read row by row"""
+    """int64: places of the predicted tokens in the masked copy, read row by row; one that is ignored if there are
+    none"""
+
+    def to(self, device: torch.device) -> Shard:
+        """The same with its tensors on ``device``; the host does not wait for the copies."""
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return to_device(value.numpy(), device)
+            return tuple(map(moved, value)) if type(value) is tuple else value  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+
+        fields: Any = self
+        return self if device.type == "cpu" else Shard(*map(moved, fields))
 
 
 def dropout_keys(
@@ -62,10 +76,11 @@ def dropout_keys(
 
 
 class ShardReader:
-    """Reads a shard of a step: tokens of both views, the keys of their dropout, and which tokens are masked."""
+    """Reads a shard of a step: tokens of both views, the keys of their dropout, and which tokens are masked, all on
+    the host."""
 
-    def __init__(self, config: Config, tokens: TokenStore, tokenizer: Any, device: torch.device) -> None:
-        self.config, self.tokens, self.tokenizer, self.device = config, tokens, tokenizer, device
+    def __init__(self, config: Config, tokens: TokenStore, tokenizer: Any) -> None:
+        self.config, self.tokens, self.tokenizer = config, tokens, tokenizer
         prompts = (config.encoder.prompt, config.encoder.second_prompt)
         self.positives = Positives(config, tokens, tokenizer)
         self.prompt_affixes = [prompt_affixes(prompt, tokenizer) for prompt in prompts if prompt]
@@ -77,17 +92,41 @@ class ShardReader:
         second = self.positives(rows, input_ids, mask, step)
         if self.config.encoder.second_prompt:
             second = self.in_second_prompt(*(second or (input_ids, mask)))
-        masked, predicted_R = None, None
+        masked = None
         if self.config.loss.mlm_weight:
-            masked, predicted_R = self.masked_copy(input_ids, stream_key("mlm", seed, step, shard))
+            masked = self.masked_copy(input_ids, stream_key("mlm", seed, step, shard))
         return Shard(
-            to_device(input_ids, self.device),
-            to_device(mask, self.device),
+            torch.as_tensor(input_ids),
+            torch.as_tensor(mask),
             dropout_keys(seed, step, rows, mask, None if second is None else second[1]),
-            None if second is None else (to_device(second[0], self.device), to_device(second[1], self.device)),
+            None if second is None else (torch.as_tensor(second[0]), torch.as_tensor(second[1])),
             masked,
             (mask.sum(axis=1), (mask if second is None else second[1]).sum(axis=1)),
-            predicted_R,
+            None if masked is None else _predicted(masked[1]),
+        )
+
+    def join(self, shards: list[Shard]) -> Shard:
+        """The rows of shards one after the other, padded to the longest of all."""
+        if len(shards) == 1:
+            return shards[0]
+        pad_id = self.tokenizer.pad_token_id or 0
+        keys = [shard.dropout_keys for shard in shards]
+        first_B, second_B, masked_B = (
+            np.concatenate([getattr(of_shard, name) for of_shard in keys])
+            for name in ("first_B", "second_B", "masked_B")
+        )
+        templates = [np.concatenate(views) for views in zip(*(of_shard.templates for of_shard in keys), strict=True)]
+        lengths = [np.concatenate(views) for views in zip(*(shard.lengths or () for shard in shards), strict=True)]
+        first = _joined([(shard.input_ids_BT, shard.attention_mask_BT) for shard in shards], (pad_id, 0))
+        masked = _joined([shard.masked for shard in shards if shard.masked], (pad_id, IGNORED))
+        assert first
+        return Shard(
+            *first,
+            DropoutKeys(first_B, second_B, masked_B, (templates[0], templates[1])),
+            _joined([shard.second for shard in shards if shard.second], (pad_id, 0)),
+            masked,
+            (lengths[0], lengths[1]),
+            None if masked is None else _predicted(masked[1]),
         )
 
     def in_second_prompt(self, input_ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -97,9 +136,9 @@ class ShardReader:
         ids_BT, mask_BT = pad(framed, self.tokenizer.pad_token_id)
         return ids_BT.numpy(), mask_BT.numpy()
 
-    def masked_copy(self, input_ids: np.ndarray, key: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Ids with masked tokens and their labels, and where these are: one place that is ignored if there are none."""
-        ids_BT, labels_BT = mask_tokens(
+    def masked_copy(self, input_ids: np.ndarray, key: int) -> tuple[Tensor, Tensor]:
+        """Ids with masked tokens, and their labels."""
+        return mask_tokens(
             torch.as_tensor(input_ids),
             self.config.loss.mlm_probability,
             mask_id=self.tokenizer.mask_token_id,
@@ -107,21 +146,34 @@ class ShardReader:
             kept_ids=self.tokenizer.all_special_ids,
             generator=torch.Generator().manual_seed(key),
         )
-        ids, labels = ids_BT.numpy(), labels_BT.numpy()
-        predicted = np.flatnonzero(labels != IGNORED)
-        masked = to_device(ids, self.device), to_device(labels, self.device)
-        return masked, to_device(predicted if len(predicted) else np.zeros(1, np.int64), self.device)
 
     def warm_up_shard(self) -> Shard:
         """A shard of one row that exercises every part of the model, and whose values mean nothing."""
         prompts = [[*before, *after] for before, after in self.prompt_affixes] or [
             [self.tokenizer.cls_token_id or 0] * 4
         ]
-        ids = [torch.tensor([prompt], device=self.device) for prompt in prompts]
+        ids = [torch.tensor([prompt]) for prompt in prompts]
         views = [(ids_BT, torch.ones_like(ids_BT)) for ids_BT in ids]
         return Shard(
             *views[0],
-            dropout_keys(0, 0, np.zeros(1, np.int64), views[0][1].numpy(force=True)),
+            dropout_keys(0, 0, np.zeros(1, np.int64), views[0][1].numpy()),
             views[1] if self.config.encoder.second_prompt else None,
             (ids[0], ids[0]) if self.config.loss.mlm_weight else None,
         )
+
+
+def _predicted(labels_BT: Tensor) -> Tensor:
+    places = np.flatnonzero(labels_BT.numpy() != IGNORED)
+    return torch.as_tensor(places if len(places) else np.zeros(1, np.int64))
+
+
+def _joined(pairs: Sequence[tuple[Tensor, Tensor]], padding: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+    """Pairs of (B, T) one below the other, each padded by its number; None where there are none."""
+    if not pairs:
+        return None
+    longest = max(first.shape[1] for first, _ in pairs)
+    first, second = (
+        torch.cat([F.pad(pair[place], (0, longest - pair[place].shape[1]), value=padding[place]) for pair in pairs])
+        for place in (0, 1)
+    )
+    return first, second

@@ -80,9 +80,11 @@ class TwoViews(nn.Module):
                         mlm = mlm + prediction_loss(self.language_model, ids_BT, mask_BT, labels_BT)
         return torch.cat([z1 for z1, _ in views]), torch.cat([z2 for _, z2 in views]), mlm
 
-    def _token_embeds(self, shards: list[Shard]) -> list[list[Tensor]]:
+    def _token_embeds(self, shards: list[Shard]) -> list[list[Tensor | None]]:
         """The word embeddings of each shard's views, read at once: the gradient of a lookup is as large as the whole
-        vocabulary, and would be made anew, mostly of zeros, for each of them."""
+        vocabulary, and would be made anew, mostly of zeros, for each of them. A packed pass looks them up by itself."""
+        if self.encoder.can_pack():
+            return [[None, None]] * len(shards)
         ids = [[shard.input_ids_BT] + ([shard.second[0]] if shard.second else []) for shard in shards]
         token_embeds_ND = self.encoder.backbone.get_input_embeddings()(
             torch.cat([part.flatten() for row in ids for part in row])
@@ -90,7 +92,7 @@ class TwoViews(nn.Module):
         parts = iter(token_embeds_ND.split([part.numel() for row in ids for part in row]))
         return [[next(parts).view(*part.shape, -1) for part in row] for row in ids]
 
-    def _batches(self, shard: Shard, token_embeds: list[Tensor]) -> list[TokenBatch]:
+    def _batches(self, shard: Shard, token_embeds: list[Tensor | None]) -> list[TokenBatch]:
         """Both views as one batch, or as one each."""
         ids_BT, mask_BT, keys = shard.input_ids_BT, shard.attention_mask_BT, shard.dropout_keys
         lengths = shard.lengths or (None, None)

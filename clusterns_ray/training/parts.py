@@ -50,7 +50,7 @@ class TrainingParts:
 
         self.precision = agreed_precision(config.train.precision, device)
         self.encoder = Encoder.for_training(config.encoder, stream_key("head", config.seed)).to(device).train()
-        self.shards = ShardReader(config, self.tokens, self.encoder.tokenizer, device)
+        self.shards = ShardReader(config, self.tokens, self.encoder.tokenizer)
         self.views = TwoViews(self.encoder, self.precision, self._language_model())
         self.teacher = Teacher(config.loss.teacher, device) if config.loss.teacher else None
         self.reduction = make_reduction(self.views, config.train, device)
@@ -65,11 +65,15 @@ class TrainingParts:
         self.compute_in(self.precision)
 
     def batch(self, step: int) -> tuple[BatchLayout, list[Shard]]:
-        """The global batch of a step, and this worker's shards of it on the device."""
+        """The global batch of a step, and this worker's shards of it on the device: joined where they go through the
+        model at once and packed, so that nothing is computed shard by shard."""
         epoch, step_in_epoch = divmod(step, self.order.steps_per_epoch)
         rows = self.order.sample_ids(epoch, step_in_epoch)
         layout = build_batch_layout(rows, self.tokens.lengths(rows), self.config.train.shards)
-        return layout, [self.shards(layout, shard, step) for shard in layout.shards_by_rank[layout.rank]]
+        shards = [self.shards(layout, shard, step) for shard in layout.shards_by_rank[layout.rank]]
+        if self.encoder.can_pack():
+            shards = [self.shards.join(piece) for piece in self.reduction.pieces(shards, self.config.train.cache_chunk)]
+        return layout, [shard.to(self.device) for shard in shards]
 
     def forward(self, layout: BatchLayout, shards: list[Shard]) -> Views:
         """Both views of the batch, from this worker's shards and those of the others, and the way back through them."""
@@ -117,7 +121,7 @@ class TrainingParts:
         model = self.reduction.model
         if model is self.views:
             return
-        z1_bD, z2_bD, mlm = model([self.shards.warm_up_shard()])
+        z1_bD, z2_bD, mlm = model([self.shards.warm_up_shard().to(self.device)])
         (z1_bD.sum() + z2_bD.sum() + mlm[0]).backward()
         self.optimizer.zero_grad()
 

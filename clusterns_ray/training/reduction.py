@@ -170,7 +170,7 @@ def make_reduction(views: TwoViews, train: TrainConfig, device: torch.device) ->
 
 def _add(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
     # Not in place: autograd may return one tensor for two parameters.
-    return [x + y for x, y in zip(a, b, strict=True)]
+    return list(torch._foreach_add(a, b))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def chunked(shards: list[Shard], rows: int) -> list[list[Shard]]:

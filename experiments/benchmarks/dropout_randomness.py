@@ -30,7 +30,7 @@ PER_CALL = 1 << 16
 
 def words(keys: torch.Tensor, count: int, site: int = 1) -> np.ndarray:
     """uint64 ``(*S, count)`` of keys of shape ``S``."""
-    return hashed_words(keys, 4 * count, site).numpy().view(np.uint64)
+    return hashed_words(keys, 4 * count, (site,))[0].numpy().view(np.uint64)
 
 
 def row_keys(rows: np.ndarray, step: int = 0, seed: int = 1) -> np.ndarray:

@@ -49,8 +49,10 @@ MODES: dict[str, dict[str, dict[str, Any]]] = {
     "clusters have not started": {"clustering": {"start_cosine": -1.0}},
     "neighbours": {"data": {"positives": "neighbour", "corpus": "DOCUMENTS"}},
     "crops": {"data": {"positives": "crop"}},
-    "12 layers, 1 shard": {"encoder": {"name": "deep"}, "train": {"shards": 1}, "evaluation": {"sts": None}},
-    "12 layers, 8 shards": {"encoder": {"name": "deep"}, "train": {"shards": 8}, "evaluation": {"sts": None}},
+    **{
+        f"12 layers, shards: {n}": {"encoder": {"name": "deep"}, "train": {"shards": n}, "evaluation": {"sts": None}}
+        for n in (1, 2, 8)
+    },
 }
 
 

@@ -20,7 +20,7 @@ from dropout_randomness import ALARM, battery
 
 import clusterns_ray.kernels.dropout
 from clusterns_ray.config import EncoderConfig
-from clusterns_ray.kernels.dropout import _kept, drop, head_keys, keep_mask
+from clusterns_ray.kernels.dropout import drop, drop_by, head_keys, keep_mask, keep_masks
 from clusterns_ray.models.backbone import load_transformer
 from clusterns_ray.models.encoder import Encoder, TokenBatch
 from clusterns_ray.models.sdpa import ATTENTION, Dropout, attention, keyed_dropout, number_dropout, use_keyed_dropout
@@ -69,8 +69,10 @@ def test_it_is_the_hash_that_is_described():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("shape", "width"), [((3,), 1), ((2, 5), 7), ((2, 3, 4), 32), ((700,), 400), ((1, 2), 70_000)])
-def test_a_cpu_draws_what_other_devices_do(shape: tuple[int, ...], width: int, dtype: torch.dtype):
-    """Whatever the pieces and threads in which it is computed, and in every precision."""
+def test_a_cpu_draws_what_other_devices_do(
+    shape: tuple[int, ...], width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    """Whatever the pieces and threads in which it is computed, the sites beside it, and in every precision."""
     keys_S = torch.randint(-(2**63), 2**63 - 1, shape)
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
@@ -78,7 +80,11 @@ def test_a_cpu_draws_what_other_devices_do(shape: tuple[int, ...], width: int, d
         found = keep_mask(keys_S, width, 0.3, 2, kept=2.0, dtype=dtype)
     finally:
         torch.set_num_threads(threads)
-    assert found.dtype == dtype and torch.equal(found, _kept(keys_S, width, 0.3, 2).to(dtype) * 2)
+    sites = {5: 0.1, 2: 0.3, 7: 0.5}
+    for together in (1, keys_S.numel() * width // 2, 2**27):
+        monkeypatch.setattr(clusterns_ray.kernels.dropout, "WORDS_TOGETHER", together)
+        masks = keep_masks(keys_S, width, sites)
+        assert list(masks) == list(sites) and torch.equal(found, masks[2].to(dtype) * 2)
 
 
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
@@ -142,13 +148,12 @@ def test_what_a_mask_depends_on(other: str):
 
 @pytest.mark.parametrize("shape", [(1,), (3,), (5, 7), (2, 3, 5)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("stored", [True, False])
-def test_values_and_gradient(shape: tuple[int, ...], dtype: torch.dtype, stored: bool, monkeypatch: pytest.MonkeyPatch):
-    """Whether the mask is kept for the way back, as on a CPU, or made anew."""
-    monkeypatch.setattr(clusterns_ray.kernels.dropout, "stores_mask", lambda x: stored)
+@pytest.mark.parametrize("at_once", [False, True])
+def test_values_and_gradient(shape: tuple[int, ...], dtype: torch.dtype, at_once: bool):
+    """Also by a mask that was made with others, as on a GPU."""
     x = torch.randn(shape, requires_grad=True, dtype=dtype)
     keys_S = torch.randint(2**62, shape[:-1])
-    y = drop(x, 0.25, keys_S, 1)
+    y = drop_by(x, 0.25, keep_masks(keys_S, shape[-1], {1: 0.25})[1]) if at_once else drop(x, 0.25, keys_S, 1)
     keep = keep_mask(keys_S, shape[-1], 0.25, 1).bool()
     torch.testing.assert_close(y, torch.where(keep, x / 0.75, 0.0))
     weights = torch.randn_like(x)

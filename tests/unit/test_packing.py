@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from clusterns_ray.kernels.dropout import head_keys, token_keys
-from clusterns_ray.kernels.packed_attention import FUSED_FROM, Packing, UnpackIndex, packed_attention
+import clusterns_ray.kernels.packed_attention
+from clusterns_ray.kernels.dropout import dropout_scale, head_keys, keep_mask, keep_masks, token_keys
+from clusterns_ray.kernels.packed_attention import FUSED_FROM, AttentionIndex, Packing, packed_attention
 
 LENGTHS = [5, 1, 7, 7, 3]
 SECOND = [2, 9]
@@ -22,12 +25,25 @@ def packing_of(lengths: list[int]) -> Packing:
     return Packing.of(mask_of(lengths).numpy().astype(bool), torch.device("cpu"))
 
 
-def apart_of(lengths: list[int], heads: int, dtype: torch.dtype) -> UnpackIndex:
-    return UnpackIndex.of(packing_of(lengths), heads, dtype)
+def index_of(batches: list[list[int]], heads: int, dtype: torch.dtype) -> AttentionIndex:
+    return AttentionIndex.of([packing_of(lengths) for lengths in batches], heads, dtype)
 
 
-def queries_of(row_keys: list[int], lengths: list[int], heads: int) -> torch.Tensor:
-    return head_keys(torch.from_numpy(token_keys(np.array(row_keys), max(lengths))), heads).flatten(0, 1)
+def masks_of(
+    index: AttentionIndex, row_keys: list[int], lengths: list[int], p: float, dtype: torch.dtype, at_once: bool = False
+):
+    """Of rows one after the other, whatever batches they are in."""
+    keys_N = np.concatenate([token_keys(np.array([key]), n)[0] for key, n in zip(row_keys, lengths, strict=True)])
+    masks = []
+    for group in index.groups:
+        keys_MT = head_keys(torch.from_numpy(keys_N[group.token_RT]), index.heads).flatten(0, 1)
+        made = (
+            keep_masks(keys_MT, group.filled, {0: p})[0]
+            if at_once
+            else keep_mask(keys_MT, group.filled, p, 0, dtype=dtype)
+        )
+        masks.append(made)
+    return masks
 
 
 def test_real_tokens_in_order_and_back():
@@ -36,7 +52,7 @@ def test_real_tokens_in_order_and_back():
     x_ND = packing.pack(x_BTD)
     rows = [x_BTD[row, :length] for row, length in enumerate(LENGTHS)]
     torch.testing.assert_close(x_ND, torch.cat(rows))
-    assert packing.positions_N.tolist() == [position for length in LENGTHS for position in range(length)]
+    assert packing.columns_N.tolist() == [position for length in LENGTHS for position in range(length)]
     back_BTD = packing.unpack(x_ND)
     real = mask_of(LENGTHS).bool()
     assert torch.equal(back_BTD[real], x_BTD[real]) and not back_BTD[~real].any()
@@ -57,7 +73,7 @@ def test_a_batch_several_times():
     once, thrice = packing_of(LENGTHS), packing_of(LENGTHS * 3)
     found = once.times(3)
     assert (found.rows, found.longest) == (thrice.rows, thrice.longest) == (15, 7)
-    assert torch.equal(found.at_N, thrice.at_N) and once.times(1) is once
+    assert np.array_equal(found.places_N, thrice.places_N) and once.times(1) is once
 
 
 def torchs(qkv_N3D: torch.Tensor, lengths: list[int], heads: int, scaling: float) -> torch.Tensor:
@@ -69,13 +85,14 @@ def torchs(qkv_N3D: torch.Tensor, lengths: list[int], heads: int, scaling: float
     return torch.cat(rows, dim=1).transpose(0, 1).reshape(n, width)
 
 
-@pytest.mark.parametrize("batches", [[LENGTHS], [[4, 4, 4]], [LENGTHS, SECOND, [1]]])
+@pytest.mark.parametrize("batches", [[LENGTHS], [[4, 4, 4]], [LENGTHS, SECOND, [1]], [[40, 2, 33], [1, 70, 64, 32]]])
 def test_attention_and_its_gradients_are_torchs_row_by_row(batches: list[list[int]]):
     lengths = [length for batch in batches for length in batch]
     heads, width = 3, 8
     qkv_N3D = torch.randn(sum(lengths), 3 * heads * width, dtype=torch.float64, requires_grad=True)
-    parts = [apart_of(batch, heads, torch.float64) for batch in batches]
-    ours = packed_attention(qkv_N3D, parts, 0.0, 0.4)
+    index = index_of(batches, heads, torch.float64)
+    assert len(index.groups) == (3 if max(lengths) == 70 else 1)
+    ours = packed_attention(qkv_N3D, index, 0.4)
     expected = torchs(qkv_N3D, lengths, heads, 0.4)
     torch.testing.assert_close(ours, expected)
     weights = torch.randn_like(ours)
@@ -87,19 +104,23 @@ def test_attention_and_its_gradients_are_torchs_row_by_row(batches: list[list[in
 def test_long_rows_without_gradient_are_the_same(longest: int):
     lengths = [longest, 3, longest - 5]
     qkv_N3D = torch.randn(sum(lengths), 3 * 2 * 8)
-    ours = packed_attention(qkv_N3D, [apart_of(lengths, 2, torch.float32)], 0.0, 0.4)
+    ours = packed_attention(qkv_N3D, index_of([lengths], 2, torch.float32), 0.4)
     torch.testing.assert_close(ours, torchs(qkv_N3D, lengths, 2, 0.4), atol=1e-6, rtol=1e-5)
 
 
-def test_gradients_with_dropout_are_those_of_finite_differences():
-    parts = [apart_of([3, 1, 4], 2, torch.float64), apart_of([2, 2], 2, torch.float64)]
-    keys = [queries_of([5, 6, 7], [3, 1, 4], 2), queries_of([8, 9], [2, 2], 2)]
+@pytest.mark.parametrize("at_once", [False, True])
+def test_gradients_with_dropout_are_those_of_finite_differences(at_once: bool, monkeypatch: pytest.MonkeyPatch):
+    """In two groups, by the masks of a CPU and by those of other devices."""
+    monkeypatch.setattr(clusterns_ray.kernels.packed_attention, "GROUPS", np.array([3, 100]))
+    index = index_of([[3, 1, 4], [2, 2]], 2, torch.float64)
+    assert [group.longest for group in index.groups] == [3, 4]
+    masks = masks_of(index, [5, 6, 7, 8, 9], [3, 1, 4, 2, 2], 0.3, torch.float64, at_once)
 
-    def attend(qkv_N3D: torch.Tensor, p: float = 0.3) -> torch.Tensor:
-        return packed_attention(qkv_N3D, parts, p, 0.5, keys)
+    def attend(qkv_N3D: torch.Tensor, dropout: bool = True) -> torch.Tensor:
+        return packed_attention(qkv_N3D, index, 0.5, masks if dropout else None, dropout_scale(0.3) if dropout else 1.0)
 
     qkv_N3D = torch.randn(12, 3 * 2 * 3, dtype=torch.float64, requires_grad=True)
-    assert not torch.allclose(attend(qkv_N3D), attend(qkv_N3D, p=0.0))
+    assert not torch.allclose(attend(qkv_N3D), attend(qkv_N3D, dropout=False))
     assert torch.autograd.gradcheck(attend, [qkv_N3D])
 
 
@@ -108,9 +129,9 @@ def test_each_row_draws_by_its_own_key():
     qkv_N3D = torch.randn(23 + 11, 3 * 2 * 4)
 
     def attend(batches: list[list[int]], keys: list[list[int]], rows: slice) -> torch.Tensor:
-        parts = [apart_of(lengths, 2, torch.float32) for lengths in batches]
-        queries = [queries_of(rows, lengths, 2) for rows, lengths in zip(keys, batches, strict=True)]
-        return packed_attention(qkv_N3D[rows], parts, 0.4, 0.5, queries)
+        index = index_of(batches, 2, torch.float32)
+        masks = masks_of(index, [*chain(*keys)], [*chain(*batches)], 0.4, torch.float32)
+        return packed_attention(qkv_N3D[rows], index, 0.5, masks, dropout_scale(0.4))
 
     first, second = [1, 2, 3, 4, 5], [6, 7]
     both = attend([LENGTHS, SECOND], [first, second], slice(0, 34))
@@ -124,14 +145,20 @@ def test_each_row_draws_by_its_own_key():
 def test_dropout_of_weights_keeps_their_mean():
     qkv_N3D = torch.zeros(20_000, 3 * 2 * 4)
     qkv_N3D[:, 16:] = 1.0
-    parts = [apart_of([40] * 500, 2, torch.float32)]
-    out = packed_attention(qkv_N3D, parts, 0.2, 1.0, [queries_of(list(range(500)), [40] * 500, 2)])
+    index = index_of([[40] * 500], 2, torch.float32)
+    masks = masks_of(index, list(range(500)), [40] * 500, 0.2, torch.float32)
+    out = packed_attention(qkv_N3D, index, 1.0, masks, dropout_scale(0.2))
     assert float(out.mean()) == pytest.approx(1.0, abs=5 * (0.25 / 40 / 40_000) ** 0.5)
     assert float(out[:, 0].var()) == pytest.approx(0.25 / 40, rel=0.05)
 
 
 def test_no_score_of_two_sentences_is_made():
     """The scores of a batch are as many as its rows are long, squared; of a packed row they would be N squared."""
-    part = apart_of([30] * 100, 2, torch.bfloat16)
-    assert part.bias_M1T.shape == (200, 1, 32)
-    assert len(part.take) == 200 * (30 + 2 * 32) and part.back_N3H.shape == (3000, 3, 2)
+    index = index_of([[30] * 100], 2, torch.bfloat16)
+    assert [group.bias_M1T.shape for group in index.groups] == [(200, 1, 32)]
+    assert len(index.take) == 200 * (30 + 2 * 32) and len(index.back) == 3000 * 3 * 2
+
+
+def test_long_rows_do_not_widen_the_scores_of_short_ones():
+    index = index_of([[5] * 10, [32, 33, 64]], 2, torch.float32)
+    assert [(len(group.bias_M1T), group.longest, group.filled) for group in index.groups] == [(22, 32, 32), (4, 64, 64)]

@@ -59,8 +59,13 @@ def test_values_and_gradients(tiny_models: Callable[[str], Path], kind: str, mon
         torch.testing.assert_close(gradients[name], plain[name], atol=1e-5 * float(plain[name].abs().max()), rtol=1e-4)
 
 
-def test_the_gradient_of_the_vocabulary_is_made_once(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("packs", [True, False])
+def test_the_gradient_of_the_vocabulary_is_made_once(
+    packs: bool, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of real tokens alone, where they are packed."""
     encoder = Encoder.for_training(EncoderConfig(name=str(tiny_model)), seed=0).train()
+    encoder.packs = packs
     looked_up = []
     embedding = encoder.backbone.get_input_embeddings()
     forward = nn.Embedding.forward
@@ -71,8 +76,10 @@ def test_the_gradient_of_the_vocabulary_is_made_once(tiny_model: Path, monkeypat
         return forward(self, ids)
 
     monkeypatch.setattr(nn.Embedding, "forward", counted)
-    TwoViews(encoder, "fp32")(shards_of())
-    assert looked_up == [4 * 5 + 3 * 9 + 4 * 12]
+    shards = shards_of()
+    TwoViews(encoder, "fp32")(shards)
+    real = sum(int(shard.attention_mask_BT.sum()) for shard in shards)
+    assert looked_up == [real if packs else 4 * 5 + 3 * 9 + 4 * 12]
 
 
 def test_two_prompts_have_words_of_their_own(tiny_model: Path) -> None:
