@@ -106,7 +106,7 @@ def _train(
 ) -> dict[str, Any]:
     config = context.config
     parts = TrainingParts(context, device, logger.note)
-    state = TrainState(precision=parts.precision)
+    state = TrainState(precision=parts.precision, reduction=parts.reduction_name)
     evaluator = Evaluator(config, context.sts_dir, parts.encoder, state, logger.note)
     exporter = Exporter(context, parts, state)
     finite = FiniteChecks(parts, state)
@@ -127,6 +127,8 @@ def _train(
         exporter.repair(checkpoint, checkpointer, logger.note)
         checkpointer.load(checkpoint)
         parts.compute_in(state.precision)
+        if state.reduction != parts.reduction_name:
+            parts.reduce_by(state.reduction)
         _note_emulated_precision(config.train.precision, state.precision, device, logger)
     logger.open(None if checkpoint is None else state.step)
     # Only now is the name taken: nothing of a request that is refused stays.
@@ -134,7 +136,8 @@ def _train(
     environment = describe_environment(device, context.command, distributed.world_size())
     if checkpoint is not None and (change := changed_versions(context.run_dir / "environment.json", environment)):
         logger.note(change)
-    context.write_json("environment.json", environment)
+    chosen = {"precision": state.precision, "reduction": state.reduction}
+    context.write_json("environment.json", environment | chosen)
 
     parts.warm_up_reducer()
     total_steps = parts.total_steps
@@ -292,6 +295,7 @@ def _write_result(
             "stopped_early": state.step < total_steps,
             "clustering_started_at": state.clustering_started_at,
             "precision": state.precision,
+            "reduction": state.reduction,
             "seconds": round(state.seconds, 1),
             "checkpoint_seconds": round(state.checkpoint_seconds, 2),
             "num_workers": distributed.world_size(),

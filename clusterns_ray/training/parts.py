@@ -25,7 +25,7 @@ from clusterns_ray.training.mlm import LanguageModelHead
 from clusterns_ray.training.objective import DTYPES, Objective, TwoViews
 from clusterns_ray.training.optim import Optimizer
 from clusterns_ray.training.precision import agreed_precision
-from clusterns_ray.training.reduction import make_reduction
+from clusterns_ray.training.reduction import choose_reduction, make_reduction
 from clusterns_ray.training.teacher import Teacher
 from clusterns_ray.training.views import Views
 
@@ -53,7 +53,7 @@ class TrainingParts:
         self.shards = ShardReader(config, self.tokens, self.encoder.tokenizer)
         self.views = TwoViews(self.encoder, self.precision, self._language_model())
         self.teacher = Teacher(config.loss.teacher, device) if config.loss.teacher else None
-        self.reduction = make_reduction(self.views, config.train, device)
+        self.reduce_by(choose_reduction(config.train.reduction, device))
         self.optimizer = Optimizer(self.views, config.train, self.precision, device)
         c = config.clustering
         self.clustering = Clustering(c.num_clusters, c.start_cosine, c.rate, c.update, device)
@@ -97,6 +97,11 @@ class TrainingParts:
     def compute_in(self, precision: str) -> None:
         """Set the precision of training and of all that is encoded within it: the dev set, the bank of the corpus."""
         self.views.dtype = self.encoder.autocast_dtype = DTYPES[precision]
+
+    def reduce_by(self, name: str) -> None:
+        """Set how gradients are added up: ``tree`` or ``all_reduce``."""
+        self.reduction_name = name
+        self.reduction = make_reduction(name, self.views, self.config.train.shards)
 
     def stateful(self) -> dict[str, Stateful]:
         """The parts that change, by their names in a checkpoint."""

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from clusterns_ray import distributed
-from clusterns_ray.config import TrainConfig
 from clusterns_ray.data.shard_tree import ShardTree, assign_shards, nodes_by_rank, tree_order
 from clusterns_ray.training.batch_layout import BatchLayout, to_device
 from clusterns_ray.training.collate import Shard
@@ -71,9 +70,6 @@ class TreeReduction:
         self.model = views
         self.parameters = [parameter for parameter in views.parameters() if parameter.requires_grad]
         self.num_shards = shards
-        table = views.encoder.backbone.get_input_embeddings()
-        if isinstance(table, nn.Embedding):
-            table.sparse = True
         self.dense: list[nn.Parameter] = []
         self.looked_up: list[nn.Parameter] = []
         self._begin()
@@ -161,16 +157,25 @@ class TreeReduction:
         return rows_ND[index_N], ids_N[index_N]
 
 
-def make_reduction(views: TwoViews, train: TrainConfig, device: torch.device) -> AllReduce | TreeReduction:
-    """What ``train.reduction`` names; of ``auto`` the tree on a CPU alone, as on a GPU a pass for each shard is too
-    small to fill it."""
-    tree = train.reduction == "tree" or (train.reduction == "auto" and device.type == "cpu")
-    return TreeReduction(views, train.shards) if tree else AllReduce(views)
+def choose_reduction(asked: str, device: torch.device) -> str:
+    """What ``train.reduction`` is: of ``auto`` the tree on a CPU alone, as on a GPU a pass for each shard is too small
+    to fill it."""
+    if asked != "auto":
+        return asked
+    return "tree" if device.type == "cpu" else "all_reduce"
+
+
+def make_reduction(name: str, views: TwoViews, shards: int) -> AllReduce | TreeReduction:
+    """The reduction of this name, of a step that has ``shards``."""
+    table = views.encoder.backbone.get_input_embeddings()
+    if isinstance(table, nn.Embedding):
+        table.sparse = name == "tree"
+    return TreeReduction(views, shards) if name == "tree" else AllReduce(views)
 
 
 def _add(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
     # Not in place: autograd may return one tensor for two parameters.
-    return list(torch._foreach_add(a, b))  # pyright: ignore[reportPrivateImportUsage]
+    return list(torch._foreach_add(a, b))  # pyright: ignore[reportPrivateUsage]
 
 
 def chunked(shards: list[Shard], rows: int) -> list[list[Shard]]:

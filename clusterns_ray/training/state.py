@@ -34,6 +34,8 @@ class TrainState:
     """spent in steps and evaluations, over all resumptions"""
     precision: str = "fp32"
     """of matrix products; what ``train.precision: auto`` was when the run began"""
+    reduction: str = ""
+    """of gradients; what ``train.reduction: auto`` was when the run began"""
     checkpoint_seconds: float = 0.0
     """spent waiting for checkpoints and for their last copies, over all resumptions; the checkpoint from which a run is
     resumed does not include its own"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,25 @@ def test_a_resumed_run_keeps_its_precision(
     ours, theirs = weights(tmp_path / "halves", 6), weights(tmp_path / "whole", 6)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert began == any("only emulates" in note for note in lab.notes)
+
+
+@pytest.mark.parametrize("began", quick_first(["all_reduce", "tree"], 1))
+def test_a_resumed_run_keeps_its_reduction(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, began: str
+) -> None:
+    """What ``auto`` was on the machine that began stays, on one where it is the other."""
+    choose = "clusterns_ray.training.parts.choose_reduction"
+    config = lab.config(evaluation={"sts": None})
+    monkeypatch.setattr(choose, lambda asked, device: began)
+    whole = lab.run(tmp_path / "whole", config)
+    with pytest.raises(Killed):
+        lab.run(tmp_path / "halves", config, on_event=kill_at(4))
+    monkeypatch.setattr(choose, lambda asked, device: "tree" if began == "all_reduce" else "all_reduce")
+    halves = lab.run(tmp_path / "halves", config)
+    environment = json.loads((tmp_path / "halves" / "environment.json").read_text())
+    assert whole["reduction"] == halves["reduction"] == environment["reduction"] == began
+    ours, theirs = weights(tmp_path / "halves", 6), weights(tmp_path / "whole", 6)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
