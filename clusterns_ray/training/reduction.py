@@ -175,7 +175,7 @@ def make_reduction(name: str, views: TwoViews, shards: int) -> AllReduce | TreeR
 
 def _add(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
     # Not in place: autograd may return one tensor for two parameters.
-    return list(torch._foreach_add(a, b))  # pyright: ignore[reportPrivateUsage]
+    return list(torch._foreach_add(a, b))  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
 
 
 def chunked(shards: list[Shard], rows: int) -> list[list[Shard]]:

@@ -30,7 +30,6 @@ from clusterns_ray.training.hard_negatives import CentroidNegatives
 from clusterns_ray.training.metrics import read_metrics
 from clusterns_ray.training.parts import TrainingParts
 from clusterns_ray.training.validation import DevSet
-from clusterns_ray.training.views import Views
 
 # ---- what a run leaves --------------------------------------------------------------------------------------------
 
@@ -278,10 +277,11 @@ def test_a_cached_gradient_trains_the_same(lab: Lab, tmp_path: Path, sections: d
 
 @pytest.mark.parametrize("way", ["tree", "all_reduce"])
 def test_a_cached_gradient_holds_the_activations_of_one_chunk(lab: Lab, tmp_path: Path, way: str) -> None:
-    config = lab.config(train={"reduction": way})
-    run = TrainingParts(RunContext(config, prepare(config).tokens_dir, None, tmp_path), CPU)
-    layout, shards = run.batch(0)
-    reduction, kept = run.reduction, list[int]()
+    def parts(chunk: int | None) -> TrainingParts:
+        config = lab.config(train={"reduction": way, "cache_chunk": chunk})
+        return TrainingParts(RunContext(config, prepare(config).tokens_dir, None, tmp_path), CPU)
+
+    whole, run, kept = parts(None), parts(8), list[int]()
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         kept[-1] += tensor.nbytes
@@ -289,9 +289,9 @@ def test_a_cached_gradient_holds_the_activations_of_one_chunk(lab: Lab, tmp_path
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         kept.append(0)
-        Views(reduction, shards, layout)
+        whole.forward(*whole.batch(0))
         kept.append(0)
-        views = Views(reduction, shards, layout, 8)
+        views = run.forward(*run.batch(0))
         assert kept[1] == 0 and len(views.pieces) == 4
         forward, at_a_time = run.views.forward, kept.append
         run.views.forward = lambda chunk: (at_a_time(0), forward(chunk))[1]  # type: ignore[method-assign]
