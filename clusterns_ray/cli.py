@@ -361,6 +361,56 @@ def search(
             typer.echo((hits_as_json if as_json else hits_as_text)(query, hits))
 
 
+@app.command("map")
+def map_corpus(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A run's directory, or an encoder named as for `evaluate`.")
+    ],
+    corpus: Annotated[
+        Optional[str], typer.Argument(metavar="CORPUS", help="Text, named as for `encode`; by default that of the run.")
+    ] = None,
+    output: Annotated[
+        Optional[str],
+        typer.Option("--output", "-o", metavar="FILE.html", help="The page to write; by default RUN/map.html."),
+    ] = None,
+    text_column: Annotated[str, typer.Option(help="The column or field that holds the sentence.")] = "text",
+    sentences: Annotated[int, typer.Option(help="How many are drawn at random, if the corpus has more.")] = 20_000,
+    clusters: Annotated[
+        Optional[int], typer.Option(help="So many clusters by K-means, in place of the run's own.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of the sample, of K-means and of the layout.")] = 0,
+) -> None:
+    """Draw the sentences of a corpus in the plane, by meaning, as one HTML page, with a parquet file beside it.
+
+    Of a run it shows its own clusters, and the same sentences before training.
+    """
+    with readable_errors():
+        from clusterns_ray.console.progress import progress_view
+        from clusterns_ray.io.paths import CORPORA, check_path
+        from clusterns_ray.report.map import draw_map
+        from clusterns_ray.report.map.map_page import trust_line
+
+        model = check_path("MODEL", model)
+        corpus = corpus and check_path("CORPUS", corpus, CORPORA)
+        output = output and check_path("--output", output, ())
+        on_event = progress_view()
+        try:
+            drawn = draw_map(
+                model,
+                corpus,
+                output,
+                text_column=text_column,
+                sentences=sentences,
+                clusters=clusters,
+                seed=seed,
+                on_event=on_event,
+            )
+        finally:
+            on_event.close()
+        typer.echo(trust_line(drawn.corpus_map))
+        typer.echo(f"Wrote {drawn.page} and {drawn.data}")
+
+
 @app.command()
 def report(
     runs: Annotated[

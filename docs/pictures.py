@@ -1,9 +1,9 @@
-"""Make the documentation's picture of a report from a real run, a shorter one than the quickstart's.
+"""Make the documentation's pictures of a report and of a map from a real run, a shorter one than the quickstart's.
 
     python docs/pictures.py
 
-Trains the run under runs/ if it is not there yet, writes its report, and takes a screenshot of its top with Chromium,
-which the environment variable CHROMIUM names or PATH holds.
+Trains the run under runs/ if it is not there yet, writes its report and its map, and takes screenshots of them with
+Chromium, which the environment variable CHROMIUM names or PATH holds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Locator, Page, sync_playwright
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs/images"
@@ -43,14 +43,26 @@ def main() -> None:
         sys.exit("There is no chromium in PATH, and CHROMIUM is not set. Install it, or set CHROMIUM to its path.")
     clusterns("train", "experiments/quickstart.yaml", *(word for value in SETTINGS for word in ("--set", value)))
     clusterns("report", RUN)
-    picture = IMAGES / "report.png"
+    clusterns("map", RUN)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme="light")
         page.goto((ROOT / RUN / "report.html").as_uri())
         page.wait_for_selector("html[data-drawn]", state="attached", timeout=60_000)
-        page.screenshot(path=picture)
+        save(page, "report")
+        page.set_viewport_size({"width": 1400, "height": HEIGHT})
+        page.goto((ROOT / RUN / "map.html").as_uri())
+        page.wait_for_selector("html[data-mapped]", state="attached", timeout=60_000)
+        page.locator("#map-side li button").first.click()
+        page.locator("#map-side li button").first.click()
+        save(page.locator("#map"), "map")
         browser.close()
+
+
+def save(shown: Page | Locator, name: str) -> None:
+    """Take a picture of a page or of a part of it, of a size that the documentation bears."""
+    picture = IMAGES / f"{name}.png"
+    shown.screenshot(path=picture)
     if picture.stat().st_size > LARGEST:
         sys.exit(f"{picture} has {picture.stat().st_size:,} bytes, more than {LARGEST:,}; lower HEIGHT.")
     print(f"Wrote {picture}")

@@ -9,10 +9,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from helpers import sentences
 
 from clusterns_ray.config import Config, dump_config, make_config
 from clusterns_ray.evaluation.sts import TASKS
+from clusterns_ray.report.map.corpus_map import CorpusMap
 from clusterns_ray.report.page import Page, render_page
 
 
@@ -207,3 +209,38 @@ class Html(HTMLParser):
 
 def page_text(page: Page) -> str:
     return " ".join(Html(render_page(page)).text.split())
+
+
+def make_corpus_map(n: int = 400, clusters: int = 8, *, before: bool = True, seed: int = 1) -> CorpusMap:
+    """A map of invented sentences: clusters as clouds in the plane, wider before training."""
+    draw = np.random.default_rng(seed)
+    cluster_N = draw.integers(clusters, size=n)
+    middles_K2 = draw.normal(size=(clusters, 2)) * 20
+    xy_N2 = (middles_K2[cluster_N] + draw.normal(size=(n, 2)) * 4).astype(np.float32)
+    words = np.array([f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in ("", "nd", "rka", "lom", "tis")])
+    texts = [" ".join(words[draw.integers(len(words), size=draw.integers(6, 28))]).capitalize() for _ in range(n)]
+    return CorpusMap(
+        texts=texts,
+        rows_N=np.arange(n) * 3,
+        xy_N2=xy_N2,
+        before_N2=(xy_N2 + draw.normal(size=(n, 2)) * 8).astype(np.float32) if before else None,
+        cluster_N=cluster_N,
+        cosine_N=draw.random(n).astype(np.float32),
+        second_N=(cluster_N + 1) % clusters,
+        similar_NS=draw.integers(n, size=(n, 5)),
+        similar_cosine_NS=draw.random((n, 5)).astype(np.float32),
+        hard_NM=None,
+        terms={number: [f"term{number}", "second", "third"] for number in range(clusters)},
+        facts={
+            "corpus": "texts.txt",
+            "model": "runs/night",
+            "identity": None,
+            "own_clusters": True,
+            "false_negative_cosine": None,
+            "total": 10 * n,
+            "seed": 0,
+            "layout": "openTSNE",
+            "trustworthiness": 0.95,
+            **({"trustworthiness_before": 0.94} if before else {}),
+        },
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -93,18 +93,8 @@ def prepare(config: Config, on_event: OnEvent = lambda event: None) -> Prepared:
     if store is None:
         note(f"Tokenising {config.data.corpus or config.data.documents}")
         counts = ReadCounts()
-        if corpus_is_documents(config):
-            sentences = _usable_sentences(read(), counts, config.data.limit)
-        else:
-            assert config.data.corpus is not None
-            sentences = read_corpus(
-                config.data.corpus,
-                text_column=config.data.text_column,
-                document_column=config.data.document_column,
-                limit=config.data.limit,
-                counts=counts,
-                sources=[Source(**source) for source in fingerprint["corpus"]],
-            )
+        sources = [Source(**source) for source in fingerprint["corpus"]]
+        sentences = training_sentences(config, counts, sources, read)
         store = prepare_tokens(
             sentences,
             tokenizer,
@@ -123,6 +113,36 @@ def prepare(config: Config, on_event: OnEvent = lambda event: None) -> Prepared:
     elif sts_dir is not None:
         sts_dir = str(Path(sts_dir).expanduser().resolve())
     return Prepared(tokens_dir, sts_dir, store.manifest, reused)
+
+
+def training_sentences(
+    config: Config,
+    counts: ReadCounts,
+    sources: Sequence[Source] | None = None,
+    read: Callable[[], Iterable[Document]] | None = None,
+) -> Iterator[Sentence]:
+    """The sentences that a run trains on, in the order of its corpus.
+
+    Args:
+        counts: updated as rows are read.
+        sources: the files of a corpus of sentences as they were when it was named; as they are now if not given.
+        read: gives the documents where they have been read before.
+
+    Raises:
+        ConfigError, DataError: the corpus is not there, or cannot be read.
+    """
+    if corpus_is_documents(config):
+        documents = read() if read else read_documents(documents_of(config) or [], config.data.text_column)
+        return _usable_sentences(documents, counts, config.data.limit)
+    assert config.data.corpus is not None
+    return read_corpus(
+        config.data.corpus,
+        text_column=config.data.text_column,
+        document_column=config.data.document_column,
+        limit=config.data.limit,
+        counts=counts,
+        sources=sources,
+    )
 
 
 def structure_dev_set(
@@ -261,7 +281,7 @@ def describe(store: TokenStore | dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _usable_sentences(documents: list[Document], counts: ReadCounts, limit: int | None) -> Iterator[Sentence]:
+def _usable_sentences(documents: Iterable[Document], counts: ReadCounts, limit: int | None) -> Iterator[Sentence]:
     for document in documents:
         begins = Boundary.NONE  # with the next usable sentence: what skipped ones have begun is begun by it
         for text, boundary in all_sentences(document):

@@ -406,7 +406,7 @@ def _encode(
         counts=ReadCounts(),
         sources=[Source(**source) for source in request["sources"]],
     )
-    progress = _Progress(total, on_event)
+    progress = EncodingProgress(total, on_event)
     parts = truncated = 0
 
     def missing() -> Iterator[Part]:
@@ -488,7 +488,7 @@ def _holds(path: Path, texts: list[str], schema: pa.Schema) -> bool:
         return False
 
 
-class _Progress:
+class EncodingProgress:
     """Counts the sentences that are done, and reports them as events with speed and time left."""
 
     def __init__(self, total: int | None, on_event: OnEvent) -> None:

@@ -12,9 +12,8 @@ from typing import Any
 
 from clusterns_ray.report.advice import advise
 from clusterns_ray.report.charts import Line, line_chart
-from clusterns_ray.report.page import HUES, Cell, Fact, Figure, Link, Page, Section, Table, Warning
+from clusterns_ray.report.page import HUES, Cell, Fact, Figure, Link, Page, Section, Table, Warning, footer
 from clusterns_ray.report.record import RunRecord, number
-from clusterns_ray.report.run import footer
 from clusterns_ray.report.sts_table import sts_row, sts_section
 from clusterns_ray.report.words import (
     NONE,

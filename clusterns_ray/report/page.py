@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 from markupsafe import Markup
 
-from clusterns_ray.io.files import check_writable, write_atomic
+import clusterns_ray
+from clusterns_ray.io.files import check_writable, json_text, write_atomic
 
 COLORS: dict[str, tuple[str, str]] = {
     "ink": ("#1c2126", "#e6e9ec"),
@@ -112,6 +113,8 @@ class Section:
     code: str = ""
     """a command, shown after the words"""
     footnotes: Sequence[str] = ()
+    map: dict[str, Any] | None = None
+    """what ``map.js`` draws, of one section of a page at most"""
 
     @property
     def id(self) -> str:
@@ -146,6 +149,10 @@ class Page:
     footer: str = ""
 
 
+def footer() -> str:
+    return f"Written by clusterns {clusterns_ray.__version__}. This file is complete in itself and loads nothing."
+
+
 def write_page(path: Path, page: Page) -> None:
     """Render a page into a file, in one step.
 
@@ -168,14 +175,17 @@ def render_page(page: Page) -> str:
         lstrip_blocks=True,
     )
     environment.filters["breakable"] = breakable
-    script = environment.get_template("page.js").render()
+    scripts = [environment.get_template(name).render() for name in ("page.js", "map.js")]
     plotly, packed = _plotly()
+    maps = [section.map for section in page.sections if section.map is not None]
     return environment.get_template("page.html").render(
         page=page,
         colors=COLORS,
-        script=Markup(script),
-        script_hashes=[_csp_hash(script), _csp_hash(plotly)],
+        page_script=Markup(scripts[0]),
+        map_script=Markup(scripts[1]),
+        script_hashes=[_csp_hash(script) for script in (*scripts, plotly)],
         plotly=packed if any(section.figures for section in page.sections) else "",
+        map=_packed(json_text(maps[0], indent=None)) if maps else "",
     )
 
 
@@ -190,7 +200,11 @@ def _plotly() -> tuple[str, str]:
     from plotly.offline import get_plotlyjs
 
     source = get_plotlyjs()
-    return source, base64.b64encode(gzip.compress(source.encode(), 9, mtime=0)).decode()
+    return source, _packed(source)
+
+
+def _packed(text: str) -> str:
+    return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
 
 
 def _csp_hash(script: str) -> str:

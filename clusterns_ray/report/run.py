@@ -8,12 +8,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import clusterns_ray
 from clusterns_ray.config import Config, dump_config
 from clusterns_ray.config import Section as ConfigSection
 from clusterns_ray.report.advice import advise
 from clusterns_ray.report.curves import cluster_section, dev_section, loss_section, space_section, throughput_section
-from clusterns_ray.report.page import Cell, Examples, Fact, Fold, Page, Section, Table
+from clusterns_ray.report.page import Cell, Examples, Fact, Fold, Page, Section, Table, Warning, footer
 from clusterns_ray.report.record import RunRecord, number
 from clusterns_ray.report.sts_table import sts_row, sts_section
 from clusterns_ray.report.words import NONE, count, duration, fixed, listing, percent, plain_value, signed
@@ -25,12 +24,14 @@ SMALLEST_SHOWN = 5
 
 def run_page(run: RunRecord) -> Page:
     """Put the whole report of a run together."""
+    corpus_map, stale = run_map(run)
     sections = [
         dev_section(run),
         loss_section(run),
         cluster_section(run),
         space_section(run),
         example_section(run),
+        corpus_map,
         sts_section([run], [sts_row(run.name, [run])] if run.sts is not None else []),
         throughput_section(run),
         setup_section(run),
@@ -40,14 +41,27 @@ def run_page(run: RunRecord) -> Page:
         subtitle=f"{run.method} · {run.config.encoder.name} · seed {run.config.seed}",
         headline=headline(run),
         facts=facts(run),
-        warnings=advise(run),
+        warnings=[*advise(run), *stale],
         sections=[section for section in sections if section],
         footer=footer(),
     )
 
 
-def footer() -> str:
-    return f"Written by clusterns {clusterns_ray.__version__}. This file is complete in itself and loads nothing."
+def run_map(run: RunRecord) -> tuple[Section | None, list[Warning]]:
+    """The map that ``clusterns map`` left in the run; where it is not of the model that is there, a note instead."""
+    path = run.path / "map.parquet"
+    if not path.is_file():
+        return None, []
+    from clusterns_ray.report.map.map_file import read_map
+    from clusterns_ray.report.map.map_page import map_section, map_warnings, model_identity
+
+    corpus_map = read_map(path)
+    if corpus_map.facts["identity"] != model_identity(run.path / "model"):
+        text = (
+            f"map.parquet is of another model than model/, so it is not shown: clusterns map {run.path} makes it again."
+        )
+        return None, [Warning(text, "note")]
+    return map_section(corpus_map), map_warnings(corpus_map)
 
 
 def headline(run: RunRecord) -> list[str]:

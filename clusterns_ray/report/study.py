@@ -9,8 +9,7 @@ from typing import Any
 
 from clusterns_ray.io.yaml_text import dump_yaml
 from clusterns_ray.report import study_charts as charts
-from clusterns_ray.report.page import Cell, Fact, Figure, Fold, Link, Page, Section, Table, Warning, write_page
-from clusterns_ray.report.run import footer
+from clusterns_ray.report.page import Cell, Fact, Figure, Fold, Link, Page, Section, Table, Warning, footer, write_page
 from clusterns_ray.report.words import NONE, count, duration, fixed, listing
 from clusterns_ray.tuning.analysis import STATES, StudyRecord, Trial, at_the_edge, read_study, rungs
 from clusterns_ray.tuning.comparison import sentences, show_value

@@ -37,11 +37,17 @@ class Opened:
 
 @pytest.fixture
 def open_page(browser: Any) -> Iterator[Callable[..., Opened]]:
-    """Open a file at a size and in a theme, and wait until its plots are drawn or given up."""
+    """Open a file at a size and in a theme, and wait until its plots (or ``drawn``) are drawn or given up."""
     contexts = []
 
     def open(
-        path: Path, width: int = 1280, height: int = 900, theme: str = "light", before: str = "", **options: Any
+        path: Path,
+        width: int = 1280,
+        height: int = 900,
+        theme: str = "light",
+        before: str = "",
+        drawn: str = "drawn",
+        **options: Any,
     ) -> Opened:
         context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=theme, **options)
         contexts.append(context)
@@ -56,7 +62,7 @@ def open_page(browser: Any) -> Iterator[Callable[..., Opened]]:
             opened.page.add_init_script(before)
         opened.page.goto(path.as_uri())
         if options.get("java_script_enabled", True):
-            opened.page.wait_for_selector("html[data-drawn]", state="attached", timeout=60_000)
+            opened.page.wait_for_selector(f"html[data-{drawn}]", state="attached", timeout=60_000)
         return opened
 
     yield open
