@@ -5,12 +5,14 @@ from __future__ import annotations
 import html
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
+import plotly.io as pio
 
 from clusterns_ray.report.page import color
 
@@ -88,10 +90,10 @@ def line_chart(
     for height, name in levels:
         add_level(figure, height, name)
     known = [value for line in lines for value in line.y if value is not None]
-    figure.update_yaxes(rangemode="tozero" if from_zero else "normal")
+    y_axis: dict[str, Any] = {"rangemode": "tozero" if from_zero else "normal"}
     if may_be_logarithmic and spans_decades(known):
-        figure.update_yaxes(type="log", dtick="D2" if max(known) < 300 * min(known) else 1)
-    return _over_steps(figure, x, y, steps, start)
+        y_axis |= {"type": "log", "dtick": "D2" if max(known) < 300 * min(known) else 1}
+    return _over_steps(figure, x, y, steps, start, y_axis)
 
 
 def size_bands(steps: Sequence[int], sizes: Sequence[Sequence[int]], start: int | None = None) -> dict[str, Any]:
@@ -121,8 +123,7 @@ def size_bands(steps: Sequence[int], sizes: Sequence[Sequence[int]], start: int 
     figure.data[-1].hovertemplate = "%{y:.2f} %"
     even = 100 / len(sizes[0])
     add_level(figure, even, f"even, {even:.2g} %")
-    figure.update_yaxes(rangemode="tozero")
-    return _over_steps(figure, "step", "share of the sentences (%)", steps, start)
+    return _over_steps(figure, "step", "share of the sentences (%)", steps, start, {"rangemode": "tozero"})
 
 
 def sorted_sizes(rows: Sequence[tuple[str, Sequence[int]]]) -> dict[str, Any]:
@@ -144,17 +145,16 @@ def sorted_sizes(rows: Sequence[tuple[str, Sequence[int]]]) -> dict[str, Any]:
 
 def add_level(figure: go.Figure, height: float, name: str) -> None:
     """A horizontal line with its name at the right."""
-    figure.add_hline(
-        height,
-        line=DASHED,
-        annotation={"text": plain(name), "font": SMALL, "x": 1, "xanchor": "right", "y": height, "yanchor": "bottom"},
-    )
+    figure.add_shape(type="line", x0=0, x1=1, xref="x domain", y0=height, y1=height, yref="y", line=DASHED)
+    place = {"x": 1, "xref": "x domain", "xanchor": "right", "y": height, "yref": "y", "yanchor": "bottom"}
+    figure.add_annotation(text=plain(name), font=SMALL, showarrow=False, **place)
 
 
 def add_moment(figure: go.Figure, at: float, name: str, last: float) -> None:
     """A vertical line with its name above the plot, which reaches from 0 to ``last``."""
-    place = {"y": 1, "yanchor": "bottom", "x": at, "xanchor": _anchor(at, [0, last])}
-    figure.add_vline(at, line=DOTTED, annotation={"text": name, "font": SMALL, **place})
+    figure.add_shape(type="line", x0=at, x1=at, xref="x", y0=0, y1=1, yref="y domain", line=DOTTED)
+    place = {"x": at, "xref": "x", "xanchor": _anchor(at, [0, last]), "y": 1, "yref": "y domain", "yanchor": "bottom"}
+    figure.add_annotation(text=name, font=SMALL, showarrow=False, **place)
 
 
 def _anchor(x: float, steps: Sequence[float]) -> str:
@@ -183,34 +183,63 @@ def plain(text: str) -> str:
     return html.escape(text, quote=False)
 
 
-def _over_steps(figure: go.Figure, x: str, y: str, steps: Sequence[float], start: int | None) -> dict[str, Any]:
+def _over_steps(
+    figure: go.Figure, x: str, y: str, steps: Sequence[float], start: int | None, y_axis: dict[str, Any]
+) -> dict[str, Any]:
     last = max(steps, default=1)
     if start is not None:
         add_moment(figure, start, f"clustering starts at {start:,}", last)
+    x_axis = {"range": [0, last * 1.01 or 1], "tickformat": ",d", "nticks": 7, "showgrid": False}
     if x == "step":
-        figure.update_xaxes(unifiedhovertitle_text="step %{x:,d}")
-    figure.update_xaxes(range=[0, last * 1.01 or 1], tickformat=",d", nticks=7, showgrid=False)
-    figure.update_yaxes(nticks=8)
-    return page_figure(figure, x, y, hovermode="x unified")
+        x_axis["unifiedhovertitle"] = {"text": "step %{x:,d}"}
+    return page_figure(figure, x, y, x_axis=x_axis, y_axis={"nticks": 8, **y_axis}, hovermode="x unified")
 
 
-def page_figure(figure: go.Figure, x: str, y: str, **layout: Any) -> dict[str, Any]:
-    """A figure in the look that all plots share, as plain JSON; NaN becomes null."""
+def page_figure(
+    figure: go.Figure,
+    x: str,
+    y: str,
+    *,
+    x_axis: Mapping[str, Any] = MappingProxyType({}),
+    y_axis: Mapping[str, Any] = MappingProxyType({}),
+    hovermode: str = "closest",
+) -> dict[str, Any]:
+    """A figure in the look that all plots share, as plain JSON; NaN becomes null.
+
+    The look is laid over the JSON: Plotly's ``update_layout`` takes more time than all the rest of a page.
+    """
     axis = {"automargin": True, "gridcolor": color("rule"), "linecolor": color("muted"), "zeroline": False}
     axis |= {"ticks": "", "exponentformat": "e"}
     title = {"standoff": 8, "font": {"size": 13, "color": color("muted")}}
     pointer = {"spikecolor": color("muted"), "spikethickness": 1, "spikedash": "dot"}
-    figure.update_xaxes(**axis, **pointer, showline=True, title={"text": plain(x), **title})
-    figure.update_yaxes(**axis, title={"text": plain(y), **title})
-    figure.update_layout(
-        template="none",
-        title=None,
-        font={"family": "ui-sans-serif, system-ui, sans-serif", "size": 13, "color": color("ink")},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor=color("paper"),  # the line under the pointer is drawn on it
-        margin={"l": 8, "r": 12, "t": 26, "b": 8},
-        legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 0, "yref": "container", "yanchor": "bottom"},
-        hoverlabel={"bgcolor": color("raised"), "bordercolor": color("rule"), "font": {"color": color("ink")}},
-        **{"hovermode": "closest", **layout},
-    )
-    return json.loads(str(figure.to_json()))
+    axes = {
+        "xaxis": {**axis, **pointer, **x_axis, "showline": True, "title": {"text": plain(x), **title}},
+        "yaxis": {**axis, **y_axis, "title": {"text": plain(y), **title}},
+    }
+    made = json.loads(str(figure.to_json()))
+    layout = made["layout"]
+    for name, look in axes.items():
+        _lay_over(layout.setdefault(name, {}), look)
+    layout.pop("title", None)
+    look = {
+        "template": pio.templates["none"].to_plotly_json(),
+        "font": {"family": "ui-sans-serif, system-ui, sans-serif", "size": 13, "color": color("ink")},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": color("paper"),  # the line under the pointer is drawn on it
+        "margin": {"l": 8, "r": 12, "t": 26, "b": 8},
+        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 0, "yref": "container", "yanchor": "bottom"},
+        "hoverlabel": {"bgcolor": color("raised"), "bordercolor": color("rule"), "font": {"color": color("ink")}},
+        "hovermode": hovermode,
+    }
+    layout.pop("template", None)
+    _lay_over(layout, look)
+    return made
+
+
+def _lay_over(values: dict[str, Any], more: Mapping[str, Any]) -> None:
+    """Set ``more`` in ``values``, dictionaries key by key."""
+    for key, value in more.items():
+        if isinstance(value, dict) and isinstance(values.get(key), dict):
+            _lay_over(values[key], value)
+        else:
+            values[key] = value

@@ -102,8 +102,7 @@ def importance_chart(importances: Sequence[Importance]) -> dict[str, Any]:
             hovertemplate="%{x:.2f} ± %{customdata[0]:.2f}, from %{customdata[1]} trials<extra></extra>",
         )
     )
-    figure.update_xaxes(rangemode="tozero")
-    return page_figure(figure, "share of the score's variance", "")
+    return page_figure(figure, "share of the score's variance", "", x_axis={"rangemode": "tozero"})
 
 
 def cost(trials: Sequence[Trial]) -> dict[str, Any]:
