@@ -92,28 +92,19 @@ def test_pruned_trials_are_pruned_in_the_study_with_their_curves(whole):
         assert len(study.metrics(trial.number)) < 41, "it went on"
 
 
-def test_trials_are_runs_like_any_other(whole):
-    """The same loop: a finished trial has the scores of `train` with its configuration."""
-    study, _ = whole
-    trial = next(trial for trial in study.trials() if trial.state == TrialState.COMPLETE)
-    config = study.directory / "trials" / f"{trial.number:04d}" / "config.yaml"
-    command = [sys.executable, "-m", "clusterns_ray.cli", "train", str(config)]
-    command += ["--set", "runtime.name=alone", "--set", f"runtime.storage_path={study.project}/runs"]
-    subprocess.run(command, env=study.env, cwd=study.project, check=True, capture_output=True, timeout=100)
-    alone = yaml.safe_load((study.project / "runs/alone/result.json").read_text())
-    assert alone["sts_dev"] == trial.value
-    assert alone["sts_dev_before"] == study.result()["sts_dev_before"], "scored once for all trials"
-
-
-def test_the_best_configuration_runs_with_train(whole):
+def test_the_best_configuration_is_a_run_like_any_other(whole):
+    """The same loop: `train` with the winner's configuration has the scores of its trial."""
     study, _ = whole
     command = [sys.executable, "-m", "clusterns_ray.cli", "train", str(study.directory / "best.yaml")]
     done = subprocess.run(command, env=study.env, cwd=study.project, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    best = yaml.safe_load((study.project / "runs/whole-best/config.yaml").read_text())
-    values = study.result()["winner"]["values"]
-    assert best["train"]["learning_rate"] == values["train.learning_rate"]
-    assert best["clustering"]["num_clusters"] == values["clustering.num_clusters"]
+    winner = study.result()["winner"]
+    config = yaml.safe_load((study.project / "runs/whole-best/config.yaml").read_text())
+    assert config["train"]["learning_rate"] == winner["values"]["train.learning_rate"]
+    assert config["clustering"]["num_clusters"] == winner["values"]["clustering.num_clusters"]
+    alone = json.loads((study.project / "runs/whole-best/result.json").read_text())
+    assert alone["sts_dev"] == study.trials()[winner["trial"]].value
+    assert alone["sts_dev_before"] == study.result()["sts_dev_before"], "scored once for all trials"
 
 
 def test_files_of_the_outcome(whole):

@@ -20,12 +20,14 @@ from typer.testing import CliRunner, Result
 from clusterns_ray.cli import app
 from clusterns_ray.io.files import DIRECTORY_MANIFEST
 
+pytestmark = pytest.mark.slow
+
 QUICK = {
     "config.yaml-not_utf8", "metrics.jsonl-truncated", "model/model.safetensors-flipped",
     "model/tokenizer.json-flipped", "manifest.json-not_utf8", "index-00000.faiss-flipped", "embeddings.parquet-zeros",
     "out.parquet-flipped",
 }  # fmt: skip
-"""One damage of each kind of file, tried in every check; the rest is tried every night."""
+"""One damage of each kind of file, tried on every change; the rest is tried every night."""
 
 
 def call(*arguments: object) -> Result:

@@ -314,6 +314,7 @@ def killed(work: Callable[[], Any]) -> None:
     assert process.exitcode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", quick_first(KEPT, 3))
 def test_killed_and_given_again(
     encode: Callable[..., Encoded], whole: Path, moment: Callable[[Any], dict[str, Any]], tmp_path: Path

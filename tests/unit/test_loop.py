@@ -255,6 +255,7 @@ def test_the_run_is_a_function_of_its_seed(lab: Lab, tmp_path: Path) -> None:
     assert losses("c", 2) != first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sections",
     [

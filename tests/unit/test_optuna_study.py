@@ -300,6 +300,7 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
                 monkeypatch.setattr(storage, name, dying(vars(storage)[name]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("storage", "every", "sampler"),
     quick_first([("journal", 8, "tpe"), ("sqlite", 29, "tpe"), ("journal", 8, "qmc"), ("journal", 11, "tpe")], 1),

@@ -56,6 +56,7 @@ def test_auto_precision_where_torch_cannot_tell(monkeypatch: pytest.MonkeyPatch)
     assert agreed_precision("auto", CPU) == "fp32"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("began", quick_first([True, False], 1))
 def test_a_resumed_run_keeps_its_precision(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, began: bool

@@ -35,6 +35,7 @@ def test_every_batch_is_read_once_and_the_next_one_by_the_thread(ahead: bool) ->
     assert read == [(3, True), (4, not ahead), (5, not ahead), (6, True)]
 
 
+@pytest.mark.slow
 def test_a_run_with_threads_is_the_same_to_the_bit(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches read ahead and checkpoints written behind, as on a GPU; also where it is killed and resumed."""
     config = lab.config(loss={"mlm_weight": 0.1}, data={"positives": "crop"})

@@ -37,6 +37,8 @@ from clusterns_ray.training.evaluator import Evaluator
 from clusterns_ray.training.metrics import read_metrics
 from clusterns_ray.training.validation import DevSet
 
+pytestmark = pytest.mark.slow
+
 # Each kind of state that a checkpoint holds, several in a run; those that a change is likeliest to break come first.
 RESUMED: dict[str, dict[str, dict[str, Any]]] = {
     "clustering, another set": {"evaluation": {"also": ["LEE50/test"]}},

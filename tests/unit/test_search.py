@@ -426,6 +426,7 @@ def kill_me(*_: Any, **__: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["encoding", "saving", "measuring"])
 def test_killed_and_given_again(
     build: Callable[..., SemanticIndex], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, moment: str

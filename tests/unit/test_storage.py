@@ -288,6 +288,7 @@ def die_at(step: int) -> OnEvent:
     return on_event
 
 
+@pytest.mark.slow
 def test_a_run_in_the_store_is_that_of_a_directory(config: Config, tmp_path: Path) -> None:
     result = train(config)
     store = Store(config.runtime.storage_path) / "run"

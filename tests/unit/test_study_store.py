@@ -26,6 +26,8 @@ from clusterns_ray.tuning.study_file import read_optuna_study
 from clusterns_ray.tuning.sweep import owner
 from clusterns_ray.tuning.trial import TrialRun
 
+pytestmark = pytest.mark.slow
+
 ASHA = {"name": "asha", "min_steps": 1, "reduction_factor": 2}
 OFTEN = "evaluation.every_steps=1"
 
@@ -67,7 +69,6 @@ def outcome_of(result: dict[str, Any]) -> dict[str, Any]:
     return {key: result[key] for key in ("trials", "winner", "candidates", "not_told_apart", "sts_dev_before")}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sqlite", "journal"])
 def test_a_study_whose_machines_are_lost_is_the_undisturbed_one(
     write_study: Callable[..., Path],
@@ -116,7 +117,6 @@ def test_a_study_whose_machines_are_lost_is_the_undisturbed_one(
     assert not list(copies.glob("*/0*/metrics.jsonl")), "copies of runs that ended are not kept on the machine"
 
 
-@pytest.mark.slow
 def test_evaluations_that_no_snapshot_has_are_told_again(
     write_study: Callable[..., Path], store: Store, machine: Callable[[], None]
 ) -> None:
@@ -230,7 +230,6 @@ def test_one_driver_among_all_machines(
     refused(said, "The study 'tiny' is being run by process ", " since 20", "--status")
 
 
-@pytest.mark.slow
 def test_a_trial_that_a_store_fails_is_begun_again_and_not_failed(
     write_study: Callable[..., Path],
     store: Store,
@@ -263,7 +262,6 @@ def test_a_trial_that_a_store_fails_is_begun_again_and_not_failed(
 # ---- what others see ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_study_is_looked_at_from_another_machine(
     write_study: Callable[..., Path],
     store: Store,

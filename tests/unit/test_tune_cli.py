@@ -36,6 +36,8 @@ from clusterns_ray.tuning.study_file import read_optuna_study
 from clusterns_ray.tuning.sweep import Sweep, owner, tune
 from clusterns_ray.tuning.trial import TrialRun, failure, train_here
 
+pytestmark = pytest.mark.slow
+
 
 def refused(result: Result, *parts: str) -> None:
     assert isinstance(result.exception, SystemExit), f"a traceback: {result.exception!r}"
@@ -79,7 +81,6 @@ def test_one_process_a_study(clusterns: Callable[..., Result], write_study: Call
     refused(result, "The study 'tiny' is being run by another process", "--status")
 
 
-@pytest.mark.slow
 def test_a_study_does_not_compare_trials_over_different_data(write_study: Callable[..., Path]) -> None:
     file = write_study()
     for _ in range(2):
@@ -188,7 +189,6 @@ def test_a_half_done_trial_comes_first_and_with_the_same_values(write_study: Cal
     assert again.optuna_study.trials()[1].params == params and len(again.optuna_study.trials()) == 3
 
 
-@pytest.mark.slow
 def test_a_trial_that_always_takes_the_sweep_down_is_given_up(write_study: Callable[..., Path]) -> None:
     study = load_study(write_study())
     for attempt in range(5):
@@ -215,7 +215,6 @@ def test_what_fails_on_a_machine_ends_the_sweep_and_no_trial(
         assert trial.state.name == "RUNNING"
 
 
-@pytest.mark.slow
 def test_a_confirmation_that_fails_is_not_tried_for_ever(write_study: Callable[..., Path]) -> None:
     sweep = sweep_of(load_study(write_study(budget={"trials": 1}, confirmation={"top": 1, "seeds": [1, 2]})))
 
