@@ -91,6 +91,7 @@ def study_page() -> str:
     titles = {
         "budget": [study.BudgetConfig],
         "stop": [study.StopConfig],
+        "race": [study.RaceConfig],
         "confirmation": [study.ConfirmationConfig],
         "sampler": [study.ModelSampler, study.PlainSampler],
         "scheduler": [study.ASHAScheduler, study.MedianScheduler, study.NoScheduler],

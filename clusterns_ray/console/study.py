@@ -16,10 +16,11 @@ from clusterns_ray.io.events import Event, Note
 from clusterns_ray.io.files import is_locked
 from clusterns_ray.io.terminal import printable
 from clusterns_ray.tuning.analysis import STATES, Trial, read_trial
-from clusterns_ray.tuning.comparison import sentences, show_value
+from clusterns_ray.tuning.comparison import paired, seed_interval, sentences, show_value
 from clusterns_ray.tuning.events import StudyChecked, TrialEvent
 from clusterns_ray.tuning.optuna_study import enqueued_points, worker_hours
 from clusterns_ray.tuning.previous import about_earlier, begun, earlier_trials
+from clusterns_ray.tuning.racing import told
 from clusterns_ray.tuning.selection import check_result
 from clusterns_ray.tuning.study_file import FILES, read_optuna_study, readable_directory
 
@@ -39,8 +40,10 @@ class Progress:
 
     name: str
     rows: list[Trial]
+    runs: int
+    """the trials, and their runs with further seeds"""
     planned: int | None
-    """trials the budget allows; None where it is in hours"""
+    """how many of them the budget allows; None where it is in hours"""
     seconds: float
     """of the study, over all resumptions"""
     seconds_left: float | None
@@ -60,7 +63,7 @@ class Progress:
 
     @property
     def best(self) -> Trial | None:
-        return max((row for row in self.rows if row.state == "COMPLETE"), key=lambda row: row.score or 0, default=None)
+        return min((row for row in self.rows if row.state == "COMPLETE"), key=lambda row: row.order, default=None)
 
     def count(self, state: str) -> int:
         return sum(row.state == state for row in self.rows)
@@ -68,14 +71,15 @@ class Progress:
 
 def read_progress(study: Study, optuna_study: optuna.Study) -> Progress:
     """How a study stands, with the time that its budget leaves by the mean trial so far."""
-    rows, earlier = (list(map(read_trial, trials(optuna_study))) for trials in (begun, earlier_trials))
+    runs, earlier = (list(map(read_trial, trials(optuna_study))) for trials in (begun, earlier_trials))
+    rows = list(map(read_trial, told(begun(optuna_study), study.base.seed)))
     attrs, budget, concurrent = optuna_study.user_attrs, study.config.budget, study.config.concurrent_trials
     seconds = attrs.get("seconds", 0.0)
-    ended = [row.seconds for row in rows if row.state != "RUNNING"]
+    ended = [run.seconds for run in runs if run.state != "RUNNING"]
     left = []
     if budget.trials is not None and ended:
         mean = sum(ended) / len(ended)
-        running = sum(row.seconds for row in rows if row.state == "RUNNING")
+        running = sum(run.seconds for run in runs if run.state == "RUNNING")
         left.append(max((budget.trials - len(ended)) * mean - running, 0.0) / concurrent)
     if budget.hours is not None:
         left.append(max(budget.hours * 3600 - seconds, 0.0))
@@ -89,6 +93,7 @@ def read_progress(study: Study, optuna_study: optuna.Study) -> Progress:
     return Progress(
         study.config.name,
         rows,
+        len(runs),
         budget.trials,
         seconds,
         min(left, default=None),
@@ -108,20 +113,22 @@ def render(progress: Progress) -> RenderableType:
     from rich.text import Text
 
     table = Table(title=f"study {progress.name}")
-    for column in ("trial", "state", "dev", "step", "time"):
+    races = any(row.scores for row in progress.rows)
+    for column in ("trial", "state", "dev", *(("seeds", "beside the best") if races else ()), "step", "time"):
         table.add_column(column, justify="left" if column == "state" else "right", no_wrap=True)
     table.add_column("settings")
     running = [row for row in progress.rows if row.state == "RUNNING"]
     ended = sorted(
         (row for row in [*progress.rows, *progress.earlier] if row.state != "RUNNING"),
-        key=lambda row: (row.state != "COMPLETE", row.score is None, -(row.score or 0.0)),
+        key=lambda row: row.order,
     )
     best = progress.best
     for row in [*running, *ended[:ROWS]]:
         table.add_row(
             row.name,
-            "best" if row is best else "earlier" if row.study else STATES[row.state],
+            "best" if row is best else "earlier" if row.study else row.race or STATES[row.state],
             "" if row.score is None else f"{row.score:.2f}",
+            *((str(len(row.scores) or ""), beside(row, best)) if races else ()),
             "" if row.steps is None else str(row.steps),
             "" if row.study else clock(row.seconds),
             show_values(row.values),
@@ -134,10 +141,19 @@ def render(progress: Progress) -> RenderableType:
     return Group(*lines, *map(Text, progress.about_earlier))
 
 
+def beside(row: Trial, best: Trial | None) -> str:
+    """The mean difference of a trial that races from the best, over the seeds of both, with its 95 % interval."""
+    if best is None or row is best or not (differences := paired(row.scores, best.scores)):
+        return ""
+    mean, span = sum(differences) / len(differences), seed_interval(differences)
+    return f"{mean:+.2f}" + (f" ({span['low']:+.2f} to {span['high']:+.2f})" if span else "")
+
+
 def summary_line(progress: Progress) -> str:
-    best = progress.best
+    best, count = progress.best, len(progress.rows)
     parts = [
-        f"{len(progress.rows)}{f' of {progress.planned}' if progress.planned else ''} trials",
+        f"{progress.runs}{f' of {progress.planned}' if progress.planned else ''} "
+        + ("trials" if progress.runs == count else f"runs of {count} trials"),
         *(f"{progress.count(state)} {word}" for state, word in STATES.items() if progress.count(state)),
     ]
     if best is not None and best.score is not None:
@@ -204,7 +220,8 @@ def render_result(result: Mapping[str, Any]) -> list[str]:
             of = f"{len(candidate['scores'])} of {len(seeds)} seeds"
             mark = "  <- best mean" if candidate["trial"] == winner["trial"] else ""
             lines.append(
-                f"trial {candidate['trial']}: {candidate['mean']:.2f}{spread} over {of} (one run chose it with "
+                f"trial {candidate['trial']}: {candidate['mean']:.2f}{spread} over {of} "
+                f"({'with the first' if result.get('raced') else 'one run chose it with'} "
                 f"{candidate['trial_score']:.2f}){mark}"
             )
     span = (result.get("intervals") or {}).get("winner")
@@ -219,7 +236,7 @@ def render_result(result: Mapping[str, Any]) -> list[str]:
         lines.append("The winner has the score of one seed alone: the difference to the next may be chance.")
     elif result["not_told_apart"]:
         alike = ", ".join(str(number) for number in result["not_told_apart"])
-        lines.append(f"Not to be told apart from it with these seeds (Welch's t-test, 5%): trial {alike}.")
+        lines.append(f"Not to be told apart from it with these seeds (paired t-test, 5%): trial {alike}.")
     return [*lines, *result.get("previous", ())]
 
 

@@ -12,7 +12,7 @@ from clusterns_ray.report import study_charts as charts
 from clusterns_ray.report.page import Cell, Fact, Figure, Fold, Link, Page, Section, Table, Warning, footer, write_page
 from clusterns_ray.report.words import NONE, count, duration, fixed, listing
 from clusterns_ray.tuning.analysis import STATES, StudyRecord, Trial, at_the_edge, read_study, rungs
-from clusterns_ray.tuning.comparison import sentences, show_value
+from clusterns_ray.tuning.comparison import seed_interval, sentences, show_value
 from clusterns_ray.tuning.selection import check_result
 from clusterns_ray.tuning.space import flatten
 
@@ -81,7 +81,7 @@ def headline(study: StudyRecord, result: dict[str, Any] | None) -> list[str]:
     elif len(winner["scores"]) == 1:
         words += ", of one new seed"
     else:
-        words += f", the mean of {len(winner['scores'])} new seeds"
+        words += f", the mean of {len(winner['scores'])} {'' if result.get('raced') else 'new '}seeds"
         words += f" (95 % interval {fixed(span['low'])} to {fixed(span['high'])})" if span else ""
     beside = sentences(result) if result.get("against") else []
     return [words + ".", *([" ".join(beside)] if beside else []), _apart(result), _cost(study, result, tried)]
@@ -92,7 +92,7 @@ def _apart(result: dict[str, Any]) -> str:
     if len(result["winner"]["scores"]) < 2:
         return "Without two seeds of its own, nothing tells it apart from the next best."
     names = listing([f"trial {number}" for number in result["not_told_apart"]] or ["none"])
-    return f"Not told apart from it by these seeds (Welch's t-test at 5 %), of those that were run again: {names}."
+    return f"Not told apart from it by these seeds (paired t-test at 5 %), of those that were run again: {names}."
 
 
 def _cost(study: StudyRecord, result: dict[str, Any], tried: str) -> str:
@@ -181,11 +181,11 @@ def _about_winner(study: StudyRecord, result: dict[str, Any]) -> Iterator[Warnin
     elif result["not_told_apart"]:
         names = listing([f"trial {number}" for number in result["not_told_apart"]])
         yield Warning(
-            f"The winner cannot be told apart from {names} with these seeds (Welch's t-test at 5 %): the difference "
+            f"The winner cannot be told apart from {names} with these seeds (paired t-test at 5 %): the difference "
             "lies inside seed noise. Prefer the cheaper or the simpler, or add seeds.",
             "note",
         )
-    loss = [c["trial_score"] - c["mean"] for c in result["candidates"] if c["scores"]]
+    loss = [c["trial_score"] - c["mean"] for c in result["candidates"] if c["scores"] and not result.get("raced")]
     if loss and statistics.fmean(loss) > 0:
         yield Warning(
             f"With new seeds the best configurations lost {fixed(statistics.fmean(loss))} points on average against "
@@ -238,8 +238,10 @@ def outcome_section(study: StudyRecord, result: dict[str, Any] | None) -> Sectio
     if confirmed:
         title, columns = "The best configurations, run again", ["mean", "deviation", "seeds", "the run that chose it"]
         words = (
-            "The best trials were run again with seeds that no trial had. The winner has the best mean; not told apart "
-            "from it are those whose means do not differ by Welch's t-test at 5 %, which needs two seeds each."
+            ("They raced for further seeds. " if result.get("raced") else "")
+            + ("" if result.get("raced") else "The best trials were run again with seeds that no trial had. ")
+            + "The winner has the best mean; not told apart from it are those whose means do not differ by a paired "
+            "t-test at 5 %, which needs two seeds that both have."
         )
     else:
         title, columns = "The best configurations", ["score"]
@@ -343,12 +345,13 @@ def slice_section(study: StudyRecord) -> Section | None:
 def trial_section(study: StudyRecord, result: dict[str, Any] | None) -> Section:
     keys = list(study.varied)
     trials = [*study.trials, *study.earlier]
-    ordered = sorted(trials, key=lambda trial: (trial.state != "COMPLETE", -(trial.score or 0), trial.number))
+    ordered, races = sorted(trials, key=lambda trial: trial.order), any(trial.scores for trial in trials)
     rows: list[list[Cell]] = [
         [
             trial.name,
-            "earlier" if trial.study else STATES[trial.state],
+            "earlier" if trial.study else trial.race or STATES[trial.state],
             fixed(trial.score),
+            *([_over_seeds(trial)] if races else ()),
             str(trial.curve[-1][0]) if trial.curve else NONE,
             NONE if trial.study else duration(trial.seconds),
             *(_value(trial.values, key) for key in keys),
@@ -358,13 +361,22 @@ def trial_section(study: StudyRecord, result: dict[str, Any] | None) -> Section:
     ]
     strong = [n for n, trial in enumerate(ordered) if result and trial.name == str(result["winner"]["trial"])]
     table = Table(
-        ["trial", "state", "dev", "steps", "time", *keys, ""],
+        ["trial", "state", "dev", *(["over seeds"] if races else ()), "steps", "time", *keys, ""],
         rows,
-        "The finished ones by score, then the others",
-        text_columns=(1, len(keys) + 5),
+        "The finished ones by score, then the others"
+        + (
+            "; those that have more seeds first, and their means as the leader's seeds would give them" if races else ""
+        ),
+        text_columns=(1, len(keys) + 5 + races),
         strong_rows=strong,
     )
     return Section("All trials", tables=[table], anchor="trials")
+
+
+def _over_seeds(trial: Trial) -> str:
+    """How many seeds a trial that races has, and the 95 % interval of its mean over them."""
+    span = seed_interval(list(trial.scores.values()))
+    return f"{len(trial.scores)}: {fixed(span['low'])} to {fixed(span['high'])}" if span else str(len(trial.scores))
 
 
 def setup_section(study: StudyRecord) -> Section:

@@ -7,7 +7,7 @@ import random
 import statistics
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from clusterns_ray.errors import ConfigError, DataError
 from clusterns_ray.io.yaml_text import load_yaml, read_yaml_text
 from clusterns_ray.tuning.previous import PREVIOUS, about_earlier, begun, earlier_trials
+from clusterns_ray.tuning.racing import RACER, Racer, told
 from clusterns_ray.tuning.study_file import read_optuna_study
 
 STATES = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "runs"}
@@ -46,10 +47,20 @@ class Trial:
     steps: int | None = None
     study: str | None = None
     """the earlier study that it is of; None if it is of this one"""
+    scores: dict[int, float] = field(default_factory=dict)
+    """by seed, where trials race"""
+    race: str = ""
+    """how it stands in a race where its state does not say so: its further seed runs, or it is out"""
 
     @property
     def name(self) -> str:
         return f"{self.study} {self.number}" if self.study else str(self.number)
+
+    @property
+    def order(self) -> tuple[bool, bool, int, bool, float, int]:
+        """Sorts trials, the best first; where they race, by how many seeds they have."""
+        ended = self.state != "COMPLETE", self.race == "out", -len(self.scores)
+        return *ended, self.score is None, -(self.score or 0.0), self.number
 
 
 @dataclass(frozen=True)
@@ -101,10 +112,11 @@ def read_study(directory: Path) -> StudyRecord:
     """
     study = read_optuna_study(directory)
     config = read_study_file(directory / "study.yaml")
-    frozen = begun(study)
-    in_memory = optuna.create_study(direction="maximize")
-    nothing = optuna.trial.create_trial(state=TrialState.FAIL)  # in place of earlier studies' trials: numbers stay
-    in_memory.add_trials(nothing if PREVIOUS in t.user_attrs else t for t in study.get_trials(deepcopy=False))
+    frozen = told(begun(study), config["base"]["seed"])
+    shown, in_memory = {trial.number: trial for trial in frozen}, optuna.create_study(direction="maximize")
+    # Something in place of earlier studies' trials and of further seeds' runs: numbers stay.
+    nothing = optuna.trial.create_trial(state=TrialState.FAIL)
+    in_memory.add_trials(shown.get(number, nothing) for number in range(len(study.get_trials(deepcopy=False))))
     return StudyRecord(
         directory,
         config,
@@ -150,6 +162,8 @@ def read_trial(trial: FrozenTrial) -> Trial:
     curve, attrs = sorted(trial.intermediate_values.items()), trial.user_attrs
     score = trial.value if trial.value is not None else (curve[-1][1] if curve else None)
     study, number = attrs.get(PREVIOUS, (None, trial.number))
+    racer: Racer | None = attrs.get(RACER)
+    runs = racer is not None and len(racer.runs) > len(racer.scores)
     return Trial(
         number,
         trial.state.name,
@@ -160,6 +174,8 @@ def read_trial(trial: FrozenTrial) -> Trial:
         attrs.get("reason"),
         attrs.get("steps"),
         study,
+        racer.scores if racer else {},
+        "" if racer is None or not runs else "out" if racer.is_out else "runs again",
     )
 
 

@@ -31,6 +31,11 @@ def seed_interval(scores: Sequence[float]) -> dict[str, float] | None:
     return _interval(lambda: ttest_1samp(scores, 0), statistics.fmean(scores)) if len(scores) > 1 else None
 
 
+def paired(first: Mapping[int, float], second: Mapping[int, float]) -> list[float]:
+    """Differences of scores by seed, over those that both have: the same seed draws the same batches and masks."""
+    return [score - second[seed] for seed, score in first.items() if seed in second]
+
+
 def difference_over_seeds(first: Sequence[float], second: Sequence[float]) -> dict[str, float] | None:
     """The 95 % interval of the difference of two means over seeds, by Welch's t; None for fewer than two seeds.
 

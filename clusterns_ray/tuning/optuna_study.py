@@ -23,6 +23,7 @@ from clusterns_ray.io.events import OnNote
 from clusterns_ray.io.object_store import Place
 from clusterns_ray.tuning.job import Evaluation, Finished
 from clusterns_ray.tuning.previous import PREVIOUS, Learnt, begun, earlier_trials, learn_from
+from clusterns_ray.tuning.racing import RACE, ToldStudy, next_run, stops, told
 from clusterns_ray.tuning.sampling import Sampler, grid, pruner
 from clusterns_ray.tuning.space import Overrides, Space, point_key
 from clusterns_ray.tuning.study import Study, StudyConfig, check_identity
@@ -71,7 +72,7 @@ class OptunaStudy:
         clock: Callable[[], float] = time.monotonic,
         permit: Callable[[], None] = lambda: None,
     ) -> None:
-        self.config, self.space = study.config, study.space
+        self.config, self.space, self.seeds = study.config, study.space, study.seeds
         self.home, self.permit = study.home, permit
         self._changed, self._saved_at = False, -math.inf
         study.directory.mkdir(parents=True, exist_ok=True)
@@ -94,7 +95,7 @@ class OptunaStudy:
                 study_name=self.config.name,
                 direction="maximize",
                 load_if_exists=True,
-                sampler=Sampler(self.config.sampler),
+                sampler=Sampler(self.config.sampler, self._told),
                 pruner=pruner(study),
             )
             self._check_identity(study)
@@ -154,6 +155,13 @@ class OptunaStudy:
     def trial(self, number: int) -> FrozenTrial:
         return self.optuna.get_trials(deepcopy=False)[number]
 
+    def _told(self, study: optuna.Study) -> optuna.Study:
+        return ToldStudy(study, self.seeds[0])
+
+    def told(self) -> list[FrozenTrial]:
+        """The trials without the runs of further seeds, which are in their values."""
+        return told(self.trials(), self.seeds[0])
+
     def ended(self) -> list[FrozenTrial]:
         return [trial for trial in self.trials() if trial.state in ENDED]
 
@@ -163,7 +171,8 @@ class OptunaStudy:
     def ended_by(self) -> str | None:
         """Why no further trial may start; None if one may."""
         trials, stop = self.trials(), self.config.stop
-        if self._grid and len(trials) >= len(self._points):
+        first = [trial for trial in trials if RACE not in trial.user_attrs]
+        if self._grid and len(first) >= len(self._points) and next_run(trials, self.seeds) is None:
             return "every point of the grid was tried"
         hours = worker_hours(self.config, self.optuna)
         spent = {
@@ -175,7 +184,7 @@ class OptunaStudy:
         for name, limit in self.config.budget.limits().items():
             if spent[name] >= limit:
                 return f"budget.{name} ({limit:g}) is used up"
-        best, since = last_gain(trials, stop.gain)
+        best, since = last_gain(first, stop.gain)
         if best is None or stop.after is None or since < stop.after:
             return None
         more = f" by more than {stop.gain:g}" if stop.gain else ""
@@ -190,16 +199,20 @@ class OptunaStudy:
     def propose(self, note: OnNote = lambda text: None) -> Proposal:
         """The next trial, RUNNING from now on; ask :meth:`budget_spent` before.
 
-        Points that were enqueued come before first points that are left, and these before what the sampler proposes.
+        Points that were enqueued come first; then a further seed, where a trial has earned one; then first points that
+        are left, and what the sampler proposes.
         """
         trials = self.optuna.get_trials(deepcopy=False)
         if not any(trial.state == TrialState.WAITING for trial in trials):
             tried = {point_key(trial.system_attrs.get(FIXED_VALUES, {"": None})) for trial in trials}
             point = next((point for point in self._points if point_key(point) not in tried), None)
             enqueued = enqueued_points(self.home, self.space, self.optuna, note)
+            due = next_run(self.trials(), self.seeds)
             if enqueued:
                 name = next(iter(enqueued))
                 self.optuna.enqueue_trial(enqueued[name], {ENQUEUED: name})
+            elif due is not None:
+                self.optuna.enqueue_trial(due[0].params, {RACE: [due[0].number, due[1]]})
             elif point is not None:
                 self.optuna.enqueue_trial(point)
         proposal = self._begin(self.optuna.ask())
@@ -219,6 +232,8 @@ class OptunaStudy:
     def _begin(self, trial: optuna.Trial) -> Proposal:
         overrides = self.space.suggest(trial)
         attrs = trial.user_attrs
+        if RACE in attrs:
+            overrides["seed"] = attrs[RACE][1]
         trial.set_user_attr("attempts", attrs.get("attempts", 0) + 1)
         self._live[trial.number] = trial
         self._spent[trial.number] = attrs.get("seconds", 0.0), 0.0
@@ -242,9 +257,15 @@ class OptunaStudy:
             self._changed = True
             if first:  # so that no attempt counts as fruitless that was not
                 self.save()
-        if evaluation.last or not trial.should_prune():
+        frozen = self._frozen(trial)
+        races = RACE in frozen.user_attrs
+        if evaluation.last or not (
+            stops(self.trials(), self.seeds, frozen, step)
+            if races
+            else self.optuna.pruner.prune(self._told(self.optuna), frozen)
+        ):
             return False
-        self._note(trial, reason=f"pruned at step {step}")
+        self._note(trial, reason=f"{'behind the leader' if races else 'pruned'} at step {step}")
         self._tell(number, state=TrialState.PRUNED)
         return True
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from optuna.trial import FrozenTrial
 
 from clusterns_ray.config import Config, dump_config, make_config
 from clusterns_ray.data.prepare import prepare
@@ -16,15 +18,16 @@ from clusterns_ray.io.files import check_unchanged, json_text
 from clusterns_ray.io.object_store import Place
 from clusterns_ray.models.base_model import complete
 from clusterns_ray.tuning.comparison import (
-    difference_over_seeds,
     model_cosines,
     over_pairs,
+    paired,
     seed_interval,
     sentences,
     untrained_cosines,
 )
 from clusterns_ray.tuning.optuna_study import OptunaStudy, worker_hours
 from clusterns_ray.tuning.previous import about_earlier
+from clusterns_ray.tuning.racing import RACER, Racer
 from clusterns_ray.tuning.runs import base_trial, clean_up, planned_runs, runs_of, values_of, was_trained
 from clusterns_ray.tuning.selection import Candidate, choose, copy_model, summary, top_trials, write_trials
 from clusterns_ray.tuning.space import with_values
@@ -58,10 +61,22 @@ def candidates(study: Study, optuna_study: OptunaStudy) -> list[Candidate]:
         score = run.score(study) if run.trial is not None else None
         if run.trial is not None and score is not None:
             scores.setdefault(run.trial, {})[run.seed] = score
+    top = top_trials(optuna_study.told(), study.config.confirmation.top)
+    if not study.confirms:
+        return [raced(study, trial) for trial in top]
     return [
         Candidate(trial.number, values_of(study, trial), trial.value or 0.0, scores.get(trial.number, {}))
-        for trial in top_trials(optuna_study.ended(), study.config.confirmation.top)
+        for trial in top
     ]
+
+
+def raced(study: Study, trial: FrozenTrial) -> Candidate:
+    """A trial with the scores of its race; with its own alone where none was held."""
+    racer: Racer | None = trial.user_attrs.get(RACER)
+    if racer is None:
+        return Candidate(trial.number, values_of(study, trial), trial.value or 0.0, {})
+    numbers = {seed: racer.runs[seed].number for seed in racer.scores}
+    return Candidate(trial.number, values_of(study, trial), racer.trial.value or 0.0, racer.scores, numbers)
 
 
 def baseline(study: Study, optuna_study: OptunaStudy, candidates: list[Candidate]) -> Candidate | None:
@@ -72,24 +87,30 @@ def baseline(study: Study, optuna_study: OptunaStudy, candidates: list[Candidate
             return candidate
     runs = [run for run in planned_runs(study, optuna_study) if run.trial is None]
     scores = {run.seed: score for run in runs if (score := run.score(study)) is not None}
-    if study.confirms:
+    if study.confirms or len(scores) > 1:
         return Candidate(number, {}, None, scores) if scores else None
-    score = scores.get(study.base.seed) if number is None else optuna_study.trial(number).value
-    return None if score is None else Candidate(number, {}, score, {})
+    if number is not None:
+        trial = next(trial for trial in optuna_study.told() if trial.number == number)
+        return replace(raced(study, trial), overrides={})
+    score = scores.get(study.base.seed)
+    return None if score is None else Candidate(None, {}, score, {})
 
 
 def decide(study: Study, optuna_study: OptunaStudy) -> Outcome:
     """The winner and what stands beside it. At least one trial must have finished."""
     best = candidates(study, optuna_study)
-    winner, alike = choose(best, len(study.config.confirmation.seeds))
+    seeds = len(study.config.confirmation.seeds) or max(len(candidate.scores) for candidate in best)
+    winner, alike = choose(best, seeds)
     before = optuna_study.recall("scores_before", {}).get(encoder_key(complete(study.space.config(winner.overrides))))
     return Outcome(best, winner, alike, baseline(study, optuna_study, best), before)
 
 
 def models_of(study: Study, candidate: Candidate | None) -> list[Place]:
-    """The directories of a candidate's runs: one for each seed, or the trial's own if nothing was confirmed."""
+    """The directories of a candidate's runs: one for each seed, or the trial's own if it has no other."""
     if candidate is None:
         return []
+    if candidate.runs:
+        return [runs_of(study, number) / f"{number:04d}" for number in candidate.runs.values()]
     name = "base" if candidate.number is None or not candidate.overrides else f"{candidate.number:04d}"
     if candidate.scores:
         return [runs_of(study, None) / f"{name}-seed{seed}" for seed in sorted(candidate.scores)]
@@ -100,7 +121,7 @@ def models_of(study: Study, candidate: Candidate | None) -> list[Place]:
 
 def best_run(study: Study, winner: Candidate) -> Place:
     """The winner's run with its best seed."""
-    runs, seeds = models_of(study, winner), sorted(winner.scores)
+    runs, seeds = models_of(study, winner), list(winner.runs) or sorted(winner.scores)
     return runs[seeds.index(min(seeds, key=lambda seed: (-winner.scores[seed], seed)))] if seeds else runs[0]
 
 
@@ -112,7 +133,7 @@ def write_outcome(study: Study, optuna_study: OptunaStudy, on_event: OnEvent = l
     """
     home, trials = study.home, optuna_study.trials()
     clean_up(study, optuna_study)
-    write_trials(home.local / "trials.parquet", trials, list(study.space.parameters))
+    write_trials(home.local / "trials.parquet", trials, list(study.space.parameters), study.base.seed)
     home.publish("trials.parquet")
     states = [trial.state.name for trial in trials]
     if "COMPLETE" not in states:
@@ -138,7 +159,8 @@ def write_outcome(study: Study, optuna_study: OptunaStudy, on_event: OnEvent = l
         "cost": None if price is None else round(hours * price, 2),
         "ended_by": optuna_study.recall("ended_by"),
         "previous": about_earlier(optuna_study.optuna),
-        "seeds": study.config.confirmation.seeds,
+        "seeds": study.config.confirmation.seeds or list(study.seeds if winner.runs else ()),
+        "raced": bool(winner.runs),
         "winner": summary(winner),
         "base": summary(outcome.base) if outcome.base else None,
         "intervals": {
@@ -172,10 +194,9 @@ def winner_sentence(result: dict[str, Any]) -> str:
         return f"{start} on {dev} (Spearman x 100), the best of single runs, which no other seed confirmed."
     spread = "" if winner["deviation"] is None else f" +- {winner['deviation']:.2f}"
     count = len(winner["scores"])
-    return (
-        f"{start}{spread} on {dev} (Spearman x 100) over {count} further seed{'s' if count > 1 else ''}; model/ is "
-        "that of the seed with the best score."
-    )
+    seeds = f"{'' if result['raced'] else 'further '}seed{'s' if count > 1 else ''}"
+    over = f"{start}{spread} on {dev} (Spearman x 100) over {count} {seeds}"
+    return f"{over}; model/ is that of the seed with the best score."
 
 
 def compare_winner(
@@ -189,29 +210,39 @@ def compare_winner(
 
     The intervals over the dev pairs need the models to be run; those of the last time are kept if no score changed.
     """
-    winner = outcome.winner
-    own = list(winner.scores.values()) or [winner.mean]
-    others = {
-        "untrained": None if outcome.before is None else [outcome.before],
-        "base": outcome.base and (list(outcome.base.scores.values()) or [outcome.base.mean]),
-    }
+    own = seed_scores(study, outcome.winner)
+    others: dict[str, float | Candidate | None] = {"untrained": outcome.before, "base": outcome.base}
     scores_key = json.dumps([result[key] for key in ("winner", "base", "sts_dev_before")], sort_keys=True)
     kept = optuna_study.recall("comparison", {})
     if kept.get("of") != scores_key:
         kept = {"of": scores_key, "intervals": _pair_intervals(study, outcome, on_event)}
         optuna_study.remember("comparison", kept if kept["intervals"] else {})
-    return {
-        name: None
-        if scores is None
-        else {
-            "score": statistics.fmean(scores),
-            "difference": winner.mean - statistics.fmean(scores),
-            "over_pairs": kept["intervals"].get(name),
-            # One seed of the base configuration says nothing about others; the untrained encoder has no seed.
-            "over_seeds": None if name == "base" and len(scores) == 1 else difference_over_seeds(own, scores),
-        }
-        for name, scores in others.items()
-    }
+    against: dict[str, dict[str, Any] | None] = {}
+    for name, other in others.items():
+        # The untrained encoder has no seed; the base configuration is compared over the seeds that both have.
+        scores: dict[int, float] = {}
+        if isinstance(other, Candidate):
+            scores = seed_scores(study, other)
+        elif other is not None:
+            scores = dict.fromkeys(own, other)
+        differences = paired(own, scores)
+        mean = statistics.fmean(differences) if differences else None
+        against[name] = (
+            mean
+            if mean is None
+            else {
+                "score": statistics.fmean(scores[seed] for seed in own if seed in scores),
+                "difference": mean,
+                "over_pairs": kept["intervals"].get(name),
+                "over_seeds": seed_interval(differences),
+            }
+        )
+    return against
+
+
+def seed_scores(study: Study, candidate: Candidate) -> dict[int, float]:
+    """A candidate's scores by seed; that of its trial where it has no other."""
+    return candidate.scores or {study.base.seed: candidate.mean}
 
 
 def _pair_intervals(study: Study, outcome: Outcome, on_event: OnEvent) -> dict[str, Any]:
@@ -229,14 +260,17 @@ def _pair_intervals(study: Study, outcome: Outcome, on_event: OnEvent) -> dict[s
             return {}
         winner = model_cosines([run.fetch("model") for run in winner_runs], tests)
         base_runs = base_runs if all(map(was_trained, base_runs)) else []
-        others = {
-            "untrained": [untrained_cosines(config, tests)],
-            "base": model_cosines([run.fetch("model") for run in base_runs], tests),
-        }
+        untrained = [untrained_cosines(config, tests)]
+        base = model_cosines([run.fetch("model") for run in base_runs], tests)
     except ClusterNSError as error:
         note(f"No intervals over the dev pairs, as a model could not be run: {error}")
         return {}
-    return {name: by_task[config.evaluation.dev] for name, by_task in over_pairs(tests, winner, others).items()}
+    by_task = {
+        **over_pairs(tests, winner, {"untrained": untrained}),
+        # As many seeds of each: where they race, one may have more than the other.
+        **over_pairs(tests, winner[: len(base)] or winner, {"base": base[: len(winner)]}),
+    }
+    return {name: tasks[config.evaluation.dev] for name, tasks in by_task.items()}
 
 
 def read_final(study: Study) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from clusterns_ray.errors import ConfigError
 from clusterns_ray.io.object_store import Place, Store, is_url, place
+from clusterns_ray.tuning.racing import RACE
 from clusterns_ray.tuning.space import flatten
 from clusterns_ray.tuning.study import Study, compared, differences
 from clusterns_ray.tuning.study_file import read_optuna_study, readable_directory
@@ -55,7 +56,7 @@ def learn_from(study: Study, name: str) -> Learnt:
         raise ConfigError(f"{source}: its scores do not compare with this study's: {'; '.join(changed[:5])}. {remedy}")
     trials, outside = [], 0
     for trial in begun(earlier):
-        if trial.state != TrialState.COMPLETE:
+        if trial.state != TrialState.COMPLETE or RACE in trial.user_attrs:
             continue
         if not all(study.space.parameters[key].contains(value) for key, value in trial.params.items()):
             outside += 1

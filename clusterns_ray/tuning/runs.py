@@ -15,6 +15,7 @@ from clusterns_ray.io.files import checksum_holds
 from clusterns_ray.io.object_store import Place
 from clusterns_ray.models.base_model import complete
 from clusterns_ray.tuning.optuna_study import OptunaStudy
+from clusterns_ray.tuning.racing import RACER
 from clusterns_ray.tuning.selection import top_trials
 from clusterns_ray.tuning.space import Overrides, with_values
 from clusterns_ray.tuning.study import Study
@@ -56,12 +57,14 @@ def run_config(study: Study, overrides: Overrides, runs: Place, name: str) -> Co
 
 def planned_runs(study: Study, optuna_study: OptunaStudy) -> list[PlannedRun]:
     """Every run beside the trials, done or not; none before a trial has finished."""
-    top = top_trials(optuna_study.ended(), study.config.confirmation.top)
+    top = top_trials(optuna_study.told(), study.config.confirmation.top)
     if not top:
         return []
     base = base_trial(study, optuna_study)
     confirmed = {trial.number for trial in top} if study.confirms else {base}
-    baseline = [] if base is not None and base in confirmed else study.config.confirmation.seeds or [study.base.seed]
+    racer = top[0].user_attrs.get(RACER)
+    raced = list(racer.scores) if racer else [study.base.seed]
+    baseline = [] if base is not None and base in confirmed else study.config.confirmation.seeds or raced
     return [PlannedRun(None, f"base-seed{seed}", seed, {"seed": seed}) for seed in baseline] + [
         PlannedRun(trial.number, f"{trial.number:04d}-seed{seed}", seed, {**values_of(study, trial), "seed": seed})
         for trial in top
@@ -84,7 +87,7 @@ def is_finished(study: Study, optuna_study: OptunaStudy) -> bool:
 
 def base_trial(study: Study, optuna_study: OptunaStudy) -> int | None:
     """The best finished trial with the very values of the base configuration; None if there is none."""
-    for trial in top_trials(optuna_study.ended()):
+    for trial in top_trials(optuna_study.told()):
         if study.space.config(values_of(study, trial)).fingerprint() == study.base.fingerprint():
             return trial.number
     return None

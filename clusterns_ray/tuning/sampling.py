@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import optuna
@@ -19,24 +19,27 @@ class Sampler(optuna.samplers.BaseSampler):
     """An Optuna sampler whose draws depend on the seed, the trial's number, the parameter and the trials before it.
 
     So a proposal that was cut off after some of its values gets the others as it would have.
+
+    Args:
+        seen: gives the study as the sampler shall see it.
     """
 
-    def __init__(self, config: Any) -> None:
-        self.config = config
+    def __init__(self, config: Any, seen: Callable[[optuna.Study], optuna.Study] = lambda study: study) -> None:
+        self.config, self.seen = config, seen
         self.joint: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler()
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
         self.joint = self._make(trial.number)
-        return self.joint.infer_relative_search_space(study, trial)
+        return self.joint.infer_relative_search_space(self.seen(study), trial)
 
     def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, Any]) -> dict[str, Any]:
-        return self.joint.sample_relative(study, trial, search_space)
+        return self.joint.sample_relative(self.seen(study), trial, search_space)
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: Any
     ) -> Any:
         sampler = self._make(trial.number, param_name)
-        return sampler.sample_independent(study, trial, param_name, param_distribution)
+        return sampler.sample_independent(self.seen(study), trial, param_name, param_distribution)
 
     def _make(self, number: int, *parts: str) -> optuna.samplers.BaseSampler:
         config, seed = self.config, stream_key("sampler", self.config.seed, number, *parts) % 2**32

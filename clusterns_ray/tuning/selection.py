@@ -6,14 +6,15 @@ import json
 import shutil
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
 from clusterns_ray.errors import DataError
-from clusterns_ray.tuning.comparison import difference_over_seeds
+from clusterns_ray.tuning.comparison import paired, seed_interval
+from clusterns_ray.tuning.racing import RACE, RACER, Racer
 from clusterns_ray.tuning.space import Overrides
 
 
@@ -27,7 +28,9 @@ class Candidate:
     trial_score: float | None
     """the score that chose it: too good on average, as the best of many is; None where nothing did"""
     scores: dict[int, float]
-    """dev score by confirmation seed"""
+    """dev score by seed: of the confirmation, or of the race where nothing was confirmed"""
+    runs: Mapping[int, int] = field(default_factory=dict)
+    """by seed, the numbers of the study's runs that have the scores of a race"""
 
     @property
     def mean(self) -> float:
@@ -43,12 +46,21 @@ class Candidate:
 
 
 def top_trials(trials: Sequence[FrozenTrial], count: int | None = None) -> list[FrozenTrial]:
-    """The best finished trials, the earlier first if they are equal, each set of values once; all without a count."""
+    """The best finished trials, the earlier first if they are equal, each set of values once; all without a count.
+
+    Of those that race (as ``racing.told`` gives them) the ones with more seeds come first.
+    """
     finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     by_values: dict[str, FrozenTrial] = {}
-    for trial in sorted(finished, key=lambda trial: (-(trial.value or 0.0), trial.number)):
+    for trial in sorted(finished, key=lambda trial: (*standing(trial), trial.number)):
         by_values.setdefault(str(sorted(trial.params.items())), trial)
     return list(by_values.values())[:count]
+
+
+def standing(trial: FrozenTrial) -> tuple[bool, int, float]:
+    """What orders trials, the best first: in the race or out of it, their number of seeds, their value."""
+    racer: Racer | None = trial.user_attrs.get(RACER)
+    return racer is not None and racer.is_out, -len(racer.scores) if racer else 0, -(trial.value or 0.0)
 
 
 def choose(candidates: Sequence[Candidate], seeds: int) -> tuple[Candidate, list[Candidate]]:
@@ -59,8 +71,8 @@ def choose(candidates: Sequence[Candidate], seeds: int) -> tuple[Candidate, list
 
 
 def differ(a: Mapping[int, float], b: Mapping[int, float]) -> bool:
-    """Whether two means over seeds differ: Welch's t-test, two-sided, at 5%. False with fewer than two seeds each."""
-    interval = difference_over_seeds(list(a.values()), list(b.values())) if min(len(a), len(b)) > 1 else None
+    """Whether means over seeds differ: paired t-test over common seeds, two-sided, at 5%. False with fewer than two."""
+    interval = seed_interval(paired(a, b))
     return interval is not None and not interval["low"] <= 0 <= interval["high"]
 
 
@@ -101,8 +113,9 @@ def check_result(text: str | None, where: str) -> dict[str, Any]:
     )
 
 
-def write_trials(path: Path, trials: Sequence[FrozenTrial], keys: Sequence[str]) -> None:
-    """``trials.parquet``: a row a trial, its values by key, its evaluations as two lists."""
+def write_trials(path: Path, trials: Sequence[FrozenTrial], keys: Sequence[str], seed: int) -> None:
+    """``trials.parquet``: a row a run, its values by key, its evaluations as two lists; ``seed`` is that of all but the
+    further runs of trials that race."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -112,6 +125,8 @@ def write_trials(path: Path, trials: Sequence[FrozenTrial], keys: Sequence[str])
         rows.append(
             {
                 "number": trial.number,
+                "trial": trial.user_attrs.get(RACE, [trial.number])[0],
+                "seed": trial.user_attrs.get(RACE, [0, seed])[1],
                 "state": trial.state.name,
                 "score": trial.value,
                 **{key: trial.params.get(key) for key in keys},

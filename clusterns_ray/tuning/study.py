@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, ValidationError, field_validator, model_validator
 
 from clusterns_ray.config import (
     MAX_WORKERS,
@@ -114,18 +114,26 @@ class NoScheduler(Section):
     name: Literal["none"]
 
 
+def _different(value: list[int]) -> list[int]:
+    if len(set(value)) < len(value) or min(value, default=0) < 0:
+        raise ValueError("seeds must be different numbers of at least 0")
+    return value
+
+
+Seeds = Annotated[list[int], AfterValidator(_different)]
+
+
+class RaceConfig(Section):
+    seeds: Seeds = Field(default_factory=list)
+    """Further seeds of a trial, after the base's, which every trial has: about the best third of those that have some
+    get one more, until a paired test says that they are behind. Each is a run that the budget counts as a trial."""
+
+
 class ConfirmationConfig(Section):
     top: int = Field(default=3, ge=1)
     """How many of the best configurations are run again."""
-    seeds: list[int] = Field(default_factory=list)
-    """New seeds, each for every one of them; without any, the best single trial wins."""
-
-    @field_validator("seeds")
-    @classmethod
-    def _different(cls, value: list[int]) -> list[int]:
-        if len(set(value)) < len(value) or min(value, default=0) < 0:
-            raise ValueError("seeds must be different numbers of at least 0")
-        return value
+    seeds: Seeds = Field(default_factory=list)
+    """New seeds, each for every one of them; without any, the best trial of the search wins."""
 
 
 class StudyConfig(Section):
@@ -161,6 +169,8 @@ class StudyConfig(Section):
     previous: list[str] = Field(default_factory=list)
     """Earlier studies over the same keys, whose finished trials the sampler knows from the start: directories or URLs,
     relative to STORAGE_PATH. All that does not vary has to be the same."""
+    race: RaceConfig = RaceConfig()
+    """Whether trials race for further seeds inside the search."""
     confirmation: ConfirmationConfig = ConfirmationConfig()
     """How the winner is confirmed on further seeds."""
     storage: Literal["sqlite", "journal"] = "sqlite"
@@ -245,9 +255,14 @@ class Study:
         """Whether the best configurations are run again with other seeds."""
         return bool(self.config.confirmation.seeds)
 
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seed of every trial, and those for which trials race."""
+        return self.base.seed, *self.config.race.seeds
+
     def identity(self) -> dict[str, Any]:
         """What the proposals and their scores depend on. Budget, stop, concurrency, first points, previous
-        studies, roles and confirmation may change later."""
+        studies, roles, the race's seeds and confirmation may change later."""
         values = self.config.model_dump(mode="json", by_alias=True, exclude_unset=True)
         kept = {key: getattr(self.config, key).model_dump(mode="json") for key in ("sampler", "scheduler")}
         return compared({"base": self.base.identity(), "space": values["space"], **kept})
@@ -313,11 +328,16 @@ def check_study(values: dict[str, Any], path: Path, overrides: Iterable[str] = (
             f"{path}: the base configuration has no evaluation.sts, so trials have no score. Give it a directory of "
             "TASK/SUBSET.jsonl files, or `structure`."
         )
-    if base.seed in config.confirmation.seeds:
+    if base.seed in config.race.seeds:
         raise ConfigError(
-            f"{path}: confirmation.seeds holds {base.seed}, the seed of the trials; their scores chose the "
-            "configurations, so they cannot confirm them. Use other seeds."
+            f"{path}: race.seeds holds {base.seed}, the seed that every trial has anyway. Name further ones."
         )
+    for seed in (base.seed, *config.race.seeds):
+        if seed in config.confirmation.seeds:
+            raise ConfigError(
+                f"{path}: confirmation.seeds holds {seed}, a seed of the trials; their scores chose the "
+                "configurations, so they cannot confirm them. Use other seeds."
+            )
     try:
         space = Space(config.varied(), base)
     except ValueError as error:
@@ -341,8 +361,8 @@ def dump_study(study: Study) -> str:
 
 _NUMBERS = {f"budget.{key}" for key in BudgetConfig.model_fields} | {
     "stop.after", "stop.gain", "concurrent_trials", "workers_per_trial", "trials_per_gpu",
-    "confirmation.top", "confirmation.seeds", "sampler.seed", "sampler.startup_trials", "scheduler.min_steps",
-    "scheduler.reduction_factor", "scheduler.startup_trials", "scheduler.warmup_steps",
+    "confirmation.top", "confirmation.seeds", "race.seeds", "sampler.seed", "sampler.startup_trials",
+    "scheduler.min_steps", "scheduler.reduction_factor", "scheduler.startup_trials", "scheduler.warmup_steps",
 }  # fmt: skip
 """Keys where true and false are wrong."""
 
