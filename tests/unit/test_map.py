@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -17,7 +18,10 @@ from helpers import sentences
 from report_runs import Html, make_corpus_map, make_run
 from typer.testing import Result
 
+from clusterns_ray.config import parse_config
 from clusterns_ray.errors import DataError
+from clusterns_ray.io.files import write_manifest
+from clusterns_ray.models.encoder import Encoder
 from clusterns_ray.report import write_report
 from clusterns_ray.report.map import compute, layout
 from clusterns_ray.report.map.compute import most_similar
@@ -147,6 +151,7 @@ def test_the_file_holds_all_of_the_map(tmp_path: Path, before: bool) -> None:
         read_map(tmp_path / "map.parquet")
 
 
+@pytest.mark.slow
 def test_the_page_is_complete_in_itself_and_below_5_megabytes() -> None:
     source = render_page(map_page(make_corpus_map(MOST, 100)))
     assert len(source.encode()) < 5_000_000
@@ -189,18 +194,58 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compute, "lay_out", lambda unit_ND, *_, **__: unit_ND[:, :2].copy())
 
 
+@pytest.fixture
+def ended_run(begun_run: Path) -> Path:
+    """A run of four clusters whose model is still that of its beginning."""
+    config = (begun_run / "config.yaml").read_text().replace("head: mlp", "head: none")
+    (begun_run / "config.yaml").write_text(config)
+    encoder = Encoder.for_training(parse_config(config).encoder, 0)
+    encoder.save(begun_run / "model")
+    write_manifest(begun_run / "model")
+    np.save(begun_run / "centroids.npy", encoder.encode(sentences(4, seed=8)))
+    return begun_run
+
+
 def test_a_run_is_drawn_with_its_clusters_and_as_it_was_before(
-    clusterns: Callable[..., Result], config_file: Path, tmp_path: Path, quick: None
+    clusterns: Callable[..., Result], ended_run: Path, quick: None
 ) -> None:
-    assert clusterns("train", config_file).exit_code == 0
-    run = tmp_path / "runs/first"
-    said = clusterns("map", run)
+    said = clusterns("map", ended_run)
     assert said.exit_code == 0, said.output
     assert "Trustworthiness (scikit-learn): " in said.stdout and "before training" in said.stdout
-    assert said.stdout.splitlines()[-1] == f"Wrote {run}/map.html and {run}/map.parquet"
-    corpus_map = read_map(run / "map.parquet")
-    assert len(corpus_map.texts) == 64 and corpus_map.before_N2 is not None
-    assert "map-of-the-corpus" in write_report([run])[0].read_text()
+    assert said.stdout.splitlines()[-1] == f"Wrote {ended_run}/map.html and {ended_run}/map.parquet"
+    corpus_map = read_map(ended_run / "map.parquet")
+    assert corpus_map.facts["own_clusters"] and len(corpus_map.texts) == 64
+    np.testing.assert_array_equal(corpus_map.before_N2, corpus_map.xy_N2)
+    assert clusterns("map", ended_run).exit_code == 0, "a map replaces a map"
+    assert "map-of-the-corpus" in write_report([ended_run])[0].read_text()
+
+
+@pytest.mark.parametrize("head", ["none", "mlp"])
+def test_centroids_of_another_space_are_not_taken(
+    clusterns: Callable[..., Result], ended_run: Path, head: str, quick: None
+) -> None:
+    config = (ended_run / "config.yaml").read_text()
+    (ended_run / "config.yaml").write_text(config.replace("head: none", f"head: {head}"))
+    said = clusterns("map", ended_run)
+    assert said.exit_code == 0 and ("behind its training head" in said.stdout) is (head == "mlp")
+    assert read_map(ended_run / "map.parquet").facts["own_clusters"] is (head == "none")
+    np.save(ended_run / "centroids.npy", np.ones((4, 3)))
+    said = clusterns("map", ended_run)
+    assert said.exit_code == (2 if head == "none" else 0) and ("centroids.npy" in said.stderr) is (head == "none")
+
+
+def test_hard_negatives_of_a_run_over_the_corpus_are_sentences(
+    clusterns: Callable[..., Result], ended_run: Path, quick: None
+) -> None:
+    config = (ended_run / "config.yaml").read_text()
+    config = config.replace("scope: batch", "scope: corpus").replace("bank_negatives: 1", "bank_negatives: 3")
+    (ended_run / "config.yaml").write_text(config)
+    assert clusterns("map", ended_run).exit_code == 0
+    corpus_map = read_map(ended_run / "map.parquet")
+    assert corpus_map.hard_NM is not None and corpus_map.hard_NM.shape == (64, 3)
+    assert (corpus_map.cluster_N[corpus_map.hard_NM] != corpus_map.cluster_N[:, None]).all()
+    assert corpus_map.facts["false_negative_cosine"] == 0.7
+    assert (corpus_map.similar_cosine_NS[corpus_map.similar_NS >= 0] > 0.7).all()
 
 
 def test_an_encoder_and_a_corpus_are_drawn_by_k_means(
@@ -223,6 +268,7 @@ def test_an_encoder_and_a_corpus_are_drawn_by_k_means(
         (("MODEL", "empty.txt", "-o", "m.html"), ("0 sentences", "at least 10")),
         (("MODEL", "corpus.txt", "-o", "m.png"), ("m.png", ".html")),
         (("MODEL", "corpus.txt", "-o", "nowhere/m.html"), ("nowhere", "cannot be written")),
+        (("MODEL", "corpus.txt", "-o", "other.html"), ("other.parquet", "is no map")),
         (("MODEL", "corpus.txt", "-o", "m.html", "--sentences", "20001"), ("--sentences is 20001",)),
         (("MODEL", "corpus.txt", "-o", "m.html", "--clusters", "1"), ("--clusters is 1",)),
         (("MODEL", "corpus.txt", "-o", "m.html", "--clusters", "301"), ("301 clusters", "300")),
@@ -238,6 +284,7 @@ def test_a_wrong_request_is_refused_in_one_line(
 ) -> None:
     (tmp_path / "corpus.txt").write_bytes(corpus_file.read_bytes())
     (tmp_path / "empty.txt").touch()
+    pq.write_table(pa.table({"text": ["a corpus"]}), tmp_path / "other.parquet")
     result = clusterns("map", *(str(tiny_model) if value == "MODEL" else value for value in arguments))
     assert result.exit_code == 2, result.output
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]

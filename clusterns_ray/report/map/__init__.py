@@ -12,12 +12,12 @@ from clusterns_ray.data.corpus import ReadCounts, list_sources, read_sentences
 from clusterns_ray.data.prepare import training_sentences
 from clusterns_ray.errors import ClusterNSError, ConfigError
 from clusterns_ray.inference.encode import EncodingProgress, encode_here
-from clusterns_ray.io.events import Note, OnEvent, notes_to
+from clusterns_ray.io.events import Note, OnEvent, OnNote, notes_to
 from clusterns_ray.io.files import check_writable
 from clusterns_ray.io.yaml_text import read_yaml_text
 from clusterns_ray.models.resolve import resolve_model
 from clusterns_ray.report.map.corpus_map import FEWEST, MOST, CorpusMap, draw_sample
-from clusterns_ray.report.map.map_file import write_map
+from clusterns_ray.report.map.map_file import check_replaceable, write_map
 from clusterns_ray.report.map.map_page import map_page, model_identity
 from clusterns_ray.report.page import write_page
 
@@ -59,7 +59,7 @@ def draw_map(
     Raises:
         ConfigError, DataError: the request cannot work.
     """
-    config = _config_of_run(model)
+    config, note = _config_of_run(model), notes_to(on_event)
     if corpus is None and config is None:
         raise ConfigError(f"MODEL is {model!r}, which is not a run, so it has no corpus of its own.", "Name a CORPUS.")
     if output is None and config is None:
@@ -74,13 +74,14 @@ def draw_map(
     data = page.with_suffix(".parquet")
     for path in (page, data):
         check_writable(path, "-o")
+    check_replaceable(data)
     encoder = model if config is None else str(Path(model, "model").expanduser())
-    resolve_model(encoder, notes_to(on_event))
+    resolve_model(encoder, note)
     if corpus is not None:
         list_sources(corpus)  # so that a wrong name is noticed before anything is read
 
     named = corpus or (config and (config.data.corpus or config.data.documents))
-    on_event(Note(f"Reading {named}"))
+    note(f"Reading {named}")
     counts = ReadCounts()
     if corpus is not None:
         texts = read_sentences(corpus, text_column=text_column, counts=counts)
@@ -88,11 +89,11 @@ def draw_map(
         assert config is not None
         texts = (sentence.text for sentence in training_sentences(config, counts))
     sample = draw_sample(texts, seed, sentences)
-    on_event(Note(f"Encoding {len(sample.texts):,} of {sample.total:,} sentences"))
+    note(f"Encoding {len(sample.texts):,} of {sample.total:,} sentences")
     z_ND = _encode(encoder, sample.texts, on_event)
     before_ND = None if config is None else _before(config, sample.texts, on_event)
     facts: dict[str, Any] = {"model": model, "corpus": str(named), "identity": model_identity(Path(encoder))}
-    centroids_KD = None if config is None or clusters is not None else _own_centroids(Path(model), config, z_ND)
+    centroids_KD = None if config is None or clusters is not None else _own_centroids(Path(model), config, z_ND, note)
     facts["own_clusters"] = centroids_KD is not None
     from clusterns_ray.clustering.backend import spherical_kmeans  # torch, which no refusal waits for
     from clusterns_ray.report.map.compute import Rule, make_map
@@ -105,7 +106,7 @@ def draw_map(
     if config is not None and config.clustering.enabled and config.clustering.scope == "corpus":
         rule = Rule(True, config.clustering.false_negative_cosine, min(config.loss.bank_negatives, 5))
     facts["false_negative_cosine"] = rule.cosine if rule.of_corpus else None
-    corpus_map = make_map(sample, z_ND, before_ND, centroids_KD, rule, seed, notes_to(on_event))
+    corpus_map = make_map(sample, z_ND, before_ND, centroids_KD, rule, seed, note)
     corpus_map.facts.update(facts)
     write_map(data, corpus_map)
     write_page(page, map_page(corpus_map))
@@ -118,11 +119,13 @@ def _config_of_run(model: str) -> Config | None:
     return parse_saved_config(read_yaml_text("The run's", path), str(path)) if path.is_file() else None
 
 
-def _own_centroids(run: Path, config: Config, z_ND: np.ndarray) -> np.ndarray | None:
-    """The centroids of the exported step; None where the run has none in the space of finished embeddings, as where
-    it trained through a head that is not exported."""
+def _own_centroids(run: Path, config: Config, z_ND: np.ndarray, note: OnNote) -> np.ndarray | None:
+    """The centroids of the exported step; None where the run has none in the space of finished embeddings."""
     path = run.expanduser() / "centroids.npy"
-    if config.encoder.head != "none" or not path.is_file():
+    if not path.is_file():
+        return None
+    if config.encoder.head != "none":
+        note("The run's centroids are behind its training head, which model/ is without: K-means makes others.")
         return None
     try:
         centroids_KD = np.load(path)
@@ -155,4 +158,7 @@ def _encode(model: Any, texts: list[str], on_event: OnEvent) -> np.ndarray:
 
     encoder = Encoder.load(model) if isinstance(model, str) else model
     progress = EncodingProgress(len(texts), on_event)
-    return next(encode_here(encoder, [(0, texts)], 64, progress.working)).z_ND
+    part = next(encode_here(encoder, [(0, texts)], 64, progress.working))
+    if part.truncated:
+        on_event(Note(encoder.describe_truncation(part.truncated, len(texts))))
+    return part.z_ND

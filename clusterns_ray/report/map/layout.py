@@ -47,7 +47,7 @@ def lay_out(
     from sklearn.decomposition import PCA
 
     perplexity = min(PERPLEXITY, (len(unit_ND) - 1) / 3)
-    components_NC = PCA(min(COMPONENTS, *unit_ND.shape), svd_solver="full").fit_transform(unit_ND)
+    components_NC = PCA(min(COMPONENTS, *unit_ND.shape), svd_solver="covariance_eigh").fit_transform(unit_ND)
     begin_N2 = components_NC[:, :2] if initial_N2 is None else initial_N2
     begin_N2 = 1e-4 * begin_N2 / np.maximum(begin_N2[:, 0].std(), 1e-12)
     if has_opentsne():
@@ -65,8 +65,10 @@ def _by_opentsne(unit_ND: np.ndarray, begin_N2: np.ndarray, perplexity: float, s
 
     neighbors = PrecomputedNeighbors(*nearest_neighbours(unit_ND, int(3 * perplexity)))
     affinities = PerplexityBasedNN(perplexity=perplexity, knn_index=neighbors)
-    gradient = "fft" if len(unit_ND) > JUDGED else "bh"
-    embedding = TSNEEmbedding(begin_N2, affinities, negative_gradient_method=gradient, random_state=seed)
+    # The threads of many points would only wait for one another over few.
+    large = len(unit_ND) > JUDGED
+    options = {"negative_gradient_method": "fft" if large else "bh", "n_jobs": -1 if large else 1, "random_state": seed}
+    embedding = TSNEEmbedding(begin_N2, affinities, **options)
     shown = time.monotonic()
 
     def progress(done: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from clusterns_ray.errors import DataError, first_line
+from clusterns_ray.errors import ConfigError, DataError, first_line
 from clusterns_ray.io.files import checksum_holds, replacing, with_checksum
 from clusterns_ray.report.map.corpus_map import CorpusMap
 
@@ -19,6 +19,28 @@ FORMAT = 1
 def label(terms: list[str], cluster: int) -> str:
     """A cluster's name for people."""
     return ", ".join(terms[:3]) or f"cluster {cluster}"
+
+
+def check_replaceable(path: Path) -> None:
+    """Refuse a file that is there and is no map, which might be a corpus.
+
+    Raises:
+        ConfigError: it is such a file.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.exists():
+        return
+    try:
+        is_map = METADATA in (pq.read_schema(path).metadata or {})
+    except (OSError, pa.ArrowException):
+        is_map = False
+    if not is_map:
+        raise ConfigError(
+            f"-o: the data of the map would go to {str(path)!r}, which is there already and is no map.",
+            "Choose another name for the page.",
+        )
 
 
 def write_map(path: Path, corpus_map: CorpusMap) -> None:

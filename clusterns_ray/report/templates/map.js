@@ -3,7 +3,7 @@
 // over it names and lines. The list beside it shows clusters, sentences and what is searched for.
 (async () => {
   const byId = (id) => document.getElementById(`map-${id}`);
-  const [canvas, tip, side, search] = ["canvas", "tip", "side", "search"].map(byId);
+  const [canvas, tip, side, search, status] = ["canvas", "tip", "side", "search", "status"].map(byId);
   const scheme = matchMedia("(prefers-color-scheme: dark)");
   const paper = matchMedia("print");
   const LISTED = 100;
@@ -20,7 +20,8 @@
     document.documentElement.dataset.mapped = "failed";
     return;
   }
-  const { texts, cluster, clusters, panes, grid } = map;
+  const { texts, clusters, panes, grid } = map;
+  const cluster = Uint16Array.from(map.cluster);
   const n = texts.length;
   const lower = texts.map((text) => text.toLowerCase());
   const name = (c) => clusters[c].terms.slice(0, 3).join(", ") || `cluster ${clusters[c].id}`;
@@ -55,7 +56,7 @@
   const repaint = () => {
     theme = scheme.matches && !paper.matches ? "dark" : "light";
     ink = Object.fromEntries(["paper", "ink", "muted", "rule", "orange", "blue"].map((key) => [key, variable(key)]));
-    colors = clusters.map((_, c) => packed(css(c, theme === "dark")));
+    colors = Uint32Array.from(clusters, (_, c) => packed(css(c, theme === "dark")));
     faint = packed(ink.rule);
     document.querySelectorAll(".map-swatch").forEach((swatch) => {
       swatch.style.background = css(+swatch.dataset.cluster, theme === "dark");
@@ -82,9 +83,9 @@
     });
     draw();
   };
-  const side1 = (pane) => Math.min(pane.width, pane.height) * 0.92 * view.zoom;
+  const extent = (pane) => Math.min(pane.width, pane.height) * 0.92 * view.zoom;
   const screen = (pane, x, y) => {
-    const scale = side1(pane);
+    const scale = extent(pane);
     return [pane.left + pane.width / 2 + (x - view.x) * scale, pane.top + pane.height / 2 + (y - view.y) * scale];
   };
   const place = (pane, i) => screen(pane, pane.xy[2 * i], pane.xy[2 * i + 1]);
@@ -108,21 +109,29 @@
     }
     return discs.get(key);
   };
-  const stamp = (pane, i, color, { reach, offsets, covers }) => {
-    const [x, y] = place(pane, i).map(Math.round);
-    if (!inside(pane, x, y, reach)) return;
-    const at = y * canvas.width + x;
-    for (let k = 0; k < offsets.length; k++) {
-      const cover = covers[k], spot = at + offsets[k];
-      if (cover === 256) {
-        pixels[spot] = color;
-        continue;
+  // Stamps the points that are `wanted` (1 or 0 in `lit`; all if that is null) into a pane.
+  const stamp = (pane, wanted, colorOf, { reach, offsets, covers }) => {
+    const { xy } = pane, scale = extent(pane), width = canvas.width, count = offsets.length;
+    const [left, top] = screen(pane, 0, 0);
+    const [low, high] = [pane.left + reach, pane.left + pane.width - reach];
+    const [upper, lowest] = [pane.top + reach, pane.top + pane.height - reach];
+    for (let i = 0; i < n; i++) {
+      if (lit && lit[i] !== wanted) continue;
+      const x = Math.round(left + xy[2 * i] * scale), y = Math.round(top + xy[2 * i + 1] * scale);
+      if (x < low || x >= high || y < upper || y >= lowest) continue;
+      const at = y * width + x, color = colorOf ? colorOf[cluster[i]] : faint;
+      for (let k = 0; k < count; k++) {
+        const cover = covers[k], spot = at + offsets[k];
+        if (cover === 256) {
+          pixels[spot] = color;
+          continue;
+        }
+        const below = pixels[spot], rest = 256 - cover;
+        const red = ((color & 255) * cover + (below & 255) * rest) >> 8;
+        const green = (((color >> 8) & 255) * cover + ((below >> 8) & 255) * rest) >> 8;
+        const blue = (((color >> 16) & 255) * cover + ((below >> 16) & 255) * rest) >> 8;
+        pixels[spot] = 0xff000000 | (blue << 16) | (green << 8) | red;
       }
-      const below = pixels[spot], rest = 256 - cover;
-      const red = ((color & 255) * cover + (below & 255) * rest) >> 8;
-      const green = (((color >> 8) & 255) * cover + ((below >> 8) & 255) * rest) >> 8;
-      const blue = (((color >> 16) & 255) * cover + ((below >> 16) & 255) * rest) >> 8;
-      pixels[spot] = 0xff000000 | (blue << 16) | (green << 8) | red;
     }
   };
 
@@ -140,8 +149,8 @@
     const radius = ratio * Math.min(5, Math.max(1, 110 / Math.sqrt(n)) * Math.sqrt(view.zoom));
     const [small, large] = [disc(Math.round(2 * radius) / 2), disc(Math.round(2 * radius) / 2 + ratio / 2)];
     for (const pane of panes) {
-      for (let i = 0; i < n; i++) if (!lit || !lit[i]) stamp(pane, i, lit ? faint : colors[cluster[i]], small);
-      if (lit) for (let i = 0; i < n; i++) if (lit[i]) stamp(pane, i, colors[cluster[i]], large);
+      stamp(pane, 0, lit ? null : colors, small);
+      if (lit) stamp(pane, 1, colors, large);
     }
     context.putImageData(image, 0, 0);
     context.save();
@@ -207,7 +216,7 @@
     const taken = [];
     const only = chosen.cluster ?? (chosen.point === null ? null : cluster[chosen.point]);
     const first = [only, chosen.point === null || map.hard ? null : map.second[chosen.point]];
-    const order = lit ? first.filter((c) => c !== null && c >= 0) : clusters.keys();
+    const order = lit ? first.filter((c) => c !== null && c >= 0) : clusters.map((_, c) => c);
     for (const c of order) {
       const [x, y] = screen(pane, ...pane.at[c]).map((value) => value / ratio);
       if (!inside(pane, x * ratio, y * ratio)) continue;
@@ -285,8 +294,10 @@
 
   const showList = (found) => {
     const parts = [];
+    let summary = `${sentences(n)} in ${clusters.length} clusters`;
     if (chosen.point !== null) {
       const i = chosen.point, c = cluster[i];
+      summary = `one sentence, of ${name(c)}`;
       parts.push(back(), element("h3", {}, "Sentence"), element("p", {}, texts[i]));
       parts.push(element("small", {}, `cosine to its centroid ${(map.cosine[i] / 1000).toFixed(2)}`));
       parts.push(element("ol", {}, clusterButton(c)));
@@ -307,14 +318,17 @@
       }
     } else if (chosen.cluster !== null) {
       const c = chosen.cluster;
+      summary = `${name(c)}: ${sentences(clusters[c].size)}`;
       parts.push(back(), element("h3", {}, swatch(c), ` ${name(c)}`));
       parts.push(element("p", {}, `${sentences(clusters[c].size)}; mean cosine to the centroid ${clusters[c].tightness.toFixed(2)}. Terms: ${clusters[c].terms.join(", ") || "none"}.`));
       parts.push(element("h3", {}, "Sentences, the most typical first"), ...listing(members[c], (i) => (map.cosine[i] / 1000).toFixed(2)));
     } else if (chosen.words) {
-      parts.push(back(), element("h3", {}, `${sentences(found.length)} with “${chosen.words}”`), ...listing(found));
+      summary = `${sentences(found.length)} with “${chosen.words}”`;
+      parts.push(back(), element("h3", {}, summary), ...listing(found));
     } else {
-      parts.push(element("h3", {}, `${clusters.length} clusters, the largest first`), element("ol", {}, ...clusters.keys().map(clusterButton)));
+      parts.push(element("h3", {}, `${clusters.length} clusters, the largest first`), element("ol", {}, ...clusters.map((_, c) => clusterButton(c))));
     }
+    status.textContent = summary;
     side.replaceChildren(...parts);
     side.scrollTop = 0;
   };
@@ -349,7 +363,7 @@
   };
   const paneAt = (x, y) => panes.find((pane) => inside(pane, x, y)) ?? panes[panes.length - 1];
   const nearest = (x, y) => {
-    const pane = paneAt(x, y), scale = side1(pane);
+    const pane = paneAt(x, y), scale = extent(pane);
     const [left, top] = screen(pane, 0, 0);
     let best = (12 * ratio) ** 2, at = null;
     for (let i = 0; i < n; i++) {
@@ -361,10 +375,10 @@
   };
   const zoom = (factor, x, y) => {
     const pane = x === undefined ? panes[0] : paneAt(x, y);
-    const before = side1(pane);
+    const before = extent(pane);
     view.zoom = Math.min(60, Math.max(1, view.zoom * factor));
     if (x !== undefined) {
-      const change = 1 / before - 1 / side1(pane);
+      const change = 1 / before - 1 / extent(pane);
       move((x - pane.left - pane.width / 2) * change, (y - pane.top - pane.height / 2) * change);
     } else move(0, 0);
   };
@@ -411,15 +425,16 @@
       zoom(Math.hypot(x - fx, y - fy) / Math.max(1, Math.hypot(last[0] - fx, last[1] - fy)), (x + fx) / 2, (y + fy) / 2);
     }
     if (travelled > 4 * ratio) {
-      const scale = side1(paneAt(x, y)) * (1 + others.length);
+      const scale = extent(paneAt(x, y)) * (1 + others.length);
       move((last[0] - x) / scale, (last[1] - y) / scale);
     }
     fingers.set(event.pointerId, [x, y]);
   });
   const lift = (event) => {
     if (event.type === "pointerup" && fingers.size === 1 && travelled <= 4 * ratio) {
-      const i = nearest(...spotOf(event));
+      const spot = spotOf(event), i = nearest(...spot);
       choose(i === null ? {} : { point: i });
+      point(i, ...spot);
     }
     fingers.delete(event.pointerId);
   };
