@@ -79,7 +79,7 @@ def paired_p(x: list[float], y: list[float]) -> float:
     """By the book: Student's t of the differences."""
     gaps = [a - b for a, b in zip(x, y, strict=True)]
     value = statistics.mean(gaps) / math.sqrt(statistics.variance(gaps) / len(gaps))
-    return 2 * student.sf(abs(value), len(gaps) - 1)
+    return float(2 * student.sf(abs(value), len(gaps) - 1))
 
 
 @pytest.mark.parametrize("gap", [0.0, 0.1, 0.2, 0.3, 0.5, 1.0, 3.0])

@@ -25,6 +25,7 @@ from clusterns_ray.tuning.analysis import read_study
 from clusterns_ray.tuning.job import Evaluation, Finished
 from clusterns_ray.tuning.optuna_study import OptunaStudy
 from clusterns_ray.tuning.outcome import write_outcome
+from clusterns_ray.tuning.previous import earlier_trials
 from clusterns_ray.tuning.runs import is_finished
 from clusterns_ray.tuning.study import Study, dump_study, load_study
 from clusterns_ray.tuning.study_file import read_optuna_study
@@ -292,3 +293,18 @@ def test_the_best_of_a_race_may_be_confirmed_with_fresh_seeds(write_study: Calla
     assert leader is not None and jobs.names[-2:] == [f"{leader.trial.number:04d}-seed{seed}" for seed in (11, 12)]
     result = write_outcome(study, OptunaStudy(study))
     assert not result["raced"] and list(result["winner"]["scores"]) == ["11", "12"]
+
+
+def test_every_point_of_a_grid_races_before_the_study_ends(write_study: Callable[..., Path]) -> None:
+    space = {"train.learning_rate": {"type": "choice", "choices": [1e-4, 5e-4, 1e-3]}}
+    file = write_study(space=space, sampler="grid", budget={}, race={"seeds": [5, 1]}, confirmation={})
+    study, _ = raced(file)
+    runs = story(study)
+    assert [run[4] for run in runs[:3]] == [None] * 3 and len(runs) == 4 and runs[3][2] == {"train.learning_rate": 1e-3}
+
+
+def test_a_later_study_learns_the_first_seed_of_a_race(whole: Any) -> None:
+    file, study, _, _ = whole
+    later = OptunaStudy(load_study(file, ["name=later", "previous=[tiny]"]))
+    learnt = [trial.user_attrs["previous"][1] for trial in earlier_trials(later.optuna)]
+    assert learnt == [run[0] for run in story(study) if run[4] is None and run[1] == "COMPLETE"]
