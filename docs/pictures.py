@@ -50,11 +50,9 @@ def main() -> None:
         page.goto((ROOT / RUN / "report.html").as_uri())
         page.wait_for_selector("html[data-drawn]", state="attached", timeout=60_000)
         save(page, "report")
-        page.set_viewport_size({"width": 1400, "height": HEIGHT})
+        page.set_viewport_size({"width": 1280, "height": 720})
         page.goto((ROOT / RUN / "map.html").as_uri())
         page.wait_for_selector("html[data-mapped]", state="attached", timeout=60_000)
-        page.locator("#map-side li button").first.click()
-        page.locator("#map-side li button").first.click()
         save(page.locator("#map"), "map")
         browser.close()
 

@@ -6,6 +6,7 @@ equation 2. Shape suffixes: N sentences, K clusters, V terms.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,7 +32,7 @@ def distinguishing_terms(texts: Sequence[str], cluster_N: np.ndarray, k: int, n:
     except ValueError:  # there is no word in all of the texts
         return [[] for _ in range(k)]
     names = vectorizer.get_feature_names_out()
-    content = np.array([name.split("'")[0] not in ENGLISH_STOP_WORDS for name in names])
+    content = np.array([_stem(name) not in ENGLISH_STOP_WORDS for name in names])
     members_KN = csr_array((np.ones(len(texts)), (cluster_N, np.arange(len(texts)))), shape=(k, len(texts)))
     counts_KV: np.ndarray = csr_array(members_KN @ counts_NV).toarray()
     weights_KV = class_tf_idf(counts_KV)
@@ -41,6 +42,11 @@ def distinguishing_terms(texts: Sequence[str], cluster_N: np.ndarray, k: int, n:
     return [
         [str(names[term]) for term in terms if weights_KV[cluster, term] > 0] for cluster, terms in enumerate(order_KV)
     ]
+
+
+def _stem(word: str) -> str:
+    """A word before its apostrophe; of a negation such as ``don't`` the word ``not``."""
+    return "not" if word.endswith(("n't", "n’t")) else re.split("['’]", word)[0]
 
 
 def class_tf_idf(counts_KV: np.ndarray) -> np.ndarray:
