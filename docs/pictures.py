@@ -50,7 +50,7 @@ def main() -> None:
         page.goto((ROOT / RUN / "report.html").as_uri())
         page.wait_for_selector("html[data-drawn]", state="attached", timeout=60_000)
         save(page, "report")
-        page.set_viewport_size({"width": 1280, "height": 720})
+        page.set_viewport_size({"width": 1120, "height": 640})
         page.goto((ROOT / RUN / "map.html").as_uri())
         page.wait_for_selector("html[data-mapped]", state="attached", timeout=60_000)
         save(page.locator("#map"), "map")
