@@ -192,7 +192,7 @@ class Invented(TrialRun):
         own = random.Random(repr((config.seed, config.train.learning_rate, config.clustering.num_clusters)))
         score = 70 - 900 * abs(config.train.learning_rate - 1e-3) + config.seed % 5 + own.gauss(0, 0.05)
         curve = [(2, score - 3), (4, score)]
-        (directory / "model").mkdir(exist_ok=True)
+        (directory / "model").mkdir(parents=True, exist_ok=True)
         (directory / "result.json").write_text(json.dumps({"sts_dev": score}))
         for step, value in [(0, 50.0), *curve]:
             self.results.put(Evaluation(step, value, last=step == 4))

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 from local_jobs import LocalJobs, drive
+from test_racing import RACE, raced
+from test_racing import story as story_of_race
 from test_tune_cli import refused, sweep_of
 from typer.testing import Result
 
@@ -408,3 +410,19 @@ def test_a_page_that_cannot_be_copied_is_still_here(
     monkeypatch.setattr(Store, "upload", fail)
     said = clusterns("report", run_url)
     assert said.exit_code == 1 and "access denied. The page is in" in said.stderr and "-o FILE.html" in said.stderr
+
+
+@pytest.mark.slow
+def test_a_race_whose_machines_are_lost_is_the_undisturbed_one(
+    write_study: Callable[..., Path], store: Store, machine: Callable[[], None]
+) -> None:
+    """Before a further seed, inside one, and after its last evaluation."""
+    file = write_study(**{**RACE, "budget": {"trials": 5}})
+    whole = story_of_race(raced(file)[0])
+    assert whole[3][4] is not None
+    where = f"runtime.storage_path={store.url}"
+    for evaluations in (9, 5, 3):
+        raced(file, where, lose_after=evaluations)
+        machine()
+    study, _ = raced(file, where)
+    assert story_of_race(study) == whole
