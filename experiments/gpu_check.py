@@ -4,10 +4,9 @@
     python experiments/gpu_check.py --device cpu --small                # in miniature; --carry writes the CPU's losses
 
 Needs a checkout of this repository with torch, transformers, pyarrow and pydantic; no Ray, no network, no weights:
-encoders and text are drawn at random. Each section writes its results to the JSON file as soon as it ends, and none
-begins after --minutes. The exit code is 1 where a section fails, a loss is not the CPU's, or a run does not repeat.
-Utilisation is the FLOPs of the products of real tokens (BERT's layers, both views, forward and backward) a second, over
-the fastest product of this device.
+encoders and text are drawn at random. Each section writes its results as it ends, and none begins after --minutes. The
+exit code is 1 where a section fails, a loss is not the CPU's, or a run does not repeat. Utilisation is the FLOPs of the
+products of real tokens (BERT's layers, both views, forward and backward) a second, over the fastest product.
 """
 
 from __future__ import annotations
@@ -44,6 +43,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 from clusterns_ray.config import Config, make_config
 from clusterns_ray.data.prepare import prepare
 from clusterns_ray.errors import Drained
+from clusterns_ray.io.files import write_json
 from clusterns_ray.models.encoder import Encoder
 from clusterns_ray.training.context import RunContext
 from clusterns_ray.training.environment import describe_environment
@@ -84,8 +84,7 @@ class Check:
 
     def machine(self) -> dict[str, Any]:
         """Versions, and the fastest bf16 product."""
-        n = 512 if self.small else 8192
-        x = torch.randn(n, n, device=self.device, dtype=torch.bfloat16)
+        x = torch.randn(2 * [n := 512 if self.small else 8192], device=self.device, dtype=torch.bfloat16)
         self.fastest_product = 2 * n**3 / self.seconds(lambda: x @ x, 20)
         return describe_environment(self.device, sys.argv, 1) | {"product_tflops": self.fastest_product / 1e12}
 
@@ -97,9 +96,8 @@ class Check:
         runs = {"fp32": exact, **halves}
         losses = {key: self.train(self.config(MODES[name], change), "mode") for key, change in runs.items()}
         self.carried |= {name: losses["fp32"]} if self.carry else {}
-        difference = np.abs(np.subtract(losses["fp32"], self.carried[name])).max()
-        if not difference <= 1e-4:
-            self.problems.append(f"{name}: a loss differs by {difference:.2g} from the CPU's")
+        off = np.abs(np.subtract(losses["fp32"], self.carried[name])).max()
+        self.problems += [] if off <= 1e-4 else [f"{name}: a loss differs by {off:.2g} from the CPU's"]
         self.problems += [f"{name}: not finite in {key}" for key in halves if not np.isfinite(losses[key]).all()]
         return losses
 
@@ -122,8 +120,7 @@ class Check:
         """The step of BERT-base that training takes, by shards, and sentence-transformers' step on the same text."""
         results, batch = dict[str, Any](), 64 if self.small else 512
         for shards in (8, 1):
-            run = self.base_run(shards, batch)
-            step = partial(take_step, run, 0)
+            step = partial(take_step, run := self.base_run(shards, batch), 0)
             seconds = self.seconds(step, 8)
             width, layers = run.encoder.width, run.encoder.backbone.config.num_hidden_layers
             lengths = run.tokens.lengths(run.batch(0)[0].rows_B).astype(float)
@@ -132,22 +129,18 @@ class Check:
             use = {"tflops": flops / seconds / 1e12, "utilisation": flops / seconds / self.fastest_product}
             results[f"clusterns_ray, {shards} shards"] = speed | use | self.on_device(step)
         if find_spec("sentence_transformers"):
-            texts = run.tokens.texts(run.batch(0)[0].rows_B)
-            peer = SentenceTransformers(
-                lambda _: texts, str(self.base), bf16=True, device=self.device, model_options=UNPADDED
-            )
-            speed = batch / self.seconds(lambda: peer([0]), 8)
-            results["sentence-transformers, bf16"] = {"sentences_per_second": speed, "unpadded": bool(UNPADDED)}
+            texts, where = run.tokens.texts(run.batch(0)[0].rows_B), str(self.base)
+            peer = SentenceTransformers(lambda _: texts, where, bf16=True, device=self.device, model_options=UNPADDED)
+            speed = {"sentences_per_second": batch / self.seconds(lambda: peer([0]), 8)}
+            results["sentence-transformers, bf16"] = speed | {"unpadded": bool(UNPADDED)}
         return results
 
     def encode(self) -> dict[str, Any]:
         """Sentences a second, with tokenising: of 8,192 in fp32, of a fifth of a million in bf16."""
         few, many = (sentences(512 if self.small else count, 3) for count in (8_192, 200_000))
         encoder, fast = Encoder.load(str(self.base)).to(self.device), {"batch_size": 1024}
-        ways = {
-            "clusterns_ray, fp32": (encoder.encode, few, {}),
-            "clusterns_ray, bf16": (encoder.encode, many, {**fast, "bf16": True}),
-        }
+        ways: dict[str, Any] = {"clusterns_ray, fp32": (encoder.encode, few, {})}
+        ways["clusterns_ray, bf16"] = encoder.encode, many, {**fast, "bf16": True}
         if find_spec("sentence_transformers"):
             from sentence_transformers import SentenceTransformer
 
@@ -176,8 +169,7 @@ class Check:
 
     def train(self, config: Config, name: str, stops: tuple[int, ...] = ()) -> list[float]:
         """The loss of every step of a new run, which is stopped after the steps ``stops`` and resumed."""
-        directory = self.place / "runs" / name
-        shutil.rmtree(directory, ignore_errors=True)
+        shutil.rmtree(directory := self.place / "runs" / name, ignore_errors=True)
         directory.mkdir(parents=True)
         context = RunContext(config, prepare(config).tokens_dir, config.evaluation.sts, directory)
         for stop in (*stops, 0):
@@ -198,14 +190,13 @@ class Check:
 
     def seconds(self, work: Callable[[], Any], count: int, warm: int = 3) -> float:
         """The median of ``count`` calls."""
-        taken = []
+        marks = [time.perf_counter()]
         for _ in range(warm + count):
-            began = time.perf_counter()
             work()
             if self.on_gpu:
                 torch.cuda.synchronize()
-            taken.append(time.perf_counter() - began)
-        return float(np.median(taken[warm:]))
+            marks.append(time.perf_counter())
+        return float(np.median(np.diff(marks)[warm:]))
 
     def on_device(self, step: Callable[[], Any]) -> dict[str, Any]:
         """Kernels of a step and the time they take, the most memory, and where the host waits for the GPU."""
@@ -222,8 +213,8 @@ class Check:
             step()
         torch.cuda.set_sync_debug_mode("default")
         waits = Counter(f"{Path(each.filename).name}:{each.lineno}" for each in caught)
-        peak = torch.cuda.max_memory_allocated()
-        return {"kernels": len(spans), "busy_milliseconds": sum(spans) / 1e3, "waits": waits, "peak_gb": peak / 1e9}
+        memory = {"waits": waits, "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
+        return {"kernels": len(spans), "busy_milliseconds": sum(spans) / 1e3} | memory
 
 
 def main() -> None:
@@ -249,9 +240,9 @@ def main() -> None:
                 results[name] = f"{type(error).__name__}: {str(error)[:600]}"
                 check.problems.append(f"{name} failed: {results[name]}")
             print(f"{time.monotonic() - began:5.0f} s  {name}: {json.dumps(results[name])[:1500]}", flush=True)
-            options.out.write_text(json.dumps({**results, "problems": check.problems}, indent=1) + "\n")
+            write_json(options.out, {**results, "problems": check.problems})
         if options.carry:
-            CARRIED.write_text(json.dumps(check.carried, indent=1) + "\n")
+            write_json(CARRIED, check.carried)
     sys.exit("\n".join(check.problems) or 0)
 
 

@@ -95,7 +95,7 @@ def test_the_host_does_not_wait_in_an_ordinary_step(results: dict[str, Any], mod
 
 
 def test_launches_of_a_step_of_twelve_layers(results: dict[str, Any]) -> None:
-    """Whatever the number of shards: 55 a layer, and those of indices, masks, loss, clusters and optimiser."""
+    """Whatever the number of shards: 54 a layer, and those of indices, masks, loss, clusters and optimiser."""
     one, two, eight = (recorded(results, f"12 layers, shards: {n}")["launches"] for n in (1, 2, 8))
     assert one == two == eight and one <= 960
 
