@@ -42,7 +42,7 @@ class ModelSize:
     fixed_bytes: int
     """Saved for the backward pass once a step: the weights in the precision of the products."""
     shard_bytes: int
-    """Saved for the backward pass of one shard, both views."""
+    """Saved for the backward pass of one shard: both views, and the masked copy where one is predicted."""
     loss_bytes: int
     """Saved for the backward pass of the loss of a block of the batch; see ``losses.row_blocks``."""
     filled_bytes: int = 0
@@ -87,6 +87,7 @@ def model_size(config: Config) -> ModelSize:
     from clusterns_ray.models.backbone import check_dropout, empty_model, load_config, masked_language_model_class
     from clusterns_ray.models.base_model import complete
     from clusterns_ray.models.encoder import Encoder
+    from clusterns_ray.models.packed_bert import can_pack
     from clusterns_ray.models.tokenization import load_tokenizer, prompt_length
     from clusterns_ray.training.collate import Shard, dropout_keys
     from clusterns_ray.training.objective import TwoViews
@@ -116,15 +117,21 @@ def model_size(config: Config) -> ModelSize:
         prompts = [prompt_length(each, tokenizer) for each in (encoder.prompt, encoder.second_prompt) if each]
         tokens = encoder.max_length + max(prompts, default=0)
         ids = torch.ones(rows, tokens, dtype=torch.int64)
+        packs = can_pack(backbone)
         shard = Shard(
             ids,
             ids,
             dropout_keys(0, 0, np.zeros(rows, np.int64), np.ones((rows, tokens), np.int64)),
             (ids, ids) if encoder.second_prompt or config.data.positives != "dropout" else None,
-            (ids, ids) if language_model is not None else None,
+            (ids, ids) if language_model is not None and not packs else None,
         )
         weights = list(views.parameters())
         one, two = (_saved_bytes(lambda n=n: views([shard] * n), weights) for n in (1, 2))
+        fixed_bytes, shard_bytes = max(2 * one - two, 0), two - one
+        filled_bytes = _filled_bytes(backbone, rows, tokens, precision) if packs else 0
+        if language_model is not None and packs:  # one more pass, and its head of the predicted tokens alone
+            head = _saved_by_head(language_model, config.loss.mlm_probability, rows * tokens, width, precision)
+            shard_bytes, filled_bytes = 3 * shard_bytes // 2 + head, 3 * filled_bytes // 2
         parameters = {id(p): p for p in weights}.values()
         batch, k = config.train.global_batch_size, config.clustering.num_clusters
         z1_BD, z2_BD = (torch.zeros(batch, width, requires_grad=True) for _ in range(2))
@@ -158,9 +165,9 @@ def model_size(config: Config) -> ModelSize:
         layers=backbone.config.num_hidden_layers,
         exported_bytes=FLOAT * sum(p.numel() for p in backbone.parameters()),
         tokens_a_row=tokens,
-        fixed_bytes=max(2 * one - two, 0),
-        shard_bytes=two - one,
-        filled_bytes=_filled_bytes(backbone, rows, tokens, precision),
+        fixed_bytes=fixed_bytes,
+        shard_bytes=shard_bytes,
+        filled_bytes=filled_bytes,
         loss_bytes=math.ceil(loss * row_blocks(batch)[0].stop / batch),
         teacher=teacher,
     )
@@ -170,22 +177,44 @@ def _filled_bytes(backbone: Any, rows: int, tokens: int, precision: str) -> int:
     """What attention of packed rows keeps of one shard, both views, besides what padded attention does: keys, values,
     weights and mask are ``filled`` columns wide, see ``kernels/packed_attention.py``."""
     from clusterns_ray.kernels.packed_attention import filled_columns
-    from clusterns_ray.models.packed_bert import can_pack
     from clusterns_ray.training.objective import DTYPES
 
-    if not can_pack(backbone):
-        return 0
     shape = backbone.config
     more = filled_columns(tokens, DTYPES[precision]) - tokens
     values = 2 * more * (shape.hidden_size + shape.num_attention_heads * tokens)
     return 2 * rows * shape.num_hidden_layers * values * DTYPES[precision].itemsize
 
 
-def held_shards(train: TrainConfig, workers: int) -> int:
-    """Shards whose activations a worker holds at a time: all of its own, or those of one ``train.cache_chunk``."""
+def _saved_by_head(language_model: Any, probability: float, tokens: int, width: int, precision: str) -> int:
+    """What the head of masked language modelling keeps of the tokens that are predicted, at the most (by four standard
+    deviations): ``training.mlm.packed_prediction_loss``."""
+    import torch
+    import torch.nn.functional as F
+
+    from clusterns_ray.models.encoder import autocast
+    from clusterns_ray.training.mlm import prediction_head
+    from clusterns_ray.training.objective import DTYPES
+
+    spread = 4 * math.sqrt(tokens * probability * (1 - probability))
+    predicted = min(tokens, math.ceil(tokens * probability + spread))
+    states_RD = torch.zeros(predicted, width, requires_grad=True)
+    labels_R = torch.zeros(predicted, dtype=torch.int64)
+
+    def loss() -> torch.Tensor:
+        with autocast(torch.device("cpu"), DTYPES[precision]):
+            return F.cross_entropy(prediction_head(language_model)(states_RD).float(), labels_R)
+
+    return _saved_bytes(loss, list(language_model.parameters()))
+
+
+def held_shards(train: TrainConfig, workers: int, *, gpu: bool) -> int:
+    """Shards whose activations a worker holds at a time: all of its own, or with ``train.cache_chunk`` those of one
+    chunk; in the tree each shard is one."""
     own = math.ceil(train.shards / workers)
     if train.cache_chunk is None:
         return own
+    if adds_in_tree(train, gpu=gpu):
+        return 1
     return min(own, max(train.cache_chunk * train.shards // train.global_batch_size, 1))
 
 
@@ -215,7 +244,7 @@ def worker_memory(size: ModelSize, train: TrainConfig, workers: int, *, gpu: boo
         gradients=FLOAT * size.trained,
         optimizer=2 * FLOAT * size.trained,
         partial_sums=FLOAT * size.trained * partial_sums(train, workers, gpu=gpu),
-        activations=size.fixed_bytes + held_shards(train, workers) * shard_bytes + size.loss_bytes,
+        activations=size.fixed_bytes + held_shards(train, workers, gpu=gpu) * shard_bytes + size.loss_bytes,
         besides=CUDA_BYTES if gpu else PROCESS_BYTES,
     )
 

@@ -15,6 +15,7 @@ from clusterns_ray.config import Config, TrainConfig, make_config
 from clusterns_ray.errors import ConfigError
 from clusterns_ray.launch.trainer import train
 from clusterns_ray.losses import BLOCK
+from clusterns_ray.models.backbone import load_language_model
 from clusterns_ray.models.encoder import Encoder
 from clusterns_ray.ops.estimates import (
     FLOAT,
@@ -27,6 +28,7 @@ from clusterns_ray.ops.estimates import (
     worker_memory,
 )
 from clusterns_ray.training.collate import Shard, dropout_keys
+from clusterns_ray.training.mlm import IGNORED
 from clusterns_ray.training.objective import TwoViews
 from clusterns_ray.training.reduction import chunked
 
@@ -117,10 +119,16 @@ def test_a_run_takes_no_more_disk_than_was_estimated(trained: tuple[Config, Path
 
 
 def saved_by_real_tensors(config: Config, rows: int, tokens: int, packs: bool) -> int:
-    """What autograd keeps of a real forward pass of both views, each storage once; the weights' own left out."""
+    """What autograd keeps of a real forward pass of a shard, each storage once; the weights' own left out."""
     encoder = Encoder.for_training(config.encoder, seed=0).train()
     encoder.packs = packs
-    views = TwoViews(encoder, config.train.precision)
+    language_model, masked, predicted_R = None, None, None
+    if config.loss.mlm_weight:
+        language_model = load_language_model(config.encoder.name, encoder.backbone)[0].train()
+        chosen = torch.rand(rows, tokens, generator=torch.Generator().manual_seed(1)) < config.loss.mlm_probability
+        masked = torch.ones(rows, tokens, dtype=torch.int64), torch.where(chosen, 1, IGNORED)
+        predicted_R = chosen.flatten().nonzero()[:, 0]
+    views = TwoViews(encoder, config.train.precision, language_model)
     ids = torch.ones(rows, tokens, dtype=torch.int64)
     own = {p.untyped_storage().data_ptr() for p in views.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -131,7 +139,8 @@ def saved_by_real_tensors(config: Config, rows: int, tokens: int, packs: bool) -
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        views([Shard(ids, ids, dropout_keys(0, 0, np.arange(rows), ids.numpy()))])
+        keys = dropout_keys(0, 0, np.arange(rows), ids.numpy())
+        views([Shard(ids, ids, keys, None, masked, None, predicted_R)])
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
@@ -150,6 +159,18 @@ def test_activations_are_those_of_real_tensors(tiny_model: Path, precision: str,
     assert packed <= 1.02 * estimate
     if pooling == "mean":  # of one token, the last of the two layers keeps little
         assert packed > 0.75 * estimate
+
+
+def test_activations_of_masked_language_modelling_are_those_of_real_tensors(tiny_model: Path) -> None:
+    """Of its head, those of the predicted tokens alone."""
+    encoder = {"dropout": 0.1, "max_length": 32, "pooling": "mean"}
+    config = config_of(
+        tiny_model, encoder=encoder, loss={"mlm_weight": 0.1}, train={"global_batch_size": 256, "shards": 4}
+    )
+    size = model_size(config)
+    saved = saved_by_real_tensors(config, 64, 32, packs=True)
+    estimate = size.fixed_bytes + size.shard_bytes + size.filled_bytes
+    assert 0.75 * estimate < saved <= 1.02 * estimate
 
 
 def test_activations_are_about_those_of_the_published_formula(tiny_model: Path) -> None:
@@ -197,8 +218,10 @@ def test_memory_of_a_worker() -> None:
 )
 def test_shards_whose_activations_are_held(tiny_model: Path, chunk: int | None, workers: int, held: int) -> None:
     """As many as there are in the largest chunk that training makes of a worker's shards."""
-    config = config_of(tiny_model, train={"global_batch_size": 256, "shards": 8, "cache_chunk": chunk})
-    assert held_shards(config.train, workers) == held
+    sizes = {"global_batch_size": 256, "shards": 8, "cache_chunk": chunk}
+    config = config_of(tiny_model, train=sizes)
+    assert held_shards(config.train, workers, gpu=True) == held
+    assert held_shards(config.train, workers, gpu=False) == (held if chunk is None else 1), "the tree's passes"
     ids = torch.zeros(32, 1, dtype=torch.int64)
     chunks = chunked(
         [Shard(ids, ids, dropout_keys(0, 0, np.arange(32), ids.numpy()))] * (8 // workers), chunk or 10_000

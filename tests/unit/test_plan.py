@@ -277,11 +277,13 @@ def test_memory_that_is_of_the_whole_batch_does_not_shrink(work: Workload):
 
 
 def test_a_cached_chunk_holds_its_own_activations_alone(make: Callable[..., Config], work: Workload):
-    # 32 sentences in 8 shards: a chunk of 8 sentences has 2 shards
+    # 32 sentences in 8 shards: a chunk of 8 sentences has 2 shards, in the tree of a CPU one
     config = make(train={"cache_chunk": 8})
     whole, chunked = work, replace(work, config=config, encoder=encoder_work(config))
     kept = whole.size.shard_bytes + whole.size.filled_bytes
-    assert memory(chunked, 1, gpu=False)["activations"] == memory(whole, 1, gpu=False)["activations"] - 6 * kept
+    assert memory(chunked, 1, gpu=False)["activations"] == memory(whole, 1, gpu=False)["activations"] - 7 * kept
+    saved = memory(whole, 1, gpu=True)["activations"] - memory(chunked, 1, gpu=True)["activations"]
+    assert saved == 6 * whole.size.shard_bytes
     assert memory(chunked, 8, gpu=False)["activations"] == memory(whole, 8, gpu=False)["activations"]
     assert chunked.flops(1) / whole.flops(1) == pytest.approx(4 / 3, rel=0.02)
 
