@@ -101,6 +101,8 @@ class Group(NamedTuple):
     """T"""
     filled: int
     """T'"""
+    sizes: tuple[int, int]
+    """queries (M T), and keys (M T')"""
     bias_M1T: Tensor
     """added to the scores: -inf at padding"""
     token_RT: np.ndarray
@@ -155,7 +157,7 @@ class AttentionIndex(NamedTuple):
             value_N[of_N] = key_N[of_N] + count * filled
             queries, keys = queries + count * longest, keys + 2 * count * filled
             bias_M1T = bias_RT[:, None].repeat_interleave(heads, dim=0)
-            groups.append(Group(longest, filled, bias_M1T, token_RT[:, :longest]))
+            groups.append(Group(longest, filled, (count * longest, count * filled), bias_M1T, token_RT[:, :longest]))
             tokens.append(to_device(token_RT * (3 * heads), device))
 
         head_H = torch.arange(heads, device=device)
@@ -176,22 +178,26 @@ class AttentionIndex(NamedTuple):
     @property
     def num_queries(self) -> int:
         """Of all groups, rows and heads."""
-        return sum(len(group.bias_M1T) * group.longest for group in self.groups)
+        return sum(group.sizes[0] for group in self.groups)
 
     def of_queries(self, x: Tensor) -> list[Tensor]:
         """A row of ``x`` for each query, (., d), as views: those of each group (M, T, d)."""
-        parts = torch.split(x, [len(group.bias_M1T) * group.longest for group in self.groups])
+        parts = torch.split(x, [group.sizes[0] for group in self.groups])
         return [part.view(-1, group.longest, x.shape[1]) for part, group in zip(parts, self.groups, strict=True)]
 
     def split(self, taken: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Of what was read, as views, each group's queries (M, T, d), keys and values (M, T', d)."""
-        first, parts = self.num_queries, list[tuple[Tensor, Tensor, Tensor]]()
-        for group, query in zip(self.groups, self.of_queries(taken[:first]), strict=True):
-            size = len(query) * group.filled
-            key, value = (taken[at : at + size].view(len(query), -1, taken.shape[1]) for at in (first, first + size))
-            first += 2 * size
-            parts.append((query, key, value))
-        return parts
+        sizes = [g.sizes[0] for g in self.groups] + [g.sizes[1] for g in self.groups for _ in (1, 2)]
+        parts = torch.split(taken, sizes)
+        n, width = len(self.groups), taken.shape[1]
+        return [
+            (
+                parts[at].view(-1, group.longest, width),
+                parts[n + 2 * at].view(-1, group.filled, width),
+                parts[n + 2 * at + 1].view(-1, group.filled, width),
+            )
+            for at, group in enumerate(self.groups)
+        ]
 
 
 def packed_attention(

@@ -73,6 +73,10 @@ class TokenBatch(NamedTuple):
             return self.attention_mask_BT.numpy(force=True).astype(bool)
         return np.arange(self.attention_mask_BT.shape[1]) < self.lengths_B[:, None]
 
+    def row_lengths_B(self) -> np.ndarray:
+        """Tokens of each row, on the host: int64."""
+        return self.real_BT().sum(axis=1) if self.lengths_B is None else self.lengths_B
+
 
 class Encoder(nn.Module):
     """Sentences to embeddings.
@@ -273,8 +277,7 @@ class Encoder(nn.Module):
         embeddings = []
         for batch, z_BD in zip(batches, pooled, strict=True):
             if self.denoise:
-                lengths_B = batch.real_BT().sum(axis=1) if batch.lengths_B is None else batch.lengths_B
-                delta_BD = self.template_states(lengths_B, batch.view, batch.template_keys_B)
+                delta_BD = self.template_states(batch.row_lengths_B(), batch.view, batch.template_keys_B)
                 z_BD = z_BD - delta_BD.repeat(batch.draws, 1)
             embeddings.append(nn.functional.normalize(z_BD, dim=-1) if self.normalize else z_BD)
         return embeddings

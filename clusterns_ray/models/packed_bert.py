@@ -163,10 +163,16 @@ class Layer(NamedTuple):
     """of transformers: its norms, activation and probabilities"""
 
 
+def masks_at_once(device: torch.device) -> bool:
+    """Whether it is the number of operations that takes a device's time, and not their size."""
+    return device.type != "cpu"
+
+
 class PassDropout:
     """Dropout of one pass: states draw by the keys of their tokens, weights of attention by those of their queries.
 
-    A CPU makes each mask where it is read; other devices make all of them at the beginning, in a few operations.
+    A CPU makes each mask where it is read; other devices make all of them at the beginning, in a few operations. The
+    masks have the same bits.
     """
 
     def __init__(
@@ -181,13 +187,14 @@ class PassDropout:
             [token_keys(keys_B, p.longest).ravel()[p.places_N] for keys_B, p in zip(row_keys, packings, strict=True)]
         )
         device = packings[0].device
-        self.dtype, self.index, self.at_once = dtype, index, device.type != "cpu"
+        width, layers = backbone.config.hidden_size, backbone.encoder.layer
+        self.dtype, self.index = dtype, index
+        self.at_once = masks_at_once(device)
         self.keys_N = to_device(keys_N, device)
         self.query_keys = [
             head_keys(to_device(keys_N[group.token_RT], device), index.heads).flatten(0, 1) for group in index.groups
         ]
         if self.at_once:
-            layers = backbone.encoder.layer
             of_states = [backbone.embeddings.dropout]
             of_states += [part.output.dropout for layer in layers for part in (layer.attention, layer)]
             of_weights = [layer.attention.self.dropout for layer in layers]
@@ -195,7 +202,7 @@ class PassDropout:
                 {module.dropout_site: module.p for module in modules if drops(module.p)}
                 for modules in (of_states, of_weights)
             )
-            self.masks_of_states = keep_masks(self.keys_N, backbone.config.hidden_size, states)
+            self.masks_of_states = keep_masks(self.keys_N, width, states)
             self.masks_of_weights = [
                 keep_masks(keys_MT, group.filled, weights)
                 for group, keys_MT in zip(index.groups, self.query_keys, strict=True)

@@ -89,7 +89,7 @@ def model_size(config: Config) -> ModelSize:
     from clusterns_ray.models.encoder import Encoder
     from clusterns_ray.models.packed_bert import can_pack
     from clusterns_ray.models.tokenization import load_tokenizer, prompt_length
-    from clusterns_ray.training.collate import Shard, dropout_keys
+    from clusterns_ray.training.collate import DropoutKeys, Shard
     from clusterns_ray.training.objective import TwoViews
 
     config = complete(config)
@@ -121,9 +121,10 @@ def model_size(config: Config) -> ModelSize:
         shard = Shard(
             ids,
             ids,
-            dropout_keys(0, 0, np.zeros(rows, np.int64), np.ones((rows, tokens), np.int64)),
+            DropoutKeys(0, 0, np.zeros(rows, np.int64)),
             (ids, ids) if encoder.second_prompt or config.data.positives != "dropout" else None,
             (ids, ids) if language_model is not None and not packs else None,
+            (np.full(rows, tokens), np.full(rows, tokens)),
         )
         weights = list(views.parameters())
         one, two = (_saved_bytes(lambda n=n: views([shard] * n), weights) for n in (1, 2))

@@ -24,13 +24,20 @@ from clusterns_ray.training.mlm import IGNORED, mask_tokens
 
 
 class DropoutKeys(NamedTuple):
-    """int64 (B) each, on the host: what the dropout of each row is drawn by, whichever rows it is computed with."""
+    """By what the dropout of rows of the corpus is drawn in a step, whichever rows they are computed with: int64, on
+    the host, a pure function of these."""
 
-    first_B: np.ndarray
-    second_B: np.ndarray
-    masked_B: np.ndarray
-    templates: tuple[np.ndarray, np.ndarray]
-    """by the length of each row, in the prompt of either view"""
+    seed: int
+    step: int
+    rows_B: np.ndarray
+
+    def of_rows(self, copy: str) -> np.ndarray:
+        """A key for each row (B): of its ``first`` or ``second`` view, or of its ``masked`` copy."""
+        return random_draws(self.rows_B, "dropout", self.seed, self.step, copy)
+
+    def of_template(self, lengths_B: np.ndarray, view: int) -> np.ndarray:
+        """A key for the template of either view (0 or 1) at each length (B)."""
+        return random_draws(lengths_B, "dropout", self.seed, self.step, "template", view)
 
 
 class Shard(NamedTuple):
@@ -61,20 +68,6 @@ class Shard(NamedTuple):
         return self if device.type == "cpu" else Shard(*map(moved, fields))
 
 
-def dropout_keys(
-    seed: int, step: int, rows: np.ndarray, mask_BT: np.ndarray, second_mask_BT: np.ndarray | None = None
-) -> DropoutKeys:
-    """The keys of rows of the corpus in a step, a pure function of these; masks mark their tokens, in either view."""
-    masks = mask_BT, mask_BT if second_mask_BT is None else second_mask_BT
-    first_B, second_B, masked_B = (
-        random_draws(rows, "dropout", seed, step, view) for view in ("first", "second", "masked")
-    )
-    templates = tuple(
-        random_draws(mask_BT.sum(axis=1), "dropout", seed, step, "template", view) for view, mask_BT in enumerate(masks)
-    )
-    return DropoutKeys(first_B, second_B, masked_B, (templates[0], templates[1]))
-
-
 class ShardReader:
     """Reads a shard of a step: tokens of both views, the keys of their dropout, and which tokens are masked, all on
     the host."""
@@ -98,7 +91,7 @@ class ShardReader:
         return Shard(
             torch.as_tensor(input_ids),
             torch.as_tensor(mask),
-            dropout_keys(seed, step, rows, mask, None if second is None else second[1]),
+            DropoutKeys(seed, step, rows),
             None if second is None else (torch.as_tensor(second[0]), torch.as_tensor(second[1])),
             masked,
             (mask.sum(axis=1), (mask if second is None else second[1]).sum(axis=1)),
@@ -110,19 +103,13 @@ class ShardReader:
         if len(shards) == 1:
             return shards[0]
         pad_id = self.tokenizer.pad_token_id or 0
-        keys = [shard.dropout_keys for shard in shards]
-        first_B, second_B, masked_B = (
-            np.concatenate([getattr(of_shard, name) for of_shard in keys])
-            for name in ("first_B", "second_B", "masked_B")
-        )
-        templates = [np.concatenate(views) for views in zip(*(of_shard.templates for of_shard in keys), strict=True)]
         lengths = [np.concatenate(views) for views in zip(*(shard.lengths or () for shard in shards), strict=True)]
         first = _joined([(shard.input_ids_BT, shard.attention_mask_BT) for shard in shards], (pad_id, 0))
         masked = _joined([shard.masked for shard in shards if shard.masked], (pad_id, IGNORED))
         assert first
         return Shard(
             *first,
-            DropoutKeys(first_B, second_B, masked_B, (templates[0], templates[1])),
+            shards[0].dropout_keys._replace(rows_B=np.concatenate([shard.dropout_keys.rows_B for shard in shards])),
             _joined([shard.second for shard in shards if shard.second], (pad_id, 0)),
             masked,
             (lengths[0], lengths[1]),
@@ -156,7 +143,7 @@ class ShardReader:
         views = [(ids_BT, torch.ones_like(ids_BT)) for ids_BT in ids]
         return Shard(
             *views[0],
-            dropout_keys(0, 0, np.zeros(1, np.int64), views[0][1].numpy()),
+            DropoutKeys(0, 0, np.zeros(1, np.int64)),
             views[1] if self.config.encoder.second_prompt else None,
             (ids[0], ids[0]) if self.config.loss.mlm_weight else None,
         )

@@ -68,7 +68,7 @@ class TwoViews(nn.Module):
                         batch = TokenBatch(
                             ids_BT,
                             shard.attention_mask_BT,
-                            row_keys_B=shard.dropout_keys.masked_B,
+                            row_keys_B=shard.dropout_keys.of_rows("masked"),
                             lengths_B=lengths_B,
                         )
                         mlm = mlm + packed_prediction_loss(
@@ -76,7 +76,7 @@ class TwoViews(nn.Module):
                         )
                         continue
                     mask_BT = self.encoder.attention_mask(shard.attention_mask_BT)
-                    with keyed_dropout(shard.dropout_keys.masked_B, ids_BT.device):
+                    with keyed_dropout(shard.dropout_keys.of_rows("masked"), ids_BT.device):
                         mlm = mlm + prediction_loss(self.language_model, ids_BT, mask_BT, labels_BT)
         return torch.cat([z1 for z1, _ in views]), torch.cat([z2 for _, z2 in views]), mlm
 
@@ -95,14 +95,15 @@ class TwoViews(nn.Module):
     def _batches(self, shard: Shard, token_embeds: list[Tensor | None]) -> list[TokenBatch]:
         """Both views as one batch, or as one each."""
         ids_BT, mask_BT, keys = shard.input_ids_BT, shard.attention_mask_BT, shard.dropout_keys
-        lengths = shard.lengths or (None, None)
+        lengths, of_views = shard.lengths or (None, None), (keys.of_rows("first"), keys.of_rows("second"))
+        batch = TokenBatch(ids_BT, mask_BT, 0, token_embeds[0], of_views[0], None, lengths[0])
         if shard.second is None:
-            both_B = np.concatenate([keys.first_B, keys.second_B])
-            return [TokenBatch(ids_BT, mask_BT, 0, token_embeds[0], both_B, keys.templates[0], lengths[0], draws=2)]
-        return [
-            TokenBatch(ids_BT, mask_BT, 0, token_embeds[0], keys.first_B, keys.templates[0], lengths[0]),
-            TokenBatch(*shard.second, 1, token_embeds[1], keys.second_B, keys.templates[1], lengths[1]),
-        ]
+            batches = [batch._replace(row_keys_B=np.concatenate(of_views), draws=2)]
+        else:
+            batches = [batch, TokenBatch(*shard.second, 1, token_embeds[1], of_views[1], None, lengths[1])]
+        if not self.encoder.denoise:
+            return batches
+        return [b._replace(template_keys_B=keys.of_template(b.row_lengths_B(), b.view)) for b in batches]
 
 
 class StepLoss(NamedTuple):

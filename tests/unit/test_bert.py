@@ -108,6 +108,22 @@ def test_finished_embeddings_are_transformers(
     assert encoder._weights is None
 
 
+def test_masks_made_at_once_and_one_by_one_are_the_same(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    """As a GPU has them, and a CPU."""
+    encoder, outcomes = encoder_of(tiny_model, quiet=False), []
+    batches = batches_of(encoder)
+    for at_once in (False, True):
+        monkeypatch.setattr(clusterns_ray.models.packed_bert, "masks_at_once", lambda device, at_once=at_once: at_once)
+        encoder.zero_grad()
+        z_BD = torch.cat(encoder.embed(batches))
+        z_BD.square().sum().backward()
+        gradients = [p.grad.clone() for p in encoder.parameters() if p.grad is not None]
+        outcomes.append([z_BD.detach(), *gradients])
+    assert len(gradients) > 10
+    for one, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
 def test_with_dropout_a_batch_does_not_depend_on_those_beside_it(tiny_model: Path):
     encoder = encoder_of(tiny_model, quiet=False)
     batches = batches_of(encoder)

@@ -24,7 +24,7 @@ from clusterns_ray.kernels.dropout import drop, drop_by, head_keys, keep_mask, k
 from clusterns_ray.models.backbone import load_transformer
 from clusterns_ray.models.encoder import Encoder, TokenBatch
 from clusterns_ray.models.sdpa import ATTENTION, Dropout, attention, keyed_dropout, number_dropout, use_keyed_dropout
-from clusterns_ray.training.collate import dropout_keys
+from clusterns_ray.training.collate import DropoutKeys
 
 CPU = torch.device("cpu")
 
@@ -38,7 +38,7 @@ def keys(rows: int, tokens: int, seed: int = 1) -> torch.Tensor:
 
 
 def row_keys(rows: int, seed: int = 1, step: int = 1) -> np.ndarray:
-    return dropout_keys(seed, step, np.arange(rows), np.ones((rows, 1), np.int64)).first_B
+    return DropoutKeys(seed, step, np.arange(rows)).of_rows("first")
 
 
 # ---- the hash -------------------------------------------------------------------------------------------------------
@@ -124,13 +124,12 @@ def test_what_a_mask_depends_on(other: str):
     """Each of these gives another, independent mask; how many rows, tokens and elements there are besides does not."""
     rows, tokens, width = 64, 8, 64
     first = keep_mask(keys(rows, tokens), width, 0.5, 3)
-    mask = np.ones((rows, 1), np.int64)
     changed = {
         "row": lambda: keep_mask(keys(2 * rows, tokens)[rows:], width, 0.5, 3),
         "step": lambda: keep_mask(token_keys(row_keys(rows, step=2), tokens), width, 0.5, 3),
         "seed": lambda: keep_mask(keys(rows, tokens, seed=2), width, 0.5, 3),
         "view": lambda: keep_mask(
-            token_keys(dropout_keys(1, 1, np.arange(rows), mask).second_B, tokens), width, 0.5, 3
+            token_keys(DropoutKeys(1, 1, np.arange(rows)).of_rows("second"), tokens), width, 0.5, 3
         ),
         "site": lambda: keep_mask(keys(rows, tokens), width, 0.5, 4),
         "position": lambda: keep_mask(keys(rows, 2 * tokens)[:, tokens:], width, 0.5, 3),

@@ -27,7 +27,7 @@ from clusterns_ray.ops.estimates import (
     run_bytes,
     worker_memory,
 )
-from clusterns_ray.training.collate import Shard, dropout_keys
+from clusterns_ray.training.collate import DropoutKeys, Shard
 from clusterns_ray.training.mlm import IGNORED
 from clusterns_ray.training.objective import TwoViews
 from clusterns_ray.training.reduction import chunked
@@ -139,7 +139,7 @@ def saved_by_real_tensors(config: Config, rows: int, tokens: int, packs: bool) -
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        keys = dropout_keys(0, 0, np.arange(rows), ids.numpy())
+        keys = DropoutKeys(0, 0, np.arange(rows))
         views([Shard(ids, ids, keys, None, masked, None, predicted_R)])
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
@@ -223,9 +223,7 @@ def test_shards_whose_activations_are_held(tiny_model: Path, chunk: int | None, 
     assert held_shards(config.train, workers, gpu=True) == held
     assert held_shards(config.train, workers, gpu=False) == (held if chunk is None else 1), "the tree's passes"
     ids = torch.zeros(32, 1, dtype=torch.int64)
-    chunks = chunked(
-        [Shard(ids, ids, dropout_keys(0, 0, np.arange(32), ids.numpy()))] * (8 // workers), chunk or 10_000
-    )
+    chunks = chunked([Shard(ids, ids, DropoutKeys(0, 0, np.arange(32)))] * (8 // workers), chunk or 10_000)
     assert max(map(len, chunks)) == held
 
 

@@ -20,7 +20,7 @@ from clusterns_ray.errors import ConfigError
 from clusterns_ray.launch.staging import stage, unstage
 from clusterns_ray.losses import rank_distillation_share
 from clusterns_ray.ops.estimates import model_size, worker_memory
-from clusterns_ray.training.collate import Shard, dropout_keys
+from clusterns_ray.training.collate import DropoutKeys, Shard
 from clusterns_ray.training.metrics import read_metrics
 from clusterns_ray.training.teacher import Teacher
 
@@ -134,7 +134,7 @@ def test_it_embeds_as_the_finished_encoder_does(tiny_model: Path, tmp_path: Path
         batch = encoder.tokenizer(
             [(prompt or "{sentence}").format(sentence=text) for text in piece], padding=True, return_tensors="pt"
         )
-        keys = dropout_keys(0, 0, np.arange(len(piece)), batch["attention_mask"].numpy())
+        keys = DropoutKeys(0, 0, np.arange(len(piece)))
         shards.append(Shard(batch["input_ids"], batch["attention_mask"], keys))
     found = teacher(shards, torch.float32)
     assert found.dtype == torch.float32 and not found.requires_grad

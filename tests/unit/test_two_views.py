@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from clusterns_ray.config import EncoderConfig
 from clusterns_ray.models.encoder import Encoder, TokenBatch
-from clusterns_ray.training.collate import Shard, dropout_keys
+from clusterns_ray.training.collate import DropoutKeys, Shard
 from clusterns_ray.training.objective import TwoViews
 
 
@@ -28,7 +28,7 @@ def shards_of(seed: int = 0, second: bool = False) -> list[Shard]:
         other = (ids.flip(1).clone(), mask.flip(1).clone()) if second else None
         if other:
             other[1][:], other[0][:] = 1, torch.randint(10, 90, ids.shape, generator=generator)
-        keys = dropout_keys(seed, 1, np.arange(10 * number, 10 * number + rows), mask.numpy())
+        keys = DropoutKeys(seed, 1, np.arange(10 * number, 10 * number + rows))
         shards.append(Shard(ids, mask, keys, other))
     return shards
 
@@ -48,7 +48,7 @@ def test_values_and_gradients(tiny_models: Callable[[str], Path], kind: str, mon
 
     def batches(self: TwoViews, shard: Shard, words: list[Tensor]) -> list[TokenBatch]:
         twice = (shard.input_ids_BT.repeat(2, 1), shard.attention_mask_BT.repeat(2, 1))
-        both = np.concatenate([shard.dropout_keys.first_B, shard.dropout_keys.second_B])
+        both = np.concatenate([shard.dropout_keys.of_rows(copy) for copy in ("first", "second")])
         return [TokenBatch(*twice, row_keys_B=both)]  # nothing shared, not even what both views read
 
     monkeypatch.setattr(TwoViews, "_batches", batches)
