@@ -177,6 +177,17 @@ def test_neither_chunks_nor_new_numbers_of_workers_change_a_bit(outcomes: dict[t
     assert outcomes["fp32", 1].hashes != outcomes["bf16", 1].hashes
 
 
+@pytest.mark.nightly
+def test_8_workers_make_the_same_bits(make_job: Any):
+    """Once, as so many processes take long to begin where cores are few."""
+    job, by_ranks = make_job("fp32"), list[Outcome]()
+    config = job.config.model_copy(update={"train": job.config.train.model_copy(update={"shards": 8})})
+    for ranks in (1, 8):
+        named = job._replace(config=config).named(f"of-eight-{ranks}")
+        by_ranks.append(outcome(named, run_ranks(train_here, ranks, named)[0]))
+    assert by_ranks[0] == by_ranks[1]
+
+
 @pytest.mark.parametrize("case", ["fp32", "corpus"])
 def test_a_killed_run_resumes_to_the_same_bits(make_job: Any, outcomes: dict[tuple[str, int], Outcome], case: str):
     """Killed two steps after a checkpoint, with clustering under way."""
