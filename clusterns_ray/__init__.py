@@ -14,17 +14,19 @@ if TYPE_CHECKING:
     from clusterns_ray.inference.search import SemanticIndex
     from clusterns_ray.launch.trainer import train
     from clusterns_ray.models.encoder import Encoder
+    from clusterns_ray.report.map import draw_map
     from clusterns_ray.tuning.study import load_study
     from clusterns_ray.tuning.sweep import tune
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Encoder", "SemanticIndex", "evaluate", "load_config", "load_study", "train", "tune"]
+__all__ = ["Config", "Encoder", "SemanticIndex", "draw_map", "evaluate", "load_config", "load_study", "train", "tune"]
 
 _HOMES = {
     "Config": ("clusterns_ray.config", "Config"),
     "load_config": ("clusterns_ray.config", "load_config"),
     "Encoder": ("clusterns_ray.models.encoder", "Encoder"),
     "SemanticIndex": ("clusterns_ray.inference.search", "SemanticIndex"),
+    "draw_map": ("clusterns_ray.report.map", "draw_map"),
     "evaluate": ("clusterns_ray.evaluation.suite", "evaluate_model"),
     "load_study": ("clusterns_ray.tuning.study", "load_study"),
     "train": ("clusterns_ray.launch.trainer", "train"),

@@ -64,7 +64,8 @@ def _by_opentsne(unit_ND: np.ndarray, begin_N2: np.ndarray, perplexity: float, s
     from openTSNE.nearest_neighbors import PrecomputedNeighbors  # pyright: ignore[reportMissingImports]
 
     neighbors = PrecomputedNeighbors(*nearest_neighbours(unit_ND, int(3 * perplexity)))
-    affinities = PerplexityBasedNN(perplexity=perplexity, knn_index=neighbors)
+    graph: dict[str, Any] = {"perplexity": perplexity, "knn_index": neighbors}
+    affinities = PerplexityBasedNN(**graph)
     # The threads of many points would only wait for one another over few.
     large = len(unit_ND) > JUDGED
     options = {"negative_gradient_method": "fft" if large else "bh", "n_jobs": -1 if large else 1, "random_state": seed}
