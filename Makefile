@@ -25,18 +25,15 @@ check: .venv/.dev
 	$(BIN)/python -m pytest tests/unit --ignore tests/unit/test_start_time.py -m "not slow and not nightly" -n 2 --dist loadfile --durations 10; tests=$$?; \
 	wait $$pyright && exit $$tests
 
-# Everything but clusters and what is nightly: check, then the slow tests.
+# Everything but what is nightly: check, then the slow tests.
 test: check test-slow
 
-# The slow unit tests, a browser, two and four processes, real local Ray runs.
+# The slow unit tests, a browser, two and four processes, real local Ray runs, and clusters of several Ray nodes on this
+# machine, which come, go and are drained.
 test-slow: .venv/.dev
-	$(BIN)/python -m pytest tests --ignore tests/cluster -m "slow and not nightly" $(SPREAD)
+	$(BIN)/python -m pytest tests -m "slow and not nightly" $(SPREAD)
 
-# Real clusters of several Ray nodes on this machine: nodes that come, go and are drained, and an autoscaler.
-test-cluster: .venv/.dev
-	$(BIN)/python -m pytest tests/cluster -m "not nightly" $(SPREAD)
-
-# What takes long and rarely breaks: elastic runs, a lost head, twenty drains, the scripts of experiments/.
+# What takes long and rarely breaks: autoscaling and elastic runs, a lost head, twenty drains, experiments/.
 test-nightly: .venv/.dev
 	$(BIN)/python -m pytest tests -m nightly $(SPREAD)
 

@@ -34,8 +34,8 @@ class Run:
     env: dict[str, str]
     name: str
     settings: tuple[str, ...]
-    steps: int = 120
-    checkpoint_every: int = 10
+    steps: int = 60
+    checkpoint_every: int = 5
 
     @property
     def directory(self) -> Path:
@@ -195,7 +195,7 @@ def make_run(
         "train": {
             "global_batch_size": 32,
             "shards": 4,
-            "epochs": 12,
+            "epochs": 7,
             "max_steps": Run.steps,
             "learning_rate": 3e-3,
             "precision": "fp32",

@@ -13,7 +13,7 @@ import pytest
 from nodes import Nodes
 from ray_runs import Outcome, Run, environment, finished, make_run, ray_directory  # noqa: F401  fixtures
 
-UNHURRIED = ("evaluation.every_steps=4", "runtime.log_rows=true")
+UNHURRIED = ("evaluation.every_steps=1", "runtime.log_rows=true")
 """Each evaluation waits for Ray's next look at the workers: a run takes long enough to be hit in the middle of it."""
 
 

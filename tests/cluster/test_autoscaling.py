@@ -16,9 +16,10 @@ from nodes import NODE_TYPE, Nodes
 from studies import STUDY, StudyRun, base_values
 from test_faults import check_same_run, hit_in_the_middle
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(900)]
 
 TIMEOUT_S = 300.0
+VERSIONS = pytest.mark.parametrize("version", [1, 2])
 
 
 def wait_until_gone(nodes: Nodes, timeout_s: float = 120.0) -> None:
@@ -29,7 +30,7 @@ def wait_until_gone(nodes: Nodes, timeout_s: float = 120.0) -> None:
         time.sleep(0.2)
 
 
-@pytest.mark.parametrize("version", [1, pytest.param(2, marks=pytest.mark.nightly)])
+@VERSIONS
 def test_a_run_brings_two_machines_and_leaves_none(nodes, make_run_on, undisturbed, version):
     nodes.start_autoscaling_head(most=3, version=version)
     run = make_run_on(f"autoscaled-{version}", "runtime.num_workers=2")
@@ -43,7 +44,6 @@ def test_a_run_brings_two_machines_and_leaves_none(nodes, make_run_on, undisturb
     wait_until_gone(nodes)
 
 
-@pytest.mark.nightly
 def test_a_machine_is_taken_away_and_replaced(nodes, make_run_on, undisturbed):
     nodes.start_autoscaling_head(most=3)
     run = make_run_on("autoscaled-fault", "runtime.num_workers=2")
@@ -60,7 +60,6 @@ def test_a_machine_is_taken_away_and_replaced(nodes, make_run_on, undisturbed):
     check_same_run(run, undisturbed)
 
 
-@pytest.mark.nightly
 def test_concurrent_trials_bring_a_machine_each(
     nodes: Nodes, tmp_path: Path, tiny_model: Path, corpus_file: Path, sts_dir: Path
 ):
@@ -82,10 +81,7 @@ def test_concurrent_trials_bring_a_machine_each(
 NO_GPU = "Ray gave a GPU to a worker on"
 """What torch has to say of the fake cloud's GPUs."""
 
-VERSIONS = pytest.mark.parametrize("version", [1, 2])
 
-
-@pytest.mark.nightly
 @VERSIONS
 def test_runs_where_the_machines_have_gpus(nodes, make_run_on, version):
     """`runtime.use_gpu` unset, true and false, from a head without CPUs: none, two and back."""
@@ -111,7 +107,6 @@ def test_runs_where_the_machines_have_gpus(nodes, make_run_on, version):
     wait_until_gone(nodes)
 
 
-@pytest.mark.nightly
 @VERSIONS
 def test_sweeps_where_the_machines_have_gpus(nodes, tmp_path, tiny_model, corpus_file, sts_dir, version):
     """As above, with CPUs first."""
@@ -134,7 +129,6 @@ def test_sweeps_where_the_machines_have_gpus(nodes, tmp_path, tiny_model, corpus
     wait_until_gone(nodes)
 
 
-@pytest.mark.nightly
 @VERSIONS
 def test_an_autoscaler_that_does_not_tell(nodes, make_run_on, version):
     """Its file cannot be read: whether there will be GPUs has to be said, and the wait for workers has an end."""
@@ -152,7 +146,6 @@ def test_an_autoscaler_that_does_not_tell(nodes, make_run_on, version):
     assert "Asked for 2 workers with 1 CPU each" in said.err and "Traceback" not in said.err
 
 
-@pytest.mark.nightly
 def test_a_submitted_job_keeps_its_results_out_of_rays_package(nodes, make_run_on, tmp_path):
     nodes.start_head(1, dashboard=True)
     run = make_run_on("job")

@@ -87,7 +87,7 @@ def test_encode_refuses(clusterns: Callable[..., Result], tiny_model: Path, tmp_
     assert not (tmp_path / "o.parquet").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_encode_killed_from_outside_and_given_again(tiny_model: Path, tmp_path: Path) -> None:
     """By SIGKILL at a moment nobody chose; then the very bytes of a file that was written undisturbed."""
     corpus = write_corpus(tmp_path / "corpus.txt", 6000)

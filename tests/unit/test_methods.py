@@ -68,7 +68,7 @@ def test_the_shipped_files_name_possible_runs(
     assert {config.seed for config in configs.values()} == {3}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_it_trains_what_is_named_first_and_nothing_twice(
     methods: ModuleType, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,7 +108,7 @@ def test_without_the_seven_tests_there_is_no_average(methods: ModuleType, file: 
     assert study.scores("SimCSE", [1], test="DIR") == {**expected, "tests": [70.0]}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_that_fails_is_named_with_its_last_lines(methods: ModuleType, file: Path, tmp_path: Path) -> None:
     study = methods.Study(file, tmp_path / "runs", [], 1)
     (tmp_path / "corpus.txt").unlink()
