@@ -200,8 +200,14 @@ def make_run(
             "learning_rate": 3e-3,
             "precision": "fp32",
         },
-        "evaluation": {"sts": str(sts_dir), "every_steps": 20, "patience": None},
-        "runtime": {"use_gpu": False, "log_every_steps": 1, "checkpoint_every_steps": Run.checkpoint_every},
+        # Each evaluation waits for Ray's next look at the workers: a run is long enough to be hit in the middle of it.
+        "evaluation": {"sts": str(sts_dir), "every_steps": 1, "patience": None},
+        "runtime": {
+            "use_gpu": False,
+            "log_every_steps": 1,
+            "checkpoint_every_steps": Run.checkpoint_every,
+            "log_rows": True,
+        },
     }
     (project / "run.yaml").write_text(yaml.safe_dump(values))
 

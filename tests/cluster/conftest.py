@@ -11,10 +11,15 @@ from pathlib import Path
 
 import pytest
 from nodes import Nodes
-from ray_runs import Outcome, Run, environment, finished, make_run, ray_directory  # noqa: F401  fixtures
-
-UNHURRIED = ("evaluation.every_steps=1", "runtime.log_rows=true")
-"""Each evaluation waits for Ray's next look at the workers: a run takes long enough to be hit in the middle of it."""
+from ray_runs import (  # noqa: F401  fixtures
+    Outcome,
+    Run,
+    environment,
+    finished,
+    make_run,
+    on_two_workers,
+    ray_directory,
+)
 
 
 @pytest.fixture
@@ -33,17 +38,12 @@ def make_run_on(make_run: Callable[..., Run], nodes: Nodes) -> Callable[..., Run
     """Runs whose commands join the head of ``nodes``, which has to be up: ``make_run_on(name, setting, ...)``."""
 
     def make(name: str, *settings: str) -> Run:
-        return replace(make_run(name, *UNHURRIED, *settings), env=nodes.driver_env)
+        return replace(make_run(name, *settings), env=nodes.driver_env)
 
     return make
 
 
 @pytest.fixture(scope="session")
-def undisturbed(
-    make_run: Callable[..., Run],  # noqa: F811
-    finished: Callable[..., tuple[Run, Outcome]],  # noqa: F811
-) -> Run:
+def undisturbed(on_two_workers: tuple[Run, Outcome]) -> Run:  # noqa: F811
     """The same run on two workers, with nothing that happens to them."""
-    run, said = finished(make_run("undisturbed", *UNHURRIED, "runtime.num_workers=2"))
-    assert said.code == 0, said.err
-    return run
+    return on_two_workers[0]

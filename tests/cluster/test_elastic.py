@@ -12,7 +12,7 @@ STEPS = 150
 TIMEOUT_S = 400.0
 GROWS_WITHIN_S = 200.0
 """Ray looks at the nodes that are there every 20 s."""
-SETTINGS = ("evaluation.every_steps=1", f"train.max_steps={STEPS}", "train.epochs=15")
+SETTINGS = (f"train.max_steps={STEPS}", "train.epochs=15")
 """So slow that Ray can look twice before it ends."""
 
 
@@ -22,7 +22,7 @@ def two_workers(run) -> bool:
 
 
 def test_a_node_is_added_and_one_is_lost(nodes, make_run, make_run_on):
-    alone = make_run("elastic-alone", "runtime.log_rows=true", *SETTINGS)
+    alone = make_run("elastic-alone", *SETTINGS)
     assert alone.train().code == 0
 
     nodes.start_head()
