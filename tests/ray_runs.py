@@ -34,7 +34,7 @@ class Run:
     env: dict[str, str]
     name: str
     settings: tuple[str, ...]
-    steps: int = 60
+    steps: int = 80
     checkpoint_every: int = 5
 
     @property
@@ -195,7 +195,7 @@ def make_run(
         "train": {
             "global_batch_size": 32,
             "shards": 4,
-            "epochs": 7,
+            "epochs": 8,
             "max_steps": Run.steps,
             "learning_rate": 3e-3,
             "precision": "fp32",
