@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 # Files in their order: by default those of many tests come first, and the long ones of Ray last and alone.
 SPREAD := -n $(PARALLEL) --dist loadfile --no-loadscope-reorder --durations 25
 
-.PHONY: demo check test test-slow test-cluster test-nightly bench docs clean
+.PHONY: demo check test test-slow test-nightly bench docs clean
 
 demo: .venv/.demo
 	$(BIN)/python experiments/quickstart.py
