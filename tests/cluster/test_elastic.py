@@ -45,7 +45,6 @@ def test_a_node_is_added_and_one_is_lost(nodes, make_run, make_run_on):
     assert world_sizes(steps) == [1, 2, 1]
     proves_each_row_once(steps, read_steps([alone.directory]), ROWS)
     assert len(run.losses()) == STEPS
-    for (step, loss), (same_step, other) in zip(run.losses(), alone.losses(), strict=True):
-        assert step == same_step and loss == pytest.approx(other, rel=1e-5), f"step {step}"
+    assert run.losses() == alone.losses() and run.weights() == alone.weights()
     for key in ("sts_dev", "sts_dev_last"):
-        assert abs(run.result()[key] - alone.result()[key]) < 0.01, key
+        assert run.result()[key] == alone.result()[key], key
