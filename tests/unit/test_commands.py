@@ -20,7 +20,7 @@ import yaml
 from clusterns_ray.cli import app
 from clusterns_ray.config import Config, known_keys, load_config, make_config
 from clusterns_ray.errors import ClusterNSError
-from clusterns_ray.tuning.study import load_study
+from clusterns_ray.tuning.study import StudyConfig, load_study
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
@@ -140,9 +140,12 @@ def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     "block", [pytest.param(b, id=f"{p.name}-{i}") for p in PAGES for i, b in enumerate(blocks_of(p, "yaml"))]
 )
 def test_a_block_of_yaml_is_a_configuration_or_a_study(block: str, tmp_path: Path) -> None:
-    """One without an encoder or a corpus is read as changes of the quickstart's."""
+    """One without an encoder or a corpus is read as changes of the quickstart's, one without a space as changes of the
+    smoke study's."""
     values = yaml.safe_load(block)
-    if "space" in values:
+    if "space" not in values and values.keys() <= StudyConfig.model_fields.keys():
+        smoke = yaml.safe_load((ROOT / "experiments/studies/smoke.yaml").read_text())
+        values = {**smoke, "base": f"experiments/studies/{smoke['base']}", **values}
         (tmp_path / "study.yaml").write_text(yaml.safe_dump({**values, "base": str(ROOT / values["base"])}))
         load_study(tmp_path / "study.yaml")
     elif {"encoder", "data"} <= values.keys():
