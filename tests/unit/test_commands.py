@@ -146,6 +146,7 @@ def test_a_block_of_yaml_is_a_configuration_or_a_study(block: str, tmp_path: Pat
     if "space" not in values and values.keys() <= StudyConfig.model_fields.keys():
         smoke = yaml.safe_load((ROOT / "experiments/studies/smoke.yaml").read_text())
         values = {**smoke, "base": f"experiments/studies/{smoke['base']}", **values}
+    if "space" in values:
         (tmp_path / "study.yaml").write_text(yaml.safe_dump({**values, "base": str(ROOT / values["base"])}))
         load_study(tmp_path / "study.yaml")
     elif {"encoder", "data"} <= values.keys():
