@@ -1,6 +1,6 @@
 """Compare methods over seeds on one testbed: mean, deviation, and the difference from the first method, seed by seed.
 
-    python experiments/methods.py experiments/methods/minilm-cpu.yaml --jobs 2 --test DIR
+    python experiments/methods.py experiments/methods/quickstart.yaml --jobs 2 --test DIR
 
 A file of methods names a base configuration, values that all methods share, and for each method the values that make
 it. Every method runs with the same seeds, so with the same batches and first dropout masks. Finished runs are not
