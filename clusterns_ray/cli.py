@@ -438,6 +438,21 @@ def report(
 
 
 @app.command()
+def status(
+    place: Annotated[
+        str,
+        typer.Argument(metavar="RUN_OR_STUDY", help="STORAGE_PATH/NAME of a run or a study; also s3:// or gs://."),
+    ],
+) -> None:
+    """Show how a run or a study stands, from any machine: scores, newest checkpoint, time left, who works on it."""
+    with readable_errors():
+        from clusterns_ray.console.status import show_status
+        from clusterns_ray.io.paths import check_path
+
+        show_status(check_path("RUN_OR_STUDY", place))
+
+
+@app.command()
 def plan(
     config: ConfigFile,
     set: Overrides = None,

@@ -220,6 +220,14 @@ def leased(
         lease.release()
 
 
+def claims(store: Store) -> list[Claim]:
+    """Who holds a prefix, or tries to, newest first; nothing is changed. Ages are by this machine's clock."""
+    held, now = store / ".lease", time.time()
+    read = [(name, written, held.read(name)) for name, written in held.times().items()]
+    found = [Claim(name, written, now - written, _read(raw)) for name, written, raw in read if raw is not None]
+    return sorted((claim for claim in found if not is_dead(claim.who)), key=lambda claim: claim.age)
+
+
 def process_identity(pid: int) -> str | None:
     """What no other process on any machine has, ever: of the start of the system, the process' name space, its number
     and its own start. None where the system does not say, or there is no such process."""

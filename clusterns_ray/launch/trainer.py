@@ -11,6 +11,7 @@ from clusterns_ray.data.prepare import Prepared, check_batch, describe, most_row
 from clusterns_ray.errors import ClusterNSError, ConfigError
 from clusterns_ray.io.events import Evaluated, Event, OnEvent, OnNote, notes_to
 from clusterns_ray.io.uploader import uploader_for
+from clusterns_ray.launch.gauges import with_gauges
 from clusterns_ray.launch.preflight import check_request, warn_of_faiss
 from clusterns_ray.launch.ray_cluster import check_workers, connect, on_this_node
 from clusterns_ray.launch.staging import read_run_file, run_directory, run_place, run_url, stage, unstage
@@ -59,7 +60,7 @@ def train(config: Config, on_event: OnEvent = lambda event: None) -> dict[str, A
         # Before the corpus is read, which may take long.
         begun = read_run_file(config, "config.yaml") is not None
         use_gpu = check_workers(runtime, fewest, "run", begun=begun, note=note)
-        return _fit(config, prepare_data(), run_dir, on_event, use_gpu)
+        return _fit(config, prepare_data(), run_dir, with_gauges(on_event, runtime.name), use_gpu)
 
 
 def finished_result(config: Config, note: OnNote) -> dict[str, Any] | None:

@@ -24,10 +24,11 @@ from clusterns_ray.config import (
     check_plain_values,
     describe_value,
     load_config,
+    make_config,
     shown,
 )
 from clusterns_ray.errors import ConfigError
-from clusterns_ray.io.object_store import Place, is_url, place
+from clusterns_ray.io.object_store import Place, is_url, place, split_url
 from clusterns_ray.io.paths import check_path
 from clusterns_ray.io.yaml_text import dump_yaml, load_yaml, read_yaml_text
 from clusterns_ray.tuning.space import (
@@ -348,6 +349,30 @@ def check_study(values: dict[str, Any], path: Path, overrides: Iterable[str] = (
     if config.sampler.name == "grid":
         check_grid(config.first_points, space, str(path))
     return Study(config, base, space)
+
+
+def saved_study(directory: Path, where: str) -> Study:
+    """The study that ``study.yaml`` in ``directory`` says was begun, at the place where it is now.
+
+    Args:
+        where: the directory, or the URL that it is a copy of.
+
+    Raises:
+        ConfigError: the file is damaged, or the directory has another name than the study.
+    """
+    path = directory / "study.yaml"
+    values = load_yaml(read_yaml_text("The study's", path), str(path))
+    try:
+        base = make_config(values["base"], str(path))
+        config = StudyConfig.model_validate({**values, "base": str(path)})
+        space = Space(config.varied(), base)
+    except (TypeError, KeyError, ValueError) as error:
+        raise ConfigError(f"{str(path)!r} is damaged: {error}. Restore it from a copy.") from None
+    holder, name = split_url(where) if is_url(where) else (str(directory.resolve().parent), directory.resolve().name)
+    if name != config.name:
+        raise ConfigError(f"{where!r} holds the study {config.name!r}. Give the directory that name.")
+    runtime = base.runtime.model_copy(update={"storage_path": holder})
+    return Study(config, base.model_copy(update={"runtime": runtime}), space)
 
 
 def dump_study(study: Study) -> str:

@@ -105,6 +105,7 @@ def run_on_ray(sweep: Sweep) -> None:
     # Ray reads some of them when it is imported.
     for key, value in {**RAY_SETTINGS, **({} if os.environ.get("RAY_ADDRESS") else RAY_START_SETTINGS)}.items():
         os.environ.setdefault(key, value)
+    from clusterns_ray.tuning.gauges import with_trial_gauges
     from clusterns_ray.tuning.resources import cluster, trial_resources
     from clusterns_ray.tuning.tune_runner import Pool
 
@@ -112,6 +113,7 @@ def run_on_ray(sweep: Sweep) -> None:
     with cluster(study, sweep.note, begun=bool(sweep.optuna_study.trials())) as use_gpu:
         sweep.prepare()
         sweep.use_gpu = use_gpu
+        sweep.on_event = with_trial_gauges(sweep.on_event, study.config.name)
         with Pool(
             resources=trial_resources(study, use_gpu),
             max_failures=runtime.max_failures,

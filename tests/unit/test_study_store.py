@@ -282,6 +282,8 @@ def test_a_study_is_looked_at_from_another_machine(
     said = clusterns("tune", file, *where, "--status")
     assert said.exit_code == 0, said.output
     assert f"in {url}." in said.stdout and "2 of 2 trials, 1 finished, 1 runs" in said.stdout
+    study.home.write("study.yaml", dump_study(study))
+    assert clusterns("status", url).stdout == said.stdout
 
     _, result = finish(load_study(file, [where[1]]))
     machine()

@@ -31,7 +31,7 @@ from clusterns_ray.tuning.analysis import read_study
 from clusterns_ray.tuning.job import Evaluation, Failed, Finished, Job
 from clusterns_ray.tuning.optuna_study import OptunaStudy
 from clusterns_ray.tuning.outcome import write_outcome
-from clusterns_ray.tuning.study import Study, check_study, load_study
+from clusterns_ray.tuning.study import Study, check_study, dump_study, load_study
 from clusterns_ray.tuning.study_file import read_optuna_study
 from clusterns_ray.tuning.sweep import Sweep, owner, tune
 from clusterns_ray.tuning.trial import TrialRun, failure, train_here
@@ -431,6 +431,8 @@ def test_status_of_a_finished_study(done: Any, clusterns: Callable[..., Result])
     file, study, _, result = done
     said = clusterns("tune", file, "--status")
     assert said.exit_code == 0, said.output
+    study.home.write("study.yaml", dump_study(study))
+    assert clusterns("status", study.directory).stdout == said.stdout
     assert (
         "3 of 3 trials, 3 finished" in said.stdout
         and "4 confirming runs finished." in said.stdout
