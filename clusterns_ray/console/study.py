@@ -20,7 +20,7 @@ from clusterns_ray.tuning.comparison import paired, seed_interval, sentences, sh
 from clusterns_ray.tuning.events import StudyChecked, TrialEvent
 from clusterns_ray.tuning.optuna_study import enqueued_points, worker_hours
 from clusterns_ray.tuning.previous import about_earlier, begun, earlier_trials
-from clusterns_ray.tuning.racing import told
+from clusterns_ray.tuning.racing import merge_seeds
 from clusterns_ray.tuning.selection import check_result
 from clusterns_ray.tuning.study_file import FILES, read_optuna_study, readable_directory
 
@@ -72,7 +72,7 @@ class Progress:
 def read_progress(study: Study, optuna_study: optuna.Study) -> Progress:
     """How a study stands, with the time that its budget leaves by the mean trial so far."""
     runs, earlier = (list(map(read_trial, trials(optuna_study))) for trials in (begun, earlier_trials))
-    rows = list(map(read_trial, told(begun(optuna_study), study.base.seed)))
+    rows = list(map(read_trial, merge_seeds(begun(optuna_study), study.base.seed)))
     attrs, budget, concurrent = optuna_study.user_attrs, study.config.budget, study.config.concurrent_trials
     seconds = attrs.get("seconds", 0.0)
     ended = [run.seconds for run in runs if run.state != "RUNNING"]

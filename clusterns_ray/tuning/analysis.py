@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from clusterns_ray.errors import ConfigError, DataError
 from clusterns_ray.io.yaml_text import load_yaml, read_yaml_text
 from clusterns_ray.tuning.previous import PREVIOUS, about_earlier, begun, earlier_trials
-from clusterns_ray.tuning.racing import RACER, Racer, told
+from clusterns_ray.tuning.racing import RACER, Racer, merge_seeds
 from clusterns_ray.tuning.study_file import read_optuna_study
 
 STATES = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "runs"}
@@ -112,7 +112,7 @@ def read_study(directory: Path) -> StudyRecord:
     """
     study = read_optuna_study(directory)
     config = read_study_file(directory / "study.yaml")
-    frozen = told(begun(study), config["base"]["seed"])
+    frozen = merge_seeds(begun(study), config["base"]["seed"])
     shown, in_memory = {trial.number: trial for trial in frozen}, optuna.create_study(direction="maximize")
     # Something in place of earlier studies' trials and of further seeds' runs: numbers stay.
     nothing = optuna.trial.create_trial(state=TrialState.FAIL)

@@ -23,7 +23,7 @@ from clusterns_ray.io.events import OnNote
 from clusterns_ray.io.object_store import Place
 from clusterns_ray.tuning.job import Evaluation, Finished
 from clusterns_ray.tuning.previous import PREVIOUS, Learnt, begun, earlier_trials, learn_from
-from clusterns_ray.tuning.racing import RACE, ToldStudy, next_run, stops, told
+from clusterns_ray.tuning.racing import RACE, MergedStudy, merge_seeds, next_run, stops
 from clusterns_ray.tuning.sampling import Sampler, grid, pruner
 from clusterns_ray.tuning.space import Overrides, Space, point_key
 from clusterns_ray.tuning.study import Study, StudyConfig, check_identity
@@ -156,11 +156,11 @@ class OptunaStudy:
         return self.optuna.get_trials(deepcopy=False)[number]
 
     def _told(self, study: optuna.Study) -> optuna.Study:
-        return ToldStudy(study, self.seeds[0])
+        return MergedStudy(study, self.seeds[0])
 
-    def told(self) -> list[FrozenTrial]:
+    def merged_trials(self) -> list[FrozenTrial]:
         """The trials without the runs of further seeds, which are in their values."""
-        return told(self.trials(), self.seeds[0])
+        return merge_seeds(self.trials(), self.seeds[0])
 
     def ended(self) -> list[FrozenTrial]:
         return [trial for trial in self.trials() if trial.state in ENDED]

@@ -61,7 +61,7 @@ def candidates(study: Study, optuna_study: OptunaStudy) -> list[Candidate]:
         score = run.score(study) if run.trial is not None else None
         if run.trial is not None and score is not None:
             scores.setdefault(run.trial, {})[run.seed] = score
-    top = top_trials(optuna_study.told(), study.config.confirmation.top)
+    top = top_trials(optuna_study.merged_trials(), study.config.confirmation.top)
     if not study.confirms:
         return [raced(study, trial) for trial in top]
     return [
@@ -90,7 +90,7 @@ def baseline(study: Study, optuna_study: OptunaStudy, candidates: list[Candidate
     if study.confirms or len(scores) > 1:
         return Candidate(number, {}, None, scores) if scores else None
     if number is not None:
-        trial = next(trial for trial in optuna_study.told() if trial.number == number)
+        trial = next(trial for trial in optuna_study.merged_trials() if trial.number == number)
         return replace(raced(study, trial), overrides={})
     score = scores.get(study.base.seed)
     return None if score is None else Candidate(None, {}, score, {})

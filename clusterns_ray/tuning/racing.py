@@ -1,4 +1,4 @@
-"""Seeds inside a search: which trial gets a further seed, which is behind the leader, and what the sampler is told.
+"""Seeds inside a search: which trial gets a further seed, which is behind the leader, and what the sampler sees.
 
 With one seed all trials see the same batches and dropout masks, so that configurations are compared by *paired*
 differences over the seeds that both have. A further seed of a trial is a run of its own in the study, with the trial's
@@ -22,7 +22,7 @@ RACE = "race"
 """The attribute of a run with a further seed: the number of its trial, and the seed."""
 
 RACER = "racer"
-"""The attribute of a trial as :func:`told` gives it: its :class:`Racer`."""
+"""The attribute of a trial as :func:`merge_seeds` gives it: its :class:`Racer`."""
 
 REDUCTION = 3
 """About one trial in this many of those with a number of seeds gets one more."""
@@ -157,7 +157,7 @@ def stops(trials: Sequence[FrozenTrial], seeds: Sequence[int], run: FrozenTrial,
     )
 
 
-def told(trials: Sequence[FrozenTrial], seed: int) -> list[FrozenTrial]:
+def merge_seeds(trials: Sequence[FrozenTrial], seed: int) -> list[FrozenTrial]:
     """The trials of a study with one value each, and their runs as :data:`RACER`; as they are where none race.
 
     The value is the mean over the leader's seeds that the trial would have by its paired differences from the leader:
@@ -180,7 +180,7 @@ def told(trials: Sequence[FrozenTrial], seed: int) -> list[FrozenTrial]:
     return shown
 
 
-class ToldStudy(optuna.Study):
+class MergedStudy(optuna.Study):
     """A study as its sampler and its pruner see it: without the runs of further seeds, which are in the values."""
 
     def __init__(self, study: optuna.Study, seed: int) -> None:
@@ -188,5 +188,5 @@ class ToldStudy(optuna.Study):
         self._seed = seed
 
     def _get_trials(self, deepcopy: bool = True, states: Any = None, use_cache: bool = False) -> list[FrozenTrial]:
-        trials = told(self._storage.get_all_trials(self._study_id, deepcopy=False), self._seed)
+        trials = merge_seeds(self._storage.get_all_trials(self._study_id, deepcopy=False), self._seed)
         return [trial for trial in trials if states is None or trial.state in states]

@@ -57,7 +57,7 @@ def run_config(study: Study, overrides: Overrides, runs: Place, name: str) -> Co
 
 def planned_runs(study: Study, optuna_study: OptunaStudy) -> list[PlannedRun]:
     """Every run beside the trials, done or not; none before a trial has finished."""
-    top = top_trials(optuna_study.told(), study.config.confirmation.top)
+    top = top_trials(optuna_study.merged_trials(), study.config.confirmation.top)
     if not top:
         return []
     base = base_trial(study, optuna_study)
@@ -87,7 +87,7 @@ def is_finished(study: Study, optuna_study: OptunaStudy) -> bool:
 
 def base_trial(study: Study, optuna_study: OptunaStudy) -> int | None:
     """The best finished trial with the very values of the base configuration; None if there is none."""
-    for trial in top_trials(optuna_study.told()):
+    for trial in top_trials(optuna_study.merged_trials()):
         if study.space.config(values_of(study, trial)).fingerprint() == study.base.fingerprint():
             return trial.number
     return None

@@ -48,7 +48,7 @@ class Candidate:
 def top_trials(trials: Sequence[FrozenTrial], count: int | None = None) -> list[FrozenTrial]:
     """The best finished trials, the earlier first if they are equal, each set of values once; all without a count.
 
-    Of those that race (as ``racing.told`` gives them) the ones with more seeds come first.
+    Of those that race (as ``racing.merge_seeds`` gives them) the ones with more seeds come first.
     """
     finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     by_values: dict[str, FrozenTrial] = {}

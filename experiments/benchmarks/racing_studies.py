@@ -109,7 +109,7 @@ def search(surface: Surface, sampler: str, runs: int, further: Sequence[int] = (
         direction="maximize",
         sampler=Sampler(
             config if sampler == "tpe" else PlainSampler(name="random", seed=surface.number),
-            partial(racing.ToldStudy, seed=SEED),
+            partial(racing.MergedStudy, seed=SEED),
         ),
         pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=STEPS[0], reduction_factor=2),
     )

@@ -1,4 +1,4 @@
-"""Seeds inside a search: who gets one more, who is behind, what the sampler is told; and a study in which they race."""
+"""Seeds inside a search: who gets one more, who is behind, what the sampler sees; and a study in which they race."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def test_the_right_trial_wins_though_the_first_seed_says_otherwise() -> None:
     field = racing.racers(runs, SEEDS[0])
     first = racing.leader(field)
     assert first is not None and first.trial.number == 2 and len(first.scores) >= 3
-    told = {trial.number: trial.value or 0.0 for trial in racing.told(runs, SEEDS[0])}
-    assert max(told, key=lambda number: told[number]) == 2 and racing.next_run(runs, SEEDS) is None
+    merged = {trial.number: trial.value or 0.0 for trial in racing.merge_seeds(runs, SEEDS[0])}
+    assert max(merged, key=lambda number: merged[number]) == 2 and racing.next_run(runs, SEEDS) is None
 
 
 def test_seeds_go_to_the_best_third_of_those_that_have_as_many() -> None:
@@ -139,8 +139,8 @@ def test_inside_a_seed_a_run_stops_at_a_step_where_all_of_its_seeds_are_behind()
     assert not racing.stops([*leader[:4], own], SEEDS, own, 10), "the leader is not compared with itself"
 
 
-def test_what_the_sampler_is_told() -> None:
-    """The first seed is a lucky one, by a point, for all: whoever has it alone is not told above the others for it."""
+def test_what_the_sampler_sees() -> None:
+    """The first seed is a lucky one, by a point, for all: who has it alone does not stand above the others for it."""
     runs = [
         run(0, 75.0),
         run(1, 75.5),
@@ -150,17 +150,18 @@ def test_what_the_sampler_is_told() -> None:
         run(5, 73.9, of=(0, 1)),
         run(6, 60.0, state="PRUNED"),
     ]
-    told = racing.told(runs, SEEDS[0])
-    assert [trial.number for trial in told] == [0, 1, 4, 6]
+    merged = racing.merge_seeds(runs, SEEDS[0])
+    assert [trial.number for trial in merged] == [0, 1, 4, 6]
     mean = statistics.fmean([75.5, 74.0, 74.5])
     expected = [mean + statistics.fmean([-0.5, -0.1]), mean, mean - 0.3, None]
-    assert [trial.value for trial in told] == pytest.approx(expected)
+    assert [trial.value for trial in merged] == pytest.approx(expected)
     assert (
-        told[1].user_attrs[racing.RACER].scores == {0: 75.5, 1: 74.0, 2: 74.5} and told[1].user_attrs["seconds"] == 6.0
+        merged[1].user_attrs[racing.RACER].scores == {0: 75.5, 1: 74.0, 2: 74.5}
+        and merged[1].user_attrs["seconds"] == 6.0
     )
     assert runs[0].value == 75.0 and racing.RACER not in runs[1].user_attrs, "the study itself stays"
     alone = [trial for trial in runs if racing.RACE not in trial.user_attrs]
-    assert racing.told(alone, SEEDS[0]) == alone
+    assert racing.merge_seeds(alone, SEEDS[0]) == alone
 
 
 @pytest.mark.parametrize("state", ["PRUNED", "FAIL", "RUNNING"])
@@ -232,8 +233,8 @@ def test_a_race_in_a_study(whole: Any) -> None:
         if of:
             assert params == story(study)[of[0]][2]
             assert f"seed: {of[1]}" in (study.directory / f"trials/{number:04d}/config.yaml").read_text()
-    winner, told = result["winner"], {trial.number: trial for trial in optuna_study.told()}
-    racer = told[winner["trial"]].user_attrs[racing.RACER]
+    winner, merged = result["winner"], {trial.number: trial for trial in optuna_study.merged_trials()}
+    racer = merged[winner["trial"]].user_attrs[racing.RACER]
     assert winner["scores"] == {str(seed): score for seed, score in racer.scores.items()}
     assert (
         result["raced"]
