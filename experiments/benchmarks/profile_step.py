@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from clusterns_ray.data.prepare import prepare
 from clusterns_ray.errors import ClusterNSError
-from clusterns_ray.kernels.packed_attention import filled_columns
+from clusterns_ray.kernels.packed_attention import AttentionIndex, Packing
 from clusterns_ray.models.packed_bert import Linear, PackedBert, multiply
 from clusterns_ray.ops.plan.step import BACKWARD, EncoderWork, objective_flops
 from clusterns_ray.ops.plan.workload import encoder_work
@@ -132,8 +132,8 @@ def profile_steps(run: TrainingParts, numbers: Sequence[int]) -> dict[str, float
 
 
 def step_flops(run: TrainingParts, work: EncoderWork, number: int) -> StepFlops:
-    """FLOPs of batch ``number``, whose rows are packed: linear layers see N real tokens, and attention shards of b rows
-    with T queries and T' keys, whole vectors of them.
+    """FLOPs of batch ``number``, whose rows are packed: linear layers see N real tokens, and attention groups of b rows
+    of a shard with T queries and T' keys, whole vectors of them.
 
     Linear layers ``2 views x 3 x 2 linear N`` (forward, and back to inputs and weights), the training head
     ``2 views x 3 x 2 head`` a row. Attention ``2 views x 3 x 4 L D b T T'``. The loss: ``objective_flops``.
@@ -141,7 +141,9 @@ def step_flops(run: TrainingParts, work: EncoderWork, number: int) -> StepFlops:
     layout, shards = run.batch(number)
     tokens = sum(int(shard.attention_mask_BT.sum()) for shard in shards)
     dtype = DTYPES[run.config.train.precision]
-    scores = sum(rows * t * filled_columns(t, dtype) for rows, t in (shard.input_ids_BT.shape for shard in shards))
+    packings = [Packing.of(shard.attention_mask_BT.numpy() != 0, run.device) for shard in shards]
+    groups = [group for packing in packings for group in AttentionIndex.of([packing], 1, dtype).groups]
+    scores = sum(group.sizes[0] * group.filled for group in groups)
     passes = 2 * (1 + BACKWARD)
     linear = passes * 2 * (work.linear * tokens + work.head * layout.size)
     attention = passes * 4 * work.layers * work.width * scores
