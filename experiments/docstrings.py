@@ -75,7 +75,7 @@ def documents_of(package: str) -> Iterator[tuple[str, str]]:
 
 
 def paragraphs(docstring: str) -> list[str]:
-    """The paragraphs of a docstring that are prose: whole sentences, without code, tables or lists of arguments."""
+    """The paragraphs of a docstring that are prose: whole sentences, without code, tables and names of arguments."""
     kept = []
     for block in re.split(r"\n\s*\n", inspect.cleandoc(docstring)):
         lines = block.split("\n")

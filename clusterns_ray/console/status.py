@@ -10,12 +10,12 @@ from typing import Any
 
 from clusterns_ray.console.progress import clock, outcome_lines
 from clusterns_ray.io.files import is_locked
-from clusterns_ray.io.lease import claims
+from clusterns_ray.io.lease import STALE_S, claims
 from clusterns_ray.io.object_store import Store, is_url
 from clusterns_ray.report.places import source
 from clusterns_ray.report.record import RunRecord, number, read_run
 
-SILENT_S = 60.0
+SILENT_S = 3 * STALE_S
 """A claim whose heartbeat is older is of a process that is gone; clocks of machines may differ by seconds."""
 
 
@@ -52,8 +52,9 @@ def run_lines(run: RunRecord, store: Store | None) -> Iterator[str]:
         machine = run.environment.get("machine", {})
         workers = max(run.environment.get("num_workers") or 0, 1)
         on = machine.get("gpu") or f"{machine.get('cpus', '?')} CPUs, no GPU"
+        command = " ".join(run.environment.get("command", []))
         yield (
-            f"Begun {_local(run.environment.get('started'))} by {' '.join(run.environment.get('command', []))!r}, with "
+            f"Started {_local(run.environment.get('started'))} by {command!r}, with "
             f"{workers} worker{'s'[: workers != 1]} ({on} where worker 0 ran)."
         )
     yield from _progress(run)

@@ -222,10 +222,10 @@ def leased(
 
 def claims(store: Store) -> list[Claim]:
     """Who holds a prefix, or tries to, newest first; nothing is changed. Ages are by this machine's clock."""
-    held, now = store / ".lease", time.time()
-    read = [(name, written, held.read(name)) for name, written in held.times().items()]
-    found = [Claim(name, written, now - written, _read(raw)) for name, written, raw in read if raw is not None]
-    return sorted((claim for claim in found if not is_dead(claim.who)), key=lambda claim: claim.age)
+    folder, now = store / ".lease", time.time()
+    contents = [(name, written, folder.read(name)) for name, written in folder.times().items()]
+    every = [Claim(name, written, now - written, _read(raw)) for name, written, raw in contents if raw is not None]
+    return sorted((claim for claim in every if not is_dead(claim.who)), key=lambda claim: claim.age)
 
 
 def process_identity(pid: int) -> str | None:

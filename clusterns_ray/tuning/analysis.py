@@ -14,10 +14,9 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from clusterns_ray.errors import ConfigError, DataError
-from clusterns_ray.io.yaml_text import load_yaml, read_yaml_text
 from clusterns_ray.tuning.previous import PREVIOUS, about_earlier, begun, earlier_trials
 from clusterns_ray.tuning.racing import RACER, Racer, merge_seeds
+from clusterns_ray.tuning.study import read_study_file
 from clusterns_ray.tuning.study_file import read_optuna_study
 
 STATES = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "runs"}
@@ -127,33 +126,6 @@ def read_study(directory: Path) -> StudyRecord:
         in_memory,
         list(map(read_trial, earlier_trials(study))),
         about_earlier(study),
-    )
-
-
-def read_study_file(path: Path) -> dict[str, Any]:
-    """The study as it was written into its directory.
-
-    Raises:
-        DataError: that file is damaged.
-    """
-    reason = "it is not a study"
-    try:
-        value = load_yaml(read_yaml_text("The study", path), str(path))
-        roles = [parameter["role"] for parameter in value["space"].values()]
-        names = [
-            value["name"],
-            value["sampler"]["name"],
-            value["scheduler"]["name"],
-            value["base"]["evaluation"]["dev"],
-        ]
-        if all(isinstance(text, str) for text in (*roles, *names)):
-            return value
-    except ConfigError as error:
-        reason = str(error).rstrip(".")
-    except (KeyError, TypeError, AttributeError):
-        pass
-    raise DataError(
-        f"{str(path)!r} is damaged ({reason}). Give `clusterns tune` of the study file again, which writes it anew."
     )
 
 

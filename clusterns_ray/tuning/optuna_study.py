@@ -95,7 +95,7 @@ class OptunaStudy:
                 study_name=self.config.name,
                 direction="maximize",
                 load_if_exists=True,
-                sampler=Sampler(self.config.sampler, self._told),
+                sampler=Sampler(self.config.sampler, self._merged),
                 pruner=pruner(study),
             )
             self._check_identity(study)
@@ -155,7 +155,7 @@ class OptunaStudy:
     def trial(self, number: int) -> FrozenTrial:
         return self.optuna.get_trials(deepcopy=False)[number]
 
-    def _told(self, study: optuna.Study) -> optuna.Study:
+    def _merged(self, study: optuna.Study) -> optuna.Study:
         return MergedStudy(study, self.seeds[0])
 
     def merged_trials(self) -> list[FrozenTrial]:
@@ -262,7 +262,7 @@ class OptunaStudy:
         if evaluation.last or not (
             stops(self.trials(), self.seeds, frozen, step)
             if races
-            else self.optuna.pruner.prune(self._told(self.optuna), frozen)
+            else self.optuna.pruner.prune(self._merged(self.optuna), frozen)
         ):
             return False
         self._note(trial, reason=f"{'behind the leader' if races else 'pruned'} at step {step}")

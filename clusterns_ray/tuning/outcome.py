@@ -226,17 +226,14 @@ def compare_winner(
         elif other is not None:
             scores = dict.fromkeys(own, other)
         differences = paired(own, scores)
-        mean = statistics.fmean(differences) if differences else None
-        against[name] = (
-            mean
-            if mean is None
-            else {
+        against[name] = None
+        if differences:
+            against[name] = {
                 "score": statistics.fmean(scores[seed] for seed in own if seed in scores),
-                "difference": mean,
+                "difference": statistics.fmean(differences),
                 "over_pairs": kept["intervals"].get(name),
                 "over_seeds": seed_interval(differences),
             }
-        )
     return against
 
 

@@ -18,6 +18,8 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from clusterns_ray.tuning.comparison import paired
+
 RACE = "race"
 """The attribute of a run with a further seed: the number of its trial, and the seed."""
 
@@ -44,6 +46,11 @@ class Racer:
         return {
             s: run.value for s, run in self.runs.items() if run.state == TrialState.COMPLETE and run.value is not None
         }
+
+    def best_scores(self, step: int) -> dict[int, float]:
+        """The best dev scores up to ``step`` by seed, of the runs that were evaluated there."""
+        curves = {seed: run.intermediate_values for seed, run in self.runs.items()}
+        return {s: max(v for at, v in curve.items() if at <= step) for s, curve in curves.items() if step in curve}
 
     @property
     def waits(self) -> bool:
@@ -82,15 +89,9 @@ def leader(racers: Sequence[Racer]) -> Racer | None:
 
 def differences(racer: Racer, other: Racer, step: int | None = None) -> list[float]:
     """Score minus score by common seed: final ones, or the best ones so far at a common evaluation ``step``."""
-
-    def score(run: FrozenTrial) -> float | None:
-        if step is None:
-            return run.value if run.state == TrialState.COMPLETE else None
-        curve = run.intermediate_values
-        return max(value for at, value in curve.items() if at <= step) if step in curve else None
-
-    pairs = [(score(run), score(other.runs[seed])) for seed, run in racer.runs.items() if seed in other.runs]
-    return [a - b for a, b in pairs if a is not None and b is not None]
+    if step is None:
+        return paired(racer.scores, other.scores)
+    return paired(racer.best_scores(step), other.best_scores(step))
 
 
 def is_behind(differences: Sequence[float], looks: int) -> bool:

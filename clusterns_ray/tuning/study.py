@@ -27,7 +27,7 @@ from clusterns_ray.config import (
     make_config,
     shown,
 )
-from clusterns_ray.errors import ConfigError
+from clusterns_ray.errors import ConfigError, DataError
 from clusterns_ray.io.object_store import Place, is_url, place, split_url
 from clusterns_ray.io.paths import check_path
 from clusterns_ray.io.yaml_text import dump_yaml, load_yaml, read_yaml_text
@@ -351,6 +351,33 @@ def check_study(values: dict[str, Any], path: Path, overrides: Iterable[str] = (
     return Study(config, base, space)
 
 
+def read_study_file(path: Path) -> dict[str, Any]:
+    """The study as it was written into its directory.
+
+    Raises:
+        DataError: that file is damaged.
+    """
+    reason = "it is not a study"
+    try:
+        value = load_yaml(read_yaml_text("The study", path), str(path))
+        roles = [parameter["role"] for parameter in value["space"].values()]
+        names = [
+            value["name"],
+            value["sampler"]["name"],
+            value["scheduler"]["name"],
+            value["base"]["evaluation"]["dev"],
+        ]
+        if all(isinstance(text, str) for text in (*roles, *names)):
+            return value
+    except ConfigError as error:
+        reason = str(error).rstrip(".")
+    except (KeyError, TypeError, AttributeError):
+        pass
+    raise DataError(
+        f"{str(path)!r} is damaged ({reason}). Give `clusterns tune` of the study file again, which writes it anew."
+    )
+
+
 def saved_study(directory: Path, where: str) -> Study:
     """The study that ``study.yaml`` in ``directory`` says was begun, at the place where it is now.
 
@@ -358,19 +385,24 @@ def saved_study(directory: Path, where: str) -> Study:
         where: the directory, or the URL that it is a copy of.
 
     Raises:
-        ConfigError: the file is damaged, or the directory has another name than the study.
+        ConfigError: the directory has another name than the study.
+        DataError: that file is damaged.
     """
     path = directory / "study.yaml"
-    values = load_yaml(read_yaml_text("The study's", path), str(path))
+    values = read_study_file(path)
     try:
         base = make_config(values["base"], str(path))
         config = StudyConfig.model_validate({**values, "base": str(path)})
         space = Space(config.varied(), base)
-    except (TypeError, KeyError, ValueError) as error:
-        raise ConfigError(f"{str(path)!r} is damaged: {error}. Restore it from a copy.") from None
+    except ValidationError as error:
+        raise DataError(describe(error, f"{str(path)!r} is damaged", _PLACES)) from None
+    except ValueError as error:
+        raise DataError(f"{str(path)!r} is damaged: {error}.") from None
     holder, name = split_url(where) if is_url(where) else (str(directory.resolve().parent), directory.resolve().name)
     if name != config.name:
-        raise ConfigError(f"{where!r} holds the study {config.name!r}. Give the directory that name.")
+        raise ConfigError(
+            f"{where!r} holds the study {config.name!r}.", f"Give the directory the name {config.name!r}."
+        )
     runtime = base.runtime.model_copy(update={"storage_path": holder})
     return Study(config, base.model_copy(update={"runtime": runtime}), space)
 

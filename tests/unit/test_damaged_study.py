@@ -18,11 +18,11 @@ from clusterns_ray.errors import ClusterNSError, ConfigError, DataError, DiskErr
 from clusterns_ray.io.files import disk_fault, storage_error, with_checksum
 from clusterns_ray.io.object_store import Place
 from clusterns_ray.tuning import study_file
-from clusterns_ray.tuning.analysis import read_study_file
 from clusterns_ray.tuning.comparison import difference_over_seeds, seed_interval, sentences, show_value
 from clusterns_ray.tuning.outcome import read_final
 from clusterns_ray.tuning.runs import is_run_of, run_score
 from clusterns_ray.tuning.selection import check_result
+from clusterns_ray.tuning.study import dump_study, load_study, read_study_file, saved_study
 from clusterns_ray.tuning.study_file import file_error, open_storage, read_optuna_study, readable_file_errors
 from clusterns_ray.tuning.sweep import full_disk
 
@@ -112,6 +112,25 @@ def test_a_damaged_study_file_is_refused(tmp_path: Path, content: bytes) -> None
     (tmp_path / "study.yaml").write_bytes(content)
     with pytest.raises(DataError, match=r"study\.yaml' is damaged"):
         read_study_file(tmp_path / "study.yaml")
+    with pytest.raises(DataError, match=r"study\.yaml' is damaged"):
+        saved_study(tmp_path, str(tmp_path))
+
+
+def test_a_saved_study_of_other_values_or_another_name_is_refused(
+    write_study: Callable[..., Path], tmp_path: Path
+) -> None:
+    study = load_study(write_study())
+    directory = tmp_path / study.config.name
+    directory.mkdir()
+    (directory / "study.yaml").write_text(dump_study(study))
+    assert saved_study(directory, str(directory)).space.parameters == study.space.parameters
+    with pytest.raises(ConfigError, match=r"holds the study 'tiny'\. Give the directory the name 'tiny'\."):
+        saved_study(directory.rename(tmp_path / "renamed"), str(tmp_path / "renamed"))
+    changed = dump_study(study).replace("concurrent_trials: 1", "concurrent_trials: 0")
+    (tmp_path / "renamed/study.yaml").write_text(changed)
+    with pytest.raises(DataError, match=r"study\.yaml' is damaged: concurrent_trials is 0") as error:
+        saved_study(tmp_path / "renamed", str(tmp_path / "renamed"))
+    assert "\n" not in str(error.value)
 
 
 # ---- disks ----------------------------------------------------------------------------------------------------------

@@ -55,6 +55,32 @@ def file(tmp_path: Path, tiny_model: Path) -> Path:
     return path
 
 
+def test_the_prose_of_docstrings() -> None:
+    spec = importlib.util.spec_from_file_location("docstrings", EXPERIMENTS / "docstrings.py")
+    assert spec and spec.loader
+    docstrings = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(docstrings)
+    text = """Draw :func:`one <a.b>` of
+    ``these`` points.
+
+    not a sentence
+
+    >>> draw(1)  # Code ends here.
+
+    Parameters
+    ----------
+    x : int
+
+        Indented below. And so on.
+
+    They are *drawn* anew each time.
+    """
+    kept = ["Draw one of these points.", "Indented below. And so on.", "They are drawn anew each time."]
+    assert docstrings.paragraphs(text) == kept
+    with pytest.raises(ConfigError, match=r"no_such_package is not an installed package\. Install it, or leave it out"):
+        list(docstrings.documents_of("no_such_package"))
+
+
 @pytest.mark.parametrize("path", sorted((EXPERIMENTS / "methods").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_shipped_files_name_possible_runs(
     methods: ModuleType, path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

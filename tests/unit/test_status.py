@@ -11,10 +11,12 @@ import pytest
 from typer.testing import Result
 
 from clusterns_ray.config import make_config
-from clusterns_ray.io.events import Event, StepLogged
+from clusterns_ray.io.events import Evaluated, Event, RunStarted, StepLogged
 from clusterns_ray.io.object_store import Store
-from clusterns_ray.launch.gauges import GAUGES
+from clusterns_ray.launch.gauges import GAUGES, with_gauges
 from clusterns_ray.launch.trainer import train
+from clusterns_ray.tuning.events import TrialBegan, TrialFailed, TrialScored
+from clusterns_ray.tuning.gauges import with_trial_gauges
 
 AT_WORK = {"here": "A process of this machine is at work on it.", "store": "At work on it: process "}
 IDLE = {"here": "No process of this machine is at work", "store": "No process is at work on it"}
@@ -64,6 +66,38 @@ def test_what_is_neither_run_nor_study(clusterns: Callable[..., Result], tmp_pat
         assert said.exit_code == 2 and said.stderr.startswith("error: ") and said.stderr.count("\n") == 1, said.output
     begun = clusterns("status", begun_run)
     assert begun.exit_code == 0 and "Step 0 of 2." in begun.stdout and "No checkpoint yet." in begun.stdout
+
+
+def test_what_the_gauges_are_set_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    values: dict[tuple[str, str, str], float] = {}
+
+    def set_gauge(name: str, value: float, run: str, state: str = "") -> None:
+        values[run, name, state] = value
+
+    monkeypatch.setattr("clusterns_ray.launch.gauges.set_gauge", set_gauge)
+    monkeypatch.setattr("clusterns_ray.tuning.gauges.set_gauge", set_gauge)
+    passed: list[Event] = []
+    of_run, of_study = with_gauges(passed.append, "mine"), with_trial_gauges(passed.append, "sweep")
+    of_run(RunStarted(0, 9, 300, 4))
+    of_run(StepLogged(3, 0.5, 77.0, {"step": 3, "epoch": 0.1, "loss": 0.5, "sentences_per_second": 77.0}))
+    of_run(Evaluated(4, 61.5, {"step": 4, "sts_dev": 61.5}, True, 62.5))
+    of_run(RunStarted(4, 9, 300, 4))
+    for event in (
+        TrialBegan("0000", {}),
+        TrialBegan("0001", {}),
+        TrialScored("0000", "evaluated", 4, 71.0),
+        TrialScored("0000", "finished", 9, 70.0),
+        TrialFailed("0001", "why not"),
+    ):
+        of_study(event)
+    assert len(passed) == 9, "the caller's own view gets all of them"
+    run = {"step": 4, "restarts": 1, "loss": 0.5, "sentences_per_second": 77, "dev_score": 61.5, "best_dev_score": 62.5}
+    trials = {"running": 0, "pruned": 0, "finished": 1, "failed": 1}
+    assert values == {
+        **{("mine", name, ""): value for name, value in run.items()},
+        **{("sweep", "trials", state): count for state, count in trials.items()},
+        ("sweep", "best_dev_score", ""): 71.0,
+    }
 
 
 def test_the_dashboard_shows_every_gauge_and_no_other() -> None:
