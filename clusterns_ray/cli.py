@@ -376,7 +376,7 @@ def map_corpus(
     text_column: Annotated[str, typer.Option(help="The column or field that holds the sentence.")] = "text",
     sentences: Annotated[int, typer.Option(help="How many are drawn at random, if the corpus has more.")] = 20_000,
     clusters: Annotated[
-        Optional[int], typer.Option(help="So many clusters by K-means, in place of the run's own.")
+        Optional[int], typer.Option(help="This many clusters by K-means, in place of the run's own.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of the sample, of K-means and of the layout.")] = 0,
 ) -> None:

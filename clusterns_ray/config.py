@@ -301,6 +301,11 @@ class TrainConfig(Section):
     """Sentences of a worker whose activations are held at a time (whole shards; at least one). The gradient is that of
     the whole batch, for one more forward pass a step. If unset, all are held."""
 
+    def adds_in_tree(self, *, gpu: bool) -> bool:
+        """Whether each shard has a gradient of its own. `auto` has it on CPUs alone: on a GPU a pass for each shard is
+        too small to fill it."""
+        return self.reduction == "tree" or (self.reduction == "auto" and not gpu)
+
 
 class EvaluationConfig(Section):
     """The dev set, by which the model is selected."""

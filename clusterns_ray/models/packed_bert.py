@@ -209,7 +209,7 @@ class PassDropout:
             ]
 
     def states(self, x: Tensor, module: Any, read_R: Tensor | None = None) -> Tensor:
-        """Drop of the states of all tokens (N, D), or of those that are read (R, D)."""
+        """Dropout of the states of all tokens (N, D), or of those that are read (R, D)."""
         if not self.at_once or not drops(module.p):
             keys = self.keys_N if read_R is None else self.keys_N[read_R]
             return drop(x, module.p, keys, module.dropout_site)
@@ -217,7 +217,7 @@ class PassDropout:
         return drop_by(x, module.p, mask_ND if read_R is None else mask_ND[read_R])
 
     def weights(self, module: Any) -> tuple[list[Tensor] | None, float]:
-        """The masks of the groups, and what is kept is multiplied by."""
+        """The masks of the groups, and the factor of the weights that stay."""
         if not drops(module.p):
             return None, 1.0
         site = module.dropout_site

@@ -214,20 +214,15 @@ def held_shards(train: TrainConfig, workers: int, *, gpu: bool) -> int:
     own = math.ceil(train.shards / workers)
     if train.cache_chunk is None:
         return own
-    if adds_in_tree(train, gpu=gpu):
+    if train.adds_in_tree(gpu=gpu):
         return 1
     return min(own, max(train.cache_chunk * train.shards // train.global_batch_size, 1))
-
-
-def adds_in_tree(train: TrainConfig, *, gpu: bool) -> bool:
-    """Whether each shard has a gradient of its own (``train.reduction``)."""
-    return train.reduction == "tree" or (train.reduction == "auto" and not gpu)
 
 
 def partial_sums(train: TrainConfig, workers: int, *, gpu: bool) -> int:
     """Copies of the gradients that a worker holds besides one: DDP's buckets; or of the tree, a partial sum a level and
     the gradient that is added, or what is sent and what has arrived."""
-    if not adds_in_tree(train, gpu=gpu):
+    if not train.adds_in_tree(gpu=gpu):
         return int(workers > 1)
     own = math.ceil(train.shards / workers)
     return max(math.ceil(math.log2(own)) + (own > 1), 2 * (workers > 1))

@@ -25,7 +25,7 @@ from clusterns_ray.training.mlm import LanguageModelHead
 from clusterns_ray.training.objective import DTYPES, Objective, TwoViews
 from clusterns_ray.training.optim import Optimizer
 from clusterns_ray.training.precision import agreed_precision
-from clusterns_ray.training.reduction import choose_reduction, make_reduction
+from clusterns_ray.training.reduction import make_reduction
 from clusterns_ray.training.teacher import Teacher
 from clusterns_ray.training.views import Views
 
@@ -53,7 +53,7 @@ class TrainingParts:
         self.shards = ShardReader(config, self.tokens, self.encoder.tokenizer)
         self.views = TwoViews(self.encoder, self.precision, self._language_model())
         self.teacher = Teacher(config.loss.teacher, device) if config.loss.teacher else None
-        self.reduce_by(choose_reduction(config.train.reduction, device))
+        self.reduce_by("tree" if config.train.adds_in_tree(gpu=device.type != "cpu") else "all_reduce")
         self.optimizer = Optimizer(self.views, config.train, self.precision, device)
         c = config.clustering
         self.clustering = Clustering(c.num_clusters, c.start_cosine, c.rate, c.update, device)

@@ -157,14 +157,6 @@ class TreeReduction:
         return rows_ND[index_N], ids_N[index_N]
 
 
-def choose_reduction(asked: str, device: torch.device) -> str:
-    """What ``train.reduction`` is: of ``auto`` the tree on a CPU alone, as on a GPU a pass for each shard is too small
-    to fill it."""
-    if asked != "auto":
-        return asked
-    return "tree" if device.type == "cpu" else "all_reduce"
-
-
 def make_reduction(name: str, views: TwoViews, shards: int) -> AllReduce | TreeReduction:
     """The reduction of this name, of a step that has ``shards``."""
     table = views.encoder.backbone.get_input_embeddings()

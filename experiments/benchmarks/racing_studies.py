@@ -143,7 +143,7 @@ def confirmed(surface: Surface, sampler: str) -> tuple[Point, float]:
 
 
 def raced(surface: Surface, runs: int) -> tuple[Point, float]:
-    """The leader of a race in so many runs, and what they cost."""
+    """The leader of a race in this many runs, and what they cost."""
     study, steps = search(surface, "tpe", runs, FURTHER)
     first = racing.leader(racing.racers(study.trials, SEED))
     assert first is not None

@@ -11,6 +11,7 @@ import torch
 from helpers import quick_first
 from training_runs import CPU, Killed, Lab, kill_at, weights
 
+from clusterns_ray.config import TrainConfig
 from clusterns_ray.data.prepare import prepare
 from clusterns_ray.models.encoder import Encoder
 from clusterns_ray.training.context import RunContext
@@ -80,13 +81,12 @@ def test_a_resumed_run_keeps_its_reduction(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, began: str
 ) -> None:
     """What ``auto`` was on the machine that began stays, on one where it is the other."""
-    choose = "clusterns_ray.training.parts.choose_reduction"
     config = lab.config(evaluation={"sts": None})
-    monkeypatch.setattr(choose, lambda asked, device: began)
+    monkeypatch.setattr(TrainConfig, "adds_in_tree", lambda self, gpu: began == "tree")
     whole = lab.run(tmp_path / "whole", config)
     with pytest.raises(Killed):
         lab.run(tmp_path / "halves", config, on_event=kill_at(4))
-    monkeypatch.setattr(choose, lambda asked, device: "tree" if began == "all_reduce" else "all_reduce")
+    monkeypatch.setattr(TrainConfig, "adds_in_tree", lambda self, gpu: began != "tree")
     halves = lab.run(tmp_path / "halves", config)
     environment = json.loads((tmp_path / "halves" / "environment.json").read_text())
     assert whole["reduction"] == halves["reduction"] == environment["reduction"] == began

@@ -12,7 +12,7 @@ from typing import Any
 
 from clusterns_ray.config import Config
 from clusterns_ray.errors import ConfigError
-from clusterns_ray.ops.estimates import FLOAT, adds_in_tree, bank_bytes, checkpoint_bytes, worker_memory
+from clusterns_ray.ops.estimates import FLOAT, bank_bytes, checkpoint_bytes, worker_memory
 from clusterns_ray.ops.plan.quantities import bytes_text, read_quantity, read_workers
 from clusterns_ray.ops.plan.step import BACKWARD, Network, exposed_seconds, nearest_possible
 from clusterns_ray.ops.plan.workload import Workload, workload
@@ -145,7 +145,7 @@ def step_seconds(work: Workload, workers: int, machine: Machine) -> dict[str, fl
             network,
             backward_s=share * compute * workers / work.config.train.shards,
             last=work.encoder.embeddings / work.size.trained,
-            overlaps=machine.gpu and not adds_in_tree(work.config.train, gpu=True),
+            overlaps=machine.gpu and not work.config.train.adds_in_tree(gpu=True),
         )
     return {"compute": compute, "exchange": exchange}
 

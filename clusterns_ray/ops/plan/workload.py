@@ -17,7 +17,7 @@ from clusterns_ray.data.token_store import TokenStore, reuse_tokens
 from clusterns_ray.errors import DataError
 from clusterns_ray.models.base_model import complete
 from clusterns_ray.models.resolve import local_model_config, resolve_model
-from clusterns_ray.ops.estimates import ModelSize, adds_in_tree, model_size
+from clusterns_ray.ops.estimates import ModelSize, model_size
 from clusterns_ray.ops.plan.quantities import bytes_text
 from clusterns_ray.ops.plan.step import (
     EncoderWork,
@@ -69,7 +69,7 @@ class Workload:
     def exchanges(self, workers: int, *, gpu: bool = False) -> list[Exchange]:
         config, size = self.config, self.size
         train, clustering = config.train, config.clustering
-        tree, mlm = adds_in_tree(train, gpu=gpu), config.loss.mlm_weight > 0
+        tree, mlm = train.adds_in_tree(gpu=gpu), config.loss.mlm_weight > 0
         gradients = [gradient_exchange(size.trained)]
         if tree:
             # The head of masked language modelling reads the whole table.

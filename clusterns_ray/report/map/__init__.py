@@ -52,7 +52,7 @@ def draw_map(
         corpus: as of ``data.corpus.read_sentences``; that of the run if not given.
         output: the page; ``map.html`` in the run if not given. The parquet file has its name.
         sentences: how many are drawn at random where the corpus has more.
-        clusters: so many by K-means, in place of the run's own.
+        clusters: this many by K-means, in place of the run's own.
         seed: of the sample, of K-means and of the layout.
         on_event: called with notes, and with RowsDone while sentences are encoded.
 

@@ -26,6 +26,7 @@ EARLY, LATER = 250, 500
 
 
 def has_opentsne() -> bool:
+    """Whether openTSNE is installed; it is not imported."""
     return importlib.util.find_spec("openTSNE") is not None
 
 
@@ -62,8 +63,12 @@ def _by_opentsne(unit_ND: np.ndarray, begin_N2: np.ndarray, perplexity: float, s
     from openTSNE import TSNEEmbedding  # pyright: ignore[reportMissingImports]
     from openTSNE.affinity import PerplexityBasedNN  # pyright: ignore[reportMissingImports]
     from openTSNE.nearest_neighbors import PrecomputedNeighbors  # pyright: ignore[reportMissingImports]
+    from sklearn.neighbors import NearestNeighbors
 
-    neighbors = PrecomputedNeighbors(*nearest_neighbours(unit_ND, int(3 * perplexity)))
+    # Exact neighbours, so that no approximation's own randomness is in the layout.
+    exact = NearestNeighbors(n_neighbors=int(3 * perplexity), algorithm="brute").fit(unit_ND)
+    distances_Nk, rows_Nk = exact.kneighbors()
+    neighbors = PrecomputedNeighbors(rows_Nk, distances_Nk)
     graph: dict[str, Any] = {"perplexity": perplexity, "knn_index": neighbors}
     affinities = PerplexityBasedNN(**graph)
     # The threads of many points would only wait for one another over few.
@@ -84,20 +89,6 @@ def _by_opentsne(unit_ND: np.ndarray, begin_N2: np.ndarray, perplexity: float, s
     embedding = embedding.optimize(EARLY, exaggeration=12, momentum=0.5, **progress(0))
     embedding = embedding.optimize(LATER, momentum=0.8, **progress(EARLY))
     return np.asarray(embedding, dtype=np.float32)
-
-
-def nearest_neighbours(unit_ND: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The ``k`` nearest rows of each row, without itself: int64 row numbers and float32 distances, both (N, k)."""
-    import torch
-
-    rows_ND = torch.as_tensor(unit_ND)
-    parts = []
-    for first in range(0, len(rows_ND), 1024):
-        cos_bN = rows_ND[first : first + 1024] @ rows_ND.T
-        own_b = torch.arange(first, first + len(cos_bN))
-        parts.append(cos_bN.scatter_(1, own_b[:, None], -torch.inf).topk(k))
-    cos_Nk = torch.cat([part.values for part in parts])
-    return torch.cat([part.indices for part in parts]).numpy(), (2 - 2 * cos_Nk).clamp(min=0).sqrt().numpy()
 
 
 def trustworthiness(unit_ND: np.ndarray, xy_N2: np.ndarray, seed: int) -> float:

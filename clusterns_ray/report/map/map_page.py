@@ -44,6 +44,7 @@ def trust_line(corpus_map: CorpusMap) -> str:
 
 
 def map_warnings(corpus_map: CorpusMap) -> list[Warning]:
+    """A note where the trustworthiness is below :data:`HIGH`; else none."""
     trust = corpus_map.facts["trustworthiness"]
     if trust >= HIGH:
         return []
