@@ -36,6 +36,9 @@ from clusterns_ray.models.backbone import first_position
 PACKABLE = ("bert", "roberta", "xlm-roberta", "camembert")
 """Architectures of transformers whose modules are those of BERT, by name and by what they do."""
 
+FILL = 32
+"""Where oneDNN multiplies, the number of tokens of a pass is a multiple of it."""
+
 
 def can_pack(backbone: Any) -> bool:
     """Whether :class:`PackedBert` computes what this model would: it is one of these, with nothing added to it."""
@@ -120,6 +123,15 @@ def onednn_multiplies(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return dtype == torch.float32
+
+
+def filler_tokens(tokens: int, device: torch.device, dtype: torch.dtype) -> int:
+    """How many tokens that no one reads follow so many real ones: from 1 to :data:`FILL`, up to a multiple of it.
+
+    oneDNN compiles each product for its shapes, 3 ms a time, and keeps what it compiled (measured:
+    experiments/LOG.md). Without them each batch would have shapes of its own.
+    """
+    return FILL - tokens % FILL if device.type == "cpu" and onednn_multiplies(dtype) else 0
 
 
 class _Cast(torch.autograd.Function):
@@ -271,6 +283,13 @@ class PackedBert:
             parts = zip(x_ND.split([len(packing) for packing in packings]), draws, strict=True)
             x_ND = torch.cat([x for x, n in parts for _ in range(n)])
             packings = [packing.times(n) for packing, n in zip(packings, draws, strict=True)]
+        tokens = len(x_ND)
+        filler = filler_tokens(tokens, device, self.dtype)
+        if filler:
+            # One row more, always, as products of attention are compiled for their number of rows.
+            x_ND = F.pad(x_ND, (0, 0, 0, filler))
+            packings = [*packings, Packing(1, filler, np.arange(filler), device)]
+            row_keys = None if row_keys is None else [*row_keys, np.zeros(1, np.int64)]
 
         index = AttentionIndex.of(packings, self.heads, self.dtype)
         dropout = None if row_keys is None else PassDropout(self.backbone, row_keys, packings, index, self.dtype)
@@ -293,4 +312,4 @@ class PackedBert:
             wide_NI = layer.module.intermediate.intermediate_act_fn(layer.up(x_ND.to(self.dtype)))
             x_ND = output.LayerNorm(x_ND + dropped(layer.down(wide_NI), output.dropout, read))
             states = [*states, x_ND] if all_layers else [x_ND]
-        return states
+        return [x_ND[:tokens] for x_ND in states]

@@ -87,7 +87,7 @@ def model_size(config: Config) -> ModelSize:
     from clusterns_ray.models.backbone import check_dropout, empty_model, load_config, masked_language_model_class
     from clusterns_ray.models.base_model import complete
     from clusterns_ray.models.encoder import Encoder
-    from clusterns_ray.models.packed_bert import can_pack
+    from clusterns_ray.models.packed_bert import FILL, can_pack
     from clusterns_ray.models.tokenization import load_tokenizer, prompt_length
     from clusterns_ray.training.collate import DropoutKeys, Shard
     from clusterns_ray.training.objective import TwoViews
@@ -130,6 +130,7 @@ def model_size(config: Config) -> ModelSize:
         one, two = (_saved_bytes(lambda n=n: views([shard] * n), weights) for n in (1, 2))
         fixed_bytes, shard_bytes = max(2 * one - two, 0), two - one
         filled_bytes = _filled_bytes(backbone, rows, tokens, precision) if packs else 0
+        filled_bytes += FILL * shard_bytes // (2 * rows * tokens) if packs else 0
         if language_model is not None and packs:  # one more pass, and its head of the predicted tokens alone
             head = _saved_by_head(language_model, config.loss.mlm_probability, rows * tokens, width, precision)
             shard_bytes, filled_bytes = 3 * shard_bytes // 2 + head, 3 * filled_bytes // 2
