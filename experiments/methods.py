@@ -28,7 +28,7 @@ from typing import Any
 
 import yaml
 
-from clusterns_ray import load_config
+from clusterns_ray import Encoder, load_config
 from clusterns_ray.errors import ClusterNSError, ConfigError
 from clusterns_ray.io.files import write_atomic
 from clusterns_ray.launch.preflight import check_name
@@ -56,10 +56,12 @@ def main() -> None:
     if arguments.against and arguments.against not in names:
         raise ConfigError(f"--against {arguments.against!r} names none of the methods that run: {', '.join(names)}.")
     scores = study.run(names, arguments.seeds, test=arguments.test)
-    print(table(scores, arguments.against))
+    before = study.untrained(arguments.seeds[0], arguments.test)
+    print(table(scores, before, arguments.against))
     if arguments.json:
         command = " ".join(["python", "experiments/methods.py", *sys.argv[1:]])
-        write_atomic(arguments.json, json.dumps({"command": command, "scores": scores}, indent=1) + "\n")
+        written = {"command": command, "before": before, "scores": scores}
+        write_atomic(arguments.json, json.dumps(written, indent=1) + "\n")
         print(f"Wrote {arguments.json}")
 
 
@@ -141,18 +143,40 @@ class Study:
         if not (path / "result.json").exists():
             pairs = [part for value in values for part in ("--set", value)]
             self.command(path, "train", str(self.base), *pairs)
-        if test and not (path / "evaluation.json").exists():
-            arguments = ["--sts", test, "--dev", DEV, "--json", f"{path}/evaluation.json"]
-            self.command(path, "evaluate", str(path / "model"), *arguments)
+        result = json.loads((path / "result.json").read_text())
+        if test:
+            self.tested(path, test, result["dev"])
         self.done += 1
         left = (time.monotonic() - self.began) / self.done * (self.total - self.done)
-        result = json.loads((path / "result.json").read_text())
         print(
             f"{self.done}/{self.total}  {method}, seed {seed}: dev {result['sts_dev_trained']:.2f} at best; "
             f"about {left / 60:.0f} min left",
             file=sys.stderr,
             flush=True,
         )
+
+    def untrained(self, seed: int, test: str | None) -> dict[str, float]:
+        """What the first method's encoder scores before training; by the columns of :func:`table`."""
+        result = json.loads((self.path(self.first, seed) / "result.json").read_text())
+        scores = {"dev": result["sts_dev_before"], "last": result["sts_dev_before"]}
+        scores |= {name: also["before"] for name, also in result["also"].items()}
+        if test:
+            path = self.runs / "untrained"
+            if not (path / "model").exists():
+                encoder = load_config(self.base, self.values(self.first, seed)).encoder
+                Encoder.for_training(encoder, seed).save(path / "model")
+            scores |= self.tested(path, test, result["dev"])
+        return scores
+
+    def tested(self, path: Path, test: str, dev: str) -> dict[str, float]:
+        """Scores of ``path``/model on STS-B dev, where that is not the dev set, and on the seven tests if all are in
+        ``test``; each model is scored once."""
+        if not (path / "evaluation.json").exists():
+            arguments = ["--sts", test, "--dev", DEV, "--json", f"{path}/evaluation.json"]
+            self.command(path, "evaluate", str(path / "model"), *arguments)
+        evaluation = json.loads((path / "evaluation.json").read_text())
+        scores = {} if dev == DEV else {DEV: evaluation["extra"][DEV]}
+        return scores if evaluation["average"] is None else {**scores, "tests": evaluation["average"]}
 
     def command(self, path: Path, *arguments: str) -> None:
         threads = max(1, (os.cpu_count() or 1) // self.jobs)
@@ -174,12 +198,8 @@ class Study:
         scores = {"dev": [r["sts_dev_trained"] for r in results], "last": [r["sts_dev_last"] for r in results]}
         scores |= {name: [r["also"][name]["after"] for r in results] for name in results[0]["also"]}
         if test:
-            files = [self.path(method, seed) / "evaluation.json" for seed in seeds]
-            evaluations = [json.loads(file.read_text()) for file in files]
-            if results[0]["dev"] != DEV:
-                scores[DEV] = [evaluation["extra"][DEV] for evaluation in evaluations]
-            if all(evaluation["average"] is not None for evaluation in evaluations):
-                scores["tests"] = [evaluation["average"] for evaluation in evaluations]
+            tests = [self.tested(self.path(method, seed), test, results[0]["dev"]) for seed in seeds]
+            scores |= {name: [each[name] for each in tests] for name in tests[0]}
         return scores
 
 
@@ -188,9 +208,11 @@ def named_model(value: Any) -> str | None:
     return value.removeprefix("model:") if isinstance(value, str) and value.startswith("model:") else None
 
 
-def table(scores: dict[str, dict[str, list[float]]], against: str | None = None) -> str:
+def table(
+    scores: dict[str, dict[str, list[float]]], before: dict[str, float] | None = None, against: str | None = None
+) -> str:
     """Markdown: mean +- standard deviation of each method, and the mean difference from ``against`` (by default the
-    first), paired by seed, with its 95 % interval by Student's t."""
+    first), paired by seed, with its 95 % interval by Student's t; above them the scores ``before`` training."""
     against = against or next(iter(scores))
     reference = scores[against]
     head = " | ".join(f"{COLUMNS.get(column, column)} | against {against}" for column in reference)
@@ -198,6 +220,9 @@ def table(scores: dict[str, dict[str, list[float]]], against: str | None = None)
         f"| Spearman x 100, {len(reference['dev'])} seeds | {head} |",
         "|---" * (1 + 2 * len(reference)) + "|",
     ]
+    if before:
+        cells = [cell for column in reference for cell in (f"{before[column]:.2f}", "")]
+        lines.append(f"| before training | {' | '.join(cells)} |")
     for name, ours in scores.items():
         cells = []
         for column, theirs in reference.items():

@@ -179,7 +179,9 @@ def test_the_table_gives_mean_deviation_and_a_paired_interval(methods: ModuleTyp
     assert f"{first.mean():.2f} +- {first.std(ddof=1):.2f}" in rows[2]
     assert f"{(second - first).mean():+.2f} ({interval.low:+.2f} to {interval.high:+.2f})" in rows[3]
     assert all(row.count("|") == 6 for row in rows), "no Markdown table"
-    assert f"{(first - second).mean():+.2f}" in methods.table(scores, "ours").splitlines()[2]
+    assert f"{(first - second).mean():+.2f}" in methods.table(scores, against="ours").splitlines()[2]
+    first_row = methods.table(scores, {"dev": 60.125, "last": 61.0}).splitlines()[2]
+    assert first_row == "| before training | 60.12 |  | 61.00 |  |"
 
 
 @pytest.mark.nightly
@@ -192,7 +194,10 @@ def test_the_seven_tests(
     arguments += ["--test", str(tmp_path / "sts"), "--against", "clusters"]
     monkeypatch.setattr(sys, "argv", ["methods.py", *arguments, "--json", str(tmp_path / "scores.json")])
     methods.main()
-    scores = json.loads((tmp_path / "scores.json").read_text())["scores"]
+    written = json.loads((tmp_path / "scores.json").read_text())
+    scores, before = written["scores"], written["before"]
+    untrained = json.loads((tmp_path / "runs" / "small" / "untrained" / "evaluation.json").read_text())
+    assert before["tests"] == untrained["average"] and before["dev"] == untrained["extra"]["STSB/dev"]
     for name in ("SimCSE", "clusters"):
         evaluation = json.loads((tmp_path / "runs" / "small" / f"{name}-seed1" / "evaluation.json").read_text())
         assert scores[name]["tests"] == [evaluation["average"]] and len(evaluation["tasks"]) == 7
