@@ -48,9 +48,9 @@ def run_values(
         "data": {"corpus": str(corpus_file), "cache_dir": str(tmp_path_factory.mktemp("cache"))},
         "loss": {"bml_weight": 0.1, "bml_alpha": 0.1},
         "clustering": {"num_clusters": 6, "start_cosine": 1.0, "rate": 0.1},
-        "train": {"global_batch_size": 32, "shards": 4, "max_steps": 6, "learning_rate": 1e-3, "precision": "fp32"},
+        "train": {"global_batch_size": 32, "shards": 2, "max_steps": 6, "learning_rate": 1e-3, "precision": "fp32"},
         "evaluation": {"sts": str(sts_dir), "every_steps": 2, "patience": None},
-        "runtime": {"log_every_steps": 1, "keep": 9},
+        "runtime": {"log_every_steps": 1, "keep": 9, "trackers": []},
     }
 
 
@@ -71,11 +71,12 @@ def lab(run_values: dict[str, Any]) -> Lab:
 
 @pytest.fixture(scope="module")
 def whole(run_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> WholeRun:
-    """The undisturbed run of ``lab.config()``."""
+    """The undisturbed run of ``lab.config()``, with a copy of its metrics for TensorBoard."""
     from training_runs import Lab, WholeRun
 
     lab, directory = Lab(run_values, prepare(make_config(run_values))), tmp_path_factory.mktemp("whole")
-    return WholeRun(directory, lab.run(directory, lab.config()), lab)
+    config = lab.config(runtime={"trackers": ["tensorboard"]})
+    return WholeRun(directory, lab.run(directory, config), lab)
 
 
 @pytest.fixture(scope="session")

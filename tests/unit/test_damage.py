@@ -65,7 +65,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         "clustering": {"num_clusters": 4, "start_cosine": 1.0},
         "train": {
             "global_batch_size": 32,
-            "shards": 4,
+            "shards": 2,
             "max_steps": 4,
             "epochs": 4,
             "learning_rate": 3e-3,

@@ -268,7 +268,7 @@ def test_a_cached_gradient_trains_the_same(lab: Lab, tmp_path: Path, sections: d
     records = {}
     sections = placed(sections, tmp_path)
     for name, chunk in (("whole", None), ("cached", 8)):
-        lab.run(tmp_path / name, lab.config(**sections, train={"cache_chunk": chunk}))
+        lab.run(tmp_path / name, lab.config(**sections, train={"cache_chunk": chunk, "shards": 4}))
         records[name] = [r for r in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in r]
     assert any(record["clusters_used"] > 1 for record in records["whole"] if "clusters_used" in record)
     for ours, other in zip(records["cached"], records["whole"], strict=True):
@@ -279,7 +279,7 @@ def test_a_cached_gradient_trains_the_same(lab: Lab, tmp_path: Path, sections: d
 @pytest.mark.parametrize("way", ["tree", "all_reduce"])
 def test_a_cached_gradient_holds_the_activations_of_one_chunk(lab: Lab, tmp_path: Path, way: str) -> None:
     def parts(chunk: int | None) -> TrainingParts:
-        config = lab.config(train={"reduction": way, "cache_chunk": chunk})
+        config = lab.config(train={"reduction": way, "cache_chunk": chunk, "shards": 4})
         return TrainingParts(RunContext(config, prepare(config).tokens_dir, None, tmp_path), CPU)
 
     whole, run, kept = parts(None), parts(8), list[int]()

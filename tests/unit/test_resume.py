@@ -270,7 +270,7 @@ def test_one_writer_a_run(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ("sections", "reason"),
     [
         ({"encoder": {"max_length": 65}}, "encoder.max_length is 65"),
-        ({"train": {"global_batch_size": 512}, "data": {"limit": 3}}, "3 rows"),
+        ({"train": {"global_batch_size": 512, "shards": 4}, "data": {"limit": 3}}, "3 rows"),
     ],
 )
 def test_a_refused_request_does_not_take_the_name(

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 from helpers import write_corpus, write_pairs
+from training_runs import Killed, kill_at
 
 from clusterns_ray.config import Config, make_config
 from clusterns_ray.errors import ClusterNSError, ConfigError, StorageError
 from clusterns_ray.io import object_store as storage
-from clusterns_ray.io.events import Event, Note, OnEvent, RunStarted, StepLogged
+from clusterns_ray.io.events import Event, Note, RunStarted, StepLogged
 from clusterns_ray.io.object_store import (
     Place,
     Store,
@@ -263,7 +264,7 @@ def config(s3: str, tiny_model: Path, tmp_path: Path) -> Config:
             "encoder": {"name": str(tiny_model), "num_layers": 2},
             "data": {"corpus": str(write_corpus(tmp_path / "corpus.txt"))},
             "clustering": {"num_clusters": 6, "start_cosine": 1.0},
-            "train": {"global_batch_size": 32, "shards": 4, "max_steps": 6, "learning_rate": 1e-3},
+            "train": {"global_batch_size": 32, "shards": 2, "max_steps": 6, "learning_rate": 1e-3},
             "evaluation": {"sts": str(tmp_path / "sts"), "every_steps": 2, "patience": None},
             "runtime": {
                 "storage_path": f"{s3}/{tmp_path.name}",
@@ -274,18 +275,6 @@ def config(s3: str, tiny_model: Path, tmp_path: Path) -> Config:
             },
         }
     )
-
-
-class Died(BaseException):
-    """The machine is gone."""
-
-
-def die_at(step: int) -> OnEvent:
-    def on_event(event: Event) -> None:
-        if isinstance(event, StepLogged) and event.step == step:
-            raise Died
-
-    return on_event
 
 
 @pytest.mark.slow
@@ -358,9 +347,9 @@ def test_a_machine_that_is_lost_is_replaced_by_another(
             if (store / "checkpoints").directories():
                 return
             time.sleep(0.1)
-        die_at(6)(event)
+        kill_at(6)(event)
 
-    with pytest.raises(Died):
+    with pytest.raises(Killed):
         train(config, on_event)
     assert read_run_file(config, "result.json") is None
     shutil.rmtree(tmp_path / "machine-1")

@@ -111,7 +111,7 @@ def make(tmp_path: Path, tiny_model: Path) -> Callable[..., Config]:
             "encoder": {"name": str(tiny_model), "pooling": "mean"},
             "data": {"corpus": str(corpus)},
             "clustering": {"num_clusters": 4, "start_cosine": 1.0},
-            "train": {"global_batch_size": 32, "shards": 4, "max_steps": 6, "learning_rate": 1e-3, "precision": "fp32"},
+            "train": {"global_batch_size": 32, "shards": 2, "max_steps": 6, "learning_rate": 1e-3, "precision": "fp32"},
             "evaluation": {"sts": str(tmp_path / "sts"), "every_steps": 3},
             "runtime": {"trackers": [], "log_every_steps": 1, "storage_path": str(tmp_path / "runs")},
         }
