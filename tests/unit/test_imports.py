@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,7 @@ def module_name(path: Path, root: Path = ROOT) -> str:
     return ".".join(parts)
 
 
+@cache
 def imports(source: str, module: str = "", is_package: bool = False) -> set[str]:
     """Every module or name that a source imports, wherever it stands in it, as dotted names.
 
