@@ -194,19 +194,6 @@ def test_two_draws_are_the_batch_twice(packs: bool, pooling: str, tiny_model: Pa
     assert not torch.allclose(first, second, atol=1e-3)
 
 
-def test_dropout_is_as_large_as_transformers(tiny_model: Path):
-    """The spread of the embeddings over draws, of all layers together."""
-    spreads = []
-    for packs in (True, False):
-        encoder = encoder_of(tiny_model, quiet=False, dropout=0.2)
-        encoder.packs = packs
-        ids = torch.randint(6, 60, (1, 12), generator=torch.Generator().manual_seed(1)).expand(3000, -1)
-        with torch.no_grad():
-            z_BD = encoder.embed([TokenBatch(ids, torch.ones_like(ids), row_keys_B=row_keys(3000, 5))])[0]
-        spreads.append(float(z_BD.var(dim=0).mean()))
-    assert spreads[1] > 1e-4 and spreads[0] == pytest.approx(spreads[1], rel=0.05)
-
-
 @pytest.mark.parametrize(("onednn", "multiplied"), [(True, 64), (False, sum(map(sum, BATCHES)))])
 @pytest.mark.parametrize("pooling", ["cls", "mask"])
 def test_the_last_layer_computes_no_more_than_is_read(

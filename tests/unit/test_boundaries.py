@@ -82,7 +82,7 @@ def inject(monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException) ->
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 def test_no_traceback_at_any_boundary(boundary: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     where, arguments = BOUNDARIES[boundary]
-    for error, reason in FAULTS[::2] if boundary != "a run is trained" else FAULTS:
+    for error, reason in FAULTS[:1] if boundary != "a run is trained" else FAULTS:
         with monkeypatch.context() as patched:
             inject(patched, where, error)
             result = CliRunner().invoke(cli.app, arguments)

@@ -44,21 +44,17 @@ def test_public_names_are_found_where_they_are() -> None:
 # ---- train: what is refused ---------------------------------------------------------------------------------------
 
 
-REFUSED: dict[str, tuple[list[str], list[str]]] = {
+REFUSED: dict[str, tuple[list[str], list[str]]] = {  # what the configuration alone refuses is in test_config.py
     "unknown key": (["encoder.pooolling=cls"], ["unknown key encoder.pooolling", "did you mean encoder.pooling?"]),
     "clusters beyond the batch": (["clustering.num_clusters=17"], ["num_clusters is 17", "(16)", "Use at most 16"]),
-    "batch and shards": (["train.global_batch_size=18"], ["is 18", "train.shards (4)", "Use a batch of 16"]),
-    "workers and shards": (["runtime.num_workers=3"], ["3 workers", "train.shards (4)", "1, 2, 4 workers"]),
     "missing corpus": (["data.corpus=/none/at/all.txt"], ["/none/at/all.txt", "no such file", "check the path"]),
     "glob without match": (["data.corpus=/none/*.txt"], ["/none/*.txt", "no file matches", "check the path"]),
     "one of several": (["data.corpus=[/none/a.txt, /none/b.txt]"], ["/none/a.txt", "no such file"]),
     "a directory as corpus": (["data.corpus=."], ["directory", "name its files"]),
-    "no corpus": (["data.corpus=null"], ["data.corpus is not set", "nothing to learn from"]),
     "missing documents": (
         ["data.documents=/none/docs", "evaluation.sts=structure"],
         ["'/none/docs'", "Check the path"],
     ),
-    "no documents": (["evaluation.sts=structure"], ["evaluation.sts is structure", "data.documents is not set"]),
     "missing STS directory": (["evaluation.sts=/none/sts"], ["'/none/sts'", "is not there", "TASK/SUBSET.jsonl"]),
     "dev set that the hub has not": (
         ["evaluation.sts=hf", "evaluation.dev=STSB/train"],
@@ -73,11 +69,6 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
         ["storage_path", "'nosuch://b/x'", "Give a path"],
     ),
     "file as storage": (["runtime.storage_path=run.yaml/x"], ["'run.yaml/x'", "Not a directory", "Choose a directory"]),
-    "malformed override": (["train.max_steps"], ["'train.max_steps'", "section.key=value"]),
-    "override below a value": (["encoder.name.x=1"], ["'encoder.name.x=1'", "'name' is a value"]),
-    "unset variable": (["data.corpus=${SURELY_NOT_SET}/a"], ["SURELY_NOT_SET", "Set it", "--set data.corpus="]),
-    "prompt": (["encoder.prompt=hello"], ["encoder.prompt is 'hello'", "{sentence}"]),
-    "mask": (["encoder.pooling=mask"], ["encoder.pooling is mask", "encoder.prompt is not set"]),
 }
 
 

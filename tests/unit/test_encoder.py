@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -276,27 +275,11 @@ def test_weights_missing_from_a_checkpoint_are_drawn_alike_and_leave_the_random_
 # ---- the hub, packages, damaged directories -----------------------------------------------------------------------
 
 
-def test_a_hub_name_without_a_network_is_a_configuration_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    for load in (Encoder.load, lambda name: Encoder.for_training(EncoderConfig(name=name), seed=1)):
-        with pytest.raises(ConfigError, match="without a network give a directory or package:") as caught:
-            load("nobody-at-all/no-such-model-here")
-        assert "'nobody-at-all/no-such-model-here' cannot be loaded" in str(caught.value)
-        assert "\n" not in str(caught.value)
-
-
 def test_a_directory_without_weights_is_a_configuration_error(tiny_model: Path, tmp_path: Path) -> None:
     for file in tiny_model.iterdir():
         if file.suffix == ".json":
             (tmp_path / file.name).write_bytes(file.read_bytes())
     assert (tmp_path / "config.json").is_file() and not (tmp_path / "model.safetensors").exists()
-    with pytest.raises(ConfigError, match="cannot be loaded"):
-        Encoder.load(tmp_path)
-
-
-def test_damaged_weights_are_a_configuration_error(tmp_path: Path) -> None:
-    make_tiny_model(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(ConfigError, match="cannot be loaded"):
         Encoder.load(tmp_path)
 
@@ -341,15 +324,6 @@ def test_what_is_saved_is_loaded_the_same(tiny_models: Models, kind: str, poolin
     assert spread(z) > 0.01
 
 
-def test_a_prompt_is_saved(tiny_model: Path, tmp_path: Path) -> None:
-    prompt = 'this sentence : "{sentence}" means [MASK] .'
-    encoder = Encoder.for_training(settings(tiny_model, pooling="mask", prompt=prompt), seed=1)
-    encoder.save(tmp_path)
-    again = Encoder.load(tmp_path)
-    assert (again.pooling, again.prompt) == ("mask", prompt)
-    np.testing.assert_allclose(again.encode(TEXTS), encoder.encode(TEXTS), atol=1e-6)
-
-
 def test_load_lets_the_caller_replace_pooling_and_length(tiny_model: Path, tmp_path: Path) -> None:
     Encoder.for_training(settings(tiny_model, pooling="cls"), seed=1).save(tmp_path)
     again = Encoder.load(tmp_path, pooling="mean", max_length=7)
@@ -359,53 +333,11 @@ def test_load_lets_the_caller_replace_pooling_and_length(tiny_model: Path, tmp_p
         Encoder.load(tmp_path, pooling="max").encode(TEXTS)
 
 
-def test_a_module_of_sentence_transformers_that_is_not_known_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    Encoder.for_training(settings(tiny_model), seed=1).save(tmp_path)
-    (tmp_path / "clusterns.json").unlink()
-    modules = json.loads((tmp_path / "modules.json").read_text())
-    modules.append({"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"})
-    (tmp_path / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(ConfigError, match=r"module sentence_transformers.models.Dense, which is not one of"):
-        Encoder.load(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("keys", "expected"),
-    [
-        ({"pooling_mode": "mean"}, "mean"),
-        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
-        ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "mean"),
-        ({"pooling_mode_max_tokens": True, "pooling_mode_mean_tokens": False}, None),
-        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, None),
-    ],
-)
-def test_pooling_of_a_sentence_transformers_directory(
-    tiny_model: Path, tmp_path: Path, keys: dict[str, Any], expected: str | None
-) -> None:
-    Encoder.for_training(settings(tiny_model), seed=1).save(tmp_path)
-    (tmp_path / "clusterns.json").unlink()
-    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": WIDTH, **keys}))
-    if expected is None:
-        with pytest.raises(ConfigError, match=r"sets the pooling mode to .*, which is not supported"):
-            Encoder.load(tmp_path)
-    else:
-        assert Encoder.load(tmp_path).pooling == expected
-
-
-def test_normalisation_of_a_sentence_transformers_directory_is_kept(tiny_model: Path, tmp_path: Path) -> None:
-    backbone, tokenizer = backbone_module.load_transformer(str(tiny_model))
-    Encoder(backbone, tokenizer, normalize=True, max_length=20).save(tmp_path)
-    (tmp_path / "clusterns.json").unlink()
-    again = Encoder.load(tmp_path)
-    assert again.normalize and again.max_length == 20
-    np.testing.assert_allclose(np.linalg.norm(again.encode(TEXTS), axis=1), 1, atol=1e-5)
-
-
 @pytest.mark.slow  # importing sentence_transformers takes seconds
 def test_sentence_transformers_gives_the_same(tiny_models: Models, tmp_path: Path) -> None:
     sentence_transformers = pytest.importorskip("sentence_transformers")
-    for kind in ("bert", "roberta", "distilbert", "mpnet", "modernbert"):
-        for pooling in POOLINGS:
+    for kind in ARCHITECTURES:
+        for pooling in POOLINGS if kind == "bert" else POOLINGS[1:3]:
             directory = tmp_path / kind / pooling
             config = settings(tiny_models(kind), pooling=pooling, num_layers=2, dropout=0.1)
             encoder = Encoder.for_training(config, seed=1)
