@@ -133,7 +133,7 @@ def tune(
 ) -> None:
     """Search a space of settings against the dev set, or go on with a study of that name.
 
-    Samplers: tpe, gp, random, qmc, grid. Schedulers: asha, median, none.
+    Samplers: tpe, gp, cmaes, random, qmc, grid. Schedulers: asha, median, none.
 
     Roles of keys: scientific (the default: what the study is about), nuisance (tuned along), fixed.
 

@@ -15,10 +15,11 @@ from clusterns_ray.errors import DamagedError
 from clusterns_ray.io.events import Event, Note
 from clusterns_ray.io.files import is_locked
 from clusterns_ray.io.terminal import printable
-from clusterns_ray.tuning.analysis import STATES, Trial, read_trial
+from clusterns_ray.tuning.analysis import STATES, Trial, front, read_trial
 from clusterns_ray.tuning.comparison import paired, seed_interval, sentences, show_value
 from clusterns_ray.tuning.events import StudyChecked, TrialEvent
-from clusterns_ray.tuning.optuna_study import enqueued_points, worker_hours
+from clusterns_ray.tuning.objectives import UNITS, show_cost
+from clusterns_ray.tuning.optuna_study import enqueued_points, worker_hours, workers_held
 from clusterns_ray.tuning.previous import about_earlier, begun, earlier_trials
 from clusterns_ray.tuning.racing import merge_seeds
 from clusterns_ray.tuning.selection import check_result
@@ -60,6 +61,8 @@ class Progress:
     """of the studies under ``previous``"""
     about_earlier: list[str]
     """what has to be said of them"""
+    minimize: str | None
+    """what trials should take little of, besides a high score"""
 
     @property
     def best(self) -> Trial | None:
@@ -86,8 +89,11 @@ def read_progress(study: Study, optuna_study: optuna.Study) -> Progress:
     price = budget.price or 0.0
     hours = [budget.worker_hours, budget.cost and budget.cost / price]
     spent = worker_hours(study.config, optuna_study)
-    workers = max(study.config.workers_per_trial, 1) / study.config.trials_per_gpu
-    left += [max(limit - spent, 0.0) * 3600 / workers / concurrent for limit in hours if limit is not None]
+    left += [
+        max(limit - spent, 0.0) * 3600 / workers_held(study.config, optuna_study) / concurrent
+        for limit in hours
+        if limit is not None
+    ]
     before = max(attrs.get("scores_before", {}).values(), default=None)
     cost = worker_hours(study.config, optuna_study, confirmations=True) * price if price else None
     return Progress(
@@ -103,6 +109,7 @@ def read_progress(study: Study, optuna_study: optuna.Study) -> Progress:
         attrs.get("ended_by", ""),
         earlier,
         about_earlier(optuna_study),
+        study.config.minimize,
     )
 
 
@@ -114,7 +121,9 @@ def render(progress: Progress) -> RenderableType:
 
     table = Table(title=f"study {progress.name}")
     races = any(row.scores for row in progress.rows)
-    for column in ("trial", "state", "dev", *(("seeds", "beside the best") if races else ()), "step", "time"):
+    memory, on_front = progress.minimize == "memory", front(progress.rows, progress.minimize)
+    more = ("seeds", "beside the best") if races else ("memory",) if memory else ()
+    for column in ("trial", "state", "dev", *more, "step", "time"):
         table.add_column(column, justify="left" if column == "state" else "right", no_wrap=True)
     table.add_column("settings")
     running = [row for row in progress.rows if row.state == "RUNNING"]
@@ -126,9 +135,10 @@ def render(progress: Progress) -> RenderableType:
     for row in [*running, *ended[:ROWS]]:
         table.add_row(
             row.name,
-            "best" if row is best else "earlier" if row.study else row.race or STATES[row.state],
+            "front" if row in on_front else "best" if row is best else _state(row),
             "" if row.score is None else f"{row.score:.2f}",
             *((str(len(row.scores) or ""), beside(row, best)) if races else ()),
+            *((show_cost("memory", row.cost("memory")),) if memory else ()),
             "" if row.steps is None else str(row.steps),
             "" if row.study else clock(row.seconds),
             show_values(row.values),
@@ -139,6 +149,10 @@ def render(progress: Progress) -> RenderableType:
         lines.insert(1, Text(f"... and {len(ended) - ROWS} more that ended"))
     lines += [Text(f"trial {row.number} failed: {row.reason}") for row in progress.rows if row.state == "FAIL"][-3:]
     return Group(*lines, *map(Text, progress.about_earlier))
+
+
+def _state(row: Trial) -> str:
+    return "earlier" if row.study else row.race or STATES[row.state]
 
 
 def beside(row: Trial, best: Trial | None) -> str:
@@ -230,6 +244,10 @@ def render_result(result: Mapping[str, Any]) -> list[str]:
     )
     lines.append(f"Winner by {result['dev']}: trial {winner['trial']}, {values}. It has {winner['mean']:.2f}{over}.")
     lines += sentences(result)
+    for minimize in UNITS:
+        if points := [point for point in result.get("front", ()) if minimize in point]:
+            shown = [f"trial {p['trial']} {p['score']:.2f} with {show_cost(minimize, p[minimize])}" for p in points]
+            lines.append(f"Pareto front of score and {minimize}: {', '.join(shown)}.")
     if not seeds:
         lines.append("One run each, without confirmation.seeds: the difference to the next may be chance.")
     elif len(winner["scores"]) < 2:

@@ -283,6 +283,36 @@ def state_api_error(timeout_s: float) -> str | None:
     return None
 
 
+def least_gpu_memory(timeout_s: float) -> int:
+    """Bytes of memory of the smallest GPU of the nodes that are up; where none has one, of the first that is started.
+
+    Raises:
+        ClusterNSError: none says so in time, or torch cannot use one.
+    """
+    import ray
+    from ray.exceptions import RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU", 0) >= 1]
+    ask = ray.remote(num_cpus=0, num_gpus=1)(_gpu_memory)
+    strategies = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes] or ["DEFAULT"]
+    try:
+        return min(ray.get([ask.options(scheduling_strategy=each).remote() for each in strategies], timeout=timeout_s))
+    except RayError as error:
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise ClusterNSError(
+            f"How much memory a GPU here has could not be found out within {timeout_s:.0f} s ({reason[:200]}).",
+            "Set trials_per_gpu to a number, or look at the GPUs with `clusterns doctor`.",
+        ) from error
+
+
+def _gpu_memory() -> int:
+    """Bytes of memory of the one GPU that Ray lets this process see."""
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory
+
+
 def head_answers() -> bool:
     """Whether the cluster that was joined is there still."""
     try:

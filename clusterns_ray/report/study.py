@@ -11,8 +11,9 @@ from clusterns_ray.io.yaml_text import dump_yaml
 from clusterns_ray.report import study_charts as charts
 from clusterns_ray.report.page import Cell, Fact, Figure, Fold, Link, Page, Section, Table, Warning, footer, write_page
 from clusterns_ray.report.words import NONE, count, duration, fixed, listing
-from clusterns_ray.tuning.analysis import STATES, StudyRecord, Trial, at_the_edge, read_study, rungs
+from clusterns_ray.tuning.analysis import STATES, StudyRecord, Trial, at_the_edge, front, read_study, rungs
 from clusterns_ray.tuning.comparison import seed_interval, sentences, show_value
+from clusterns_ray.tuning.objectives import show_cost
 from clusterns_ray.tuning.selection import check_result
 from clusterns_ray.tuning.space import flatten
 
@@ -290,8 +291,10 @@ def history_section(study: StudyRecord, result: dict[str, Any] | None) -> Sectio
         ),
         Figure(
             "Score against cost",
-            charts.cost(study.trials),
-            "What a trial took. A pruned one stands at its last score, which a longer run might have raised.",
+            charts.cost(study),
+            "What a trial took. On the line, the Pareto front, no other trial is better in both."
+            if study.config.get("minimize")
+            else "What a trial took. A pruned one stands at its last score, which a longer run might have raised.",
         ),
     ]
     tables = []
@@ -346,11 +349,14 @@ def trial_section(study: StudyRecord, result: dict[str, Any] | None) -> Section:
     keys = list(study.varied)
     trials = [*study.trials, *study.earlier]
     ordered, races = sorted(trials, key=lambda trial: trial.order), any(trial.scores for trial in trials)
+    minimize = study.config.get("minimize")
+    best = front(study.trials, minimize)
     rows: list[list[Cell]] = [
         [
             trial.name,
-            "earlier" if trial.study else trial.race or STATES[trial.state],
+            "front" if trial in best else "earlier" if trial.study else trial.race or STATES[trial.state],
             fixed(trial.score),
+            *((show_cost("memory", trial.cost("memory")),) if minimize == "memory" else ()),
             *([_over_seeds(trial)] if races else ()),
             str(trial.curve[-1][0]) if trial.curve else NONE,
             NONE if trial.study else duration(trial.seconds),
@@ -359,15 +365,16 @@ def trial_section(study: StudyRecord, result: dict[str, Any] | None) -> Section:
         ]
         for trial in ordered
     ]
+    more = [*(["memory"] if minimize == "memory" else ()), *(["over seeds"] if races else ())]
     strong = [n for n, trial in enumerate(ordered) if result and trial.name == str(result["winner"]["trial"])]
     table = Table(
-        ["trial", "state", "dev", *(["over seeds"] if races else ()), "steps", "time", *keys, ""],
+        ["trial", "state", "dev", *more, "steps", "time", *keys, ""],
         rows,
         "The finished ones by score, then the others"
         + (
             "; those that have more seeds first, and their means as the leader's seeds would give them" if races else ""
         ),
-        text_columns=(1, len(keys) + 5 + races),
+        text_columns=(1, len(keys) + 5 + len(more)),
         strong_rows=strong,
     )
     return Section("All trials", tables=[table], anchor="trials")

@@ -10,7 +10,8 @@ import plotly.graph_objects as go
 
 from clusterns_ray.report.charts import add_level, add_moment, page_figure, plain
 from clusterns_ray.report.page import color
-from clusterns_ray.tuning.analysis import Importance, StudyRecord, Trial
+from clusterns_ray.tuning.analysis import Importance, StudyRecord, Trial, front
+from clusterns_ray.tuning.objectives import UNITS
 
 DOTS = {"color": color("blue"), "size": 8}
 SCORE = "dev score (Spearman × 100)"
@@ -105,12 +106,26 @@ def importance_chart(importances: Sequence[Importance]) -> dict[str, Any]:
     return page_figure(figure, "share of the score's variance", "", x_axis={"rangemode": "tozero"})
 
 
-def cost(trials: Sequence[Trial]) -> dict[str, Any]:
-    """Score over the time a trial took; of pruned trials their last score."""
+def cost(study: StudyRecord) -> dict[str, Any]:
+    """Score over the time a trial took, or the memory where that is minimised, with the Pareto front where there are
+    two objectives; of pruned trials their last score."""
+    minimize = study.config.get("minimize")
+    unit, size = UNITS[minimize or "seconds"]
     figure = go.Figure()
     for state in LOOKS:
-        _add_trials(figure, trials, state, lambda trial: trial.seconds)
-    return page_figure(figure, "seconds of the trial", SCORE)
+        _add_trials(figure, study.trials, state, lambda trial: trial.cost(minimize) / size)
+    best = front(study.trials, minimize)
+    if best:
+        figure.add_scatter(
+            x=[trial.cost(minimize) / size for trial in best],
+            y=[trial.score for trial in best],
+            mode="lines",
+            name="Pareto front",
+            line={"color": color("green"), "shape": "hv", "width": 2},
+            hoverinfo="skip",
+        )
+    title = "memory of a worker, by the estimate" if minimize == "memory" else "time of the trial"
+    return page_figure(figure, f"{title} ({unit})", SCORE)
 
 
 def _add_trials(figure: go.Figure, trials: Sequence[Trial], state: str, place: Callable[[Trial], Any]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from clusterns_ray.tuning.objectives import pareto_front
 from clusterns_ray.tuning.previous import PREVIOUS, about_earlier, begun, earlier_trials
 from clusterns_ray.tuning.racing import RACER, Racer, merge_seeds
 from clusterns_ray.tuning.study import read_study_file
@@ -46,10 +47,16 @@ class Trial:
     steps: int | None = None
     study: str | None = None
     """the earlier study that it is of; None if it is of this one"""
+    memory: int | None = None
+    """of its worker, in bytes, where that is minimised"""
     scores: dict[int, float] = field(default_factory=dict)
     """by seed, where trials race"""
     race: str = ""
     """how it stands in a race where its state does not say so: its further seed runs, or it is out"""
+
+    def cost(self, minimize: str | None) -> float:
+        """What it took of ``seconds`` or ``memory``."""
+        return (self.memory or 0) if minimize == "memory" else self.seconds
 
     @property
     def name(self) -> str:
@@ -146,9 +153,17 @@ def read_trial(trial: FrozenTrial) -> Trial:
         attrs.get("reason"),
         attrs.get("steps"),
         study,
+        attrs.get("memory"),
         racer.scores if racer else {},
         "" if racer is None or not runs else "out" if racer.is_out else "runs again",
     )
+
+
+def front(trials: Sequence[Trial], minimize: str | None) -> list[Trial]:
+    """The finished trials that no other is better than in one objective and as good in the other, by what they took;
+    none with one objective."""
+    points = [trial for trial in trials if trial.state == "COMPLETE" and trial.score is not None] if minimize else []
+    return [points[n] for n in pareto_front([(trial.score or 0.0, trial.cost(minimize)) for trial in points])]
 
 
 def importances(trials: Sequence[FrozenTrial]) -> list[Importance]:

@@ -11,6 +11,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class GpuShare:
+    """What of a GPU a trial has."""
+
+    use_gpu: bool = False
+    trials: int = 1
+    """How many share one."""
+
+
+@dataclass(frozen=True)
 class Job:
     """One run of a study, as the process that trains it receives it."""
 

@@ -22,8 +22,9 @@ from clusterns_ray.errors import ClusterNSError, ConfigError, DamagedError
 from clusterns_ray.io.events import OnNote
 from clusterns_ray.io.object_store import Place
 from clusterns_ray.tuning.job import Evaluation, Finished
+from clusterns_ray.tuning.objectives import TwoObjectives
 from clusterns_ray.tuning.previous import PREVIOUS, Learnt, begun, earlier_trials, learn_from
-from clusterns_ray.tuning.racing import RACE, MergedStudy, merge_seeds, next_run, stops
+from clusterns_ray.tuning.racing import RACE, MergedStudy, merge_seeds, next_run, noise, stops
 from clusterns_ray.tuning.sampling import Sampler, grid, pruner
 from clusterns_ray.tuning.space import Overrides, Space, point_key
 from clusterns_ray.tuning.study import Study, StudyConfig, check_identity
@@ -44,6 +45,9 @@ one, which holds the file's name."""
 
 FIXED_VALUES = "fixed_params"
 """Where Optuna keeps the values that a trial was enqueued with."""
+
+PER_GPU = "trials_per_gpu"
+"""The attribute of a study that holds how many trials shared a GPU last, where that was left to `auto`."""
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
@@ -95,7 +99,7 @@ class OptunaStudy:
                 study_name=self.config.name,
                 direction="maximize",
                 load_if_exists=True,
-                sampler=Sampler(self.config.sampler, self._merged),
+                sampler=Sampler(self.config.sampler, self._seen),
                 pruner=pruner(study),
             )
             self._check_identity(study)
@@ -155,8 +159,10 @@ class OptunaStudy:
     def trial(self, number: int) -> FrozenTrial:
         return self.optuna.get_trials(deepcopy=False)[number]
 
-    def _merged(self, study: optuna.Study) -> optuna.Study:
-        return MergedStudy(study, self.seeds[0])
+    def _seen(self, study: optuna.Study) -> optuna.Study:
+        """The study as the sampler shall see it."""
+        minimize = self.config.minimize
+        return MergedStudy(study, self.seeds[0]) if minimize is None else TwoObjectives(study, minimize)
 
     def merged_trials(self) -> list[FrozenTrial]:
         """The trials without the runs of further seeds, which are in their values."""
@@ -184,10 +190,12 @@ class OptunaStudy:
         for name, limit in self.config.budget.limits().items():
             if spent[name] >= limit:
                 return f"budget.{name} ({limit:g}) is used up"
-        best, since = last_gain(first, stop.gain)
+        gain = noise(trials, self.seeds) if stop.gain == "noise" else stop.gain
+        best, since = last_gain(first, gain)
         if best is None or stop.after is None or since < stop.after:
             return None
-        more = f" by more than {stop.gain:g}" if stop.gain else ""
+        more = f" by more than {gain:.2g}" if gain else ""
+        more += ", the noise of a seed" if stop.gain == "noise" and gain else ""
         return f"{since} trials in a row did not exceed the {best.value:.2f} of trial {best.number}{more} (stop.after)"
 
     def budget_spent(self) -> bool:
@@ -262,7 +270,7 @@ class OptunaStudy:
         if evaluation.last or not (
             stops(self.trials(), self.seeds, frozen, step)
             if races
-            else self.optuna.pruner.prune(self._merged(self.optuna), frozen)
+            else self.optuna.pruner.prune(self._seen(self.optuna), frozen)
         ):
             return False
         self._note(trial, reason=f"{'behind the leader' if races else 'pruned'} at step {step}")
@@ -289,6 +297,10 @@ class OptunaStudy:
         trial = self._live[number]
         attempts = self._frozen(trial).user_attrs.get("attempts", 0)
         self._note(trial, attempts=max(attempts - 1, 0))
+
+    def note_memory(self, number: int, count: int) -> None:
+        """Keep the memory of a trial's worker, in bytes."""
+        self._note(self._live[number], memory=count)
 
     def remember(self, key: str, value: Any) -> None:
         """Keep a plain value with the study."""
@@ -360,7 +372,13 @@ def worker_hours(config: StudyConfig, study: optuna.Study, *, confirmations: boo
     seconds = sum(trial.user_attrs.get("seconds", 0.0) for trial in begun(study))
     if confirmations:
         seconds += study.user_attrs.get("confirmation_seconds", 0.0)
-    return seconds / 3600 * max(config.workers_per_trial, 1) / config.trials_per_gpu
+    return seconds / 3600 * workers_held(config, study)
+
+
+def workers_held(config: StudyConfig, study: optuna.Study) -> float:
+    """How many workers a trial holds; below one where it shares a GPU."""
+    shared_by = config.trials_per_gpu
+    return max(config.workers_per_trial, 1) / (study.user_attrs.get(PER_GPU, 1) if shared_by == "auto" else shared_by)
 
 
 def last_gain(trials: Sequence[FrozenTrial], gain: float) -> tuple[FrozenTrial | None, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from clusterns_ray.io.events import OnEvent, notes_to
 from clusterns_ray.io.files import check_unchanged, json_text
 from clusterns_ray.io.object_store import Place
 from clusterns_ray.models.base_model import complete
+from clusterns_ray.tuning.analysis import Trial, front, read_trial
 from clusterns_ray.tuning.comparison import (
     model_cosines,
     over_pairs,
@@ -171,6 +173,7 @@ def write_outcome(study: Study, optuna_study: OptunaStudy, on_event: OnEvent = l
         "model_is_trained": was_trained(best_run(study, winner)),
         "not_told_apart": [candidate.number for candidate in outcome.alike],
         "candidates": [summary(candidate) for candidate in outcome.candidates],
+        "front": write_front(map(read_trial, trials), study.config.minimize),
         "confirmation_failures": optuna_study.recall("confirmation_failures", {}),
         "best": (home / "best.yaml").address,
         "model": (home / "model").address,
@@ -184,6 +187,14 @@ def write_outcome(study: Study, optuna_study: OptunaStudy, on_event: OnEvent = l
     optuna_study.save()
     home.write("result.json", json_text(result))  # last, since it says that everything is there
     return result
+
+
+def write_front(trials: Iterable[Trial], minimize: str | None) -> list[dict[str, Any]]:
+    """The Pareto front as plain values, the cheapest first; empty with one objective."""
+    return [
+        {"trial": trial.number, "values": trial.values, "score": trial.score, str(minimize): trial.cost(minimize)}
+        for trial in front(list(trials), minimize)
+    ]
 
 
 def winner_sentence(result: dict[str, Any]) -> str:

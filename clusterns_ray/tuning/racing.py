@@ -158,6 +158,23 @@ def stops(trials: Sequence[FrozenTrial], seeds: Sequence[int], run: FrozenTrial,
     )
 
 
+def noise(trials: Sequence[FrozenTrial], seeds: Sequence[int]) -> float:
+    """How far one trial is above another with one seed, once in twenty times, though both are as good; 0 while not
+    known.
+
+    It is the deviation of the paired differences of trials from the leader around their means, pooled, by Student's t.
+    """
+    field = racers(trials, seeds[0])
+    first = leader(field)
+    pairs = [differences(racer, first) for racer in field if first is not None and racer is not first]
+    pairs = [each for each in pairs if len(each) > 1]
+    freedom = sum(len(each) - 1 for each in pairs)
+    if freedom < 2:
+        return 0.0
+    variance = sum(statistics.variance(each) * (len(each) - 1) for each in pairs) / freedom
+    return -_quantile(1, freedom) * math.sqrt(variance)
+
+
 def merge_seeds(trials: Sequence[FrozenTrial], seed: int) -> list[FrozenTrial]:
     """The trials of a study with one value each, and their runs as :data:`RACER`; as they are where none race.
 

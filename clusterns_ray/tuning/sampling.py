@@ -51,6 +51,10 @@ class Sampler(optuna.samplers.BaseSampler):
                 )
             if config.name == "gp":
                 return optuna.samplers.GPSampler(seed=seed, n_startup_trials=config.startup_trials)
+            if config.name == "cmaes":
+                return optuna.samplers.CmaEsSampler(
+                    seed=seed, n_startup_trials=config.startup_trials, warn_independent_sampling=False
+                )
             if config.name == "qmc":
                 independent = optuna.samplers.RandomSampler(seed=seed)
                 return SobolSampler(stream_key("sampler", config.seed) % 2**32, number, independent)

@@ -10,10 +10,19 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Discriminator, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from clusterns_ray.config import (
     MAX_WORKERS,
@@ -68,18 +77,26 @@ class BudgetConfig(Section):
         return {key: value for key, value in self.model_dump().items() if value is not None and key != "price"}
 
 
+def _gain(value: Any) -> Any:
+    if value == "noise" or (isinstance(value, int | float) and value >= 0):
+        return value
+    raise ValueError(f"{shown(value)} is neither a number of at least 0 nor noise; give one of these")
+
+
 class StopConfig(Section):
     after: int | None = Field(default=None, ge=1)
     """No trial starts once this many in a row, finished or pruned, have brought no gain."""
-    gain: float = Field(default=0.0, ge=0)
-    """How far a score has to lie above the best before it to be a gain; what seeds alone change is none."""
+    gain: Annotated[float | Literal["noise"], BeforeValidator(_gain)] = 0.0
+    """How far a score has to lie above the best before it to be a gain; what seeds alone change is none. `noise`, where
+    trials race: as far as two equal configurations with one seed differ once in twenty times, by the paired differences
+    that the race has measured so far; any gain counts until it has some."""
 
 
 class ModelSampler(Section):
-    """Proposes by a model of the scores so far: a tree-structured Parzen estimator, or a Gaussian process, which suits
-    few trials."""
+    """Proposes by a model of the scores so far: a tree-structured Parzen estimator; a Gaussian process, which suits few
+    trials; or the normal distribution of CMA-ES, for many trials and numbers that all matter."""
 
-    name: Literal["tpe", "gp"]
+    name: Literal["tpe", "gp", "cmaes"]
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
     """Seeds the proposals."""
     startup_trials: int = Field(default=10, ge=1)
@@ -137,6 +154,16 @@ class ConfirmationConfig(Section):
     """New seeds, each for every one of them; without any, the best trial of the search wins."""
 
 
+MOST_PER_GPU = 64
+"""Trials that may share a GPU."""
+
+
+def _trials_per_gpu(value: Any) -> Any:
+    if value == "auto" or (type(value) is int and 1 <= value <= MOST_PER_GPU):
+        return value
+    raise ValueError(f"{shown(value)} is neither a number from 1 to {MOST_PER_GPU} nor auto; give one of these")
+
+
 class StudyConfig(Section):
     """The whole study."""
 
@@ -156,15 +183,18 @@ class StudyConfig(Section):
     """Trials that run at a time."""
     workers_per_trial: int = Field(default=0, ge=0, le=MAX_WORKERS)
     """0: in the trial's own process, kept for the next trial. N: that many Ray workers a trial."""
-    trials_per_gpu: int = Field(default=1, ge=1, le=64)
-    """Trials in processes of their own that share a GPU, where trials take GPUs: each may use its part of the memory.
-    `clusterns plan` says what one needs."""
+    trials_per_gpu: Annotated[int | Literal["auto"], BeforeValidator(_trials_per_gpu)] = 1
+    """Trials in processes of their own that share a GPU, where trials take GPUs, from 1 to 64: each may use its part of
+    the memory. `auto`: as many as fit, by the estimate of `clusterns plan` for the trial that needs the most."""
     sampler: Annotated[ModelSampler | PlainSampler, Discriminator("name")] = ModelSampler(name="tpe")
     """How the values of the next trial are proposed; a name alone takes its defaults."""
     scheduler: Annotated[ASHAScheduler | MedianScheduler | NoScheduler, Discriminator("name")] = NoScheduler(
         name="none"
     )
     """Which trials are stopped early; a name alone takes its defaults."""
+    minimize: Literal["seconds", "memory"] | None = None
+    """What a trial should take little of, besides a high dev score: its time, or the memory of its worker by the
+    estimate of `clusterns plan`. The sampler is told of both, and the Pareto front is shown."""
     first_points: list[dict[str, Scalar]] = Field(default_factory=list)
     """Tried first, in this order; keys that are left out are proposed by the sampler."""
     previous: list[str] = Field(default_factory=list)
@@ -202,21 +232,29 @@ class StudyConfig(Section):
     def _whole(self) -> Self:
         if not self.varied():
             raise ValueError("space varies nothing; give at least one key a type (int, float or choice)")
-        if self.trials_per_gpu > 1 and self.workers_per_trial:
+        if self.trials_per_gpu != 1 and self.workers_per_trial:
             raise ValueError(
                 f"trials_per_gpu is {self.trials_per_gpu} and workers_per_trial {self.workers_per_trial}: Ray workers "
                 "take whole GPUs; set workers_per_trial to 0, or leave trials_per_gpu out"
             )
-        if self.trials_per_gpu > self.concurrent_trials:
+        if self.trials_per_gpu != "auto" and self.trials_per_gpu > self.concurrent_trials:
             raise ValueError(
                 f"trials_per_gpu is {self.trials_per_gpu}, but only {self.concurrent_trials} run at a time "
                 "(concurrent_trials); raise that, or lower trials_per_gpu"
             )
-        if self.previous and isinstance(self.sampler, PlainSampler):
+        if self.stop.gain == "noise" and not self.race.seeds:
             raise ValueError(
-                f"previous is of no use to the sampler {self.sampler.name}, which looks at no scores; use tpe or gp, "
-                "or leave it out"
+                "stop.gain is noise, which is measured where trials race; give race.seeds, or a number of points"
             )
+        if self.previous and self.sampler.name not in ("tpe", "gp"):
+            raise ValueError(
+                f"previous is of no use to the sampler {self.sampler.name}, which looks at no scores of other studies; "
+                "use tpe or gp, or leave it out"
+            )
+        if self.sampler.name == "cmaes":
+            self._suits_cmaes()
+        if self.minimize is not None:
+            self._has_two_objectives()
         if self.sampler.name == "grid":
             for name, parameter in self.varied().items():
                 if parameter.grid() is None:
@@ -224,6 +262,32 @@ class StudyConfig(Section):
         elif not self.budget.limits():
             raise ValueError("budget is empty; give trials, hours, worker_hours or cost")
         return self
+
+    def _suits_cmaes(self) -> None:
+        varied = self.varied()
+        for name, parameter in varied.items():
+            if isinstance(parameter, ChoiceParameter) or parameter.when:
+                raise ValueError(
+                    f"space.{name} is a choice or has `when`, and sampler cmaes moves numbers that all matter; use tpe "
+                    "or gp, or leave the key out"
+                )
+        if len(varied) < 2:
+            raise ValueError("sampler cmaes needs two keys that vary; use tpe or gp, or add one")
+
+    def _has_two_objectives(self) -> None:
+        wrong = {
+            f"sampler {self.sampler.name}": self.sampler.name == "cmaes",
+            f"scheduler {self.scheduler.name}": self.scheduler.name != "none",
+            "stop.after": self.stop.after is not None,
+            "race.seeds": self.race.seeds,
+            "confirmation.seeds": self.confirmation.seeds,
+            "previous": self.previous,
+        }
+        for what in (what for what, is_set in wrong.items() if is_set):
+            raise ValueError(
+                f"minimize is {self.minimize}, so that no one trial is the best, and {what} goes by the score alone; "
+                f"leave out one of the two"
+            )
 
     def varied(self) -> dict[str, Varied]:
         return {name: p for name, p in self.space.items() if not isinstance(p, FixedParameter)}
@@ -266,6 +330,8 @@ class Study:
         studies, roles, the race's seeds and confirmation may change later."""
         values = self.config.model_dump(mode="json", by_alias=True, exclude_unset=True)
         kept = {key: getattr(self.config, key).model_dump(mode="json") for key in ("sampler", "scheduler")}
+        if self.config.minimize is not None:
+            kept["minimize"] = self.config.minimize
         return compared({"base": self.base.identity(), "space": values["space"], **kept})
 
 
@@ -328,6 +394,11 @@ def check_study(values: dict[str, Any], path: Path, overrides: Iterable[str] = (
         raise ConfigError(
             f"{path}: the base configuration has no evaluation.sts, so trials have no score. Give it a directory of "
             "TASK/SUBSET.jsonl files, or `structure`."
+        )
+    if config.sampler.name == "cmaes" and find_spec("cmaes") is None:
+        raise ConfigError(
+            f"{path}: sampler cmaes needs the package cmaes, which is not installed: pip install -c constraints.txt "
+            "'.[cmaes]', or use tpe or gp."
         )
     if base.seed in config.race.seeds:
         raise ConfigError(

@@ -30,9 +30,10 @@ GRID_POINTS = 10_000
 WORDS = {
     "role": ("scientific", "nuisance", "fixed"),
     "type": ("int", "float", "choice"),
-    "sampler": ("tpe", "gp", "random", "qmc", "grid"),
+    "sampler": ("tpe", "gp", "cmaes", "random", "qmc", "grid"),
     "scheduler": ("asha", "median", "none"),
     "storage": ("sqlite", "journal"),
+    "minimize": ("seconds", "memory"),
 }
 """The keys of a study that take one of a few words."""
 

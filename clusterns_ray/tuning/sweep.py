@@ -28,9 +28,10 @@ from clusterns_ray.launch.preflight import check_data, check_encoder, check_stor
 from clusterns_ray.launch.ray_cluster import check_ray_directory
 from clusterns_ray.launch.staging import stage
 from clusterns_ray.tuning.events import StudyChecked, TrialBegan, TrialFailed, TrialScored
-from clusterns_ray.tuning.job import Evaluation, Failed, Finished, Job, Result
-from clusterns_ray.tuning.optuna_study import OptunaStudy, Proposal, enqueued_points
+from clusterns_ray.tuning.job import Evaluation, Failed, Finished, GpuShare, Job, Result
+from clusterns_ray.tuning.optuna_study import PER_GPU, OptunaStudy, Proposal, enqueued_points
 from clusterns_ray.tuning.outcome import check_not_finalized, encoder_key, write_outcome
+from clusterns_ray.tuning.packing import trial_bytes
 from clusterns_ray.tuning.previous import PREVIOUS, about_earlier
 from clusterns_ray.tuning.runs import (
     PlannedRun,
@@ -110,12 +111,13 @@ def run_on_ray(sweep: Sweep) -> None:
     from clusterns_ray.tuning.tune_runner import Pool
 
     study, runtime = sweep.study, sweep.study.base.runtime
-    with cluster(study, sweep.note, begun=bool(sweep.optuna_study.trials())) as use_gpu:
+    with cluster(study, sweep.note, begun=bool(sweep.optuna_study.trials())) as share:
         sweep.prepare()
-        sweep.use_gpu = use_gpu
+        sweep.share = share
+        sweep.optuna_study.remember(PER_GPU, share.trials)
         sweep.on_event = with_trial_gauges(sweep.on_event, study.config.name)
         with Pool(
-            resources=trial_resources(study, use_gpu),
+            resources=trial_resources(study, share),
             max_failures=runtime.max_failures,
             directory=study.directory / "ray",
             start_timeout_s=runtime.start_timeout_s,
@@ -157,7 +159,7 @@ class Sweep:
     def __init__(self, study: Study, optuna_study: OptunaStudy, on_event: OnEvent) -> None:
         self.study, self.optuna_study, self.on_event = study, optuna_study, on_event
         self.note = notes_to(on_event)
-        self.use_gpu = False
+        self.share = GpuShare()
         self.live: set[str] = set()
         """Names of the jobs that run."""
         self._half_done = [trial.number for trial in optuna_study.running()]
@@ -238,14 +240,16 @@ class Sweep:
             self.note(f"{(runs / name).address} is of another configuration, or damaged; it is replaced.")
             runs.remove(name)
         (runs / name).write("config.yaml", dump_config(config))
+        if number is not None and self.study.config.minimize == "memory":
+            self.optuna_study.note_memory(number, trial_bytes(config, gpu=self.share.use_gpu))
         _, staged = self._data(config)
         before = self._scores_before().get(encoder_key(config))
         known_step = None
         if number is not None:
             known_step = -1 if before is None else self.optuna_study.known_step(number)
         self.live.add(name)
-        shared = self.study.config.trials_per_gpu
-        job = Job(name, number, overrides, config, staged, self.use_gpu, shared, before, known_step)
+        share = self.share
+        job = Job(name, number, overrides, config, staged, share.use_gpu, share.trials, before, known_step)
         self.on_event(TrialBegan(name, overrides))
         return job
 

@@ -13,11 +13,7 @@ from torch.utils._pytree import tree_leaves
 from clusterns_ray.clustering.bank import Bank
 from clusterns_ray.config import Config, TrainConfig, make_config
 from clusterns_ray.errors import ConfigError
-from clusterns_ray.launch.trainer import train
-from clusterns_ray.losses import BLOCK
-from clusterns_ray.models.backbone import load_language_model
-from clusterns_ray.models.encoder import Encoder
-from clusterns_ray.ops.estimates import (
+from clusterns_ray.launch.estimates import (
     FLOAT,
     ModelSize,
     bank_bytes,
@@ -27,6 +23,10 @@ from clusterns_ray.ops.estimates import (
     run_bytes,
     worker_memory,
 )
+from clusterns_ray.launch.trainer import train
+from clusterns_ray.losses import BLOCK
+from clusterns_ray.models.backbone import load_language_model
+from clusterns_ray.models.encoder import Encoder
 from clusterns_ray.training.collate import DropoutKeys, Shard
 from clusterns_ray.training.mlm import IGNORED
 from clusterns_ray.training.objective import TwoViews

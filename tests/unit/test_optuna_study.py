@@ -17,6 +17,7 @@ from optuna.trial import TrialState
 
 from clusterns_ray.errors import ClusterNSError, ConfigError
 from clusterns_ray.tuning.job import Evaluation, Finished
+from clusterns_ray.tuning.objectives import pareto_front
 from clusterns_ray.tuning.optuna_study import OptunaStudy, Proposal
 from clusterns_ray.tuning.previous import about_earlier, earlier_trials
 from clusterns_ray.tuning.study import Study, check_study
@@ -131,6 +132,64 @@ def test_the_same_seed_proposes_the_same(make: Any, sampler: str) -> None:
     assert first == params("b", 0)
     assert first != params("c", 1)
     assert len({str(point) for point in first}) == 6, "a point was proposed twice"
+
+
+def test_cmaes_moves_towards_the_best_and_is_the_same_after_every_kill(make: Any) -> None:
+    pytest.importorskip("cmaes")
+    space = {RATE: SPACE[RATE], "loss.temperature": {"type": "float", "low": 0.01, "high": 1.0, "log": True}}
+    values = {"space": space, "scheduler": "none", "sampler": {"name": "cmaes", "startup_trials": 4}}
+
+    def driven(name: str, trials: int, each: int) -> list[tuple[float, dict[str, Any]]]:
+        """A new process takes over after every few trials."""
+        for budget in range(each, trials + 1, each):
+            optuna_study = OptunaStudy(make(name, budget={"trials": budget}, **values))
+            while not optuna_study.budget_spent():
+                proposal = optuna_study.propose()
+                away = [
+                    math.log10(proposal.overrides[key]) - best
+                    for key, best in ((RATE, -4.2), ("loss.temperature", -1.3))
+                ]
+                optuna_study.complete(proposal.number, Finished(-sum(x * x for x in away), 8, (), 1.0))
+        return [(trial.value or 0.0, trial.params) for trial in optuna_study.trials()]
+
+    whole = driven("whole", 60, 60)
+    assert driven("killed", 60, 1) == whole
+    early, late = ([value for value, _ in whole[at : at + 20]] for at in (0, 40))
+    assert sum(late) > sum(early) / 4, (sum(late), sum(early))
+
+
+# ---- two objectives -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", quick_first(["tpe", "gp"], 1))
+def test_two_objectives_find_more_of_the_front_than_one(make: Any, sampler: str) -> None:
+    """The higher the rate the better, and the longer it takes: the front is all of one number of clusters."""
+
+    def drive_costs(name: str, **changes: Any) -> list[tuple[float, float]]:
+        settings = {"name": sampler, "startup_trials": 6}
+        optuna_study = OptunaStudy(make(name, sampler=settings, scheduler="none", budget={"trials": 30}, **changes))
+        while not optuna_study.budget_spent():
+            proposal = optuna_study.propose()
+            rate = math.log10(proposal.overrides[RATE]) + 5
+            worse = {0: 0.0, 16: 1.0, 32: 2.0}[proposal.overrides["clustering.num_clusters"]]
+            optuna_study.complete(proposal.number, Finished(70 + rate - worse, 8, (), 10 + 10 * rate))
+        return [(trial.value or 0.0, trial.user_attrs["seconds"]) for trial in optuna_study.trials()]
+
+    def covered(points: list[tuple[float, float]]) -> float:
+        """The area that the front dominates, of scores from 68 and of seconds up to 30."""
+        best = [points[n] for n in pareto_front(points)]
+        edges = [*(seconds for _, seconds in best[1:]), 30.0]
+        return sum((value - 68) * (edge - seconds) for (value, seconds), edge in zip(best, edges))
+
+    two = drive_costs("two", minimize="seconds")
+    assert covered(two) > covered(drive_costs("one"))
+    with pytest.raises(ConfigError, match="minimize was 'seconds' and is now None"):
+        OptunaStudy(make("two", sampler={"name": sampler, "startup_trials": 6}, scheduler="none"))
+
+
+def test_the_pareto_front() -> None:
+    points = [(70.0, 5.0), (71.0, 5.0), (71.0, 6.0), (69.0, 4.0), (69.0, 4.0), (72.0, 9.0), (60.0, 9.0)]
+    assert pareto_front(points) == [3, 1, 5] and pareto_front([]) == []
 
 
 @pytest.mark.slow

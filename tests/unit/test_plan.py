@@ -25,8 +25,9 @@ from clusterns_ray.data.prepare import Prepared, prepare
 from clusterns_ray.data.sampler import BatchOrder
 from clusterns_ray.data.token_store import TokenStore
 from clusterns_ray.errors import ConfigError, DataError
+from clusterns_ray.launch.estimates import step_memory
 from clusterns_ray.ops.plan import step as step_model
-from clusterns_ray.ops.plan.predict import Machine, memory, plan, step_seconds
+from clusterns_ray.ops.plan.predict import Machine, plan, step_seconds
 from clusterns_ray.ops.plan.quantities import bytes_text, duration_text, read_quantity, read_workers
 from clusterns_ray.ops.plan.step import EncoderWork, Exchange, Network
 from clusterns_ray.ops.plan.workload import Workload, encoder_work, sampled_batches, workload
@@ -266,8 +267,12 @@ def test_parameters_and_checkpoint_are_those_of_a_run(make: Callable[..., Config
     assert found["checkpoint_bytes"] < file.stat().st_size < found["checkpoint_bytes"] + 700 * tensors + 4096
 
 
+def memory(work: Workload, workers: int, gpu: bool = False) -> dict[str, int]:
+    return step_memory(work.size, work.config, workers, gpu=gpu)
+
+
 def test_memory_that_is_of_the_whole_batch_does_not_shrink(work: Workload):
-    one, two, eight = (memory(work, n, gpu=False) for n in (1, 2, 8))
+    one, two, eight = (memory(work, n) for n in (1, 2, 8))
     assert one["keys"] == 4 * 32 * WIDTH * 4 and two["keys"] == eight["keys"] == 2 * one["keys"]
     assert one["clusters"] == eight["clusters"] == 4 * 6 * WIDTH * 4
     assert one["optimizer"] == eight["optimizer"] == 8 * work.size.trained

@@ -164,6 +164,30 @@ def test_what_the_sampler_sees() -> None:
     assert racing.merge_seeds(alone, SEEDS[0]) == alone
 
 
+def test_noise_is_that_of_one_seed() -> None:
+    """Of pairs of equal trials one in twenty lies further above the other."""
+    draw, further = random.Random(5), []
+    for _ in range(300):
+        runs = [run(number, draw.gauss(70, 0.1)) for number in range(4)]
+        for number in range(3):
+            for seed in SEEDS[1:]:
+                runs.append(run(len(runs), draw.gauss(70 + seed, 0.1), of=(number, seed)))
+        limit = racing.noise(runs, SEEDS)
+        further.append(sum(draw.gauss(0, 0.1 * 2**0.5) > limit for _ in range(20)) / 20)
+    assert 0.03 < statistics.fmean(further) < 0.07
+    assert racing.noise(runs[:4], SEEDS) == 0.0, "nothing was repeated"
+
+
+def test_a_study_stops_where_gains_are_noise(write_study: Callable[..., Path]) -> None:
+    file = write_study(**{**RACE, "budget": {"trials": 60}, "stop": {"after": 5, "gain": "noise"}})
+    study, _ = raced(file)
+    optuna_study = OptunaStudy(study)
+    reason = optuna_study.ended_by() or ""
+    limit = racing.noise(optuna_study.trials(), study.seeds)
+    assert f"by more than {limit:.2g}, the noise of a seed (stop.after)" in reason and len(story(study)) < 60
+    assert 0.05 < limit < 0.3, "differences of two scores with a deviation of 0.05 each"
+
+
 @pytest.mark.parametrize("state", ["PRUNED", "FAIL", "RUNNING"])
 def test_a_trial_without_its_last_run_gets_no_further_seed_and_does_not_lead(state: str) -> None:
     runs = [run(number, 70.0 - number) for number in range(9)]

@@ -110,9 +110,21 @@ def test_a_point_may_leave_keys_to_the_sampler(path: Path) -> None:
 def test_the_shipped_studies_are_sound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLUSTERNS_DATA", "/data")
     files = sorted((Path(__file__).parents[2] / "experiments" / "studies").glob("*.yaml"))
-    assert len(files) == 3
+    assert len(files) == 5
     for file in files:
         assert load_study(file).config.name == file.stem
+
+
+def test_cmaes_needs_numbers_and_its_package(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {**STUDY, "sampler": "cmaes", "space": {"train.learning_rate": RATE}}
+    with pytest.raises(ConfigError, match="sampler cmaes needs two keys that vary"):
+        check_study(copy.deepcopy(values), path)
+    values["space"] = {**values["space"], "loss.temperature": {"type": "float", "low": 0.02, "high": 0.1}}
+    with pytest.raises(ConfigError, match="previous is of no use to the sampler cmaes"):
+        check_study(copy.deepcopy({**values, "previous": ["x"]}), path)
+    monkeypatch.setattr("clusterns_ray.tuning.study.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs the package cmaes, .*: pip install -c constraints.txt '\.\[cmaes\]'"):
+        check_study(copy.deepcopy(values), path)
 
 
 RATE = STUDY["space"]["train.learning_rate"]
@@ -128,12 +140,23 @@ WRONG = [
     ({"budget": {"price": 2}}, "budget is empty; give trials, hours, worker_hours or cost"),
     ({"budget": {"cost": 2}}, "budget: cost needs a price; give what a worker costs for an hour"),
     ({"stop": {"after": 0}}, "stop.after is 0"),
+    ({"stop": {"after": 3, "gain": "noise"}}, "stop.gain is noise, which is measured where trials race; give race.s"),
+    ({"stop": {"after": 3, "gain": "nose"}}, "stop.gain: 'nose' is neither a number of at least 0 nor noise; give"),
+    ({"stop": {"after": 3, "gain": -1}}, "stop.gain: -1 is neither"),
+    ({"minimize": "time"}, "minimize is 'time'; it must be seconds or memory."),
+    ({"minimize": "seconds"}, "no one trial is the best, and confirmation.seeds goes by the score alone"),
+    ({"minimize": "memory", "confirmation": None, "race": {"seeds": [1]}}, "and race.seeds goes by the score alone"),
+    ({"minimize": "seconds", "confirmation": None, "scheduler": "asha"}, "minimize is seconds, so that no one trial is "
+     "the best, and scheduler asha goes by the score alone; leave out one of the two"),
+    ({"minimize": "seconds", "confirmation": None, "stop": {"after": 2}}, "and stop.after goes by the score alone"),
+    ({"minimize": "seconds", "confirmation": None, "previous": ["x"]}, "and previous goes by the score alone"),
+    ({"sampler": "cmaes"}, "space.clustering.start_cosine is a choice or has `when`, and sampler cmaes moves numbers"),
     ({"stop": {"afer": 3}}, "unknown key stop.afer: did you mean after?"),
     ({"budget": {"trials": 0}}, "budget.trials is 0"),
     ({"budget": {"trials": "many"}}, "budget.trials is 'many'"),
-    ({"sampler": "gird"}, "sampler is 'gird'; it must be tpe, gp, random, qmc or grid."),
-    ({"sampler": {"seed": 1}}, "sampler.name is missing; it must be tpe, gp, random, qmc or grid."),
-    ({"sampler": ["tpe"]}, "sampler is ['tpe']; it must be tpe, gp, random, qmc or grid."),
+    ({"sampler": "gird"}, "sampler is 'gird'; it must be tpe, gp, cmaes, random, qmc or grid."),
+    ({"sampler": {"seed": 1}}, "sampler.name is missing; it must be tpe, gp, cmaes, random, qmc or grid."),
+    ({"sampler": ["tpe"]}, "sampler is ['tpe']; it must be tpe, gp, cmaes, random, qmc or grid."),
     ({"scheduler": "hyperband"}, "scheduler is 'hyperband'; it must be asha, median or none."),
     ({"scheduler": 3}, "scheduler is 3; it must be asha, median or none."),
     ({"storage": "mysql"}, "storage is 'mysql'; it must be sqlite or journal."),
@@ -143,6 +166,9 @@ WRONG = [
     ({"concurrent_trials": 0}, "concurrent_trials is 0"),
     ({"trials_per_gpu": 2}, "trials_per_gpu is 2, but only 1 run at a time"),
     ({"trials_per_gpu": 2, "concurrent_trials": 2, "workers_per_trial": 1}, "Ray workers take whole GPUs"),
+    ({"trials_per_gpu": "auto", "workers_per_trial": 1}, "trials_per_gpu is auto and workers_per_trial 1"),
+    ({"trials_per_gpu": 0}, "trials_per_gpu: 0 is neither a number from 1 to 64 nor auto"),
+    ({"trials_per_gpu": "many"}, "trials_per_gpu: 'many' is neither"),
     ({"workers_per_trial": 3}, "runtime.num_workers allows 3 workers, which does not divide train.shards (4)"),
     ({"set": {"train.max_stps": 3}}, "unknown key train.max_stps in set: did you mean train.max_steps?"),
     ({"set": {"train.max_steps": -3}}, "train.max_steps is -3"),

@@ -209,7 +209,7 @@ def test_figures_show_their_trials(record: StudyRecord) -> None:
     slices = charts.slice_chart(record, START)
     assert len(slices["data"][0]["x"]) == sum(START in t.values for t in by_state["COMPLETE"])
     assert len(slices["data"][1]["x"]) == sum(START in t.values for t in by_state["PRUNED"])
-    costs = {trace["name"]: trace for trace in charts.cost(record.trials)["data"]}
+    costs = {trace["name"]: trace for trace in charts.cost(record)["data"]}
     assert costs["pruned, at its last score"]["y"] == [t.score for t in by_state["PRUNED"]]
     surface = charts.contour(record, RATE, SCHEDULE)
     assert surface is not None and len(surface["data"][1]["x"]) == len(record.finished)

@@ -17,9 +17,9 @@ from clusterns_ray import Encoder, train
 from clusterns_ray.config import Config, TrainConfig, make_config
 from clusterns_ray.data.prepare import prepare
 from clusterns_ray.errors import ConfigError
+from clusterns_ray.launch.estimates import model_size, worker_memory
 from clusterns_ray.launch.staging import stage, unstage
 from clusterns_ray.losses import rank_distillation_share
-from clusterns_ray.ops.estimates import model_size, worker_memory
 from clusterns_ray.training.collate import DropoutKeys, Shard
 from clusterns_ray.training.metrics import read_metrics
 from clusterns_ray.training.teacher import Teacher

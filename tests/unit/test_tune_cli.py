@@ -25,12 +25,15 @@ from clusterns_ray.evaluation.sts import TASKS
 from clusterns_ray.io.files import write_manifest
 from clusterns_ray.io.object_store import Place
 from clusterns_ray.launch.staging import run_directory
+from clusterns_ray.report import study_charts as charts
 from clusterns_ray.report.study import study_page
 from clusterns_ray.tuning import distributed_trial
 from clusterns_ray.tuning.analysis import read_study
 from clusterns_ray.tuning.job import Evaluation, Failed, Finished, Job
+from clusterns_ray.tuning.objectives import pareto_front
 from clusterns_ray.tuning.optuna_study import OptunaStudy
 from clusterns_ray.tuning.outcome import write_outcome
+from clusterns_ray.tuning.packing import trial_bytes
 from clusterns_ray.tuning.study import Study, check_study, dump_study, load_study
 from clusterns_ray.tuning.study_file import read_optuna_study
 from clusterns_ray.tuning.sweep import Sweep, owner, tune
@@ -454,6 +457,36 @@ def test_the_result_in_words(done: Any) -> None:
     assert ("Not to be told apart" in lines[-1]) == bool(result["not_told_apart"])
     said = " ".join(lines)
     assert "the untrained encoder (" in said and "the base configuration (" in said and "over the dev pairs" in said
+
+
+@pytest.mark.parametrize("minimize", ["seconds", "memory"])
+def test_what_is_shown_of_two_objectives(
+    write_study: Callable[..., Path], clusterns: Callable[..., Result], minimize: str
+) -> None:
+    file = write_study(minimize=minimize, confirmation={"top": 1}, budget={"trials": 5}, sampler="random")
+    sweep = sweep_of(load_study(file))
+    drive(sweep, Invented)
+    study, trials = sweep.study, sweep.optuna_study.trials()
+    study.home.write("study.yaml", dump_study(study))
+    result = write_outcome(study, sweep.optuna_study)
+    if minimize == "memory":
+        config = study.space.config(trials[1].params)
+        assert trials[1].user_attrs["memory"] == trial_bytes(config, gpu=False) > 700 << 20
+    taken = {trial.number: (trial.value or 0.0, trial.user_attrs[minimize]) for trial in trials}
+    numbers = [point["trial"] for point in result["front"]]
+    assert numbers == [list(taken)[n] for n in pareto_front(list(taken.values()))]
+    assert [(p["score"], p[minimize]) for p in result["front"]] == [taken[number] for number in numbers]
+    assert result["winner"]["trial"] == numbers[-1]
+    (line,) = [line for line in render_result(result) if line.startswith(f"Pareto front of score and {minimize}: ")]
+    assert f"trial {numbers[0]} {taken[numbers[0]][0]:.2f} with " in line
+    table = clusterns("tune", file, "--status").stdout
+    assert table.count("front  ") == len(numbers) and ("GiB" in table) == (minimize == "memory")
+    record = read_study(study.directory)
+    traces = {trace["name"]: trace for trace in charts.cost(record)["data"]}
+    assert traces["Pareto front"]["y"] == [taken[number][0] for number in numbers]
+    page = study_page(record, result)
+    (shown,) = [table for section in page.sections if section.anchor == "trials" for table in section.tables]
+    assert [str(row[0]) for row in shown.rows if row[1] == "front"] == list(map(str, reversed(numbers)))
 
 
 def test_what_is_said_of_earlier_studies(

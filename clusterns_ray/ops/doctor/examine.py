@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,12 @@ def read_request(path: Path, overrides: Iterable[str], load_study: LoadStudy) ->
     values = load_yaml(read_yaml_text("The configuration", path), str(path))
     if isinstance(values, dict) and "space" in values:
         study = load_study(path, overrides)
-        of_study = {"concurrent": study.config.concurrent_trials, "shared_by": study.config.trials_per_gpu}
-        return Request(study.base, study=True, **of_study)
+        shared_by, choose = study.config.trials_per_gpu, None
+        if shared_by == "auto":
+            from clusterns_ray.tuning.packing import choose_trials_per_gpu
+
+            shared_by, choose = 1, partial(choose_trials_per_gpu, study)
+        return Request(study.base, True, study.config.concurrent_trials, shared_by, choose)
     return Request(load_config(path, overrides))
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import ipaddress
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from clusterns_ray.errors import ClusterNSError, ConfigError
 from clusterns_ray.io.object_store import is_url
 from clusterns_ray.launch.capacity import ClusterCapacity, check_room, wants_gpu, worker_resources, workers_on
+from clusterns_ray.launch.estimates import checkpoint_bytes, run_bytes, step_memory
 from clusterns_ray.ops.doctor.findings import Finding, count_text, from_error, ok, problem, size_text, warning
 from clusterns_ray.ops.doctor.request import Request, Sizes
-from clusterns_ray.ops.estimates import bank_bytes, checkpoint_bytes, run_bytes, worker_memory
 
 NEARLY = 0.8
 """The share of what is free above which a need gives a warning."""
@@ -108,6 +108,8 @@ def check_facts(
     if request is not None and cluster.machines:
         yield from check_storage(request, cluster)
         yield from check_models(cluster)
+        request, findings = check_sharing(request, cluster, sizes)
+        yield from findings
         yield from check_resources(request, cluster)
         yield from check_memory(request, cluster, sizes)
     if request is not None:
@@ -295,6 +297,27 @@ def check_faiss(cluster: Cluster) -> list[Finding]:
 # ---- room -----------------------------------------------------------------------------------------------------------
 
 
+def check_sharing(request: Request, cluster: Cluster, sizes: Sizes) -> tuple[Request, list[Finding]]:
+    """``trials_per_gpu: auto`` as a sweep would choose it; one that says how many runs share a GPU comes back."""
+    if request.choose_shared_by is None or sizes.model is None:
+        return request, []
+    try:
+        there = gpu_memories(cluster) if takes_gpu(request, cluster) else None
+    except ConfigError:
+        return request, []  # said among the resources
+    if there is None:
+        return request, [ok("trials_per_gpu", "auto is 1, as trials take no GPU here")]
+    if not there:
+        return request, [ok("trials_per_gpu", "auto is chosen when a GPU is up: none is")]
+    number, reason = request.choose_shared_by(min(there), cluster.capacity)
+    return replace(request, shared_by=number), [ok("trials_per_gpu", reason.removeprefix("trials_per_gpu: "))]
+
+
+def gpu_memories(cluster: Cluster) -> list[int]:
+    """Bytes of memory of the GPUs that are up, as far as they say so."""
+    return [gpu["memory"] for m in cluster.machines for gpu in m.facts.get("gpus", []) if gpu["memory"]]
+
+
 def check_memory(request: Request, cluster: Cluster, sizes: Sizes) -> list[Finding]:
     """Whether the workers fit into the memory of GPUs and nodes, by the estimates."""
     if sizes.model is None:
@@ -304,14 +327,14 @@ def check_memory(request: Request, cluster: Cluster, sizes: Sizes) -> list[Findi
     except ConfigError:
         return []  # said among the resources
     config = request.config
-    need = worker_memory(sizes.model, config.train, request.fewest, gpu=gpu)
-    total = need.total + bank_bytes(sizes.model, config)
-    each = f"at most {size_text(total)} {'of GPU memory ' if gpu else ''}a worker, {size_text(need.activations)} of it "
+    need = step_memory(sizes.model, config, request.fewest, gpu=gpu)
+    total, activations = need["total"], size_text(need["activations"])
+    each = f"at most {size_text(total)} {'of GPU memory ' if gpu else ''}a worker, {activations} of it "
     each += "activations"
     remedy = "Set train.cache_chunk, lower train.global_batch_size or encoder.max_length, use more workers"
     remedy += (", set train.precision to bf16" if gpu else "") + ", or larger machines."
     if gpu:
-        there = [gpu["memory"] for m in cluster.machines for gpu in m.facts.get("gpus", []) if gpu["memory"]]
+        there = gpu_memories(cluster)
         if not there:
             return [ok("memory", f"{each}; no GPU is up to compare it with")]
         shared_by = request.shared_by

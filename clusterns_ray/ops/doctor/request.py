@@ -6,7 +6,7 @@ Each function returns findings, and refuses by raising, as everything else here 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +24,12 @@ from clusterns_ray.data.prepare import (
     most_rows,
 )
 from clusterns_ray.errors import ConfigError
+from clusterns_ray.launch.capacity import ClusterCapacity
+from clusterns_ray.launch.estimates import ModelSize, model_size
 from clusterns_ray.launch.preflight import check_encoder, check_name, check_sts
 from clusterns_ray.launch.staging import read_run_file
 from clusterns_ray.ops.doctor.findings import Finding, count_text, ok, size_text, warning
 from clusterns_ray.ops.doctor.hub import ON_THE_HUB, find_dataset, find_model, settings_of
-from clusterns_ray.ops.estimates import ModelSize, model_size
 
 SAMPLE_ROWS = 1000
 """Sentences of the corpus that are read, where a batch has no more."""
@@ -47,6 +48,9 @@ class Request:
     """Runs at the same time."""
     shared_by: int = 1
     """Runs that share a GPU."""
+    choose_shared_by: Callable[[int, ClusterCapacity], tuple[int, str]] | None = None
+    """How many share one, and why, by the memory of the smallest GPU and what the nodes hold, where `auto` asks for
+    that."""
 
     @property
     def on_ray(self) -> bool:

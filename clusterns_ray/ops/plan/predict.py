@@ -1,18 +1,18 @@
 """Memory, exchanges, time, efficiency and cost for each number of workers.
 
-Memory and disk are those of ``ops/estimates.py``, the formulas of a step those of ``step.py``; here they meet what
+Memory and disk are those of ``launch/estimates.py``, the formulas of a step those of ``step.py``; here they meet what
 there is to do (``workload.py``) and the machine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from clusterns_ray.config import Config
 from clusterns_ray.errors import ConfigError
-from clusterns_ray.ops.estimates import FLOAT, bank_bytes, checkpoint_bytes, worker_memory
+from clusterns_ray.launch.estimates import bank_bytes, checkpoint_bytes, step_memory
 from clusterns_ray.ops.plan.quantities import bytes_text, read_quantity, read_workers
 from clusterns_ray.ops.plan.step import BACKWARD, Network, exposed_seconds, nearest_possible
 from clusterns_ray.ops.plan.workload import Workload, workload
@@ -102,7 +102,7 @@ def predict(work: Workload, workers: int, machine: Machine) -> dict[str, Any]:
     return {
         "workers": workers,
         "sentences_per_worker": batch / workers,
-        "memory": memory(work, workers, gpu=machine.gpu),
+        "memory": step_memory(work.size, work.config, workers, gpu=machine.gpu),
         "flops": work.flops(workers),
         "sent_bytes": {exchange.what: exchange.sent(workers) for exchange in work.exchanges(workers, gpu=machine.gpu)},
         "seconds": seconds,
@@ -112,22 +112,6 @@ def predict(work: Workload, workers: int, machine: Machine) -> dict[str, Any]:
         "epoch_hours": hours,
         "epoch_cost": None if hours is None or machine.price is None else hours * workers * machine.price,
     }
-
-
-def memory(work: Workload, workers: int, *, gpu: bool) -> dict[str, int]:
-    """Bytes of a worker where it computes: those of ``estimates.worker_memory``, and those of the whole batch.
-
-    ``keys``: both views, B x 2 D float32, in four copies: as gathered, in canonical order, normalised, their gradient;
-    one worker has only the last two. ``clusters``: K x D float32 in four: centroids, those at the last evaluation, the
-    sums, and where they go.
-    ``bank``: that of the corpus, where there is one; on a CPU a memory-mapped file.
-    """
-    train, width = work.config.train, work.size.width
-    parts = asdict(worker_memory(work.size, train, workers, gpu=gpu))
-    parts["keys"] = FLOAT * train.global_batch_size * 2 * width * (4 if workers > 1 else 2)
-    parts["clusters"] = 4 * FLOAT * work.config.clustering.num_clusters * width
-    parts["bank"] = bank_bytes(work.size, work.config)
-    return {**parts, "total": sum(parts.values())}
 
 
 def step_seconds(work: Workload, workers: int, machine: Machine) -> dict[str, float] | None:

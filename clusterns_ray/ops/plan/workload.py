@@ -15,9 +15,9 @@ from clusterns_ray.data.prepare import cache_directory, corpus_fingerprint, load
 from clusterns_ray.data.sampler import BatchOrder, cut_shards, steps_per_epoch
 from clusterns_ray.data.token_store import TokenStore, reuse_tokens
 from clusterns_ray.errors import DataError
+from clusterns_ray.launch.estimates import ModelSize, model_size
 from clusterns_ray.models.base_model import complete
 from clusterns_ray.models.resolve import local_model_config, resolve_model
-from clusterns_ray.ops.estimates import ModelSize, model_size
 from clusterns_ray.ops.plan.quantities import bytes_text
 from clusterns_ray.ops.plan.step import (
     EncoderWork,

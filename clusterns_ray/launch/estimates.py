@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from clusterns_ray.config import Config, TrainConfig
@@ -244,6 +244,22 @@ def worker_memory(size: ModelSize, train: TrainConfig, workers: int, *, gpu: boo
         activations=size.fixed_bytes + held_shards(train, workers, gpu=gpu) * shard_bytes + size.loss_bytes,
         besides=CUDA_BYTES if gpu else PROCESS_BYTES,
     )
+
+
+def step_memory(size: ModelSize, config: Config, workers: int, *, gpu: bool) -> dict[str, int]:
+    """Bytes of a worker where it computes: those of :func:`worker_memory`, those of the whole batch, and their sum.
+
+    ``keys``: both views, B x 2 D float32, in four copies: as gathered, in canonical order, normalised, their gradient;
+    one worker has only the last two. ``clusters``: K x D float32 in four: centroids, those at the last evaluation, the
+    sums, and where they go.
+    ``bank``: that of the corpus, where there is one; on a CPU a memory-mapped file.
+    """
+    train, width = config.train, size.width
+    parts = asdict(worker_memory(size, train, workers, gpu=gpu))
+    parts["keys"] = FLOAT * train.global_batch_size * 2 * width * (4 if workers > 1 else 2)
+    parts["clusters"] = 4 * FLOAT * config.clustering.num_clusters * width
+    parts["bank"] = bank_bytes(size, config)
+    return {**parts, "total": sum(parts.values())}
 
 
 def bank_bytes(size: ModelSize, config: Config) -> int:
