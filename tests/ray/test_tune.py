@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import statistics
@@ -141,6 +142,19 @@ def test_the_same_command_again_changes_nothing(whole, ray_directory):
     again = study.tune()
     assert again.code == 0 and "is finished; raise the budget" in again.out and "Winner by" in again.out
     assert study.story() == before and len(ray_directory.sessions()) == sessions, "it started Ray for nothing"
+
+
+def test_trials_at_once_have_the_very_results_of_each_alone(make_study):
+    """Two processes at a time, one trial in each."""
+    settings = ("sampler=random", "scheduler=none", "budget.trials=3", "confirmation.seeds=[]", "train.max_steps=20")
+    alone, packed = make_study("one-by-one", *settings), make_study("packed", "concurrent_trials=2", *settings)
+    assert [study.tune().code for study in (alone, packed)] == [0, 0]
+    assert packed.story() == alone.story() and len(alone.story()) == 3
+    ended = sorted((t.datetime_start, t.datetime_complete) for t in packed.trials())
+    assert any(second[0] < first[1] for first, second in itertools.pairwise(ended)), "they did not run at once"
+    for number in range(3):
+        file = f"trials/{number:04d}/model/model.safetensors"
+        assert (packed.directory / file).read_bytes() == (alone.directory / file).read_bytes()
 
 
 def test_status_reads_the_storage_alone(whole, ray_directory):
