@@ -418,13 +418,15 @@ def test_clock() -> None:
     assert [clock(seconds) for seconds in (0, 59.9, 61, 3600, 36_061)] == shown.split()
 
 
+@pytest.mark.parametrize("seeds", [[1], []])
 def test_status_says_whether_a_study_is_at_work(
-    write_study: Callable[..., Path], clusterns: Callable[..., Result]
+    write_study: Callable[..., Path], clusterns: Callable[..., Result], seeds: list[int]
 ) -> None:
-    file = write_study()
+    file = write_study(confirmation={"seeds": seeds})
     begun(sweep_of(load_study(file)), stop_after=1)
     idle = "No process of this machine runs the study now"
-    assert idle in clusterns("tune", file, "--status").stdout
+    killed = clusterns("tune", file, "--status").stdout
+    assert idle in killed and "left" in killed and ("before confirmation" in killed) == bool(seeds)
     with owner(load_study(file)):
         said = clusterns("tune", file, "--status")
     assert said.exit_code == 0 and idle not in said.stdout
