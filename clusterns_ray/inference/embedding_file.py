@@ -20,6 +20,7 @@ from clusterns_ray.io.files import checksum_holds, with_checksum
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 FORMAT = 1
 METADATA = "clusterns_ray"
@@ -131,9 +132,9 @@ class EmbeddingFile:
         Raises:
             DataError: it is damaged.
         """
-        with readable(self.path):
-            for group in range(len(self._starts) - 1):
-                self._embeddings.read_row_group(group)
+        for group in range(len(self._starts) - 1):
+            for name in ("text", "embedding"):
+                self._column(self._embeddings, group, name)
 
     def blocks(self, rows: int = 16_384) -> Iterator[np.ndarray]:
         """All embeddings in order, float32 ``(n, D)``, about ``rows`` at a time."""
@@ -157,16 +158,22 @@ class EmbeddingFile:
         """The sentences of rows in any order: int64 ``(n,)``."""
         texts = [""] * len(rows)
         for group, places, local in self._by_group(rows):
-            with readable(self.path):
-                column = self._texts.read_row_group(group, columns=["text"]).column(0)
+            column = self._column(self._texts, group, "text")
             for place, text in zip(places.tolist(), column.take(local).to_pylist()):
                 texts[place] = text
         return texts
 
     def _vectors(self, group: int) -> np.ndarray:
-        with readable(self.path):
-            column = self._embeddings.read_row_group(group, columns=["embedding"]).column(0).combine_chunks()
+        column = self._column(self._embeddings, group, "embedding").combine_chunks()
         return column.flatten().to_numpy().reshape(-1, self.width).astype(np.float32, copy=False)
+
+    def _column(self, file: pq.ParquetFile, group: int, name: str) -> pa.ChunkedArray:
+        with readable(self.path):
+            column = file.read_row_group(group, columns=[name]).column(0)
+            rows = int(self._starts[group + 1] - self._starts[group])
+            if len(column) != rows:
+                raise ValueError(f"row group {group} has {len(column)} values of {name!r} for {rows} rows")
+        return column
 
     def _by_group(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Row groups that hold ``rows``: the group, places within ``rows``, and row numbers within the group."""
