@@ -194,7 +194,7 @@ class StudyConfig(Section):
     """Which trials are stopped early; a name alone takes its defaults."""
     minimize: Literal["seconds", "memory"] | None = None
     """What a trial should take little of, besides a high dev score: its time, or the memory of its worker by the
-    estimate of `clusterns plan`. The sampler is told of both, and the Pareto front is shown."""
+    estimate of `clusterns plan`. The sampler sees both, and the Pareto front is shown."""
     first_points: list[dict[str, Scalar]] = Field(default_factory=list)
     """Tried first, in this order; keys that are left out are proposed by the sampler."""
     previous: list[str] = Field(default_factory=list)
@@ -286,7 +286,7 @@ class StudyConfig(Section):
         for what in (what for what, is_set in wrong.items() if is_set):
             raise ValueError(
                 f"minimize is {self.minimize}, so that no one trial is the best, and {what} goes by the score alone; "
-                f"leave out one of the two"
+                "leave out one of the two"
             )
 
     def varied(self) -> dict[str, Varied]:
