@@ -211,7 +211,7 @@ class Fuzzer:
         odd = lambda: _argument(draw.choice([*PATHS, *TEXTS, *map(str, NUMBERS)]))  # noqa: E731
         commands = [
             ["plan", "base.yaml", "--workers", draw.choice(["1,,2", "0", "1e9", "²", "9" * 5000, ",", "1,2,4", "-1"])],
-            ["plan", "base.yaml", draw.choice(["--price", "--tflops", "--cores", "--sentences", "--steps"]), odd()],
+            ["plan", "base.yaml", draw.choice(["--price", "--tflops", "--sentences"]), odd()],
             ["plan", "base.yaml", draw.choice(["--bandwidth", "--latency"]), draw.choice(["1e400GB/s", "0s", odd()])],
             ["plan", odd(), "--json", odd()],
             ["encode", odd(), "corpus.txt", "-o", "case.parquet"],
