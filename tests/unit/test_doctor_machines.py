@@ -277,6 +277,17 @@ def test_memory_of_nodes(two: Cluster, run_config: Callable[..., Config], sized:
     assert levels(machines.check_memory(asked, two, sized)) == ["ok"], "one worker is there"
 
 
+def test_memory_of_what_drives_trials(two: Cluster, run_config: Callable[..., Config]) -> None:
+    two.driver["memory"] = {"total": 16 << 30, "free": 15 << 30}
+    asked = Request(run_config(runtime={"num_workers": 2}), study=True, concurrent=4)
+    assert levels(machines.check_driver_memory(asked, two)) == ["ok"]
+    assert levels(machines.check_driver_memory(replace(asked, concurrent=10), two)) == ["warning"]
+    (finding,) = machines.check_driver_memory(replace(asked, concurrent=16), two)
+    assert finding.level == "problem" and "concurrent_trials to 12 at most" in finding.remedy
+    assert levels(machines.check_driver_memory(replace(asked, concurrent=12), two)) != ["problem"], "the remedy"
+    assert machines.check_driver_memory(replace(asked, study=False), two) == []
+
+
 def test_memory_of_gpus(two: Cluster, run_config: Callable[..., Config], sized: Sizes) -> None:
     asked = Request(run_config(runtime={"num_workers": 2, "use_gpu": True}))
     assert "no GPU is up" in machines.check_memory(asked, two, sized)[0].value

@@ -21,6 +21,12 @@ NEARLY = 0.8
 TOKENS = 2.5
 """Approximate bytes of prepared text (tokens, and the text itself) for each byte of the corpus."""
 
+SWEEP_MEMORY = 1.4e9
+"""Bytes that a sweep and Ray's own processes take where the command runs (measured, docs/clusters.md)."""
+
+TRIAL_MEMORY = 1.3e9
+"""Bytes of the processes there that drive one trial with workers of its own (likewise)."""
+
 LOOK_AT_HEAD = "Look whether the head is up (`ray status`), can be reached from here, and has this version and token."
 
 
@@ -112,6 +118,7 @@ def check_facts(
         yield from findings
         yield from check_resources(request, cluster)
         yield from check_memory(request, cluster, sizes)
+        yield from check_driver_memory(request, cluster)
     if request is not None:
         yield from check_disk(request, cluster, sizes)
 
@@ -350,6 +357,19 @@ def check_memory(request: Request, cluster: Cluster, sizes: Sizes) -> list[Findi
             text = each if here == 1 else f"{each}, {here} of them"
             findings.append(_fits("memory", here * total, memory["total"], memory["free"], text, machine.name, remedy))
     return _worst(findings)
+
+
+def check_driver_memory(request: Request, cluster: Cluster) -> list[Finding]:
+    """Whether the processes that drive trials with workers of their own fit where the sweep's command runs."""
+    memory = cluster.driver.get("memory")
+    if not request.needs_state_api or memory is None:
+        return []
+    fitting = int(max(0, memory["total"] - SWEEP_MEMORY) // TRIAL_MEMORY)
+    need = SWEEP_MEMORY + TRIAL_MEMORY * request.concurrent
+    text = f"about {size_text(need)} to drive {count_text(request.concurrent, 'trial')} with workers at a time"
+    lower = f"Set concurrent_trials to {fitting} at most" if fitting else "Set workers_per_trial to 0"
+    remedy = f"{lower}, or run the command on a machine with more memory (the head)."
+    return [_fits("driver", need, memory["total"], memory["free"], text, "this machine", remedy)]
 
 
 def check_disk(request: Request, cluster: Cluster, sizes: Sizes) -> list[Finding]:
