@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import threading
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers import write_corpus, write_pairs
+from s3_server import BadHealth, s3_server
 from training_runs import Killed, kill_at
 
 from clusterns_ray.config import Config, make_config
@@ -305,6 +307,24 @@ def test_a_run_in_the_store_is_that_of_a_directory(config: Config, tmp_path: Pat
     assert any("is finished" in note for note in notes)
     with pytest.raises(ConfigError, match=r"/run' holds already with another config: seed was 3 and is now 43"):
         train(make_config({**config.resolved(), "seed": 43}))
+
+
+@pytest.mark.slow
+def test_a_run_in_a_store_in_bad_health_is_that_of_a_directory(config: Config, tmp_path: Path) -> None:
+    """Every tenth request fails, is late or breaks off, at moments nobody chose."""
+    values = config.resolved()
+    plain = train(make_config({**values, "runtime": values["runtime"] | {"storage_path": str(tmp_path / "plain")}}))
+    health = BadHealth(0.1, seed := random.SystemRandom().randrange(2**32))
+    with s3_server(health):
+        result = train(config)
+        store = Store(config.runtime.storage_path) / "run"
+        assert store.pull_directory("model", tmp_path / "pulled")
+        assert store.pull_directory("checkpoints/step-00000006", tmp_path / "checkpoint")
+        assert not [name for name in store.names() if name.startswith(".lease")]
+    assert sum(health.met.values()) >= 5, (seed, health.met)
+    assert [result[key] for key in ("sts_dev", "best_step", "steps")] == [plain["sts_dev"], plain["best_step"], 6], seed
+    for name in ("model.safetensors", "clusterns.json", "tokenizer.json"):
+        assert (tmp_path / "pulled" / name).read_bytes() == (Path(plain["model"]) / name).read_bytes(), name
 
 
 def test_training_does_not_wait_for_copies(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
