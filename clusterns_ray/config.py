@@ -376,6 +376,9 @@ class RuntimeConfig(Section):
     """One GPU a worker; if unset, GPUs are used where this machine has them."""
     cpus_per_worker: int = Field(default=1, ge=1, le=2**16)
     """CPUs reserved for each worker, which is also how many threads it computes with."""
+    label_selector: dict[str, str] = {}
+    """Labels that a node needs for workers to run on it, such as {gpu: L4} or {market: spot}; the nodes of the shipped
+    cluster files have these two."""
     storage_path: str = "runs"
     """Where runs live: on a cluster a directory that every node sees, or s3://BUCKET/PREFIX, gs://BUCKET/PREFIX."""
     local_path: str | None = None
@@ -408,6 +411,16 @@ class RuntimeConfig(Section):
     @classmethod
     def _name(cls, value: str) -> str:
         return check_file_name(value)
+
+    @field_validator("label_selector")
+    @classmethod
+    def _labels(cls, value: dict[str, str]) -> dict[str, str]:
+        for key, wanted in value.items():
+            if not re.fullmatch(r"([a-z0-9.-]+/)?[A-Za-z0-9][\w.-]*", key) or not re.fullmatch(
+                r"[A-Za-z0-9][\w.-]*", wanted
+            ):
+                raise ValueError(f"{key}: {wanted} is no label and its value; both are letters, digits, dots, dashes")
+        return value
 
     @field_validator("storage_path", "local_path")
     @classmethod

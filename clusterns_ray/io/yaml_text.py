@@ -125,14 +125,15 @@ class LimitedLoader(yaml.SafeLoader):
         _check_size(node, {}, ())
         return node
 
-    def flatten_mapping(self, node: Any) -> None:
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)  # as it is written: what is merged in later may be given anew
         seen: set[tuple[str, str]] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if (key.tag, key.value) in seen and key.tag != _TAG + "merge":
                     raise LimitError(problem=f"the key {key.value[:100]!r} is there twice", problem_mark=key.start_mark)
                 seen.add((key.tag, key.value))
-        super().flatten_mapping(node)
+        return node
 
     def construct_scalar(self, node: Any) -> Any:
         value = super().construct_scalar(node)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from clusterns_ray.errors import ConfigError
@@ -17,6 +17,9 @@ Resources = Mapping[str, float]
 
 HEAD = "node:__internal_head__"
 """The resource by which Ray marks the head."""
+
+ANY: Mapping[str, str] = {}
+"""The label selector that every node meets."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class ClusterCapacity:
     """of all types together, without the head"""
     failure: str | None = None
     """why the autoscaler starts nothing more, where it has failed"""
+    label_selector: Mapping[str, str] = field(default_factory=dict[str, str])
+    """labels that all of these nodes have; others are left out"""
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> ClusterCapacity:
@@ -111,7 +116,8 @@ class ClusterCapacity:
     def describe(self) -> str:
         """Say, for messages, what is up, which autoscaler there is, and what it may start."""
         has = ", ".join(f"{sum(node.get(key, 0) for node in self.nodes):g} {key}" for key in ("CPU", "GPU"))
-        text = f"{_count(len(self.nodes), 'node')} with {has}"
+        labels = "".join(f"{key}={value}, " for key, value in self.label_selector.items())
+        text = f"{_count(len(self.nodes), 'node')} with {labels}{has}"
         if self.autoscaler == 0:
             return f"{text}, and no autoscaler"
         text += f", and an autoscaler (version {self.autoscaler})"
@@ -125,8 +131,11 @@ class ClusterCapacity:
         return f"{text} that may start {types or 'nothing'}"
 
 
-def node_types(config: Mapping[str, Any]) -> tuple[tuple[NodeType, ...], int | None]:
-    """The worker types of an autoscaler's configuration, and the most workers that it allows together.
+def node_types(
+    config: Mapping[str, Any], label_selector: Mapping[str, str] = ANY
+) -> tuple[tuple[NodeType, ...], int | None]:
+    """The worker types of an autoscaler's configuration that have the labels, and the most workers that it allows
+    together.
 
     Args:
         config: as Ray's autoscaler reads it, of the cluster launcher or derived from a RayCluster.
@@ -134,7 +143,7 @@ def node_types(config: Mapping[str, Any]) -> tuple[tuple[NodeType, ...], int | N
     most = config.get("max_workers")
     types = []
     for name, kind in (config.get("available_node_types") or {}).items():
-        if name != config.get("head_node_type"):
+        if name != config.get("head_node_type") and label_selector.items() <= (kind.get("labels") or {}).items():
             resources = {
                 key: float(value)
                 for key, value in (kind.get("resources") or {}).items()
@@ -218,6 +227,8 @@ def _remedy(capacity: ClusterCapacity, worker: Resources, count: int, setting: s
         ways.append("set runtime.use_gpu to false")
     if worker.get("CPU", 0) > 1 and capacity.room({**worker, "CPU": 1.0}) >= count:
         ways.append("lower runtime.cpus_per_worker")
+    if capacity.label_selector:
+        ways.append("ask for other labels (runtime.label_selector)")
     if capacity.failure is not None:
         ways.append("start the autoscaler again")
     elif capacity.autoscaler:

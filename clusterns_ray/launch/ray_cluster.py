@@ -17,7 +17,15 @@ from clusterns_ray.config import RuntimeConfig
 from clusterns_ray.errors import ClusterNSError, ConfigError
 from clusterns_ray.io.events import OnNote
 from clusterns_ray.io.yaml_text import load_foreign_yaml
-from clusterns_ray.launch.capacity import HEAD, ClusterCapacity, check_room, node_types, wants_gpu, worker_resources
+from clusterns_ray.launch.capacity import (
+    ANY,
+    HEAD,
+    ClusterCapacity,
+    check_room,
+    node_types,
+    wants_gpu,
+    worker_resources,
+)
 
 log = logging.getLogger("cluster")
 
@@ -100,7 +108,7 @@ def check_workers(
     Raises:
         ConfigError: they do not fit (:func:`check_room`), or whether they take GPUs is not known (:func:`wants_gpu`).
     """
-    capacity = cluster_capacity()
+    capacity = cluster_capacity(runtime.label_selector)
     use_gpu = wants_gpu(runtime.use_gpu, capacity)
     worker = worker_resources(runtime.cpus_per_worker, use_gpu)
     try:
@@ -115,8 +123,8 @@ def check_workers(
     return use_gpu
 
 
-def cluster_capacity() -> ClusterCapacity:
-    """What the cluster that was joined has and may get.
+def cluster_capacity(label_selector: Mapping[str, str] = ANY) -> ClusterCapacity:
+    """What the cluster that was joined has and may get, of nodes that have the labels.
 
     Neither version of the autoscaler publishes its node types through Ray. They are in the file that it was given,
     which is read where this process runs beside it, on the head; KubeRay's are in the RayCluster resource.
@@ -124,14 +132,12 @@ def cluster_capacity() -> ClusterCapacity:
     import ray
 
     up = [node for node in ray.nodes() if node["Alive"]]
-    nodes = tuple(node["Resources"] for node in up)
+    nodes = tuple(node["Resources"] for node in up if label_selector.items() <= node["Labels"].items())
     here = ray.get_runtime_context().get_node_id()
     on_head = any(HEAD in node["Resources"] for node in up if node["NodeID"] == here)
     version, config, failure = _autoscaler(on_head)
-    if config is None:
-        return ClusterCapacity(nodes, version, node_types=None if version else (), failure=failure)
-    types, most = node_types(config)
-    return ClusterCapacity(nodes, version, types, most, failure)
+    types, most = (None if version else (), None) if config is None else node_types(config, label_selector)
+    return ClusterCapacity(nodes, version, types, most, failure, dict(label_selector))
 
 
 def _autoscaler(on_head: bool) -> tuple[int, Mapping[str, Any] | None, str | None]:

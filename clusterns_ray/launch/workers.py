@@ -68,6 +68,7 @@ def run_workers(
                 num_workers=runtime.num_workers,
                 use_gpu=use_gpu,
                 resources_per_worker=worker_resources(runtime.cpus_per_worker, use_gpu),
+                label_selector=runtime.label_selector or None,
                 elastic_resize_monitor_interval_s=runtime.resize_every_s,
             ),
             run_config=RunConfig(

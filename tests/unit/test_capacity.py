@@ -166,7 +166,20 @@ def test_the_shipped_files_offer_gpus(file: str) -> None:
     types, most = node_types(yaml.safe_load((ROOT / file).read_text()))
     capacity = ClusterCapacity((HEAD_NODE,), 1, types, most)
     assert wants_gpu(None, capacity) and capacity.room(ONE_GPU) == most
-    assert {node_type.name for node_type in types} == {"gpu_spot", "gpu_on_demand"}, "the head is no worker"
+    assert len(types) == 4 and "head" not in {node_type.name for node_type in types}, "the head is no worker"
+
+
+@pytest.mark.parametrize("file", ["cluster.yaml", "experiments/clusters/gcp.yaml"])
+def test_labels_choose_among_the_types_of_the_shipped_files(file: str) -> None:
+    config = yaml.safe_load((ROOT / file).read_text())
+    names = lambda **labels: [kind.name for kind in node_types(config, labels)[0]]  # noqa: E731
+    assert names(gpu="L4") == ["l4_spot", "l4_on_demand"]
+    assert len(names(market="spot")) == 2
+    assert names(gpu="H100") == []
+    capacity = ClusterCapacity((HEAD_NODE,), 2, *node_types(config, {"gpu": "H100"}), label_selector={"gpu": "H100"})
+    with pytest.raises(ConfigError, match=r"1 node with gpu=H100, 0 CPU, 0 GPU, .* that may start nothing") as error:
+        check_room(capacity, ONE_GPU, 1)
+    assert "runtime.label_selector" in error.value.remedy
 
 
 def test_the_shipped_ray_clusters_offer_gpus() -> None:
@@ -333,7 +346,7 @@ def test_a_ray_cluster_on_kubernetes(
 
 @pytest.fixture
 def capacity(monkeypatch: pytest.MonkeyPatch) -> Callable[[ClusterCapacity], None]:
-    return lambda value: monkeypatch.setattr(cluster, "cluster_capacity", lambda: value)
+    return lambda value: monkeypatch.setattr(cluster, "cluster_capacity", lambda labels: value)
 
 
 @pytest.mark.parametrize("version", [1, 2])

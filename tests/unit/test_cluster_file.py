@@ -17,7 +17,7 @@ from clusterns_ray.errors import ConfigError
 from clusterns_ray.launch import preemption as spot
 from clusterns_ray.ops.cluster_lint import check_cluster_file
 from clusterns_ray.ops.cluster_lint.common import pinned_versions
-from clusterns_ray.ops.cluster_lint.launcher import START_WATCHER
+from clusterns_ray.ops.cluster_lint.launcher import START_WATCHER, _is_spot
 
 ROOT = Path(__file__).parents[2]
 FILES = {
@@ -58,7 +58,7 @@ PLACES = {
     "gcp": [
         ("provider.project_id", "'my-project' is a placeholder"),
         (
-            f"{TYPES}.gpu_spot.node_config.serviceAccounts.0.email",
+            f"{TYPES}.l4_spot.node_config.serviceAccounts.0.email",
             "'clusterns-worker@my-project.iam.gserviceaccount.com' holds the placeholder 'my-project'",
         ),
     ],
@@ -136,7 +136,7 @@ def test_rays_own_schema_takes_them(name: str) -> None:
 
     complete = prepare_config(copy.deepcopy(SHIPPED[name][0]))
     validate_config(complete)
-    assert complete["available_node_types"]["gpu_spot"]["priority"] == 1
+    assert complete["available_node_types"]["l4_spot"]["priority"] == 3
 
 
 def test_what_they_say_in_words_is_so() -> None:
@@ -144,11 +144,15 @@ def test_what_they_say_in_words_is_so() -> None:
     types = aws["available_node_types"]
     assert types["head"]["resources"] == {"CPU": 0, "GPU": 0}
     assert "InstanceMarketOptions" not in types["head"]["node_config"]
-    assert types["gpu_spot"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
-    assert "InstanceMarketOptions" not in types["gpu_on_demand"]["node_config"]
-    assert types["gpu_spot"]["resources"] == types["gpu_on_demand"]["resources"], "else one could not stand in"
-    assert types["gpu_spot"]["priority"] > types["gpu_on_demand"]["priority"]
-    assert types["gpu_spot"]["min_workers"] == types["gpu_on_demand"]["min_workers"] == 0
+    for config in (aws, SHIPPED["gcp"][0]):
+        workers = {name: kind for name, kind in config["available_node_types"].items() if name != "head"}
+        by_priority = sorted(workers, key=lambda name: -workers[name]["priority"])
+        assert len(workers) == 4 and list(workers) == by_priority
+        assert [_is_spot(workers[name]) for name in by_priority] == [True, True, False, False]
+        for name, kind in workers.items():
+            assert kind["resources"] == {"CPU": 8, "GPU": 1}, "else one could not stand in"
+            assert name == "_".join(kind["labels"].values()).lower().replace("-", "_")
+            assert kind["min_workers"] == 0
     for local in aws["file_mounts"].values():
         assert local.startswith("~") or (ROOT / local).exists(), local
     gcp = SHIPPED["gcp"][0]
@@ -268,10 +272,10 @@ LAUNCHER: dict[str, tuple[Change, str, str]] = {
         "problem provider.availability_zone",
         "is us-east-1b, which is not in provider.region, us-west-2",
     ),
-    "negative min": (put(f"{TYPES} gpu_spot min_workers", -1), "problem gpu_spot", "is -1"),
-    "negative max": (put(f"{TYPES} gpu_spot max_workers", -2), "problem gpu_spot", "max_workers -2"),
-    "min above max": (put(f"{TYPES} gpu_on_demand min_workers", 3), "problem gpu_on_demand", "min_workers is 3"),
-    "machines that always run": (put(f"{TYPES} gpu_spot min_workers", 2), "warning gpu_spot.min_workers", "cost"),
+    "negative min": (put(f"{TYPES} l4_spot min_workers", -1), "problem l4_spot", "is -1"),
+    "negative max": (put(f"{TYPES} l4_spot max_workers", -2), "problem l4_spot", "max_workers -2"),
+    "min above max": (put(f"{TYPES} l4_on_demand min_workers", 3), "problem l4_on_demand", "min_workers is 3"),
+    "machines that always run": (put(f"{TYPES} l4_spot min_workers", 2), "warning l4_spot.min_workers", "cost"),
     "no cap": (drop("max_workers"), "warning max_workers", "not given"),
     "head as a worker": (put(f"{TYPES} head max_workers", 2), "problem head.max_workers", "as workers too"),
     "no idle time-out": (drop("idle_timeout_minutes"), "problem idle_timeout_minutes", "not given"),
@@ -353,7 +357,7 @@ def test_mistakes_of_google_cloud_are_found(directory: Path) -> None:
     del config["worker_start_ray_commands"][2]
     found = findings(directory, [config])
     assert [re.sub(":.*", "", line) for line in found] == ["problem worker_start_ray_commands"]
-    assert "(gpu_spot)" in found[0]
+    assert "(l4_spot, a100_spot)" in found[0] or "(a100_spot, l4_spot)" in found[0]
 
     config = copy.deepcopy(SHIPPED["gcp"][0])
     config["provider"]["availability_zone"] = "us-central1-b"  # the disks are forgotten

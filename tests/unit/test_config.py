@@ -317,11 +317,12 @@ def test_nearest_multiple(value: int, of: int, expected: int) -> None:
 def leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in values.items():
-        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
     return found
 
 
 OTHER_VALUES: dict[str, Any] = {
+    "runtime.label_selector": {"market": "spot"},
     "encoder.name": "x",
     "encoder.revision": "main",
     "encoder.num_layers": 2,

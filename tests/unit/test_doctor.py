@@ -149,7 +149,8 @@ def test_a_cluster_that_cannot_be_joined(monkeypatch: pytest.MonkeyPatch, addres
     monkeypatch.setenv("RAY_ADDRESS", address)
     node = {"directories": {}, "tokens": {}, "store": None, "local_path": None, "model": None}
     facts: list[dict[str, Any]] = []
-    inspection.inspect({"node": node, "ray": True, "cpus": 1, "state_api": False, "seconds": 5.0}, facts.append)
+    request = {"node": node, "ray": True, "cpus": 1, "label_selector": {}, "state_api": False, "seconds": 5.0}
+    inspection.inspect(request, facts.append)
     (finding,) = (each for each in machines.check_facts(None, facts, Sizes(), joined=True) if each.what == "cluster")
     assert finding.level == "problem" and says in finding.value and remedy in finding.remedy
 

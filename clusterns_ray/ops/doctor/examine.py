@@ -178,6 +178,7 @@ def _inspect(asked: Request | None, deadline: float, facts: list[dict[str, Any]]
         wanted = {
             "ray": on_ray,
             "cpus": 1 if asked is None else asked.most * asked.concurrent * asked.config.runtime.cpus_per_worker,
+            "label_selector": asked.config.runtime.label_selector if asked else {},
             "state_api": asked is not None and asked.needs_state_api,
             "seconds": max(seconds - 10, seconds / 2),
             "node": _node_request(None if asked is None else asked.config, on_ray, stack),

@@ -65,7 +65,7 @@ def _inspect_nodes(request: dict[str, Any], on_fact: OnFact) -> None:
         {
             "kind": "cluster",
             "nodes": [{name: node[key] for name, key in keys.items()} for node in nodes],
-            "capacity": cluster_capacity().values(),
+            "capacity": cluster_capacity(request["label_selector"]).values(),
             "authenticated": is_token_auth_enabled(),
         }
     )
