@@ -470,6 +470,15 @@ class Config(Section):
     runtime: RuntimeConfig = RuntimeConfig()
 
     @model_validator(mode="after")
+    def _labels_of_nodes(self) -> Self:
+        if self.runtime.label_selector and self.runtime.num_workers == 0:
+            raise ValueError(
+                f"runtime.label_selector is {self.runtime.label_selector}, but without Ray workers (runtime.num_workers "
+                "0) no node is chosen. Give workers, or leave the labels out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _batch_shards_workers_clusters(self) -> Self:
         batch, shards, k = self.train.global_batch_size, self.train.shards, self.clustering.num_clusters
         if batch % shards:

@@ -27,9 +27,12 @@ def test_nodes_that_share_nothing_but_a_store(
 ) -> None:
     with s3_server() as reached_by:
         nodes.env |= reached_by
-        machines = [nodes.start_head(cpus=1).directory, nodes.add("second").directory]
+        labels = "--labels=gpu=none,market=spot"
+        machines = [nodes.start_head(1, labels).directory, nodes.add("second", 1, labels).directory]
+        nodes.add("without the labels")
         url = f"s3://bucket/{tmp_path.name}"
-        run = make_run_on("stored", "runtime.num_workers=2", f"runtime.storage_path={url}")
+        selector = "runtime.label_selector={market: spot}"
+        run = make_run_on("stored", "runtime.num_workers=2", selector, f"runtime.storage_path={url}")
         said = run.train(400)
         assert said.code == 0, said.out + said.err
         assert f"Wrote {url}/stored/model" in said.out
@@ -43,7 +46,7 @@ def test_nodes_that_share_nothing_but_a_store(
     theirs = (undisturbed.directory / "model" / "model.safetensors").read_bytes()
     assert ours == theirs, "not the weights of the run on one file system"
 
-    # A worker on each, which found there what it read.
+    # A worker on each of the two, which found there what it read.
     trained = [[path.parent for path in machine.rglob("rows") if path.parent.name == "stored"] for machine in machines]
     assert [len(found) for found in trained] == [1, 1]
     steps = read_steps([directory for found in trained for directory in found])

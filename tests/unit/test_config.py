@@ -376,6 +376,7 @@ def another_value(key: str, value: Any) -> Any:
 
 
 NEEDS = {
+    "runtime.label_selector": ("runtime.num_workers=2",),
     "encoder.second_prompt": ("encoder.prompt={sentence} means",),
     "encoder.denoise": ("encoder.prompt={sentence} means", "encoder.pooling=mask"),
     "data.neighbour_distance": ("data.positives=neighbour",),
