@@ -473,8 +473,8 @@ class Config(Section):
     def _labels_of_nodes(self) -> Self:
         if self.runtime.label_selector and self.runtime.num_workers == 0:
             raise ValueError(
-                f"runtime.label_selector is {self.runtime.label_selector}, but without Ray workers (runtime.num_workers "
-                "0) no node is chosen. Give workers, or leave the labels out"
+                f"runtime.label_selector is {self.runtime.label_selector}, but runtime.num_workers is 0, so no node is "
+                "chosen. Give workers (in a study workers_per_trial), or leave the labels out"
             )
         return self
 

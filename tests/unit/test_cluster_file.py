@@ -24,6 +24,7 @@ FILES = {
     "aws": ROOT / "cluster.yaml",
     "gcp": ROOT / "experiments/clusters/gcp.yaml",
     "kubernetes": ROOT / "experiments/clusters/kuberay.yaml",
+    "skypilot": ROOT / "experiments/clusters/skypilot.yaml",
 }
 TYPES = "available_node_types"
 OWN = {"my-project": "sentences-4711", "s3://my-bucket": "s3://sentences-4711", "registry.example.com": "ghcr.io/acme"}
@@ -53,8 +54,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-PLACES = {
+PLACES: dict[str, list[tuple[str, str]]] = {
     "aws": [],
+    "skypilot": [],
     "gcp": [
         ("provider.project_id", "'my-project' is a placeholder"),
         (
@@ -174,6 +176,9 @@ COMMANDS = [
     if key.endswith("_commands")
     for command in commands
 ]
+
+
+COMMANDS += [("skypilot", SHIPPED["skypilot"][0][key]) for key in ("setup", "run")]
 
 
 @pytest.mark.parametrize(("name", "command"), COMMANDS)
@@ -350,6 +355,25 @@ def test_a_mistake_in_a_launcher_file_is_found(directory: Path, mistake: str) ->
     assert any(line.startswith(where) and words in line for line in found), found
     expected = {where, *ALSO.get(mistake, set())}
     assert [line for line in found if not line.startswith(tuple(expected))] == []
+
+
+SKYPILOT: dict[str, tuple[Change, str]] = {
+    "no token": (drop("secrets RAY_AUTH_TOKEN"), "problem secrets"),
+    "another mode": (put("envs RAY_AUTH_MODE", "disabled"), "problem secrets"),
+    "any version": (put("setup", "pip install '.[gpu]'"), "problem setup"),
+    "ends SkyPilot's Ray": (put("run", "clusterns tune x --set runtime.storage_path=y\nray stop"), "problem run"),
+    "results stay there": (put("run", "clusterns tune x"), "problem run"),
+    "no GPU": (put("resources", {"cpus": "8+"}), "problem resources"),
+}
+
+
+@pytest.mark.parametrize("mistake", SKYPILOT)
+def test_a_mistake_in_a_task_of_skypilot_is_found(directory: Path, mistake: str) -> None:
+    change, where = SKYPILOT[mistake]
+    task = copy.deepcopy(SHIPPED["skypilot"][0])
+    change(task)
+    (found,) = findings(directory, [task])
+    assert found.startswith(where)
 
 
 def test_mistakes_of_google_cloud_are_found(directory: Path) -> None:

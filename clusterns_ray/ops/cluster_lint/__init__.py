@@ -1,4 +1,4 @@
-"""Checks of a cluster file, for Ray's launcher or of KubeRay documents, before it costs anything."""
+"""Checks of a cluster file, for Ray's launcher, KubeRay or SkyPilot, before it costs anything."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from clusterns_ray.ops.cluster_lint.common import pinned_versions
 from clusterns_ray.ops.cluster_lint.kubernetes import check_documents
 from clusterns_ray.ops.cluster_lint.launcher import check_launcher
 from clusterns_ray.ops.cluster_lint.placeholders import check_placeholders
+from clusterns_ray.ops.cluster_lint.skypilot import check_task
 from clusterns_ray.ops.doctor.findings import Finding
 
 
@@ -30,9 +31,13 @@ def check_cluster_file(path: str | Path) -> list[Finding]:
     pinned = pinned_versions(path)
     if documents and all(isinstance(document, dict) and "kind" in document for document in documents):
         return check_placeholders(text) + check_documents(documents, pinned)
-    if len(documents) != 1 or not isinstance(documents[0], dict) or "provider" not in documents[0]:
+    only = documents[0] if len(documents) == 1 and isinstance(documents[0], dict) else {}
+    if "provider" not in only and not {"resources", "run"} <= only.keys():
         raise ConfigError(
             f"The cluster file {str(path)!r} is neither one for `ray up`, which has a `provider`, nor a list of "
-            "Kubernetes documents, which have a `kind`. See cluster.yaml and experiments/clusters/."
+            "Kubernetes documents, which have a `kind`, nor a task of SkyPilot, which has `resources` and `run`. See "
+            "cluster.yaml and experiments/clusters/."
         )
-    return check_placeholders(text) + check_launcher(documents[0], pinned)
+    if "provider" not in only:
+        return [*check_placeholders(text), *check_task(only)]
+    return check_placeholders(text) + check_launcher(only, pinned)
