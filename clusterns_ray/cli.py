@@ -99,12 +99,17 @@ def train(config: ConfigFile, set: Overrides = None) -> None:
 
 
 @app.command()
-def prepare(config: ConfigFile, set: Overrides = None) -> None:
+def prepare(
+    config: ConfigFile,
+    set: Overrides = None,
+    workers: Annotated[int, typer.Option(help="Number of Ray workers; 0 works in this process.")] = 0,
+) -> None:
     """Tokenise the corpus, and make the structure-graded dev set where the configuration asks for one."""
-    with readable_errors():
+    with readable_errors("behind the parts that are done" if workers else ""):
         from clusterns_ray.config import load_config
         from clusterns_ray.console.progress import progress_view
-        from clusterns_ray.data import prepare as data
+        from clusterns_ray.data.prepare import describe
+        from clusterns_ray.launch.distributed_prepare import prepare as run_preparation
         from clusterns_ray.launch.preflight import check_data, check_encoder, check_storage
 
         on_event = progress_view()
@@ -113,13 +118,13 @@ def prepare(config: ConfigFile, set: Overrides = None) -> None:
         settings = check_encoder(settings)
         check_storage(settings)
         try:
-            prepared = data.prepare(settings, on_event)
+            prepared = run_preparation(settings, on_event, workers=workers)
         finally:
             on_event.close()
-        typer.echo(data.describe(prepared.manifest))
+        typer.echo(describe(prepared.manifest))
         if settings.evaluation.sts == "structure":
             typer.echo(f"Wrote {prepared.sts_dir}/STRUCTURE/dev.jsonl (graded by document structure, not by people)")
-        typer.echo(("Found " if prepared.reused else "Wrote ") + str(prepared.tokens_dir))
+        typer.echo(("Found " if prepared.reused else "Wrote ") + (prepared.address or str(prepared.tokens_dir)))
 
 
 @app.command()

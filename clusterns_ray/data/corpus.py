@@ -8,6 +8,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unicodedata import category
@@ -29,6 +30,7 @@ from clusterns_ray.errors import DataError
 from clusterns_ray.io.paths import check_regular_file
 
 if TYPE_CHECKING:
+    from pyarrow import NativeFile
     from pyarrow.fs import FileInfo, FileSystem
 
 MAX_CHARACTERS = 10_000  # a longer sentence is cut: far beyond what any encoder reads
@@ -37,8 +39,8 @@ _MAX_TEXT_LINE = 1 << 16  # characters of a .txt line that are kept: MAX_CHARACT
 _INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}
 _BLOCK = 1 << 20
 _COMPRESSED = (".gz", ".bz2", ".zst")
-_JSON_LINES = (".jsonl", ".ndjson", ".json")
-_TABLES = (".csv", ".tsv", ".parquet", *_JSON_LINES)
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+TABLES = (".csv", ".tsv", ".parquet", *JSON_LINES)
 _URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
 
 
@@ -69,10 +71,19 @@ class Source:
     """Time of the last change in nanoseconds since 1970, where known."""
 
 
-class _File(NamedTuple):
+class CorpusFile(NamedTuple):
+    """A file, or a piece of one that is read by itself (see ``data.pieces``)."""
+
     source: Source
-    filesystem: FileSystem | None  # None: a dataset of the Hugging Face hub
+    filesystem: FileSystem | None
+    """None: a dataset of the Hugging Face hub"""
     location: str
+    begin: int = 0
+    """the byte in or after which the piece begins, with the next line; of parquet its first row group"""
+    end: int | None = None
+    """where the next piece begins; None where there is none"""
+    first: int = 1
+    """the number of its first row"""
 
 
 def list_sources(spec: str | Sequence[str]) -> list[Source]:
@@ -81,7 +92,7 @@ def list_sources(spec: str | Sequence[str]) -> list[Source]:
     Raises:
         DataError: something named by ``spec`` does not exist or cannot be listed.
     """
-    return [file.source for file in _expand(spec)]
+    return [file.source for file in list_files(spec)]
 
 
 def read_sentences(
@@ -135,8 +146,8 @@ def read_corpus(
         DataError: at once, if a source is missing or unreadable; while reading, if it is malformed; at the end, if it
             has changed meanwhile.
     """
-    files = _expand(spec)
-    sentences = itertools.islice(_usable(files, text_column, document_column, counts), limit)
+    files = list_files(spec)
+    sentences = itertools.islice(read_files(files, text_column, document_column, counts), limit)
     return _unchanged(sentences, spec, [file.source for file in files] if sources is None else sources)
 
 
@@ -165,18 +176,19 @@ def check_unchanged(before: Sequence[Source], after: Sequence[Source]) -> None:
     )
 
 
-def _usable(
-    files: list[_File], text_column: str, document_column: str | None, counts: ReadCounts
+def read_files(
+    files: Sequence[CorpusFile], text_column: str, document_column: str | None, counts: ReadCounts
 ) -> Iterator[Sentence]:
+    """The sentences of :func:`read_corpus`, of files or of pieces of them."""
     for file in files:
-        counts.files += 1
-        last: Any = None
+        counts.files += file.begin == 0
+        last: Any = 0 if file.begin else None  # the document goes on from the piece before
         for number, row, document in _rows(file, text_column, document_column):
             counts.rows += 1
             text = row.strip() if row else ""
             if "\0" in text:
                 check_characters(text, f"{file.source.path}:{number}")
-            if not _is_visible(text):
+            if not is_visible(text):
                 counts.empty += 1
                 continue
             if len(text) > MAX_CHARACTERS:
@@ -187,24 +199,27 @@ def _usable(
             last = document
 
 
-def _is_visible(text: str) -> bool:
+def is_visible(text: str | bytes) -> bool:
     """Whether there is a character in it that is not white space, control or format (such as a zero-width space)."""
+    text = text if isinstance(text, str) else text.decode("utf-8", "ignore")
     return any(category(character) not in _INVISIBLE for character in text)
 
 
 def is_table(source: Source) -> bool:
     """Whether the rows have columns or fields, of which one may name the document."""
-    suffix = _suffix(source.path)[0]
-    return suffix in _TABLES or (source.path.startswith("hf://") and _hub_file(source.path) is None)
+    suffix = file_suffix(source.path)[0]
+    return suffix in TABLES or (source.path.startswith("hf://") and _hub_file(source.path) is None)
 
 
-def _suffix(location: str) -> tuple[str, bool]:
+def file_suffix(location: str) -> tuple[str, bool]:
     """The suffix that decides the format, in lower case, and whether the file is compressed."""
     stem, suffix = os.path.splitext(location.lower())
     return (os.path.splitext(stem)[1], True) if suffix in _COMPRESSED else (suffix, False)
 
 
-def _rows(file: _File, text_column: str, document_column: str | None) -> Iterator[tuple[int, str | None, str | int]]:
+def _rows(
+    file: CorpusFile, text_column: str, document_column: str | None
+) -> Iterator[tuple[int, str | None, str | int]]:
     """The numbered raw rows of a source, None for a null, each with what identifies its document in the source."""
     name, filesystem = file.source.path, file.filesystem
     if filesystem is None:
@@ -213,9 +228,9 @@ def _rows(file: _File, text_column: str, document_column: str | None) -> Iterato
         else:
             yield from _read_hub(name, text_column, document_column)
         return
-    suffix, compressed = _suffix(file.location)
+    suffix, compressed = file_suffix(file.location)
     columns = [text_column] if document_column is None else [text_column, document_column]
-    if document_column is not None and suffix not in _TABLES:
+    if document_column is not None and suffix not in TABLES:
         raise DataError(
             f"{name}: it is text with a sentence a line, which has no column {document_column!r} (data.document_column)"
             "; leave data.document_column out and put a blank line between documents, or give csv, jsonl or parquet"
@@ -228,9 +243,10 @@ def _rows(file: _File, text_column: str, document_column: str | None) -> Iterato
                     "decompress it (parquet compresses its own columns)"
                 )
             with filesystem.open_input_file(file.location) as handle:
-                yield from parquet_rows(handle, name, text_column, document_column)
+                groups = None if file.end is None else range(file.begin, file.end)
+                yield from parquet_rows(handle, name, text_column, document_column, groups, file.first)
             return
-        with filesystem.open_input_stream(file.location, compression="detect", buffer_size=_BLOCK) as handle:
+        with _open(file) as handle:
             stream = io.BufferedReader(handle, _BLOCK)  # type: ignore[arg-type]
             if suffix in (".csv", ".tsv"):
                 read = csv_rows if suffix == ".csv" else tsv_rows
@@ -240,18 +256,50 @@ def _rows(file: _File, text_column: str, document_column: str | None) -> Iterato
                     else:
                         where = f"{name}:{number}"
                         yield number, values[0], document_of(values[-1], where, document_column, number)
-            elif suffix in _JSON_LINES:
-                for number, record in json_rows(text_lines(stream, name), name, columns):
+            elif suffix in JSON_LINES:
+                lines = text_lines(stream, name, first=file.first)
+                for number, record in json_rows(lines, name, columns, begun=file.begin > 0):
                     yield number, *_fields(record, f"{name}:{number}", text_column, document_column, number)
             else:
                 documents = 0
-                for number, line in text_lines(stream, name, _MAX_TEXT_LINE, cut=True):
+                for number, line in text_lines(stream, name, _MAX_TEXT_LINE, cut=True, first=file.first):
                     documents += not line.strip()
                     yield number, line, documents
     except OSError as error:
         raise DataError(
             f"{name}: reading failed: {error}; check that the file is whole and readable, and its suffix true"
         ) from error
+
+
+@contextmanager
+def _open(file: CorpusFile) -> Iterator[NativeFile]:
+    """The bytes of a file, decompressed, or of a piece of one."""
+    assert file.filesystem is not None
+    if file.end is None:
+        with file.filesystem.open_input_stream(file.location, compression="detect", buffer_size=_BLOCK) as stream:
+            yield stream
+        return
+    with file.filesystem.open_input_file(file.location) as handle:
+        begin, end = _piece_begin(handle, file.begin), _piece_begin(handle, file.end)
+        with handle.get_stream(begin, end - begin) as stream:
+            yield stream
+
+
+def _piece_begin(handle: NativeFile, offset: int) -> int:
+    """Where the piece begins that is cut at ``offset``: behind the first whole line from there on that has text, so
+    that a document goes on from one piece to the next unless a blank line follows; at the end if there is none."""
+    size = handle.size()
+    if offset <= 0 or offset >= size:
+        return max(0, min(offset, size))
+    stream = io.BufferedReader(handle.get_stream(offset, size - offset), _BLOCK)  # type: ignore[arg-type]
+    whole = False
+    while line := stream.readline(_MAX_TEXT_LINE):
+        offset += len(line)
+        ended = line.endswith(b"\n")
+        if ended and whole and is_visible(line.removesuffix(b"\n").removesuffix(b"\r").rpartition(b"\r")[2]):
+            return offset
+        whole = ended
+    return size
 
 
 def _fields(
@@ -287,7 +335,7 @@ def _read_hub(name: str, text_column: str, document_column: str | None) -> Itera
         ) from error
 
 
-def _download(part: tuple[str, str], source: Source) -> _File:
+def _download(part: tuple[str, str], source: Source) -> CorpusFile:
     """A file of a dataset of the hub, in the hub's own cache."""
     from huggingface_hub import hf_hub_download
     from pyarrow.fs import LocalFileSystem
@@ -300,29 +348,30 @@ def _download(part: tuple[str, str], source: Source) -> _File:
             f"{source.path}: file {file!r} of dataset {dataset!r} cannot be downloaded ({type(error).__name__}: "
             f"{error}); check the names; a machine without network needs the file itself: give its path"
         ) from error
-    return _File(source, LocalFileSystem(), path)
+    return CorpusFile(source, LocalFileSystem(), path)
 
 
 # Finding files
 
 
-def _expand(spec: str | Sequence[str]) -> list[_File]:
+def list_files(spec: str | Sequence[str]) -> list[CorpusFile]:
+    """As :func:`list_sources`, with where each file is."""
     patterns = [spec] if isinstance(spec, (str, os.PathLike)) else spec
     files = [file for pattern in patterns for file in _expand_one(os.fspath(pattern))]
     if not files:
         raise DataError(f"the corpus is {spec!r}, which names no file; give a path, a glob or a URL")
-    once: dict[str, _File] = {}
+    once: dict[str, CorpusFile] = {}
     for file in files:
         path = file.source.path
         once.setdefault(path if "://" in path else os.path.realpath(path), file)
     return list(once.values())
 
 
-def _expand_one(pattern: str) -> list[_File]:
+def _expand_one(pattern: str) -> list[CorpusFile]:
     url = _URL.match(pattern)
     scheme = url[1].lower() if url else ""
     if scheme == "hf":
-        return [_File(_hub_source(pattern), None, pattern)]
+        return [CorpusFile(_hub_source(pattern), None, pattern)]
     try:
         filesystem, location = _find_filesystem(pattern, scheme)
         matches = _find(filesystem, location)
@@ -344,7 +393,7 @@ def _expand_one(pattern: str) -> list[_File]:
             check_regular_file("The file", info.path)
             if not os.access(info.path, os.R_OK):
                 raise DataError(f"{info.path}: this user may not read it; change its permissions, or leave it out")
-    return [_File(Source(prefix + i.path, i.size, i.mtime_ns), filesystem, i.path) for i in matches]
+    return [CorpusFile(Source(prefix + i.path, i.size, i.mtime_ns), filesystem, i.path) for i in matches]
 
 
 def _find_filesystem(pattern: str, scheme: str) -> tuple[FileSystem, str]:

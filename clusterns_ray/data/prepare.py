@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from clusterns_ray.config import Config
-from clusterns_ray.data.corpus import ReadCounts, Source, check_unchanged, list_sources, read_corpus
+from clusterns_ray.config import Config, DataConfig
+from clusterns_ray.data import pieces
+from clusterns_ray.data.corpus import ReadCounts, Source, check_unchanged, list_files, list_sources, read_corpus
 from clusterns_ray.data.document import Boundary, Document, Sentence
 from clusterns_ray.data.documents import all_sentences, document_sources, is_usable, read_documents
+from clusterns_ray.data.pieces import Part, cut_corpus, read_parts
 from clusterns_ray.data.positives import check_columns, check_positives
 from clusterns_ray.data.structure import write_structure_dev
-from clusterns_ray.data.token_store import TokenStore, prepare_tokens, reuse_tokens
+from clusterns_ray.data.token_store import TokenSettings, TokenStore, prepare_tokens, reuse_tokens
 from clusterns_ray.errors import ConfigError
 from clusterns_ray.evaluation.hub import fetch_sts
 from clusterns_ray.evaluation.lee import LEE
 from clusterns_ray.io.events import OnEvent, OnNote, RowsDone, notes_to
-from clusterns_ray.io.object_store import local_copy
+from clusterns_ray.io.object_store import Place, Store, is_url, local_copy
 from clusterns_ray.models.resolve import resolve_model
 
 STRUCTURE_SEED = 0
@@ -37,6 +39,35 @@ class Prepared:
     """the dev set's directory, absolute; None without one"""
     manifest: dict[str, Any]
     reused: bool
+    address: str = ""
+    """where the tokens are, if they are not in ``tokens_dir`` yet, but in an object store"""
+
+
+@dataclass(frozen=True)
+class TokenJob:
+    """A corpus of sentences that is to be tokenised."""
+
+    data: DataConfig
+    parts: list[Part]
+    settings: TokenSettings
+    fingerprint: dict[str, Any]
+    cache: Place
+    """the directory of the token store: in an object store where that is what all machines see"""
+    name: str
+    """of the token store in it"""
+
+    def check_unchanged(self) -> None:
+        """
+        Raises:
+            DataError: a file has changed since the store was named.
+        """
+        check_unchanged(
+            [Source(**source) for source in self.fingerprint["corpus"]], list_sources(self.data.corpus or "")
+        )
+
+
+Tokenise = Callable[[TokenJob, OnEvent], tuple[dict[str, Any], bool]]
+"""Makes the tokens of a job, or finds them (then True); returns the manifest."""
 
 
 def cache_directory(config: Config) -> Path:
@@ -55,11 +86,12 @@ def corpus_is_documents(config: Config) -> bool:
     return config.data.corpus is None or config.data.corpus == "demo"
 
 
-def prepare(config: Config, on_event: OnEvent = lambda event: None) -> Prepared:
+def prepare(config: Config, on_event: OnEvent = lambda event: None, tokenise: Tokenise | None = None) -> Prepared:
     """Make, or find again, the token shards and the dev set that ``config`` asks for.
 
     Args:
         on_event: called with a note for each thing that is done, and with the number of sentences tokenised.
+        tokenise: where a corpus of sentences is tokenised; in this process if not given.
 
     Raises:
         ConfigError, DataError: the encoder, the corpus or the documents cannot be used.
@@ -87,45 +119,59 @@ def prepare(config: Config, on_event: OnEvent = lambda event: None) -> Prepared:
     check_teacher(config, tokenizer)
     check_columns(config)
     fingerprint = corpus_fingerprint(config, tokenizer)
-    tokens_dir = cache / f"tokens-{_short_hash(fingerprint)}"
+    place, name = _cache_place(config), f"tokens-{_short_hash(fingerprint)}"
+    tokens_dir, address = place.local / name, ""
+    settings = TokenSettings(tokenizer, config.encoder.max_length, config.encoder.prompt)
     store = reuse_tokens(tokens_dir, fingerprint)
+    if store is None and tokenise is None and place.store and place.store.pull_directory(name, tokens_dir, note):
+        store = reuse_tokens(tokens_dir, fingerprint)
     reused = store is not None
-    if store is None:
+    if store is not None:
+        manifest = store.manifest
+    elif tokenise is not None and not corpus_is_documents(config):
+        manifest, reused = tokenise(_token_job(config, fingerprint, settings, place, name), on_event)
+        address = (place / name).address if place.store else ""
+    else:
+        if tokenise is not None:
+            note("The sentences of documents are tokenised in this process, as documents are read as a whole.")
         note(f"Tokenising {config.data.corpus or config.data.documents}")
-        counts = ReadCounts()
-        sources = [Source(**source) for source in fingerprint["corpus"]]
-        sentences = training_sentences(config, counts, sources, read)
-        store = prepare_tokens(
-            sentences,
-            tokenizer,
-            max_length=config.encoder.max_length,
-            prompt=config.encoder.prompt,
+        if corpus_is_documents(config):
+            counts = ReadCounts()
+            parts = iter([(training_sentences(config, counts, read=read), counts)])
+        else:
+            parts = read_job(_token_job(config, fingerprint, settings, place, name))
+        manifest = prepare_tokens(
+            parts,
+            settings,
             directory=tokens_dir,
             fingerprint=fingerprint,
-            counts=counts,
             progress=lambda rows: on_event(RowsDone("tokenised", rows)),
-        )
-    check_positives(config, store.manifest)
+        ).manifest
+    check_positives(config, manifest)
     if sts_dir == "structure":
         assert spec is not None
         pairs, column = config.evaluation.structure_pairs, config.data.text_column
         sts_dir = str(structure_dev_set(spec, cache, pairs=pairs, text_column=column, note=note, read=read))
     elif sts_dir is not None:
         sts_dir = str(Path(sts_dir).expanduser().resolve())
-    return Prepared(tokens_dir, sts_dir, store.manifest, reused)
+    return Prepared(tokens_dir, sts_dir, manifest, reused, address)
+
+
+def read_job(job: TokenJob) -> Iterator[tuple[Iterator[Sentence], ReadCounts]]:
+    """The sentences of a job, a part at a time; at their end its files have to be what they were."""
+    yield from read_parts(job.parts, job.data.text_column, job.data.document_column, job.data.limit)
+    job.check_unchanged()
 
 
 def training_sentences(
     config: Config,
     counts: ReadCounts,
-    sources: Sequence[Source] | None = None,
     read: Callable[[], Iterable[Document]] | None = None,
 ) -> Iterator[Sentence]:
     """The sentences that a run trains on, in the order of its corpus.
 
     Args:
         counts: updated as rows are read.
-        sources: the files of a corpus of sentences as they were when it was named; as they are now if not given.
         read: gives the documents where they have been read before.
 
     Raises:
@@ -141,7 +187,6 @@ def training_sentences(
         document_column=config.data.document_column,
         limit=config.data.limit,
         counts=counts,
-        sources=sources,
     )
 
 
@@ -258,6 +303,21 @@ def corpus_fingerprint(config: Config, tokenizer: Any) -> dict[str, Any]:
         "max_length": config.encoder.max_length,
         "prompt": config.encoder.prompt,
     }
+
+
+def _token_job(
+    config: Config, fingerprint: dict[str, Any], settings: TokenSettings, cache: Place, name: str
+) -> TokenJob:
+    files = list_files(config.data.corpus or "")
+    parts = cut_corpus(files, config.data.document_column, pieces.PART_BYTES)
+    return TokenJob(config.data, parts, settings, fingerprint, cache, name)
+
+
+def _cache_place(config: Config) -> Place:
+    """Where prepared data is kept: with the runs, unless ``data.cache_dir`` says otherwise."""
+    path = config.runtime.storage_path
+    store = Store(path) / "cache" if config.data.cache_dir is None and is_url(path) else None
+    return Place(cache_directory(config), store)
 
 
 def describe(store: TokenStore | dict[str, Any]) -> str:

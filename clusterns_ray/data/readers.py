@@ -45,7 +45,7 @@ _DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 
 
 def text_lines(
-    stream: io.BufferedReader, name: str, longest: int = LONGEST_RECORD, *, cut: bool = False
+    stream: io.BufferedReader, name: str, longest: int = LONGEST_RECORD, *, cut: bool = False, first: int = 1
 ) -> Iterator[tuple[int, str]]:
     """Numbered lines with their ends, decoded.
 
@@ -54,14 +54,16 @@ def text_lines(
         longest: characters of a line, at most.
         cut: keep the first ``longest`` characters (from the first that is not white space on) of a longer line, rather
             than refuse it.
+        first: the number of the first line; above 1 the stream begins within the file.
 
     Raises:
         DataError: the file is not UTF-8 text, holds a NUL character, or a line is too long.
     """
-    _check_start(stream.peek(16)[:16], name)
+    if first == 1:
+        _check_start(stream.peek(16)[:16], name)
     text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
     held = ""
-    for number in itertools.count(1):
+    for number in itertools.count(first):
         line, held = _piece(text, held, longest, name, number)
         if not line:
             return
@@ -390,17 +392,18 @@ def no_column(where: str, column: str, names: Sequence[str], remedy: str = SET_C
 
 
 def json_rows(
-    lines: Iterator[tuple[int, str]], name: str, fields: Sequence[str]
+    lines: Iterator[tuple[int, str]], name: str, fields: Sequence[str], *, begun: bool = False
 ) -> Iterator[tuple[int, dict[str, Any] | None]]:
     """The objects of a file with one JSON object a line; None for a blank line.
 
     Args:
         fields: that matter, and may not be in an object twice.
+        begun: whether there are lines before these.
 
     Raises:
         DataError: a line is no JSON object, or has such a field twice.
     """
-    first = True
+    first = not begun
     for number, line in lines:
         if not line.strip():
             yield number, None
@@ -483,10 +486,19 @@ def document_of(value: Any, where: str, column: str | None, number: int) -> str 
 
 
 def parquet_rows(
-    handle: Any, name: str, column: str, document_column: str | None = None
+    handle: Any,
+    name: str,
+    column: str,
+    document_column: str | None = None,
+    groups: Sequence[int] | None = None,
+    first: int = 1,
 ) -> Iterator[tuple[int, str | None, str | int]]:
     """The values of a column of strings, also large or dictionary-encoded ones, None for a null; each with what
     :func:`document_of` gives.
+
+    Args:
+        groups: the row groups to read; all if not given.
+        first: the number of the first row.
 
     Raises:
         DataError: it is no whole parquet file, or has no such column, several, or one of another type.
@@ -510,15 +522,17 @@ def parquet_rows(
                 f"{name}: column {column!r} has type {kind}, but sentences are strings; name a column "
                 "of strings as text_column, or convert it"
             )
-        number = 0
-        for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
+        number = first - 1
+        groups = range(file.num_row_groups) if groups is None else groups
+        for batch in file.iter_batches(batch_size=_PARQUET_ROWS, row_groups=list(groups), columns=columns):
             # By its name: "text" also selects "text.en".
             values = [batch.column(batch.schema.get_field_index(each)).to_pylist() for each in columns]
             for text, document in zip(values[0], values[-1], strict=True):
                 number += 1
                 yield number, text, document_of(document, f"{name} row {number}", document_column, number)
-        if number != file.metadata.num_rows:
-            raise DataError(f"{name}: {number} rows were read of {file.metadata.num_rows}; write the file again")
+        read, there = number - first + 1, sum(file.metadata.row_group(group).num_rows for group in groups)
+        if read != there:
+            raise DataError(f"{name}: {read} rows were read of {there}; write the file again")
     except (DataError, GeneratorExit):
         raise
     except Exception as error:  # damaged files make the library raise errors of many kinds

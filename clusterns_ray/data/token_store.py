@@ -10,9 +10,10 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +31,10 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 
-_FILE_NAME = re.compile(r"tokens-\d{5,}\.arrow")
+_FILE_NAME = re.compile(r"tokens-\d{5,}(-\d{5,})?\.arrow")
 _TOKENIZE_ROWS = 4096  # the tokenizer's own records take far more memory than the tokens
 _STALE_SECONDS = 24 * 3600
+_PRIME, _BASE = (1 << 127) - 1, 0x5DEECE66D1B54A32D192ED03
 _COMPARED_ROWS = 1_000_000
 """Sentences that are compared with one another to count repetitions: a bound on the memory that this takes."""
 
@@ -47,129 +49,244 @@ def _schema() -> pa.Schema:
 # Writing
 
 
+@dataclass(frozen=True)
+class TokenSettings:
+    """How sentences are tokenised, and laid out in files."""
+
+    tokenizer: Any
+    max_length: int
+    prompt: str | None = None
+    rows_per_shard: int = 1_000_000
+    """most rows of a file"""
+    rows_per_batch: int = 65_536
+    """most rows of a record batch, the unit of work and memory"""
+
+
+@dataclass(frozen=True)
+class TokenPart:
+    """What is known of a part of a store, without its rows; plain values."""
+
+    counts: dict[str, int]
+    """of its reader, and of its sentences, as in the manifest"""
+    rows: int
+    documents: int
+    alone: int
+    """sentences that are the only ones of their section, without the last row"""
+    tokens: int
+    longest: int
+    begins: bool
+    """whether a section begins with the first row"""
+    ends: bool
+    """whether one begins with the last"""
+    pending: int
+    """the :class:`Boundary` that has begun behind the last row"""
+    digest: str
+    files: list[dict[str, Any]]
+
+
 def prepare_tokens(
-    sentences: Iterable[Sentence],
-    tokenizer: Any,
+    parts: Iterable[tuple[Iterable[Sentence], ReadCounts]],
+    settings: TokenSettings,
     *,
-    max_length: int,
     directory: Path,
     fingerprint: dict[str, Any],
-    counts: ReadCounts,
-    rows_per_shard: int = 1_000_000,
-    rows_per_batch: int = 65_536,
     progress: Callable[[int], None] | None = None,
-    prompt: str | None = None,
 ) -> TokenStore:
-    """Tokenise ``sentences`` into ``directory``, which appears only once it is whole.
+    """Tokenise sentences into ``directory``, which appears only once it is whole.
 
     A directory that holds a whole store of the same fingerprint, before or after the work, is used as it is,
     so that several processes may prepare the same one.
 
     Args:
-        sentences: as of :func:`~clusterns_ray.data.corpus.read_corpus`; those without tokens are skipped.
-        tokenizer, max_length, prompt: as of :func:`~clusterns_ray.models.tokenization.tokenize`.
+        parts: the sentences in parts, of which each makes files of its own, as of
+            :func:`~clusterns_ray.data.pieces.read_parts`; sentences without tokens are skipped.
         fingerprint: what the result depends on, as JSON; kept to decide whether the store can be used again.
-        counts: the counts of the reader of ``sentences``, kept in the manifest.
-        rows_per_shard: most rows of a file.
-        rows_per_batch: most rows of a record batch, the unit of work and memory.
         progress: called with the number of rows done.
 
     Raises:
         DataError: no usable sentence, or ``directory`` holds something else.
         ConfigError: as :func:`~clusterns_ray.models.tokenization.tokenize`.
     """
+    import pyarrow as pa
+
     directory = Path(directory).resolve()
     store = reuse_tokens(directory, fingerprint)
     if store is not None:
         return store
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise _occupied(directory)
+    check_free(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(directory)
     temporary = directory.parent / f".{directory.name}.{uuid.uuid4().hex}.tmp"
     temporary.mkdir()
     try:
-        writer = _Writer(temporary, rows_per_shard, progress)
-        chunks = iter(sentences)
-        while chunk := list(itertools.islice(chunks, min(rows_per_batch, writer.room))):
-            writer.write(chunk, tokenizer, max_length, prompt)
-        writer.close_shard()
-        if not writer.rows:
-            raise DataError(_nothing_usable(counts, writer.without_tokens))
-        manifest = {
-            "format": FORMAT_VERSION,
-            "fingerprint": fingerprint,
-            "counts": {
-                **{name: count for name, count in asdict(counts).items() if count or name != "unusable"},
-                "truncated": writer.truncated,
-                "without_tokens": writer.without_tokens,
-                "repeated": writer.repeated(),
-                "unknown": writer.unknown,
-            },
-            "rows": writer.rows,
-            "documents": writer.documents,
-            "alone": writer.alone + writer.ends_alone,
-            "tokens": writer.tokens,
-            "mean_length": writer.tokens / writer.rows,
-            "longest": writer.longest,
-            "digest": writer.digest.hexdigest(),
-            "vocab_size": len(tokenizer),
-            "max_length": max_length,
-            "files": writer.files,
-        }
-        (temporary / MANIFEST).write_text(json_text(manifest, indent=1), encoding="utf-8")
-        flush(temporary / MANIFEST)
-        flush(temporary)
-        try:
-            os.rename(temporary, directory)
-        except OSError:
-            if not directory.exists():
-                raise
-            store = reuse_tokens(directory, fingerprint)  # another process was quicker
-            if store is None:
-                raise _occupied(directory) from None
-            return store
-        flush(directory.parent)
+        done: list[TokenPart] = []
+        total = 0
+
+        def count(rows: int) -> None:
+            nonlocal total
+            total += rows
+            if progress:
+                progress(total)
+
+        for number, (sentences, counts) in enumerate(parts):
+            pending = done[-1].pending if done else Boundary.DOCUMENT
+            done.append(write_part(sentences, counts, settings, temporary, number, pending, count))
+        manifest = merge_parts(done, settings, fingerprint)
+        manifest["counts"]["repeated"] = count_repeated(
+            manifest["files"], lambda name: pa.memory_map(str(temporary / name))
+        )
+        return publish(temporary, directory, manifest)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_part(
+    sentences: Iterable[Sentence],
+    counts: ReadCounts,
+    settings: TokenSettings,
+    directory: Path,
+    number: int,
+    pending: int = Boundary.NONE,
+    progress: Callable[[int], None] | None = None,
+) -> TokenPart:
+    """Tokenise the sentences of part ``number`` into files of ``directory``.
+
+    Args:
+        counts: of the reader of the sentences.
+        pending: the :class:`Boundary` that has begun before the first one.
+        progress: called with how many sentences were done since the last call.
+    """
+    writer = _Writer(directory, number, settings, pending, progress)
+    chunks = iter(sentences)
+    while chunk := list(itertools.islice(chunks, min(settings.rows_per_batch, writer.room))):
+        writer.write(chunk)
+    writer.close_shard()
+    return writer.part(counts)
+
+
+def merge_parts(parts: Sequence[TokenPart], settings: TokenSettings, fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of the store of which these are the parts, in order; without the count of repeated sentences.
+
+    Raises:
+        DataError: there is no row.
+    """
+    counts = sum((Counter(part.counts) for part in parts), Counter())
+    rows, tokens = sum(part.rows for part in parts), sum(part.tokens for part in parts)
+    if not rows:
+        raise DataError(_nothing_usable(counts))
+    alone, ends, digest = 0, False, 0
+    for part in parts:
+        if part.rows:
+            alone += part.alone + (ends and part.begins)
+            ends = part.ends
+            # A polynomial of the digests of the sentences, so that it does not depend on where they were cut.
+            digest = (digest * pow(_BASE, part.rows, _PRIME) + int(part.digest, 16)) % _PRIME
+    return {
+        "format": FORMAT_VERSION,
+        "fingerprint": fingerprint,
+        "counts": {name: counts[name] for name in parts[0].counts if counts[name] or name != "unusable"},
+        "rows": rows,
+        "documents": sum(part.documents for part in parts),
+        "alone": alone + ends,
+        "tokens": tokens,
+        "mean_length": tokens / rows,
+        "longest": max(part.longest for part in parts),
+        "digest": f"{digest:032x}",
+        "vocab_size": len(settings.tokenizer),
+        "max_length": settings.max_length,
+        "files": [file for part in parts for file in part.files],
+    }
+
+
+def count_repeated(files: Sequence[dict[str, Any]], open_file: Callable[[str], pa.NativeFile]) -> int:
+    """How many of the first :data:`_COMPARED_ROWS` sentences of a store were there before.
+
+    Args:
+        open_file: opens the file of a name.
+    """
+    import pyarrow as pa
+
+    hashes: list[bytes] = []
+    for entry in files:
+        with open_file(entry["name"]) as file, pa.ipc.open_file(file) as reader:
+            for number in range(reader.num_record_batches):
+                texts = reader.get_batch(number).column(1)[: _COMPARED_ROWS - len(hashes)].to_pylist()
+                hashes += [hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest() for text in texts]
+        if len(hashes) >= _COMPARED_ROWS:
+            break
+    return len(hashes) - len(set(hashes))
+
+
+def publish(temporary: Path, directory: Path, manifest: dict[str, Any]) -> TokenStore:
+    """Give a directory of files its manifest and its name, at which another process may have been quicker.
+
+    Raises:
+        DataError: there is something else of that name.
+    """
+    (temporary / MANIFEST).write_text(json_text(manifest, indent=1), encoding="utf-8")
+    flush(temporary / MANIFEST)
+    flush(temporary)
+    try:
+        os.rename(temporary, directory)
+    except OSError:
+        if not directory.exists():
+            raise
+        store = reuse_tokens(directory, manifest["fingerprint"])
+        if store is None:
+            raise _occupied(directory) from None
+        return store
+    flush(directory.parent)
     return TokenStore.open(directory)
 
 
-class _Writer:
-    """Writes shards one after the other, and counts."""
+def check_free(directory: Path) -> None:
+    """Refuse a directory that holds something already.
 
-    def __init__(self, directory: Path, rows_per_shard: int, progress: Callable[[int], None] | None) -> None:
+    Raises:
+        DataError: it does.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise _occupied(directory)
+
+
+class _Writer:
+    """Writes the shards of a part one after the other, and counts."""
+
+    def __init__(
+        self,
+        directory: Path,
+        number: int,
+        settings: TokenSettings,
+        pending: int,
+        progress: Callable[[int], None] | None,
+    ) -> None:
         self.schema = _schema()
-        self.directory, self.rows_per_shard, self.progress = directory, rows_per_shard, progress
-        self.rows = self.tokens = self.longest = self.truncated = self.without_tokens = self.done = 0
-        self.documents = self.alone = 0
-        """documents, and sentences that are the only ones of their section, without the last row"""
-        self._pending: int = Boundary.DOCUMENT
+        self.directory, self.number, self.settings, self.progress = directory, number, settings, progress
+        self.rows = self.tokens = self.longest = self.documents = self.alone = self.digest = 0
+        self.counts = {"truncated": 0, "without_tokens": 0, "unknown": 0}
+        """and sentences without a single token that the tokenizer knows"""
+        self.pending = int(pending)
         """what begins with the next row: as skipped ones may have begun something, too"""
-        self.ends_alone = False
-        """whether the last row is the only one of its section so far"""
-        self.digest = hashlib.blake2b(digest_size=16)
+        self.begins = self.ends = False
         self.files: list[dict[str, Any]] = []
-        self.unknown = 0
-        """sentences without a single token that the tokenizer knows"""
-        self._hashes = bytearray()
         self._shard: Any = None
         self._shard_rows = 0
-
-    def repeated(self) -> int:
-        """How many of the first :data:`_COMPARED_ROWS` sentences were there before."""
-        hashes = np.frombuffer(self._hashes, dtype=np.uint64)
-        return len(hashes) - len(np.unique(hashes))
 
     @property
     def room(self) -> int:
         """Rows that the open shard can still take."""
-        return self.rows_per_shard - self._shard_rows
+        return self.settings.rows_per_shard - self._shard_rows
 
-    def write(self, chunk: list[Sentence], tokenizer: Any, max_length: int, prompt: str | None) -> None:
+    def part(self, counts: ReadCounts) -> TokenPart:
+        """What was written."""
+        values = {field.name: getattr(self, field.name) for field in fields(TokenPart)}
+        return TokenPart(**values | {"counts": asdict(counts) | self.counts, "digest": f"{self.digest:032x}"})
+
+    def write(self, chunk: list[Sentence]) -> None:
         """Append the sentences of ``chunk`` as one record batch."""
         import pyarrow as pa
 
+        tokenizer, prompt = self.settings.tokenizer, self.settings.prompt
         texts: list[str] = []
         boundaries: list[int] = []
         lengths: list[int] = []
@@ -177,59 +294,62 @@ class _Writer:
         unknown = _unknown_id(tokenizer)
         for start in range(0, len(chunk), _TOKENIZE_ROWS):
             part = chunk[start : start + _TOKENIZE_ROWS]
-            rows, truncated = tokenize([sentence.text for sentence in part], tokenizer, max_length, prompt)
-            self.truncated += truncated
+            rows, truncated = tokenize(
+                [sentence.text for sentence in part], tokenizer, self.settings.max_length, prompt
+            )
+            self.counts["truncated"] += truncated
             for sentence, ids in zip(part, rows, strict=True):
-                self._pending = max(self._pending, sentence.boundary)
+                self.pending = max(self.pending, sentence.boundary)
                 if ids:
                     texts.append(sentence.text)
-                    boundaries.append(self._pending)
-                    self._pending = Boundary.NONE
+                    boundaries.append(self.pending)
+                    self.pending = Boundary.NONE
             lengths += [len(ids) for ids in rows if ids]
             values.append(np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int32))
             if unknown is not None and prompt is None:
                 special = {*tokenizer.all_special_ids}
-                self.unknown += sum(unknown in ids and special.issuperset(ids) for ids in rows)
-            self.done += len(part)
+                self.counts["unknown"] += sum(unknown in ids and special.issuperset(ids) for ids in rows)
             if self.progress:
-                self.progress(self.done)
-        self.without_tokens += len(chunk) - len(texts)
+                self.progress(len(part))
+        self.counts["without_tokens"] += len(chunk) - len(texts)
         if not texts:
             return
         for text in texts:
-            data = text.encode("utf-8")
-            self.digest.update(len(data).to_bytes(8, "little") + data)
-            if len(self._hashes) < 8 * _COMPARED_ROWS:
-                self._hashes += hashlib.blake2b(data, digest_size=8).digest()
+            self.digest = (self.digest * _BASE + _digest(text)) % _PRIME
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         input_ids = pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(values)))
         columns = [input_ids, pa.array(texts, pa.string()), pa.array(boundaries, pa.uint8())]
         batch = pa.record_batch(columns, schema=self.schema)
         self._count(np.array(boundaries))
         if self._shard is None:
-            path = self.directory / f"tokens-{len(self.files):05d}.arrow"
-            self._shard = pa.ipc.new_file(path, self.schema)
+            self._shard = pa.ipc.new_file(self._path(), self.schema)
         self._shard.write_batch(batch)
         self.rows += len(texts)
         self.tokens += int(offsets[-1])
         self.longest = max(self.longest, max(lengths))
         self._shard_rows += len(texts)
-        if self._shard_rows == self.rows_per_shard:
+        if self._shard_rows == self.settings.rows_per_shard:
             self.close_shard()
 
     def _count(self, boundaries: np.ndarray) -> None:
         """Count the documents and the sentences alone in their section, of rows that follow those before."""
         self.documents += int((boundaries == Boundary.DOCUMENT).sum())
-        begins = np.concatenate([[self.ends_alone], boundaries >= Boundary.SECTION])
+        sections = boundaries >= Boundary.SECTION
+        begins = np.concatenate([[self.ends], sections])
         self.alone += int((begins[:-1] & begins[1:]).sum())
-        self.ends_alone = bool(begins[-1])
+        self.begins = self.begins if self.rows else bool(sections[0])
+        self.ends = bool(sections[-1])
+
+    def _path(self) -> Path:
+        further = f"-{len(self.files):05d}" if self.files else ""
+        return self.directory / f"tokens-{self.number:05d}{further}.arrow"
 
     def close_shard(self) -> None:
         """Bring the open shard to disk."""
         if self._shard is None:
             return
         self._shard.close()
-        path = self.directory / f"tokens-{len(self.files):05d}.arrow"
+        path = self._path()
         flush(path)
         self.files.append(
             {
@@ -242,22 +362,26 @@ class _Writer:
         self._shard, self._shard_rows = None, 0
 
 
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest(), "little")
+
+
 def _unknown_id(tokenizer: Any) -> int | None:
     """The id of the token for what is not in the vocabulary; None where that is also a mark that every text has."""
     marks = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id)
     return None if tokenizer.unk_token_id in marks else tokenizer.unk_token_id
 
 
-def _nothing_usable(counts: ReadCounts, without_tokens: int) -> str:
-    rows = max(counts.rows, without_tokens)
-    if counts.unusable and counts.unusable == counts.rows:
+def _nothing_usable(counts: Mapping[str, int]) -> str:
+    rows = max(counts["rows"], counts["without_tokens"])
+    if counts["unusable"] and counts["unusable"] == rows:
         return (
-            f"{counts.unusable:,} sentences were found in the documents, and none is a plain sentence of 4 to 60 words "
+            f"{rows:,} sentences were found in the documents, and none is a plain sentence of 4 to 60 words "
             "that ends in a full stop or the like, so there is nothing to train on; give documents of prose, or a file "
             "with a sentence a line as data.corpus, which is taken as it is"
         )
     return (
-        f"0 of {rows} rows usable: {counts.empty} empty, {without_tokens} without tokens, so there "
+        f"0 of {rows} rows usable: {counts['empty']} empty, {counts['without_tokens']} without tokens, so there "
         "is nothing to train on; check that the corpus has text, and that text_column names its column"
     )
 
@@ -335,7 +459,7 @@ class TokenStore:
         for entry in manifest["files"]:
             _check_file(directory / entry["name"], entry)
         _check_sums(directory, manifest, verify)
-        return cls(manifest, _record_batches(directory, manifest))
+        return cls(manifest, _record_batches(directory, manifest["files"]))
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -500,12 +624,12 @@ def _check_sums(directory: Path, manifest: dict[str, Any], verify: bool) -> None
             os.utime(directory / MANIFEST)
 
 
-def _record_batches(directory: Path, manifest: dict[str, Any]) -> Iterator[pa.RecordBatch]:
+def _record_batches(directory: Path, files: Iterable[dict[str, Any]]) -> Iterator[pa.RecordBatch]:
     """The record batches of all files, zero-copy."""
     import pyarrow as pa
 
     schema = _schema()
-    for entry in manifest["files"]:
+    for entry in files:
         path = directory / entry["name"]
         try:
             # Closing the file gives its descriptor back; the batches keep the map alive.

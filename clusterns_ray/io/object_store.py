@@ -206,9 +206,13 @@ class Store:
             self.delete(name + MANIFEST)
         for file in files:
             self.upload(local / file, f"{name}/{file}")
-        self.write(name + MANIFEST, json_text(files, indent=1).encode())
+        self.complete_directory(name, files)
         for file in set(old or ()) - set(files):
             self.delete(f"{name}/{file}")
+
+    def complete_directory(self, name: str, files: dict[str, dict[str, Any]]) -> None:
+        """Make a directory whole, of which all files are there."""
+        self.write(name + MANIFEST, json_text(files, indent=1).encode())
 
     def manifest(self, name: str) -> dict[str, dict[str, Any]] | None:
         """File names, sizes and checksums of a directory; None where it is not (whole) there."""

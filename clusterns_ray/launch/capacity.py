@@ -1,6 +1,6 @@
 """What a cluster can give: the nodes that are up, and those that its autoscaler may start.
 
-Training, sweeps, `encode` and the doctor all judge by it. Nothing here asks Ray:
+Training, sweeps, `prepare`, `encode` and the doctor all judge by it. Nothing here asks Ray:
 :func:`clusterns_ray.launch.ray_cluster.cluster_capacity` does.
 """
 
@@ -188,12 +188,13 @@ _JOBS = {
     "run": ("The run", "runtime.num_workers", "the run could never start"),
     "trial": ("A trial", "workers_per_trial", "no trial could ever start"),
     "encode": ("encode", "--workers", "no worker could ever start"),
+    "prepare": ("prepare", "--workers", "no worker could ever start"),
 }
 """Who asks for workers, the setting that says how many, and what comes of it where there is no room."""
 
 
 def check_room(
-    capacity: ClusterCapacity, worker: Resources, count: int, job: Literal["run", "trial", "encode"] = "run"
+    capacity: ClusterCapacity, worker: Resources, count: int, job: Literal["run", "trial", "encode", "prepare"] = "run"
 ) -> None:
     """Refuse workers that the cluster can never hold at once.
 

@@ -222,6 +222,11 @@ def test_train_then_the_finished_name_is_left_as_it_is(
     assert moved.stdout.rstrip().endswith(f"Wrote {tmp_path}/runs/moved/model"), "it names the place before"
 
 
+def test_prepare_refuses_workers_that_cannot_be(clusterns: Callable[..., Result], config_file: Path) -> None:
+    result = clusterns("prepare", config_file, "--workers", "-1")
+    assert result.exit_code == 2 and "--workers is -1; it must be 0, for this process, or up to" in result.stderr
+
+
 def test_prepare_writes_once(clusterns: Callable[..., Result], config_file: Path, tmp_path: Path) -> None:
     first = clusterns("prepare", config_file)
     assert first.exit_code == 0, first.output

@@ -228,6 +228,27 @@ def test_without_a_corpus_the_sentences_of_the_documents_are_learnt_from(
     assert rows(limited)[0] == texts[:5]
 
 
+def test_documents_take_one_process_in_words(config: Callable[..., Config], documents: Path, tmp_path: Path) -> None:
+    """Workers make the tokens of sentences; of documents this process does, and says so."""
+    asked = config(data={"corpus": None, "documents": str(documents)})
+    events: list[Event] = []
+    prepared = prepare(asked, events.append, lambda *_: pytest.fail("workers were asked"))
+    assert len(rows(prepared)[0]) == 24 * 16
+    assert any(isinstance(event, Note) and "tokenised in this process" in event.text for event in events)
+    sent: list[Any] = []
+
+    def tokenise(job: Any, on_event: Any) -> tuple[dict[str, Any], bool]:
+        sent.append(job)
+        return prepared.manifest, False
+
+    asked = config(data={"limit": 7})
+    assert prepare(asked, tokenise=tokenise).manifest == prepared.manifest
+    assert (
+        sent[0].data.limit == 7 and sent[0].cache.store is None and sent[0].cache.local == tmp_path / "runs" / "cache"
+    )
+    sent[0].check_unchanged()
+
+
 def test_too_few_documents_for_the_dev_set(config: Callable[..., Config], tmp_path: Path) -> None:
     (tmp_path / "one.md").write_text("# A\n\nOne sentence stands here alone.\n")
     with pytest.raises(DataError):
@@ -276,7 +297,7 @@ def test_text_that_changes_while_it_is_tokenised_is_refused(
     path = tmp_path / "a.txt"
     path.write_text(" ".join(sentences(30)) if kind == "documents" else "\n".join(sentences(30)))
     asked = config(data={"corpus": None, "documents": str(path)} if kind == "documents" else {"corpus": str(path)})
-    read = prepare_module.read_documents if kind == "documents" else prepare_module.read_corpus
+    read = prepare_module.read_documents if kind == "documents" else prepare_module.read_parts
 
     def changed(*arguments: Any, **options: Any) -> Any:
         for item in read(*arguments, **options):

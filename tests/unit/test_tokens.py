@@ -15,7 +15,7 @@ import pytest
 from clusterns_ray.data import token_store as tokens
 from clusterns_ray.data.corpus import ReadCounts, read_sentences
 from clusterns_ray.data.document import Boundary, Sentence
-from clusterns_ray.data.token_store import TokenStore, prepare_tokens, reuse_tokens
+from clusterns_ray.data.token_store import TokenSettings, TokenStore, prepare_tokens, reuse_tokens
 from clusterns_ray.errors import ConfigError, DataError
 from clusterns_ray.models.tokenization import tokenize
 
@@ -59,17 +59,12 @@ SENTENCES = [sentence(i) for i in range(103)]
 
 
 def prepare(directory: Path, tokenizer: Any, sentences: Any = SENTENCES, **options: Any) -> TokenStore:
-    arguments: dict[str, Any] = {
-        "max_length": 12,
-        "directory": directory,
-        "fingerprint": FINGERPRINT,
-        "counts": ReadCounts(),
-        "rows_per_shard": 40,
-        "rows_per_batch": 16,
-        **options,
-    }
+    settings: dict[str, Any] = {"max_length": 12, "rows_per_shard": 40, "rows_per_batch": 16}
+    settings |= {name: options.pop(name) for name in ("prompt", *settings) if name in options}
+    arguments: dict[str, Any] = {"directory": directory, "fingerprint": FINGERPRINT, **options}
+    counts = arguments.pop("counts", ReadCounts())
     rows = (each if isinstance(each, Sentence) else Sentence(each, Boundary.NONE) for each in sentences)
-    return prepare_tokens(rows, tokenizer, **arguments)
+    return prepare_tokens([(rows, counts)], TokenSettings(tokenizer, **settings), **arguments)
 
 
 # tokenize
@@ -155,7 +150,7 @@ def test_a_store_holds_what_was_tokenised(tokenizer: Any, tmp_path: Path) -> Non
     expected, _ = tokenize(SENTENCES, tokenizer, 12)
     assert len(written) == len(SENTENCES)
     files = sorted(os.listdir(tmp_path / "new" / "store"))
-    assert files == ["manifest.json", "tokens-00000.arrow", "tokens-00001.arrow", "tokens-00002.arrow"]
+    assert files == ["manifest.json", "tokens-00000-00001.arrow", "tokens-00000-00002.arrow", "tokens-00000.arrow"]
     assert os.listdir(tmp_path / "new") == ["store"]
 
     rows = np.random.default_rng(0).integers(0, len(SENTENCES), 300)
@@ -367,7 +362,7 @@ def edit(directory: Path, **changes: Any) -> None:
 
 def damage(directory: Path, how: str) -> None:
     manifest = json.loads((directory / "manifest.json").read_text())
-    first, path = manifest["files"][0], directory / "tokens-00001.arrow"
+    first, path = manifest["files"][0], directory / "tokens-00000-00001.arrow"
     rest = manifest["files"][1:]
     if how == "no manifest":
         (directory / "manifest.json").unlink()
@@ -417,9 +412,9 @@ def damage(directory: Path, how: str) -> None:
         ("outside", r"names the files \['../tokens-00000.arrow'\], but"),
         ("absolute", r"names the files \['/etc/passwd'\], but"),
         ("rows", "do not add up to 99"),
-        ("a file is missing", "tokens-00001.arrow: the file is missing"),
-        ("a file is short", r"tokens-00001.arrow: the file has \d+ bytes, but \d+ were written"),
-        ("a file is overwritten", "tokens-00001.arrow: the checksum differs"),
+        ("a file is missing", "tokens-00000-00001.arrow: the file is missing"),
+        ("a file is short", r"tokens-00000-00001.arrow: the file has \d+ bytes, but \d+ were written"),
+        ("a file is overwritten", "tokens-00000-00001.arrow: the checksum differs"),
         ("rows moved", "tokens-00000.arrow: the file holds 40 rows .* but 39 rows"),
     ],
 )
@@ -436,16 +431,16 @@ def test_damage_is_noticed(tokenizer: Any, tmp_path: Path, how: str, expected: s
 def test_a_changed_byte_is_noticed_when_verifying(tokenizer: Any, tmp_path: Path) -> None:
     directory = tmp_path / "store"
     prepare(directory, tokenizer)
-    path = directory / "tokens-00002.arrow"
+    path = directory / "tokens-00000-00002.arrow"
     content = path.read_bytes()
     place = content.index(SENTENCES[85].encode())
     path.write_bytes(content[:place] + b"W" + content[place + 1 :])
     os.utime(path, ns=(0, 0))  # an old time of change does not hide it
-    with pytest.raises(DataError, match=r"tokens-00002\.arrow: the checksum differs"):
+    with pytest.raises(DataError, match=r"tokens-00000-00002\.arrow: the checksum differs"):
         TokenStore.open(directory)
     os.utime(directory / "manifest.json")  # as if it had been checked since
     TokenStore.open(directory)
-    with pytest.raises(DataError, match=r"tokens-00002\.arrow: the checksum differs"):
+    with pytest.raises(DataError, match=r"tokens-00000-00002\.arrow: the checksum differs"):
         TokenStore.open(directory, verify=True)
 
 
@@ -464,9 +459,9 @@ def test_checksums_of_a_copied_store_are_compared_once(
     TokenStore.open(tmp_path / "store")
     assert read == [], "what has not changed since it was written is opened without reading it"
     (tmp_path / "copy").mkdir()
-    for name in ("manifest.json", "tokens-00000.arrow", "tokens-00001.arrow", "tokens-00002.arrow"):
+    for name in ("manifest.json", "tokens-00000.arrow", "tokens-00000-00001.arrow", "tokens-00000-00002.arrow"):
         (tmp_path / "copy" / name).write_bytes((tmp_path / "store" / name).read_bytes())
         time.sleep(0.02)
     for _ in range(2):
         TokenStore.open(tmp_path / "copy")
-        assert sorted(read) == ["tokens-00000.arrow", "tokens-00001.arrow", "tokens-00002.arrow"]
+        assert sorted(read) == ["tokens-00000-00001.arrow", "tokens-00000-00002.arrow", "tokens-00000.arrow"]
