@@ -9,29 +9,70 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clusterns_ray.config import Config, load_config
-    from clusterns_ray.evaluation.suite import evaluate_model as evaluate
+    from clusterns_ray.config import Config, load_config, make_config
+    from clusterns_ray.console.progress import progress_view
+    from clusterns_ray.errors import ClusterNSError, ConfigError, DataError
+    from clusterns_ray.evaluation.suite import Evaluation, evaluate
+    from clusterns_ray.inference.distributed_encode import encode
+    from clusterns_ray.inference.embedding_file import EmbeddingFile
     from clusterns_ray.inference.search import SemanticIndex
     from clusterns_ray.launch.trainer import train
     from clusterns_ray.models.encoder import Encoder
+    from clusterns_ray.report import write_report
     from clusterns_ray.report.map import draw_map
+    from clusterns_ray.training.result import RunResult
+    from clusterns_ray.tuning.result import StudyResult
     from clusterns_ray.tuning.study import load_study
     from clusterns_ray.tuning.sweep import tune
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Encoder", "SemanticIndex", "draw_map", "evaluate", "load_config", "load_study", "train", "tune"]
 
 _HOMES = {
-    "Config": ("clusterns_ray.config", "Config"),
-    "load_config": ("clusterns_ray.config", "load_config"),
-    "Encoder": ("clusterns_ray.models.encoder", "Encoder"),
-    "SemanticIndex": ("clusterns_ray.inference.search", "SemanticIndex"),
-    "draw_map": ("clusterns_ray.report.map", "draw_map"),
-    "evaluate": ("clusterns_ray.evaluation.suite", "evaluate_model"),
-    "load_study": ("clusterns_ray.tuning.study", "load_study"),
-    "train": ("clusterns_ray.launch.trainer", "train"),
-    "tune": ("clusterns_ray.tuning.sweep", "tune"),
+    "load_config": "config",
+    "make_config": "config",
+    "Config": "config",
+    "train": "launch.trainer",
+    "RunResult": "training.result",
+    "load_study": "tuning.study",
+    "tune": "tuning.sweep",
+    "StudyResult": "tuning.result",
+    "Encoder": "models.encoder",
+    "evaluate": "evaluation.suite",
+    "Evaluation": "evaluation.suite",
+    "encode": "inference.distributed_encode",
+    "EmbeddingFile": "inference.embedding_file",
+    "SemanticIndex": "inference.search",
+    "draw_map": "report.map",
+    "write_report": "report",
+    "progress_view": "console.progress",
+    "ClusterNSError": "errors",
+    "ConfigError": "errors",
+    "DataError": "errors",
 }
+"""Each public name, in the order in which they are documented, and its module."""
+
+__all__ = [
+    "ClusterNSError",
+    "Config",
+    "ConfigError",
+    "DataError",
+    "EmbeddingFile",
+    "Encoder",
+    "Evaluation",
+    "RunResult",
+    "SemanticIndex",
+    "StudyResult",
+    "draw_map",
+    "encode",
+    "evaluate",
+    "load_config",
+    "load_study",
+    "make_config",
+    "progress_view",
+    "train",
+    "tune",
+    "write_report",
+]
 
 
 def __dir__() -> list[str]:
@@ -41,5 +82,4 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, attribute = _HOMES[name]
-    return getattr(import_module(module), attribute)
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

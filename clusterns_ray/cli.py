@@ -19,7 +19,6 @@ import typer
 
 import clusterns_ray
 from clusterns_ray.errors import ClusterNSError, ConfigError, DataError, describe_unexpected
-from clusterns_ray.io.events import notes_to
 from clusterns_ray.io.terminal import printable
 
 app = typer.Typer(
@@ -85,14 +84,12 @@ def train(config: ConfigFile, set: Overrides = None) -> None:
     """Train an encoder on plain sentences, or resume a run of that name."""
     with readable_errors("from the newest checkpoint"):
         from clusterns_ray.config import load_config
-        from clusterns_ray.console.progress import outcome_lines, progress_view
+        from clusterns_ray.console.progress import progress_view
         from clusterns_ray.launch.trainer import train as run_training
+        from clusterns_ray.training.result import outcome_lines
 
-        on_event = progress_view()
-        try:
+        with progress_view() as on_event:
             result = run_training(load_config(config, set or ()), on_event)
-        finally:
-            on_event.close()
         for line in outcome_lines(result):
             typer.echo(line)
         typer.echo(f"Wrote {result['model']}")
@@ -112,15 +109,12 @@ def prepare(
         from clusterns_ray.launch.distributed_prepare import prepare as run_preparation
         from clusterns_ray.launch.preflight import check_data, check_encoder, check_storage
 
-        on_event = progress_view()
         settings = load_config(config, set or ())
         check_data(settings)
         settings = check_encoder(settings)
         check_storage(settings)
-        try:
+        with progress_view() as on_event:
             prepared = run_preparation(settings, on_event, workers=workers)
-        finally:
-            on_event.close()
         typer.echo(describe(prepared.manifest))
         if settings.evaluation.sts == "structure":
             typer.echo(f"Wrote {prepared.sts_dir}/STRUCTURE/dev.jsonl (graded by document structure, not by people)")
@@ -164,15 +158,13 @@ def tune(
             typer.echo(f"Wrote {path}")
             return
 
-        from clusterns_ray.console.study import render_result, study_view
+        from clusterns_ray.console.study import study_view
+        from clusterns_ray.tuning.result import study_lines
         from clusterns_ray.tuning.sweep import tune as run_study
 
-        on_event = study_view(request)
-        try:
+        with study_view(request) as on_event:
             result = run_study(request, on_event)
-        finally:
-            on_event.close()
-        for text in render_result(result):
+        for text in study_lines(result):
             typer.echo(text)
         from clusterns_ray.report.study import write_study_report
 
@@ -255,31 +247,37 @@ def evaluate(
 ) -> None:
     """Score encoders: the seven STS tests, transfer tasks, clustering, geometry; several models give one table."""
     with readable_errors():
-        from clusterns_ray.console.evaluation import render
         from clusterns_ray.console.progress import progress_view
-        from clusterns_ray.evaluation.suite import Suite, check_suite, evaluate_models
+        from clusterns_ray.evaluation.suite import evaluate as run_evaluation
+        from clusterns_ray.evaluation.tables import render
         from clusterns_ray.io.files import check_writable, json_text
         from clusterns_ray.io.object_store import is_url, split_url, write_text
         from clusterns_ray.io.paths import check_path
         from clusterns_ray.launch.preflight import check_store
 
         json_file = json_file and check_path("--json", json_file)
-        sts = sts and check_path("--sts", sts, ())
-        transfer = transfer and Path(check_path("--transfer", transfer, ())).expanduser()
-        clusters = [Path(check_path("--clusters", path, ())).expanduser() for path in clusters or ()]
-        names = [name for part in suite or () for name in part.split(",")]
-        further, texts = tuple(dev or ()), tuple(documents or ())
-        request = check_suite(Suite(tuple(names), sts, transfer, tuple(clusters), further, seed, texts))
         if json_file is not None and is_url(json_file):
             check_store("--json", split_url(json_file)[0])
         elif json_file is not None:
             check_writable(Path(json_file), "--json")
-        note = notes_to(progress_view())
-        result = evaluate_models(models, request, pooling=pooling, max_length=max_length, against=against, note=note)
-        render(result)
+        with progress_view() as on_event:
+            result = run_evaluation(
+                models,
+                sts,
+                suite=suite or (),
+                transfer=transfer,
+                clusters=clusters or (),
+                dev=dev or (),
+                documents=documents or (),
+                against=against,
+                pooling=pooling,
+                max_length=max_length,
+                seed=seed,
+                on_event=on_event,
+            )
+        render(result.tables)
         if json_file is not None:
-            value = result["models"][0] if len(result["models"]) == 1 else result
-            write_text(json_file, json_text(value))
+            write_text(json_file, json_text(result))
             typer.echo(f"Wrote {json_file}")
 
 
@@ -304,12 +302,8 @@ def encode(
     with readable_errors("behind the parts that are done"):
         from clusterns_ray.console.progress import progress_view
         from clusterns_ray.inference.distributed_encode import encode as run_encoding
-        from clusterns_ray.io.paths import CORPORA, check_path
 
-        files = [check_path("FILE", file, CORPORA) for file in files]
-        output = Path(check_path("--output", output, ()))
-        on_event = progress_view()
-        try:
+        with progress_view() as on_event:
             result = run_encoding(
                 model,
                 files,
@@ -325,8 +319,6 @@ def encode(
                 overwrite=overwrite,
                 on_event=on_event,
             )
-        finally:
-            on_event.close()
         done = "Found, and left as it is:" if result.reused else "Wrote"
         typer.echo(f"{done} {result.path} ({result.rows:,} sentences, {result.width} values each)")
 
@@ -349,19 +341,13 @@ def search(
     with readable_errors("behind the parts that are done"):
         from clusterns_ray.console.progress import progress_view
         from clusterns_ray.inference.search import SemanticIndex, check_k, check_queries, hits_as_json, hits_as_text
-        from clusterns_ray.io.paths import CORPORA, check_path
 
-        corpus = check_path("CORPUS", corpus, CORPORA)
-        index = index and Path(check_path("--index", index, ()))
         check_queries(queries)
         check_k(k)
-        on_event = progress_view(sys.stderr)
-        try:
+        with progress_view(sys.stderr) as on_event:
             results = SemanticIndex.build(
                 model, corpus, index, text_column=text_column, limit=limit, rebuild=rebuild, on_event=on_event
             ).search(queries, k)
-        finally:
-            on_event.close()
         for query, hits in zip(queries, results):
             typer.echo((hits_as_json if as_json else hits_as_text)(query, hits))
 
@@ -391,15 +377,10 @@ def map_corpus(
     """
     with readable_errors():
         from clusterns_ray.console.progress import progress_view
-        from clusterns_ray.io.paths import CORPORA, check_path
         from clusterns_ray.report.map import draw_map
         from clusterns_ray.report.map.map_page import trust_line
 
-        model = check_path("MODEL", model)
-        corpus = corpus and check_path("CORPUS", corpus, CORPORA)
-        output = output and check_path("--output", output, ())
-        on_event = progress_view()
-        try:
+        with progress_view() as on_event:
             drawn = draw_map(
                 model,
                 corpus,
@@ -410,8 +391,6 @@ def map_corpus(
                 seed=seed,
                 on_event=on_event,
             )
-        finally:
-            on_event.close()
         typer.echo(trust_line(drawn.corpus_map))
         typer.echo(f"Wrote {drawn.page} and {drawn.data}")
 
@@ -429,11 +408,8 @@ def report(
 ) -> None:
     """Write one HTML page about a run or a study; several runs are compared, with mean and deviation over seeds."""
     with readable_errors():
-        from clusterns_ray.io.paths import check_path
         from clusterns_ray.report import write_report
 
-        runs = [check_path("RUN", run) for run in runs]
-        output = output and check_path("--output", output)
         written = write_report(runs, output)
         for text in written.page.headline:
             typer.echo(text)

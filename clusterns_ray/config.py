@@ -581,7 +581,11 @@ EXAMPLE = "Give the path of a YAML file; experiments/quickstart.yaml is one to s
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Read a YAML file, also one in an object store, and apply ``section.key=value`` overrides.
+    """Read a YAML file, and apply ``section.key=value`` overrides.
+
+    Args:
+        path: of the file, also in an object store.
+        overrides: each as ``--set`` takes it, such as ``train.max_steps=8``; values are read as YAML.
 
     Raises:
         StorageError: the store cannot be reached.
@@ -630,7 +634,15 @@ def describe_value(value: Any) -> str:
 
 
 def make_config(values: Mapping[str, Any], source: str = "configuration") -> Config:
-    """Validate a tree of plain values, with messages that name keys as the user writes them."""
+    """Validate a tree of plain values, such as ``{"data": {"corpus": "texts.txt"}}``.
+
+    Args:
+        values: sections by name, each a dictionary of its keys; what is left out has its default.
+        source: what messages call the place they are from.
+
+    Raises:
+        ConfigError: an unknown key, or an impossible value; it names the key as a user writes it.
+    """
     check_plain_values(values, source, NO_BOOLEANS)
     try:
         return Config.model_validate(values)

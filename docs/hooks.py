@@ -200,11 +200,11 @@ def api_page() -> str:
     lines = [
         "# Python API",
         "",
-        "What `import clusterns_ray` offers; each name is imported when it is first used. Errors that a user can",
-        "cause are subclasses of `clusterns_ray.errors.ClusterNSError`. Arrays have shape suffixes: B is the batch, D",
-        "the width of an embedding, K the number of clusters, N a number of sentences.",
+        "What `import clusterns_ray` offers, with examples under [From Python](../python.md). Each name is imported",
+        "when it is first used. Arrays have shape suffixes: B is the batch, D the width of an embedding, K the number",
+        "of clusters, N a number of sentences.",
     ]
-    for name in clusterns_ray.__all__:
+    for name in clusterns_ray._HOMES:
         lines += ["", f"::: clusterns_ray.{name}"]
         if name == "Encoder":
             lines += ["    options: {members: [load, for_training, encode, encode_ids, save]}"]

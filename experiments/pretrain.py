@@ -70,9 +70,8 @@ class Pretraining:
     def __init__(self, config: Config, out: Path, steps: int, rate: float, every: int, sts: str | None) -> None:
         self.config, self.out, self.steps, self.rate, self.every = config, out, steps, rate, every
         out.mkdir(parents=True, exist_ok=True)
-        on_event = progress_view()
-        self.tokens = TokenStore.open(prepare(config, on_event).tokens_dir)
-        on_event.close()
+        with progress_view() as on_event:
+            self.tokens = TokenStore.open(prepare(config, on_event).tokens_dir)
         self.order = BatchOrder(
             config.seed, len(self.tokens), config.train.global_batch_size, 1, "length_grouped", self.tokens.lengths
         )

@@ -13,12 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from clusterns_ray import Encoder, load_config, train
-from clusterns_ray.config import Config, make_config
-from clusterns_ray.console.progress import progress_view
+from clusterns_ray import ClusterNSError, Config, Encoder, load_config, make_config, progress_view, train
 from clusterns_ray.data.prepare import prepare
 from clusterns_ray.data.token_store import TokenStore
-from clusterns_ray.errors import ClusterNSError
 from clusterns_ray.inference.encode import unit_rows
 
 CLUSTERS_SHOWN = 6
@@ -32,11 +29,8 @@ def main(overrides: list[str]) -> None:
     results = {}
     for name, asked in {"SimCSE": simcse(config), "neighbours, ClusterNS": config}.items():
         print(f"\n{name}: {asked.runtime.name}", flush=True)
-        on_event = progress_view()
-        try:
+        with progress_view() as on_event:
             results[name] = result = train(asked, on_event)
-        finally:
-            on_event.close()
     store = TokenStore.open(prepare(config).tokens_dir)
     rows = np.random.default_rng(config.seed).permutation(len(store))[:SENTENCES]
     sentences = list(dict.fromkeys(store.texts(rows)))

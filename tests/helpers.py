@@ -47,6 +47,18 @@ def write_corpus(path: Path, count: int = 300, seed: int = 0) -> Path:
     return path
 
 
+def write_articles(directory: Path) -> str:
+    """Four documents of five sections, of two paragraphs of six sentences each; returns the glob that finds them."""
+    texts = sentences(240)
+    for number in range(4):
+        lines = []
+        for section in range(5):
+            start = 60 * number + 12 * section
+            lines += [f"## Part {section}", " ".join(texts[start : start + 6]), " ".join(texts[start + 6 : start + 12])]
+        (directory / f"document{number}.md").write_text("\n\n".join(lines))
+    return str(directory / "document*.md")
+
+
 def write_pairs(path: Path, count: int = 40, seed: int = 1) -> Path:
     """Graded pairs: 5 for a sentence with itself, fewer the fewer words two sentences share."""
     pool = sentences(2 * count, seed)

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Mapping
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from clusterns_ray.io.events import Evaluated, Event, Note, RowsDone, RunDone, RunStarted, StepLogged
 from clusterns_ray.io.terminal import printable
@@ -24,12 +24,35 @@ DOING = {"tokenised": "tokenising", "encoded": "encoding", "indexed": "indexing"
 """What has been done to rows, and the work that does it."""
 
 
-def progress_view(stream: TextIO | None = None) -> Lines | Bar:
-    """:class:`Bar` if ``stream`` (stdout if not given) is a terminal, else :class:`Lines`."""
+class View:
+    """An ``on_event`` callback that shows events to a person, for the length of a ``with`` block."""
+
+    def __call__(self, event: Event) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """End what is drawn in place."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def progress_view(stream: TextIO | None = None) -> View:
+    """Show events as they happen: as a bar on a terminal, as plain lines in a notebook, a file or a pipe.
+
+    >>> with progress_view() as on_event:
+    ...     train(config, on_event)
+
+    Args:
+        stream: where to write; stdout if not given.
+    """
     return Bar(stream) if (stream or sys.stdout).isatty() else Lines(stream)
 
 
-class Lines:
+class Lines(View):
     """One line an event, for logs."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -42,9 +65,6 @@ class Lines:
         text = self.describe(event)
         if text:
             print(printable(text), file=self.stream, flush=True)
-
-    def close(self) -> None:
-        pass
 
     def describe(self, event: Event) -> str | None:
         """An event as a line; None where it is not worth one."""
@@ -142,38 +162,7 @@ def also_scores(event: Evaluated) -> dict[str, str]:
     return {name: f"{score:.2f}" for name, score in also.items() if score is not None}
 
 
-def outcome_lines(result: dict[str, Any]) -> list[str]:
-    """What came of a run, from its ``result.json``."""
-    lines = []
-    if result["stopped_early"]:
-        lines.append(f"Training stopped early, after step {result['steps']} of {result['total_steps']}.")
-    if result["sts_dev"] is None:
-        return lines
-    before, after = result["sts_dev_before"], result["sts_dev"]
-    if result["best_step"]:
-        step = f"at step {result['best_step']} of {result['steps']}"
-        lines.append(
-            f"{result['dev']} (Spearman x 100): {before:.2f} before, {after:.2f} {step} ({after - before:+.2f})."
-        )
-        for name, also in result.get("also", {}).items():
-            lines.append(
-                f"{name}, which selects nothing: {also['before']:.2f} before, {also['after']:.2f} at that step "
-                f"({also['after'] - also['before']:+.2f}; 95 % interval {also['low']:+.2f} to {also['high']:+.2f})."
-            )
-        return lines
-    trained = result["sts_dev_trained"]
-    lines.append(
-        f"{result['dev']} (Spearman x 100): {before:.2f} before, {trained:.2f} at best in {result['steps']} steps "
-        f"({trained - before:+.2f})."
-    )
-    lines.append(
-        "No step beat the untrained encoder, so model/ holds that one. Is the text of the dev set's kind? Try a lower "
-        "train.learning_rate, or more text."
-    )
-    return lines
-
-
-class Bar:
+class Bar(View):
     """A live view: a bar with the time left, and beneath it the newest figures; notes scroll above them."""
 
     def __init__(self, stream: TextIO | None = None) -> None:

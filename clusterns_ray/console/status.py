@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
-from clusterns_ray.console.progress import clock, outcome_lines
+from clusterns_ray.console.progress import clock
 from clusterns_ray.io.files import is_locked
 from clusterns_ray.io.lease import STALE_S, claims
 from clusterns_ray.io.object_store import Store, is_url
 from clusterns_ray.report.places import source
 from clusterns_ray.report.record import RunRecord, number, read_run
+from clusterns_ray.training.result import outcome_lines
 
 SILENT_S = 3 * STALE_S
 """A claim whose heartbeat is older is of a process that is gone; clocks of machines may differ by seconds."""

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from clusterns_ray.console.progress import Lines, clock, describe_trial, show_values
+from clusterns_ray.console.progress import Lines, View, clock, describe_trial, show_values
 from clusterns_ray.errors import DamagedError
 from clusterns_ray.io.events import Event, Note
 from clusterns_ray.io.files import is_locked
 from clusterns_ray.io.terminal import printable
 from clusterns_ray.tuning.analysis import STATES, Trial, front, read_trial
-from clusterns_ray.tuning.comparison import paired, seed_interval, sentences, show_value
+from clusterns_ray.tuning.comparison import paired, seed_interval
 from clusterns_ray.tuning.events import StudyChecked, TrialEvent
-from clusterns_ray.tuning.objectives import UNITS, show_cost
+from clusterns_ray.tuning.objectives import show_cost
 from clusterns_ray.tuning.optuna_study import enqueued_points, worker_hours, workers_held
 from clusterns_ray.tuning.previous import about_earlier, begun, earlier_trials
 from clusterns_ray.tuning.racing import merge_seeds
+from clusterns_ray.tuning.result import study_lines
 from clusterns_ray.tuning.selection import check_result
 from clusterns_ray.tuning.study_file import FILES, read_optuna_study, readable_directory
 
@@ -189,12 +189,12 @@ def _beside_untrained(score: float, before: float | None) -> str:
     return f" (NO BETTER than the untrained encoder, {before:.2f}: {score - before:+.2f})"
 
 
-def study_view(study: Study) -> LiveTable | Lines:
+def study_view(study: Study) -> View:
     """An ``on_event`` callback for this process: :class:`LiveTable` if stdout is a terminal, else :class:`Lines`."""
     return LiveTable(study) if sys.stdout.isatty() else Lines()
 
 
-class LiveTable:
+class LiveTable(View):
     """The table, in place; notes scroll above it."""
 
     def __init__(self, study: Study) -> None:
@@ -221,41 +221,6 @@ class LiveTable:
 
     def close(self) -> None:
         self.live.stop()
-
-
-def render_result(result: Mapping[str, Any]) -> list[str]:
-    """What came out, in lines."""
-    winner, seeds = result["winner"], result["seeds"]
-    values = ", ".join(f"{key} {show_value(value)}" for key, value in winner["values"].items() if key != "seed")
-    lines = []
-    if seeds:
-        for candidate in result["candidates"]:
-            spread = "" if candidate["deviation"] is None else f" +- {candidate['deviation']:.2f}"
-            of = f"{len(candidate['scores'])} of {len(seeds)} seeds"
-            mark = "  <- best mean" if candidate["trial"] == winner["trial"] else ""
-            lines.append(
-                f"trial {candidate['trial']}: {candidate['mean']:.2f}{spread} over {of} "
-                f"({'with the first' if result.get('raced') else 'one run chose it with'} "
-                f"{candidate['trial_score']:.2f}){mark}"
-            )
-    span = (result.get("intervals") or {}).get("winner")
-    over = (
-        f" (95 % interval over {len(winner['scores'])} seeds {span['low']:.2f} to {span['high']:.2f})" if span else ""
-    )
-    lines.append(f"Winner by {result['dev']}: trial {winner['trial']}, {values}. It has {winner['mean']:.2f}{over}.")
-    lines += sentences(result)
-    for minimize in UNITS:
-        if points := [point for point in result.get("front", ()) if minimize in point]:
-            shown = [f"trial {p['trial']} {p['score']:.2f} with {show_cost(minimize, p[minimize])}" for p in points]
-            lines.append(f"Pareto front of score and {minimize}: {', '.join(shown)}.")
-    if not seeds:
-        lines.append("One run each, without confirmation.seeds: the difference to the next may be chance.")
-    elif len(winner["scores"]) < 2:
-        lines.append("The winner has the score of one seed alone: the difference to the next may be chance.")
-    elif result["not_told_apart"]:
-        alike = ", ".join(str(number) for number in result["not_told_apart"])
-        lines.append(f"Not to be told apart from it with these seeds (paired t-test, 5%): trial {alike}.")
-    return [*lines, *result.get("previous", ())]
 
 
 def read_result(study: Study) -> dict[str, Any]:
@@ -302,7 +267,7 @@ def show_status(study: Study) -> None:
     if base:
         console.print(f"The base configuration was run {'once' if base == 1 else f'with {base} seeds'}.")
     if "result.json" in names:
-        for line in render_result(read_result(study)):
+        for line in study_lines(read_result(study)):
             console.print(line, soft_wrap=True, markup=False)
     elif store is None and not is_locked(here / ".lock"):
         console.print("No process of this machine runs the study now; the command without --status goes on with it.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -31,11 +32,13 @@ from clusterns_ray.evaluation.sts import (
     read_tests,
     score_tests,
 )
+from clusterns_ray.evaluation.tables import as_text
 from clusterns_ray.evaluation.transfer import SEED, Task, check_transfer_directory, evaluate_transfer, read_transfer
 from clusterns_ray.evaluation.transfer import TASKS as TRANSFER_TASKS
-from clusterns_ray.io.events import OnNote
+from clusterns_ray.io.events import OnEvent, OnNote, notes_to
 from clusterns_ray.io.files import null_for_nan
 from clusterns_ray.io.object_store import is_url, read_text, split_url
+from clusterns_ray.io.paths import Named, check_path, names
 from clusterns_ray.models.resolve import resolve_model
 
 if TYPE_CHECKING:
@@ -243,7 +246,7 @@ def evaluate_models(
         note: called with what is done, in words, and at most every few seconds with how far it is.
 
     Returns:
-        ``models``: one object each, as :func:`evaluate_model` returns it, ``against`` the last of them;
+        ``models``: one object each, as :func:`evaluate` returns it, ``against`` the last of them;
         ``differences``: without ``against`` empty, else of each model ``model``, ``against`` and ``sts``, ``transfer``,
         ``clustering``: differences by task, as ``compare.interval`` gives them.
 
@@ -306,33 +309,73 @@ def evaluate_models(
     return {"models": list(results.values()), "differences": differences}
 
 
-def evaluate_model(
-    model: str,
+def evaluate(
+    models: Named | Sequence[Named],
     sts: str | Path | None = None,
     *,
-    names: Sequence[str] = (),
+    suite: str | Sequence[str] = (),
     transfer: str | Path | None = None,
-    clusters: Sequence[str | Path] = (),
-    extra: Sequence[str] = (),
-    documents: Sequence[str] = (),
+    clusters: Named | Sequence[Named] = (),
+    dev: str | Sequence[str] = (),
+    documents: Named | Sequence[Named] = (),
+    against: Named | None = None,
     pooling: str | None = None,
     max_length: int | None = None,
     seed: int = SEED,
-    note: OnNote = lambda text: None,
-) -> dict[str, Any]:
-    """Evaluate one model; the arguments are those of :class:`Suite`.
+    on_event: OnEvent = lambda event: None,
+) -> Evaluation:
+    """Score encoders as ``clusterns evaluate`` does, whose options these are.
+
+    Args:
+        models: one or several, each a run's ``model/``, a directory, a hub id, or ``package:PACKAGE/SUBDIR``.
+        sts: a directory of TASK/SUBSET.jsonl, ``hf`` (the public sets), or ``structure`` (graded by documents).
+        suite: ``sts``, ``transfer``, ``clustering``, ``geometry`` or ``all``; by default those with data.
+        transfer: a directory of MR.tsv, TREC-train.tsv and the like.
+        clusters: files of label<TAB>sentence, or directories of short-text sets.
+        dev: further TASK/SUBSET to score, such as ``STSB/dev``.
+        documents: for ``structure``, if not those of the model's run.
+        against: a model to compare the others with: differences with 95 % intervals.
+        pooling: in place of the model's own.
+        max_length: tokens a sentence is cut to, in place of the model's own limit.
+        seed: of the folds, of K-means and of resampling.
+        on_event: called with what is done, as notes.
 
     Returns:
-        ``model``, ``pooling``, ``max_length``, ``truncated`` (how many sentences were cut to it), ``suite``,
-        ``versions``; of STS ``tasks``, ``missing``, ``average``, ``extra`` (see ``score_tests``); and ``transfer``,
-        ``clustering``, ``geometry``, each where it was asked for.
+        Of one model ``model``, ``pooling``, ``max_length``, ``truncated`` (how many sentences were cut to it),
+        ``suite``, ``data``, ``versions``; of STS ``tasks``, ``missing``, ``average``, ``extra`` (see ``score_tests``);
+        and ``transfer``, ``clustering``, ``geometry``, each where it was asked for. Of several, or with ``against``,
+        ``models``, a list of such, and ``differences`` (see ``evaluate_models``).
 
     Raises:
-        ConfigError: no such model, or no such data.
-        DataError: a line of the data cannot be used.
+        ConfigError: no such model or data.
+        DataError: data that cannot be used.
+        NonFiniteError: a score is not defined, as embeddings are NaN or infinite, or all alike.
     """
-    suite = Suite(tuple(names), sts, transfer, tuple(clusters), tuple(extra), seed, tuple(documents))
-    return evaluate_models([model], suite, pooling=pooling, max_length=max_length, note=note)["models"][0]
+    request = Suite(
+        tuple(name for part in names(suite) for name in part.split(",")),
+        None if sts is None else check_path("--sts", sts, ()),
+        None if transfer is None else Path(check_path("--transfer", transfer, ())).expanduser(),
+        tuple(Path(check_path("--clusters", path, ())).expanduser() for path in names(clusters)),
+        names(dev),
+        seed,
+        names(documents),
+    )
+    options: dict[str, Any] = {"pooling": pooling, "max_length": max_length, "note": notes_to(on_event)}
+    options["against"] = None if against is None else os.fspath(against)
+    result = evaluate_models(names(models), request, **options)
+    return Evaluation(result["models"][0] if len(result["models"]) == 1 else result)
+
+
+class Evaluation(dict[str, Any]):
+    """The figures of :func:`evaluate`, by their keys; shown as the tables that ``clusterns evaluate`` prints."""
+
+    def __repr__(self) -> str:
+        return as_text(self.tables)
+
+    @property
+    def tables(self) -> dict[str, Any]:
+        """The same as :func:`evaluate_models` returns it."""
+        return dict(self) if "models" in self else {"models": [dict(self)], "differences": []}
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clusterns_ray.config import MAX_WORKERS
 from clusterns_ray.errors import ClusterNSError, ConfigError, first_line
 from clusterns_ray.inference.encode import Encoded, EncodedPart, OnProgress, Part, encode_files, encode_part
 from clusterns_ray.io.events import OnEvent, OnNote, notes_to
+from clusterns_ray.io.paths import CORPORA, Named, check_path, names
 from clusterns_ray.launch.capacity import check_room
 from clusterns_ray.launch.ray_cluster import check_ray_directory, cluster_capacity, connect
 from clusterns_ray.models.resolve import resolve_model
@@ -37,33 +38,73 @@ ATTEMPTS = 4
 
 
 def encode(
-    model: str,
-    files: str | Sequence[str],
-    out: str | Path,
+    model: Named,
+    files: Named | Sequence[Named],
+    output: Named,
     *,
+    text_column: str = "text",
+    limit: int | None = None,
+    dtype: str = "float32",
     workers: int = 0,
+    batch_size: int = 64,
+    pooling: str | None = None,
+    max_length: int | None = None,
+    normalize: bool = False,
+    overwrite: bool = False,
     on_event: OnEvent = lambda event: None,
-    **settings: Any,
 ) -> Encoded:
-    """Write sentences and their embeddings to a parquet file; see :func:`~clusterns_ray.inference.encode.encode_files`.
+    """Write sentences and their embeddings to a parquet file, as ``clusterns encode`` does, whose options these are.
+
+    The file has the columns ``text`` and ``embedding``, in the order read. The same call again goes on from the parts
+    that an interrupted one finished, and leaves a finished file as it is. Embeddings of sentences in memory are those
+    of :meth:`clusterns_ray.Encoder.encode`.
 
     Args:
+        model: an encoder as of :meth:`clusterns_ray.Encoder.load`.
+        files: text, csv, jsonl or parquet; paths, globs, s3://, gs:// or hf://.
+        output: the file to write, which ends in .parquet.
+        text_column: the column or field that holds the sentence.
+        limit: at most this many sentences.
+        dtype: of the values that are written, ``float32`` or ``float16``.
         workers: 0 works in this process; N on N Ray workers of one CPU each, and a GPU where the cluster has some.
             This process reads and writes, so that nodes need to share no disk. The result is the same.
+        batch_size: sentences encoded at once.
+        pooling: in place of the model's own.
+        max_length: tokens a sentence is cut to, in place of the model's own limit.
+        normalize: to length 1; a model that does so by itself does so in any case.
+        overwrite: replace a file, or parts, that something else made.
+        on_event: called with notes, and with :class:`~clusterns_ray.io.events.RowsDone`.
 
     Raises:
         ConfigError, DataError: the request cannot work.
         ClusterNSError: the work failed; finished parts are kept.
     """
+    model = os.fspath(model)
+    files = [check_path("FILE", file, CORPORA) for file in names(files)]
+    output = check_path("--output", output, ())
     if not 0 <= workers <= MAX_WORKERS:
         raise ConfigError(f"--workers is {workers}; it must be 0, for this process, or up to {MAX_WORKERS:,}.")
     note, encode_parts = notes_to(on_event), None
     if workers:
         check_ray_directory()
         encode_parts = partial(encode_on_ray, workers=workers, note=note)
-    result = encode_files(model, files, out, on_event=on_event, encode_parts=encode_parts, **settings)
+    result = encode_files(
+        model,
+        files,
+        output,
+        text_column=text_column,
+        limit=limit,
+        dtype=dtype,
+        batch_size=batch_size,
+        pooling=pooling,
+        max_length=max_length,
+        normalize=normalize,
+        overwrite=overwrite,
+        encode_parts=encode_parts,
+        on_event=on_event,
+    )
     if similarity := read_settings(resolve_model(model)).other_similarity:
-        with_cosine = "--normalize made that the cosine" if settings.get("normalize") else "compare these so, too"
+        with_cosine = "--normalize made that the cosine" if normalize else "compare these so, too"
         note(f"{model} is meant to be compared by {similarity}; {with_cosine}.")
     return result
 

@@ -42,7 +42,7 @@ from clusterns_ray.io.files import (
     with_checksum,
     write_json,
 )
-from clusterns_ray.io.paths import check_outlasts_job, job_package
+from clusterns_ray.io.paths import CORPORA, Named, check_outlasts_job, check_path, job_package, names
 from clusterns_ray.io.terminal import printable
 from clusterns_ray.models.resolve import resolve_model
 from clusterns_ray.models.settings import read_settings
@@ -98,9 +98,9 @@ class SemanticIndex:
     @classmethod
     def build(
         cls,
-        model: str,
-        corpus: str | Sequence[str],
-        directory: str | os.PathLike[str] | None = None,
+        model: Named,
+        corpus: Named | Sequence[Named],
+        directory: Named | None = None,
         *,
         text_column: str = "text",
         limit: int | None = None,
@@ -113,7 +113,9 @@ class SemanticIndex:
         """Index a corpus, or find the index that was built before, if corpus, model and settings are the same.
 
         Args:
-            corpus: as of ``data.corpus.read_sentences``, or a file that ``encode`` wrote, which is not encoded again.
+            model: an encoder as of :meth:`clusterns_ray.Encoder.load`.
+            corpus: text, csv, jsonl or parquet: paths, globs, s3://, gs:// or hf://; or a file that ``encode`` wrote,
+                which is not encoded again.
             directory: of the index; :func:`default_directory` if not given. There an outdated index is replaced; in a
                 directory that was named, one of another model is not, unless ``rebuild``.
             rebuild: build the index anew; embeddings that are up to date are kept.
@@ -125,6 +127,8 @@ class SemanticIndex:
             ClusterNSError: writing failed, or another process is building there; encoded parts are kept.
         """
         note = notes_to(on_event)
+        model, corpus = os.fspath(model), [check_path("CORPUS", part, CORPORA) for part in names(corpus)]
+        directory = None if directory is None else check_path("--index", directory, ())
         load_faiss()
         folder = Path(os.path.abspath(Path(directory or default_directory(corpus)).expanduser()))
         check_settings(dtype="float32", batch_size=batch_size, pooling=pooling, max_length=max_length, limit=limit)
@@ -181,6 +185,9 @@ class SemanticIndex:
         return cls(directory, model=model)
 
     # ---- asking it --------------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        return f"{_describe(self.manifest)} in {self.directory}"
 
     def __len__(self) -> int:
         """How many sentences there are."""

@@ -6,10 +6,14 @@ import os
 import re
 import stat
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import quote, unquote
 
 from clusterns_ray.errors import ConfigError
+
+Named = str | os.PathLike[str]
+"""What a path or a name is given as; where several may be, one may be given by itself."""
 
 STORES = ("s3", "gs", "abfs", "abfss")
 """URL schemes of the object stores that are read and written."""
@@ -43,7 +47,12 @@ _KINDS = {
 }
 
 
-def check_path(key: str, value: str | Path, schemes: tuple[str, ...] = STORES) -> str:
+def names(given: Named | Iterable[Named]) -> tuple[str, ...]:
+    """One name, or several, as texts."""
+    return tuple(os.fspath(name) for name in ([given] if isinstance(given, str | os.PathLike) else given))
+
+
+def check_path(key: str, value: Named, schemes: tuple[str, ...] = STORES) -> str:
     """Check one path or URL that a user gave, without touching the file system or the network.
 
     Args:

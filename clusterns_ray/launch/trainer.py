@@ -15,19 +15,21 @@ from clusterns_ray.launch.gauges import with_gauges
 from clusterns_ray.launch.preflight import check_request, warn_of_faiss
 from clusterns_ray.launch.ray_cluster import check_workers, connect, on_this_node
 from clusterns_ray.launch.staging import read_run_file, run_directory, run_place, run_url, stage, unstage
+from clusterns_ray.training.result import RunResult
 from clusterns_ray.training.run_files import model_damage, read_result
 
 
-def train(config: Config, on_event: OnEvent = lambda event: None) -> dict[str, Any]:
+def train(config: Config, on_event: OnEvent = lambda event: None) -> RunResult:
     """Train, or resume, the run that ``config`` names.
 
     A finished run is left as it is. An unfinished one goes on from its newest checkpoint.
 
     Args:
+        config: as of :func:`~clusterns_ray.load_config` or :func:`~clusterns_ray.make_config`.
         on_event: called in this process with each event as it happens (see ``clusterns_ray.io.events``).
 
     Returns:
-        What ``result.json`` holds.
+        What ``result.json`` holds, with the exported encoder as ``result.model``.
 
     Raises:
         ConfigError, DataError: the request cannot work; nothing was started.
@@ -39,7 +41,7 @@ def train(config: Config, on_event: OnEvent = lambda event: None) -> dict[str, A
     finished = finished_result(config, note)
     if finished is not None:
         note(f"{config.runtime.name!r} is finished, and left as it is. Choose another runtime.name to train anew.")
-        return finished
+        return RunResult(finished)
     warn_of_faiss(note)
     if config.runtime.use_gpu and config.runtime.num_workers == 0:
         _wants_gpu(config)
@@ -54,13 +56,13 @@ def train(config: Config, on_event: OnEvent = lambda event: None) -> dict[str, A
 
     runtime = config.runtime
     if runtime.num_workers == 0:
-        return _train_here(config, prepare_data(), run_dir, on_event)
+        return RunResult(_train_here(config, prepare_data(), run_dir, on_event))
     fewest, most = runtime.worker_counts()[0], runtime.worker_counts()[-1]
     with connect(most * runtime.cpus_per_worker, note):
         # Before the corpus is read, which may take long.
         begun = read_run_file(config, "config.yaml") is not None
         use_gpu = check_workers(runtime, fewest, "run", begun=begun, note=note)
-        return _fit(config, prepare_data(), run_dir, with_gauges(on_event, runtime.name), use_gpu)
+        return RunResult(_fit(config, prepare_data(), run_dir, with_gauges(on_event, runtime.name), use_gpu))
 
 
 def finished_result(config: Config, note: OnNote) -> dict[str, Any] | None:

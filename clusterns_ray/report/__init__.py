@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from clusterns_ray.errors import ClusterNSError, ConfigError, DataError
+from clusterns_ray.io.paths import Named, check_path, names
 from clusterns_ray.report.page import Page, write_page
 from clusterns_ray.report.places import Target, source, target_of
 from clusterns_ray.report.record import read_run
 
 
 class Written(NamedTuple):
+    """A report that was written; shown as its headline and its place."""
+
     path: Path
     """the file on this machine"""
     page: Page
@@ -20,12 +23,15 @@ class Written(NamedTuple):
     url: str | None
     """where else it is"""
 
+    def __repr__(self) -> str:
+        return "\n".join([*self.page.headline, f"Report: {self.url or self.path}"])
 
-def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -> Written:
+
+def write_report(runs: Named | Sequence[Named], output: Named | None = None) -> Written:
     """Read one or several runs, or a study, and write their report as an HTML file.
 
     Args:
-        runs: directories, or URLs in an object store, of which the small files are copied to this machine.
+        runs: one or several directories or URLs in an object store, whose small files are copied to this machine.
         output: the file; if None, ``report.html`` beside the run, and for several runs in the deepest directory that
             holds them all. A page for an object store is written on this machine first, and stays there.
 
@@ -34,7 +40,8 @@ def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -
         DataError: a file of a run is damaged.
         StorageError: an object store cannot be read or written.
     """
-    target = target_of(runs, output)
+    runs = [check_path("RUN", run) for run in names(runs)]
+    target = target_of(runs, None if output is None else check_path("--output", output))
     if target.path.suffix not in (".html", ".htm"):
         raise ConfigError(f"-o is {str(output)!r}; the report is a page, so give a file that ends in .html.")
     try:
@@ -51,7 +58,7 @@ def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -
     return Written(target.path, page, target.url)
 
 
-def _write(runs: Sequence[str | Path], target: Target) -> Page:
+def _write(runs: Sequence[str], target: Target) -> Page:
     sources = [source(run) for run in runs]
     for number, (directory, _) in enumerate(sources):
         if directory.resolve() in [other.resolve() for other, _ in sources[:number]]:

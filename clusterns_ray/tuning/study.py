@@ -349,6 +349,7 @@ def load_study(path: str | Path, overrides: Iterable[str] = ()) -> Study:
     """Read and check a study file.
 
     Args:
+        path: of the YAML file.
         overrides: ``section.key=value``, of the base configuration (``train.max_steps=8``) or of the study
             (``budget.trials=4``).
 

@@ -33,6 +33,7 @@ from clusterns_ray.tuning.optuna_study import PER_GPU, OptunaStudy, Proposal, en
 from clusterns_ray.tuning.outcome import check_not_finalized, encoder_key, write_outcome
 from clusterns_ray.tuning.packing import trial_bytes
 from clusterns_ray.tuning.previous import PREVIOUS, about_earlier
+from clusterns_ray.tuning.result import StudyResult
 from clusterns_ray.tuning.runs import (
     PlannedRun,
     is_run_of,
@@ -63,18 +64,20 @@ RAY_START_SETTINGS = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
 """The first is Ray's default for a local start, set here to avoid its warning."""
 
 
-def tune(study: Study, on_event: OnEvent = lambda event: None) -> dict[str, Any]:
+def tune(study: Study, on_event: OnEvent = lambda event: None) -> StudyResult:
     """Run a study, or go on with it: what is finished is kept, what is half done is resumed.
 
     Args:
-        on_event: Called with each event as it happens (see ``clusterns_ray.tuning.events``).
+        study: as of :func:`~clusterns_ray.load_study`.
+        on_event: called with each event as it happens (see ``clusterns_ray.tuning.events``).
 
     Returns:
-        What ``result.json`` holds.
+        What ``result.json`` holds, with the winner's encoder as ``result.model`` and its configuration as
+        ``result.best``.
 
     Raises:
-        ConfigError, DataError: The request cannot work; nothing was started.
-        ClusterNSError: No trial finished, or the cluster failed; what is finished is kept.
+        ConfigError, DataError: the request cannot work; nothing was started.
+        ClusterNSError: no trial finished, or the cluster failed; what is finished is kept.
     """
     check_request(study)
     note = notes_to(on_event)
@@ -98,7 +101,7 @@ def tune(study: Study, on_event: OnEvent = lambda event: None) -> dict[str, Any]
         waiting = len(enqueued_points(study.home, study.space, optuna_study.optuna, note))
         if waiting:
             note(f"Enqueued points that the budget had no trial for: {waiting}. Raise it, and they are tried first.")
-        return write_outcome(study, optuna_study, on_event)
+        return StudyResult(write_outcome(study, optuna_study, on_event))
 
 
 def run_on_ray(sweep: Sweep) -> None:

@@ -15,7 +15,6 @@ from helpers import WIDTH
 from training_runs import CPU, PROMPT, SECOND_PROMPT, TWO_PROMPTS, Lab, WholeRun, assert_same_tensors, placed, weights
 
 from clusterns_ray.config import make_config
-from clusterns_ray.console.progress import outcome_lines
 from clusterns_ray.data.prepare import prepare
 from clusterns_ray.evaluation.sts import read_pairs, score_pairs
 from clusterns_ray.io.events import Evaluated, RunDone, RunStarted
@@ -29,6 +28,7 @@ from clusterns_ray.training.evaluator import COLLAPSED, Evaluator
 from clusterns_ray.training.hard_negatives import CentroidNegatives
 from clusterns_ray.training.metrics import read_metrics
 from clusterns_ray.training.parts import TrainingParts
+from clusterns_ray.training.result import outcome_lines
 from clusterns_ray.training.validation import DevSet
 
 # ---- what a run leaves --------------------------------------------------------------------------------------------

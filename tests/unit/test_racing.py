@@ -17,7 +17,6 @@ from scipy.stats import ttest_rel
 from test_tune_cli import sweep_of
 from typer.testing import Result
 
-from clusterns_ray.console.study import render_result
 from clusterns_ray.launch.staging import run_directory
 from clusterns_ray.report.study import study_page
 from clusterns_ray.tuning import racing
@@ -26,6 +25,7 @@ from clusterns_ray.tuning.job import Evaluation, Finished
 from clusterns_ray.tuning.optuna_study import OptunaStudy
 from clusterns_ray.tuning.outcome import write_outcome
 from clusterns_ray.tuning.previous import earlier_trials
+from clusterns_ray.tuning.result import study_lines
 from clusterns_ray.tuning.runs import is_finished
 from clusterns_ray.tuning.study import Study, dump_study, load_study
 from clusterns_ray.tuning.study_file import read_optuna_study
@@ -303,7 +303,7 @@ def test_what_is_shown_of_a_race(whole: Any, clusterns: Callable[..., Result]) -
     best = next(line for line in said.stdout.splitlines() if "best  " in line and "│" in line)
     assert best.split("│")[1].strip() == str(result["winner"]["trial"])
     assert best.split("│")[4].strip() == str(len(result["winner"]["scores"]))
-    lines = render_result(result)
+    lines = study_lines(result)
     assert f"over {len(result['winner']['scores'])} of 4 seeds (with the first " in "\n".join(lines)
     page = study_page(read_study(study.directory), result)
     (table,) = [table for section in page.sections if section.anchor == "trials" for table in section.tables]

@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import make_tiny_model, sentences, write_pairs
+from helpers import make_tiny_model, sentences, write_articles, write_pairs
 from typer.testing import CliRunner
 
 from clusterns_ray import evaluate
 from clusterns_ray.cli import app
 from clusterns_ray.config import EvaluationConfig, dump_config, make_config
-from clusterns_ray.console.evaluation import render
 from clusterns_ray.data.prepare import structure_dev_set
 from clusterns_ray.errors import ConfigError, DataError, NonFiniteError
 from clusterns_ray.evaluation import suite as module
@@ -26,7 +25,8 @@ from clusterns_ray.evaluation import transfer
 from clusterns_ray.evaluation.clusters import evaluate_clusters, read_clusters
 from clusterns_ray.evaluation.geometry import geometry
 from clusterns_ray.evaluation.sts import TASKS, cosines_of, read_pairs, read_tests, score_tests
-from clusterns_ray.evaluation.suite import Suite, check_suite, evaluate_model, evaluate_models, paced_note
+from clusterns_ray.evaluation.suite import Suite, check_suite, evaluate_models, paced_note
+from clusterns_ray.evaluation.tables import render
 from clusterns_ray.evaluation.transfer import evaluate_transfer, read_transfer
 from clusterns_ray.models.encoder import Encoder
 
@@ -128,7 +128,7 @@ def test_data_is_read_before_a_model_is_loaded(tmp_path: Path, tiny_model: Path,
     (tmp_path / "topics.tsv").write_text("1\ta\n2 b\n")
     monkeypatch.setattr(Encoder, "load", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(DataError, match=r"topics.tsv:2"):
-        evaluate_model(str(tiny_model), clusters=[tmp_path / "topics.tsv"])
+        evaluate(str(tiny_model), clusters=[tmp_path / "topics.tsv"])
 
 
 # ---- what is measured ---------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_every_suite_and_each_sentence_encoded_once(
 
 
 def test_one_model_the_short_way(data: Path, tiny_model: Path) -> None:
-    found = evaluate(str(tiny_model), data / "sts", extra=["STSB/dev"], pooling="cls", max_length=9)
+    found = evaluate(str(tiny_model), data / "sts", dev=["STSB/dev"], pooling="cls", max_length=9)
     assert list(found) == [
         "model", "pooling", "max_length", "truncated", "suite", "tasks", "missing", "average", "extra", "data",
         "versions",
@@ -182,7 +182,7 @@ def test_one_model_the_short_way(data: Path, tiny_model: Path) -> None:
 
 
 def test_geometry_of_the_set_that_is_named(data: Path, tiny_model: Path) -> None:
-    found = evaluate(str(tiny_model), data / "sts", names=["geometry"], extra=["STS12/one"])
+    found = evaluate(str(tiny_model), data / "sts", suite="geometry", dev=["STS12/one"])
     assert found["geometry"]["set"] == "STS12/one" and "tasks" not in found
 
 
@@ -329,7 +329,7 @@ def test_sets_of_ones_own_are_scored_by_name_without_an_average(
     found = evaluate_models([str(tiny_model)], Suite(sts=tmp_path))
     (scores,) = found["models"]
     assert list(scores["extra"]) == ["MINE/test", "YOURS/a"] and scores["tasks"] == {} and scores["average"] is None
-    named = evaluate_model(str(tiny_model), tmp_path, extra=["YOURS/a"])
+    named = evaluate(str(tiny_model), tmp_path, dev=["YOURS/a"])
     assert list(named["extra"]) == ["YOURS/a", "MINE/test"]
     assert {name: named["extra"][name] for name in scores["extra"]} == scores["extra"]
     render(found)
@@ -338,7 +338,7 @@ def test_sets_of_ones_own_are_scored_by_name_without_an_average(
 
     write_pairs(tmp_path / "STS12" / "one.jsonl", count=14)
     write_pairs(tmp_path / "STSB" / "dev.jsonl", count=14)
-    both = evaluate_model(str(tiny_model), tmp_path)
+    both = evaluate(str(tiny_model), tmp_path)
     assert list(both["tasks"]) == ["STS12"] and both["average"] is None
     assert list(both["extra"]) == ["MINE/test", "YOURS/a"], "a dev set of the seven only where it is named"
 
@@ -346,33 +346,26 @@ def test_sets_of_ones_own_are_scored_by_name_without_an_average(
 def test_sentences_that_are_cut_are_counted(tmp_path: Path, tiny_model: Path) -> None:
     write_pairs(tmp_path / "MINE" / "test.jsonl", count=14)
     said: list[str] = []
-    cut = evaluate_model(str(tiny_model), tmp_path, max_length=4, note=said.append)
+    cut = evaluate(str(tiny_model), tmp_path, max_length=4, on_event=lambda event: said.append(event.text))
     assert said == ["24 of 24 sentences were cut to 4 tokens. --max-length raises that (the model reads 64)."]
     assert cut["truncated"] == 24, "each different sentence once"
-    assert evaluate_model(str(tiny_model), tmp_path)["truncated"] == 0
+    assert evaluate(str(tiny_model), tmp_path)["truncated"] == 0
 
 
 def test_a_dev_set_alone_is_scored_where_it_is_named(tmp_path: Path, tiny_model: Path) -> None:
     write_pairs(tmp_path / "STSB" / "dev.jsonl", count=14)
     with pytest.raises(ConfigError, match="It holds STSB/dev: to score that, add --dev STSB/dev"):
-        evaluate_model(str(tiny_model), tmp_path)
-    assert list(evaluate_model(str(tiny_model), tmp_path, extra=["STSB/dev"])["extra"]) == ["STSB/dev"]
+        evaluate(str(tiny_model), tmp_path)
+    assert list(evaluate(str(tiny_model), tmp_path, dev=["STSB/dev"])["extra"]) == ["STSB/dev"]
 
 
 @pytest.fixture
 def run_of_documents(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The directory of a run whose dev set is graded by the structure of documents; nothing is in the cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    texts = sentences(240)
-    for number in range(4):
-        lines = []
-        for section in range(5):
-            start = 60 * number + 12 * section
-            lines += [f"## Part {section}", " ".join(texts[start : start + 6]), " ".join(texts[start + 6 : start + 12])]
-        (tmp_path / f"document{number}.md").write_text("\n\n".join(lines))
     values = {
         "encoder": {"name": str(tiny_model)},
-        "data": {"documents": str(tmp_path / "document*.md")},
+        "data": {"documents": write_articles(tmp_path)},
         "evaluation": {"sts": "structure", "structure_pairs": 60},
         "runtime": {"storage_path": str(tmp_path)},
     }
@@ -385,7 +378,7 @@ def run_of_documents(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("name", ["config.yaml", "best.yaml"])
 def test_structure_is_what_chose_the_model(run_of_documents: Path, tmp_path: Path, name: str) -> None:
     (run_of_documents / "config.yaml").rename(run_of_documents / name)
-    found = evaluate_model(str(run_of_documents / "model"), "structure")
+    found = evaluate(str(run_of_documents / "model"), "structure")
     documents = str(tmp_path / "document*.md")
     pairs = structure_dev_set(documents, tmp_path / "other", pairs=60)
     encoder = Encoder.load(run_of_documents / "model")
@@ -414,7 +407,7 @@ def test_documents_of_a_run_that_are_gone_are_asked_for(run_of_documents: Path, 
     for path in tmp_path.glob("document*.md"):
         path.unlink()
     with pytest.raises(ConfigError, match=r"No documents found at '.*document\*\.md'.* give --documents FILES"):
-        evaluate_model(str(run_of_documents / "model"), "structure")
+        evaluate(str(run_of_documents / "model"), "structure")
 
 
 # ---- no score is no number ----------------------------------------------------------------------------------------
@@ -474,7 +467,7 @@ def test_one_set_whose_cosines_are_all_the_same_is_named(data: Path, tiny_model:
     same = [{"sentence1": one, "sentence2": other, "score": grade} for grade in range(5)]
     (tmp_path / "sts" / "SICKR" / "test.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in same))
     with pytest.raises(NonFiniteError, match="cosines of all 5 pairs of SICKR/test are the same"):
-        evaluate_model(str(tiny_model), tmp_path / "sts")
+        evaluate(str(tiny_model), tmp_path / "sts")
 
 
 def test_queries_and_sentences_that_are_not_finite_are_no_embeddings(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from local_jobs import drive
 from rich.console import Console
 from typer.testing import Result
 
-from clusterns_ray.console.study import Lines, clock, read_progress, render, render_result, summary_line
+from clusterns_ray.console.study import Lines, clock, read_progress, render, summary_line
 from clusterns_ray.errors import ClusterNSError, ConfigError, DataError, DiskError, GpuError, StorageError
 from clusterns_ray.evaluation.sts import TASKS
 from clusterns_ray.io.files import write_manifest
@@ -34,6 +34,7 @@ from clusterns_ray.tuning.objectives import pareto_front
 from clusterns_ray.tuning.optuna_study import OptunaStudy
 from clusterns_ray.tuning.outcome import write_outcome
 from clusterns_ray.tuning.packing import trial_bytes
+from clusterns_ray.tuning.result import StudyResult, study_lines
 from clusterns_ray.tuning.study import Study, check_study, dump_study, load_study
 from clusterns_ray.tuning.study_file import read_optuna_study
 from clusterns_ray.tuning.sweep import Sweep, owner, tune
@@ -449,7 +450,7 @@ def test_status_of_a_finished_study(done: Any, clusterns: Callable[..., Result])
 
 def test_the_result_in_words(done: Any) -> None:
     result = done[3]
-    lines = render_result(result)
+    lines = study_lines(result)
     winner = result["winner"]
     assert (
         f"trial {winner['trial']}: {winner['mean']:.2f} +- {winner['deviation']:.2f} over 2 of 2 seeds"
@@ -459,6 +460,9 @@ def test_the_result_in_words(done: Any) -> None:
     assert ("Not to be told apart" in lines[-1]) == bool(result["not_told_apart"])
     said = " ".join(lines)
     assert "the untrained encoder (" in said and "the base configuration (" in said and "over the dev pairs" in said
+    shown = StudyResult(result)
+    assert repr(shown).splitlines() == [*lines, f"Model: {result['model']}"]
+    assert (Path(shown.directory) / "result.json").is_file() and Path(shown.best).is_file()
 
 
 @pytest.mark.parametrize("minimize", ["seconds", "memory"])
@@ -479,7 +483,7 @@ def test_what_is_shown_of_two_objectives(
     assert numbers == [list(taken)[n] for n in pareto_front(list(taken.values()))]
     assert [(p["score"], p[minimize]) for p in result["front"]] == [taken[number] for number in numbers]
     assert result["winner"]["trial"] == numbers[-1]
-    (line,) = [line for line in render_result(result) if line.startswith(f"Pareto front of score and {minimize}: ")]
+    (line,) = [line for line in study_lines(result) if line.startswith(f"Pareto front of score and {minimize}: ")]
     assert f"trial {numbers[0]} {taken[numbers[0]][0]:.2f} with " in line
     table = clusterns("tune", file, "--status").stdout
     assert table.count("front  ") == len(numbers) and ("GiB" in table) == (minimize == "memory")

@@ -14,11 +14,12 @@ from clusterns_ray.errors import ClusterNSError, ConfigError
 from clusterns_ray.inference.encode import EncodingProgress, encode_here
 from clusterns_ray.io.events import Note, OnEvent, OnNote, notes_to
 from clusterns_ray.io.files import check_writable
+from clusterns_ray.io.paths import CORPORA, Named, check_path
 from clusterns_ray.io.yaml_text import read_yaml_text
 from clusterns_ray.models.resolve import resolve_model
 from clusterns_ray.report.map.corpus_map import FEWEST, MOST, CorpusMap, draw_sample
 from clusterns_ray.report.map.map_file import check_replaceable, write_map
-from clusterns_ray.report.map.map_page import map_page, model_identity
+from clusterns_ray.report.map.map_page import map_page, model_identity, trust_line
 from clusterns_ray.report.page import write_page
 
 CLUSTERS = 32
@@ -26,18 +27,21 @@ CLUSTERS = 32
 
 
 class Drawn(NamedTuple):
-    """What was written."""
+    """A map that was written; shown as its size and its places."""
 
     page: Path
     data: Path
     """the same as parquet"""
     corpus_map: CorpusMap
 
+    def __repr__(self) -> str:
+        return f"{trust_line(self.corpus_map)}\nMap: {self.page}\nIts data: {self.data}"
+
 
 def draw_map(
-    model: str,
-    corpus: str | None = None,
-    output: str | None = None,
+    model: Named,
+    corpus: Named | None = None,
+    output: Named | None = None,
     *,
     text_column: str = "text",
     sentences: int = MOST,
@@ -49,8 +53,9 @@ def draw_map(
 
     Args:
         model: a run, whose clusters and untrained encoder are then shown, or an encoder as of ``Encoder.load``.
-        corpus: as of ``data.corpus.read_sentences``; that of the run if not given.
+        corpus: text, csv, jsonl or parquet: a path, a glob, s3://, gs:// or hf://; that of the run if not given.
         output: the page; ``map.html`` in the run if not given. The parquet file has its name.
+        text_column: the column or field that holds the sentence.
         sentences: how many are drawn at random where the corpus has more.
         clusters: this many by K-means, in place of the run's own.
         seed: of the sample, of K-means and of the layout.
@@ -59,6 +64,9 @@ def draw_map(
     Raises:
         ConfigError, DataError: the request cannot work.
     """
+    model = check_path("MODEL", model)
+    corpus = None if corpus is None else check_path("CORPUS", corpus, CORPORA)
+    output = None if output is None else check_path("--output", output, ())
     config, note = _config_of_run(model), notes_to(on_event)
     if corpus is None and config is None:
         raise ConfigError(f"MODEL is {model!r}, which is not a run, so it has no corpus of its own.", "Name a CORPUS.")

@@ -1,19 +1,37 @@
-"""The results of ``evaluate_models`` as tables on a terminal."""
+"""The results of ``evaluate_models`` as tables in text."""
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clusterns_ray.evaluation.clusters import MEASURES, SHORT_TEXTS
 
-
-def render(result: dict[str, Any]) -> None:
-    """Print what ``suite.evaluate_models`` returns: a column a model, and the differences beneath."""
+if TYPE_CHECKING:
     from rich.console import Console
 
-    console = Console()
+
+def as_text(result: dict[str, Any]) -> str:
+    """What :func:`render` prints, without colours and however wide."""
+    from rich.console import Console
+
+    stream = io.StringIO()
+    # Otherwise a notebook would be shown the tables, and the stream nothing.
+    render(result, Console(file=stream, width=120, color_system=None, force_jupyter=False))
+    return "\n".join(line.rstrip() for line in stream.getvalue().strip().splitlines())
+
+
+def render(result: dict[str, Any], console: Console | None = None) -> None:
+    """Print what ``suite.evaluate_models`` returns: a column a model, and the differences beneath.
+
+    Args:
+        console: stdout's if not given.
+    """
+    from rich.console import Console
+
+    console = console or Console()
     models = result["models"]
     for title, rows in _sections(models):
         _print_table(console, title, models, rows)
