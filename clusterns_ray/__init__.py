@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from clusterns_ray.models.encoder import Encoder
     from clusterns_ray.report import write_report
     from clusterns_ray.report.map import draw_map
+    from clusterns_ray.report.push import push
     from clusterns_ray.training.result import RunResult
     from clusterns_ray.tuning.result import StudyResult
     from clusterns_ray.tuning.study import load_study
@@ -44,6 +45,7 @@ _HOMES = {
     "SemanticIndex": "inference.search",
     "draw_map": "report.map",
     "write_report": "report",
+    "push": "report.push",
     "progress_view": "console.progress",
     "ClusterNSError": "errors",
     "ConfigError": "errors",
@@ -69,6 +71,7 @@ __all__ = [
     "load_study",
     "make_config",
     "progress_view",
+    "push",
     "train",
     "tune",
     "write_report",

@@ -419,6 +419,24 @@ def report(
 
 
 @app.command()
+def push(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A run's directory, its model/, or another directory of an encoder.")
+    ],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="OWNER/NAME on the hub, or NAME under your own account.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+) -> None:
+    """Upload a model to the Hugging Face hub, with a card of its scores, how they were taken, and the command."""
+    with readable_errors():
+        from clusterns_ray.console.progress import progress_view
+        from clusterns_ray.report.push import push as run_push
+
+        with progress_view() as on_event:
+            pushed = run_push(model, name, private=private, on_event=on_event)
+        typer.echo(f"Wrote {pushed!r}")
+
+
+@app.command()
 def status(
     place: Annotated[
         str,

@@ -157,10 +157,10 @@ def read_run(directory: str | Path, address: str | None = None) -> RunRecord:
         config=parse_saved_config(read_yaml_text("The run's", path / "config.yaml"), str(path / "config.yaml")),
         steps=[record for record in records if "loss" in record],
         evaluations=[record for record in records if "sts_dev" in record],
-        result=_read_object(path / "result.json", ("steps",)),
-        environment=_read_object(path / "environment.json"),
-        clusters=_read_object(path / "clusters.json", ("clusters",)),
-        sts=_sts_scores(_read_object(path / "evaluation.json")),
+        result=read_object(path / "result.json", ("steps",)),
+        environment=read_object(path / "environment.json"),
+        clusters=read_object(path / "clusters.json", ("clusters",)),
+        sts=_sts_scores(read_object(path / "evaluation.json")),
         address=address,
     )
 
@@ -218,7 +218,8 @@ def _sts_scores(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
     return evaluation if evaluation is not None and isinstance(evaluation.get("tasks"), dict) else None
 
 
-def _read_object(path: Path, keys: Sequence[str] = ()) -> dict[str, Any] | None:
+def read_object(path: Path, keys: Sequence[str] = ()) -> dict[str, Any] | None:
+    """A JSON object that a run, or an evaluation of it, wrote; None where there is none."""
     if not path.exists():
         return None
     try:
