@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from clusterns_ray.evaluation.suite import Evaluation, evaluate
     from clusterns_ray.inference.distributed_encode import encode
     from clusterns_ray.inference.embedding_file import EmbeddingFile
+    from clusterns_ray.inference.export import export_model
+    from clusterns_ray.inference.exported import ExportedEncoder
     from clusterns_ray.inference.search import SemanticIndex
     from clusterns_ray.launch.trainer import train
     from clusterns_ray.models.encoder import Encoder
@@ -42,6 +44,8 @@ _HOMES = {
     "Evaluation": "evaluation.suite",
     "encode": "inference.distributed_encode",
     "EmbeddingFile": "inference.embedding_file",
+    "export_model": "inference.export",
+    "ExportedEncoder": "inference.exported",
     "SemanticIndex": "inference.search",
     "draw_map": "report.map",
     "write_report": "report",
@@ -61,12 +65,14 @@ __all__ = [
     "EmbeddingFile",
     "Encoder",
     "Evaluation",
+    "ExportedEncoder",
     "RunResult",
     "SemanticIndex",
     "StudyResult",
     "draw_map",
     "encode",
     "evaluate",
+    "export_model",
     "load_config",
     "load_study",
     "make_config",

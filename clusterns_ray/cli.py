@@ -352,6 +352,54 @@ def search(
             typer.echo((hits_as_json if as_json else hits_as_text)(query, hits))
 
 
+@app.command()
+def export(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A run's directory, or an encoder named as for `evaluate`.")
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="The directory to write; a new one.")],
+    to: Annotated[str, typer.Option(help="onnx, openvino or sentence-transformers.")] = "onnx",
+    int8: Annotated[bool, typer.Option("--int8", help="Multiply in 8-bit integers.")] = False,
+    dims: Annotated[
+        str, typer.Option(metavar="N,N", help="Also give the first N values, as outputs of their own.")
+    ] = "",
+    corpus: Annotated[
+        Optional[str], typer.Option(help="Sentences to compare on, named as for `encode`; the first 1,000.")
+    ] = None,
+    text_column: Annotated[str, typer.Option(help="The column or field that holds the sentence.")] = "text",
+    sts: Annotated[
+        Optional[str], typer.Option(help="Score both on the TASK/SUBSET.jsonl files of this directory.")
+    ] = None,
+    dev: Annotated[
+        Optional[list[str]], typer.Option(help="Of --sts only this TASK/SUBSET, such as STSB/dev; may be repeated.")
+    ] = None,
+) -> None:
+    """Write an encoder for ONNX Runtime, OpenVINO or sentence-transformers, and compare it with the original."""
+    with readable_errors():
+        from clusterns_ray.console.progress import progress_view
+        from clusterns_ray.inference.export import describe_export, export_model, parse_dims
+
+        on_event = progress_view()
+        try:
+            result = export_model(
+                model,
+                output,
+                to=to,
+                int8=int8,
+                dims=parse_dims(dims),
+                corpus=corpus,
+                text_column=text_column,
+                sts=sts,
+                sets=dev or (),
+                on_event=on_event,
+            )
+        finally:
+            on_event.close()
+        for line in describe_export(result):
+            typer.echo(line)
+        typer.echo(f"Wrote {result.path} ({result.bytes / 1e6:,.1f} MB of weights)")
+
+
 @app.command("map")
 def map_corpus(
     model: Annotated[

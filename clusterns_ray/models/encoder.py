@@ -502,16 +502,19 @@ class Encoder(nn.Module):
 
     # ---- writing one ------------------------------------------------------------------------------------------
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
+    def save(self, directory: str | os.PathLike[str], *, weights: bool = True) -> None:
         """Write a directory that transformers and sentence-transformers load as it is; the head is left out.
 
         With a prompt whose end stands after the sentence, sentence-transformers has no module of its own that
         applies it; it then takes ours, where this package is installed and ``trust_remote_code=True`` is given.
+
+        Args:
+            weights: leave them out where another file of the directory is to hold them.
         """
         path = Path(directory)
         path.mkdir(parents=True, exist_ok=True)
         (path / DIRECTORY_MANIFEST).unlink(missing_ok=True)  # of what was there before
-        self.backbone.save_pretrained(path)
+        (self.backbone if weights else self.backbone.config).save_pretrained(path)
         self.tokenizer.save_pretrained(path)
         follow_umask(path)
         settings = ModelSettings(

@@ -37,6 +37,7 @@ LEAVES = {"errors", "distributed"}
 
 ONLY_IN: dict[str, tuple[str, ...]] = {
     "ray": ("launch", "inference", "tuning", "ops"),
+    **dict.fromkeys(("onnx", "onnxruntime", "openvino", "nncf"), ("inference.export", "inference.exported")),
     "faiss": ("clustering.backend", "inference.faiss_index", "ops.doctor"),
     "torch.distributed": ("distributed",),
     "torch.nn.parallel": ("distributed",),

@@ -69,6 +69,7 @@ def test_a_wrong_request_is_refused_quickly_and_without_ray(config_file: Path, t
         (("train", config_file, "--set", "data.corpus=none.txt"), "none.txt"),
         (("encode", "/none/m", "x.txt", "-o", "o.parquet", "--workers", "2"), "/none/m"),
         (("map", "/none/m", "x.txt", "-o", "m.html"), "/none/m"),
+        (("export", "/none/m", "-o", "out", "--to", "sentence-transformers"), "/none/m"),
     ):
         done, seconds = run_command(*arguments, cwd=tmp_path)
         assert done.returncode == 2 and done.stdout == ""
