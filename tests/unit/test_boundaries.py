@@ -54,6 +54,8 @@ BOUNDARIES = {
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.yaml").write_text(CONFIG)
+    for where, _ in BOUNDARIES.values():
+        owner_of(where)  # imported now: what is imported under the patches below would keep them
     monkeypatch.setattr("clusterns_ray.models.resolve.resolve_model", lambda *given: "bert")
     monkeypatch.setattr("clusterns_ray.evaluation.suite.check_suite", lambda suite: suite)
     return tmp_path
@@ -66,17 +68,21 @@ def test_a_link_that_leads_back_to_itself_is_one_line(here: Path) -> None:
     assert "internal error" not in said.output
 
 
+def owner_of(where: str) -> object:
+    """The module or class that a dotted name is in."""
+    home, _, _ = where.rpartition(".")
+    try:
+        return importlib.import_module(home)
+    except ImportError:
+        module, _, kind = home.rpartition(".")
+        return getattr(importlib.import_module(module), kind)
+
+
 def inject(monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException) -> None:
     def fail(*given: object, **named: object) -> None:
         raise error
 
-    home, _, name = where.rpartition(".")
-    try:
-        owner = importlib.import_module(home)
-    except ImportError:
-        module, _, kind = home.rpartition(".")
-        owner = getattr(importlib.import_module(module), kind)
-    monkeypatch.setattr(owner, name, fail)
+    monkeypatch.setattr(owner_of(where), where.rpartition(".")[2], fail)
 
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
