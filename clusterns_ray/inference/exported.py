@@ -94,7 +94,7 @@ def _onnx(file: Path, exact: bool, threads: int) -> RunGraph:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    return lambda inputs, output: session.run([output], inputs)[0]
+    return lambda inputs, output: np.asarray(session.run([output], inputs)[0])
 
 
 def _openvino(file: Path, exact: bool, threads: int) -> RunGraph:

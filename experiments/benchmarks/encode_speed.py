@@ -120,7 +120,7 @@ def onnx_encoder(file: str, encoder: Encoder, threads: int) -> ExportedEncoder:
     def run(inputs: dict[str, np.ndarray], output: str) -> np.ndarray:
         given = {**inputs, "token_type_ids": np.zeros_like(inputs["input_ids"])}
         needed = {each.name: given[each.name] for each in session.get_inputs()}
-        states_BTD = session.run(["last_hidden_state"], needed)[0]
+        states_BTD = np.asarray(session.run(["last_hidden_state"], needed)[0])
         z_BD = (states_BTD * inputs["attention_mask"][:, :, None].astype(np.float32)).sum(axis=1)
         return z_BD / np.linalg.norm(z_BD, axis=1, keepdims=True)
 
