@@ -99,7 +99,8 @@ class PartFiles:
         for number, (pieces, part) in enumerate(zip(self.job.parts, likely, strict=False)):
             if not is_continued(pieces):
                 pending, first = Boundary.NONE, 1
-            if part is None or pending or (left is not None and part.counts["kept"] > left):
+            # One that reaches the limit has read on behind it, if it was made with more left.
+            if part is None or pending or (left is not None and part.counts["kept"] >= left):
                 part = self.make(number, pending, left, first)
             yield part
             pending, first = part.pending, first + part.counts["rows"]

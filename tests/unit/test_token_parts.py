@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from clusterns_ray.config import DataConfig
@@ -121,6 +121,7 @@ def test_any_corpus_in_any_parts_in_any_order(
 ) -> None:
     @settings(max_examples=examples, deadline=None)
     @given(seed=st.integers(0, 2**32))
+    @example(seed=53)  # blank lines behind the sentence that reaches the limit, in another part than it began in
     def check(seed: int) -> None:
         compare_ways(random.Random(seed), part_bytes, tokenizer, tmp_path_factory.mktemp("parts"))
 
