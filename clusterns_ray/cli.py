@@ -379,8 +379,7 @@ def export(
         from clusterns_ray.console.progress import progress_view
         from clusterns_ray.inference.export import describe_export, export_model, parse_dims
 
-        on_event = progress_view()
-        try:
+        with progress_view() as on_event:
             result = export_model(
                 model,
                 output,
@@ -393,8 +392,6 @@ def export(
                 sets=dev or (),
                 on_event=on_event,
             )
-        finally:
-            on_event.close()
         for line in describe_export(result):
             typer.echo(line)
         typer.echo(f"Wrote {result.path} ({result.bytes / 1e6:,.1f} MB of weights)")

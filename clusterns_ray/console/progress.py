@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Self, TextIO
@@ -24,13 +25,14 @@ DOING = {"tokenised": "tokenising", "encoded": "encoding", "indexed": "indexing"
 """What has been done to rows, and the work that does it."""
 
 
-class View:
+class View(ABC):
     """An ``on_event`` callback that shows events to a person, for the length of a ``with`` block."""
 
+    @abstractmethod
     def __call__(self, event: Event) -> None:
-        raise NotImplementedError
+        """Show one event."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  (most views draw nothing in place)
         """End what is drawn in place."""
 
     def __enter__(self) -> Self:

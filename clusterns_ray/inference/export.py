@@ -1,4 +1,4 @@
-"""``export``: an encoder as ONNX or OpenVINO, or anew in the layout of sentence-transformers, checked against itself.
+"""``export``: an encoder as ONNX, OpenVINO or a directory of sentence-transformers, compared with the original.
 
 The directory has the layout of sentence-transformers, whose backends ``onnx`` and ``openvino`` load it where optimum is
 installed. Its graph also computes the finished embeddings, so that a program needs a tokenizer and a runtime alone.
@@ -28,7 +28,7 @@ from clusterns_ray.inference.exported import FILES, OUTPUT, ExportedEncoder
 from clusterns_ray.io.events import OnEvent, notes_to
 from clusterns_ray.io.files import check_writable, follow_umask, write_manifest
 from clusterns_ray.io.paths import CORPORA, Named, check_path
-from clusterns_ray.models.resolve import resolve_model
+from clusterns_ray.models.resolve import model_of, resolve_model
 
 if TYPE_CHECKING:
     import torch
@@ -113,7 +113,7 @@ def export_model(
         to: ``onnx``, ``openvino`` or ``sentence-transformers``.
         int8: multiply in 8-bit integers. ONNX Runtime measures activations as they come (dynamic quantisation);
             OpenVINO takes their ranges from ``corpus`` or ``sts`` (static quantisation, by nncf).
-        dims: further outputs of the graph: the first so many values, of unit length.
+        dims: widths of further outputs of the graph, each the first values of the embedding at unit length.
         corpus: sentences to compare on, as of ``data.corpus.read_sentences``; the first :data:`MOST` are read.
         text_column: the column or field that holds the sentence.
         sts: a directory of graded pairs, on which both encoders are scored.
@@ -129,16 +129,15 @@ def export_model(
     corpus = None if corpus is None else check_path("--corpus", corpus, CORPORA)
     sts = None if sts is None else os.path.expanduser(check_path("--sts", sts, ()))
     _check(path, to, int8, dims, corpus, sts, sets)
-    run_model = Path(model).expanduser() / "model"
-    if (run_model.parent / "config.yaml").is_file():
-        model = str(run_model)
+    if (directory := Path(model).expanduser()).is_dir():
+        model = str(model_of(directory))
     resolve_model(model, note)
     pairs = [read_pairs(sts, name) for name in sets or sets_in(sts)] if sts else []
     texts = list(dict.fromkeys(text for each in pairs for text in each.sentences()))
     if corpus is not None:
         read = list(read_sentences(corpus, text_column=text_column, limit=MOST, counts=ReadCounts()))
         if not read:
-            raise DataError(f"--corpus {corpus}: there is no sentence in it.", "Give text to compare on.")
+            raise DataError(f"--corpus is {corpus!r}, which has no sentence.", "Give text to compare on.")
         texts += read
     texts = list(dict.fromkeys(texts or SENTENCES))
 
@@ -146,7 +145,7 @@ def export_model(
 
     encoder = Encoder.load(model)
     _check_encoder(encoder, model, to, dims)
-    note(f"Encoding {len(texts):,} sentences by the original")
+    note(f"Encoding {len(texts):,} sentences with the original")
     # Whether rows are cut as they were is seen by one that is too long.
     compared = [*texts, " ".join(texts)[: 20 * encoder.max_length] if encoder.max_length < 10_000 else texts[0]]
     original_ND = encoder.encode(compared)
@@ -154,9 +153,9 @@ def export_model(
 
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         new = Path(folder) / path.name
-        note(f"Writing it for {to}" + (" in int8" if int8 else ""))
+        note(f"Exporting to {to}" + (" in int8" if int8 else ""))
         _write(encoder, new, to, int8, dims, calibration)
-        note(f"Encoding {len(texts):,} sentences by what was written")
+        note(f"Encoding {len(texts):,} sentences with the exported encoder")
         exported: Any = Encoder.load(new) if to == "sentence-transformers" else ExportedEncoder.load(new, exact=True)
         exported_ND = exported.encode(compared)
         if not int8:
@@ -174,7 +173,7 @@ def _check(
 ) -> None:
     """Refuse what cannot work before torch is imported."""
     if to not in PACKAGES:
-        raise ConfigError(f"--to is {to!r}; it must be {', '.join(PACKAGES)}.")
+        raise ConfigError(f"--to is {to!r}; it must be one of {', '.join(PACKAGES)}.")
     packages = [*PACKAGES[to], *(["nncf"] if int8 and to == "openvino" else [])]
     lacking = [name for name in packages if importlib.util.find_spec(name) is None]
     if lacking:
@@ -186,7 +185,7 @@ def _check(
     if to == "sentence-transformers" and int8:
         raise ConfigError(
             "--int8 goes with --to onnx or openvino: torch has no int8 layers that sentence-transformers would load.",
-            "Choose one of these.",
+            "Leave --int8 out, or choose one of these.",
         )
     if to == "sentence-transformers" and dims:
         raise ConfigError(
@@ -195,17 +194,22 @@ def _check(
         )
     if int8 and to == "openvino" and not (corpus or sts):
         raise ConfigError(
-            "--int8 for openvino takes the ranges of activations from real sentences, and none are named.",
+            "--int8 with --to openvino measures the ranges of activations on real sentences, and none were given.",
             "Give --corpus or --sts.",
         )
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ConfigError(f"-o {str(path)!r} is there already.", "Choose a new directory, or remove this one.")
+        raise ConfigError(
+            f"-o is {str(path)!r}, which exists and is no empty directory.",
+            "Choose a new one, or remove this.",
+        )
     if not path.exists():
         check_writable(path, "-o")
     if sts is not None and not sets and not sets_in(sts):
         check_holds_sets(sts)
     if sets and sts is None:
-        raise ConfigError(f"--dev {sets[0]} names a set, and no directory holds it.", "Give --sts DIRECTORY.")
+        raise ConfigError(
+            f"--dev is {sets[0]!r}, but there is no --sts.", "Give --sts DIRECTORY, which holds that set."
+        )
     if corpus is not None:
         list_sources(corpus)
 
@@ -216,7 +220,10 @@ def _check_encoder(encoder: Encoder, name: str, to: str, dims: Sequence[int]) ->
 
     bad = [width for width in dims if not 0 < width < encoder.width]
     if bad:
-        raise ConfigError(f"--dims has {bad[0]}; embeddings of {name} have {encoder.width} values.", "Name fewer.")
+        raise ConfigError(
+            f"--dims has {bad[0]}, but embeddings of {name} have {encoder.width} values.",
+            f"Give widths from 1 to {encoder.width - 1}.",
+        )
     if to == "sentence-transformers":
         return
     prompt = encoder.prompt
@@ -228,7 +235,7 @@ def _check_encoder(encoder: Encoder, name: str, to: str, dims: Sequence[int]) ->
             f"its pooling is {encoder.pooling}, and the backends of sentence-transformers know {', '.join(POOLINGS)}"
         )
     elif prompt is not None and not prompt.endswith("{sentence}"):
-        reason = f"its prompt {prompt!r} goes on behind the sentence, where sentence-transformers has none"
+        reason = f"its prompt {prompt!r} has text after the sentence, which sentence-transformers cannot add"
     elif has_decoder(encoder.backbone):
         reason = "it is an encoder-decoder, of which the backends of sentence-transformers read the encoder alone"
     if reason:
@@ -364,9 +371,9 @@ def _check_equal(original_ND: np.ndarray, exported_ND: np.ndarray, texts: Sequen
     worst = int(np.nan_to_num(difference_N, nan=np.inf).argmax())
     if not difference_N[worst] <= ROUNDING:
         raise ConfigError(
-            f"What was written for {to} is not the same encoder: the embedding of {texts[worst][:60]!r} differs by "
-            f"{difference_N[worst]:.2g} of its length, and rounding makes {ROUNDING:g} at most.",
-            "Use another --to, or other versions of torch and transformers. Nothing was left behind.",
+            f"The encoder exported to {to} is not that of the model: the embedding of {texts[worst][:60]!r} differs by "
+            f"{difference_N[worst]:.2g} of its length, and rounding explains at most {ROUNDING:g}. Nothing was kept.",
+            "Use another --to, or other versions of torch and transformers.",
         )
 
 
@@ -417,7 +424,7 @@ def parse_dims(text: str) -> list[int]:
     """``256,128`` as numbers; none for an empty text."""
     parts = [part.strip() for part in text.split(",")] if text else []
     if not all(part.isascii() and part.isdecimal() for part in parts):
-        raise ConfigError(f"--dims is {text!r}; it must be numbers, such as 256,128.")
+        raise ConfigError(f"--dims is {text!r}; it must be whole numbers with commas between them, such as 256,128.")
     return list(dict.fromkeys(map(int, parts)))
 
 

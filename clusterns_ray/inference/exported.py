@@ -44,8 +44,10 @@ class ExportedEncoder:
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str], *, exact: bool = False, threads: int = 0) -> ExportedEncoder:
-        """
+        """Open what ``clusterns export`` wrote for ONNX Runtime or OpenVINO.
+
         Args:
+            directory: that was exported to.
             exact: multiply in float32 what is not in int8; OpenVINO takes bfloat16 where the processor has it.
             threads: that the runtime uses; 0 leaves it to the runtime.
 
@@ -71,9 +73,10 @@ class ExportedEncoder:
         return cls(load_tokenizer(str(path)), read_settings(str(path)), width, run)
 
     def encode(self, sentences: Sequence[str], *, batch_size: int = 16, width: int | None = None) -> np.ndarray:
-        """Embeddings of sentences, in the order given: float32 (N, D).
+        """Embed sentences, in the order given: float32 (N, D).
 
         Args:
+            sentences: each is cut to the model's length.
             batch_size: small batches hold less padding, and more of them stays in the cache of a processor.
             width: one of ``--dims``; the full width if not given.
         """
@@ -88,12 +91,17 @@ class ExportedEncoder:
         return z_ND
 
 
-def _onnx(file: Path, exact: bool, threads: int) -> RunGraph:
+def onnx_session(file: Path, threads: int) -> Any:
+    """An ONNX file as ONNX Runtime runs it on the CPU, with so many threads; 0 leaves that to the runtime."""
     import onnxruntime  # pyright: ignore[reportMissingImports]
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def _onnx(file: Path, exact: bool, threads: int) -> RunGraph:
+    session = onnx_session(file, threads)
     return lambda inputs, output: np.asarray(session.run([output], inputs)[0])
 
 

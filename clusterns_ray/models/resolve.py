@@ -63,6 +63,11 @@ def resolve_model(name: str, note: OnNote = lambda text: None) -> str:
     return str(path.resolve())
 
 
+def model_of(path: Path) -> Path:
+    """The exported encoder of a run, or the directory itself where it is no run."""
+    return path / "model" if (path / "config.yaml").is_file() else path
+
+
 def _in_package(name: str) -> Path:
     package, _, subdir = name.removeprefix("package:").partition("/")
     try:

@@ -12,7 +12,7 @@ from clusterns_ray.io.events import Note, OnEvent, notes_to
 from clusterns_ray.io.files import DIRECTORY_MANIFEST, check_unchanged
 from clusterns_ray.io.paths import Named, check_path
 from clusterns_ray.io.yaml_text import dump_yaml
-from clusterns_ray.models.resolve import resolve_model
+from clusterns_ray.models.resolve import model_of, resolve_model
 from clusterns_ray.report.record import RunRecord, read_object, read_run
 
 if TYPE_CHECKING:
@@ -47,24 +47,27 @@ def push(model: Named, name: str, *, private: bool = False, on_event: OnEvent = 
     Args:
         model: a run, its ``model/``, or another directory that ``Encoder.load`` reads.
         name: OWNER/NAME, or NAME alone for the owner of the token.
-        private: make the repository private; one that is there already and public is refused.
+        private: make the repository private; an existing public one is refused.
         on_event: called with what is done, as notes.
 
     Raises:
         ConfigError: the model or the name cannot be used; there is no token, the hub does not accept it, or it may not
             write there; or the hub does not answer. Nothing was uploaded.
-        ClusterNSError: the upload failed. Giving the same command again goes on.
+        ClusterNSError: the upload failed; the same call resumes it.
     """
     directory = Path(check_path("MODEL", model, ())).expanduser()
-    source = directory / "model" if (directory / "config.yaml").is_file() else directory
+    source = model_of(directory)
     folder = Path(resolve_model(str(source), notes_to(on_event)))
     if not folder.is_dir():
-        raise ConfigError(f"MODEL is {str(model)!r}, which is on the hub already, if anywhere.", "Name a directory.")
+        raise ConfigError(
+            f"MODEL is {str(model)!r}, which names a model on the hub and no directory here.",
+            "Give a run or the directory of a model.",
+        )
     check_unchanged(folder)
     record = read_run(source.parent) if (source.parent / "config.yaml").is_file() else None
     if record is not None and not record.finished:
         raise ConfigError(
-            f"The run {str(source.parent)!r} is not finished.", "Give `clusterns train` of it again first."
+            f"The run {str(source.parent)!r} is not finished.", "Finish it first: run the same `clusterns train` again."
         )
 
     from huggingface_hub import HfApi, constants, get_token
@@ -76,11 +79,12 @@ def push(model: Named, name: str, *, private: bool = False, on_event: OnEvent = 
     except HFValidationError as error:
         raise ConfigError(f"NAME is {name!r}: {first_line(error).rstrip('.')}.", "Give OWNER/NAME.") from None
     if constants.HF_HUB_OFFLINE:
-        raise ConfigError("HF_HUB_OFFLINE is set, so the hub is not asked.", "Unset it, and give the command again.")
+        raise ConfigError("HF_HUB_OFFLINE is set, so nothing can be uploaded.", "Unset it, and run the command again.")
     if get_token() is None:
         raise ConfigError(
-            "There is no token of the Hugging Face hub.",
-            "Make one that may write at https://huggingface.co/settings/tokens; then `hf auth login`, or set HF_TOKEN.",
+            "No token for the Hugging Face hub was found.",
+            "Create one with write access at https://huggingface.co/settings/tokens, then run `hf auth login` or set "
+            "HF_TOKEN.",
         )
     api = HfApi()
     repository = _repository(api, name, private)
@@ -103,13 +107,13 @@ def push(model: Named, name: str, *, private: bool = False, on_event: OnEvent = 
             )
         except Exception as error:  # whatever the HTTP library of this version raises
             raise _refusal(error, repository) or ClusterNSError(
-                f"{repository}: the upload failed ({first_line(error)[:200]}).", "Give the same command again."
+                f"{repository}: the upload failed ({first_line(error)[:200]}).", "Run the same command again."
             ) from error
     return Pushed(repository, f"{api.endpoint}/{repository}", done.oid)
 
 
 def _repository(api: HfApi, name: str, private: bool) -> str:
-    """Make the repository, or find one that is there; returns OWNER/NAME.
+    """Create the repository unless it exists, and return OWNER/NAME.
 
     Raises:
         ConfigError: it may not be made or written to, or the hub does not answer.
@@ -121,12 +125,12 @@ def _repository(api: HfApi, name: str, private: bool) -> str:
         refusal = _refusal(error, name)
         if refusal is None:
             said = first_line(error).rstrip(".")[:200]
-            refusal = ConfigError(f"{api.endpoint} does not answer ({said}).", "Open the network, and try again.")
+            refusal = ConfigError(f"{api.endpoint} cannot be reached ({said}).", "Check the network, and try again.")
         raise refusal from None
     if not is_private:
         raise ConfigError(
-            f"{repository} is there already, and public, so --private cannot hold for it.",
-            "Choose another NAME, or make it private in its settings on the hub first.",
+            f"{repository} already exists and is public, but --private was given.",
+            "Choose another NAME, or make the repository private in its settings on the hub first.",
         )
     return repository
 
@@ -139,7 +143,7 @@ def _refusal(error: Exception, name: str) -> ConfigError | None:
     if status == 401:
         return ConfigError(
             f"The hub does not accept the token (401: {said}).",
-            "Log in anew with `hf auth login`, or correct HF_TOKEN.",
+            "Log in again with `hf auth login`, or correct HF_TOKEN.",
         )
     if status in (403, 404):
         return ConfigError(
@@ -259,16 +263,16 @@ def _section(record: RunRecord, rows: list[Row]) -> str:
         protocol = ((record.sts or {}).get("data") or {}).get("protocol") or {}
         lines += [f"{tasks}: {text}." for tasks, text in protocol.items()] + ([""] if protocol else [])
     else:
-        lines += ["None is known: the run had no dev set.", ""]
+        lines += ["There are none, as the run had no dev set.", ""]
     lines += [
         "## Command",
         "",
-        "With the configuration below as `config.yaml`, and the same data, it is trained again by",
+        "To train it again, with the configuration below as `config.yaml` and the same data:",
     ]
     lines += ["", "```bash", "clusterns train config.yaml", "```", ""]
     words = [str(word) for word in (record.environment or {}).get("command") or ()]
     if words and Path(words[0]).name == "clusterns":
-        lines += ["It was trained by", "", "```bash", shlex.join(["clusterns", *words[1:]]), "```", ""]
+        lines += ["It was trained with", "", "```bash", shlex.join(["clusterns", *words[1:]]), "```", ""]
     lines += ["```yaml", dump_yaml(record.config.identity()).rstrip(), "```", ""]
     return "\n".join(lines)
 

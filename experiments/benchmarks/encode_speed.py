@@ -33,6 +33,7 @@ from racing import environment, race, ratio, timed
 from clusterns_ray import Encoder, ExportedEncoder
 from clusterns_ray.errors import ClusterNSError, ConfigError
 from clusterns_ray.evaluation.sts import read_tests
+from clusterns_ray.inference.exported import onnx_session
 from clusterns_ray.models.resolve import resolve_model
 from clusterns_ray.models.settings import ModelSettings
 
@@ -111,11 +112,7 @@ def main() -> int:
 
 def onnx_encoder(file: str, encoder: Encoder, threads: int) -> ExportedEncoder:
     """A graph that gives token states alone, with the tokenizer of ``encoder``, mean pooling and unit length."""
-    import onnxruntime  # pyright: ignore[reportMissingImports]
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    session = onnx_session(Path(file), threads)
 
     def run(inputs: dict[str, np.ndarray], output: str) -> np.ndarray:
         given = {**inputs, "token_type_ids": np.zeros_like(inputs["input_ids"])}

@@ -198,9 +198,9 @@ def test_a_run_is_pushed_as_it_is_and_again_without_old_files(
     [
         (("other/new",), 2, "may not write to 'other/new', which may be someone else's (403"),
         (("other/taken",), 2, "may not write to 'other/taken'"),
-        (("public", "--private"), 2, "me/public is there already, and public"),
+        (("public", "--private"), 2, "me/public already exists and is public, but --private"),
         (("bad-token",), 2, "does not accept the token (401"),
-        (("no-network",), 2, "http://127.0.0.1:1 does not answer"),
+        (("no-network",), 2, "http://127.0.0.1:1 cannot be reached"),
         (("full",), 1, "the upload failed"),
     ],
 )
@@ -229,8 +229,8 @@ def test_what_the_hub_refuses_is_one_line(
     [
         ("none/at/all", "mine", "there is no such directory"),
         ("RUN", "a/b/c", "NAME is 'a/b/c'"),
-        ("RUN", "mine", "There is no token of the Hugging Face hub."),
-        ("bert-base-uncased", "mine", "which is on the hub already"),
+        ("RUN", "mine", "No token for the Hugging Face hub was found."),
+        ("bert-base-uncased", "mine", "names a model on the hub and no directory here"),
         ("s3://bucket/run", "mine", "Give a path on this machine"),
     ],
 )
