@@ -419,7 +419,10 @@ class RuntimeConfig(Section):
             if not re.fullmatch(r"([a-z0-9.-]+/)?[A-Za-z0-9][\w.-]*", key) or not re.fullmatch(
                 r"[A-Za-z0-9][\w.-]*", wanted
             ):
-                raise ValueError(f"{key}: {wanted} is no label and its value; both are letters, digits, dots, dashes")
+                raise ValueError(
+                    f"must be labels and their values, such as {{market: spot}}, and {key}: {wanted} is not; both are "
+                    "of letters, digits, dots, dashes and underscores"
+                )
         return value
 
     @field_validator("storage_path", "local_path")

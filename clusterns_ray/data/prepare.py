@@ -57,9 +57,10 @@ class TokenJob:
     """of the token store in it"""
 
     def check_unchanged(self) -> None:
-        """
+        """Refuse files that are no longer what they were when the store was named.
+
         Raises:
-            DataError: a file has changed since the store was named.
+            DataError: one has changed.
         """
         check_unchanged(
             [Source(**source) for source in self.fingerprint["corpus"]], list_sources(self.data.corpus or "")

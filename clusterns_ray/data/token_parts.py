@@ -166,9 +166,10 @@ def _check_seen(part: Part) -> None:
             continue
         info = file.filesystem.get_file_info(file.location)
         if (info.size, info.mtime_ns) != (file.source.size, file.source.mtime_ns):
-            seen = "no such file" if info.size is None else f"{info.size:,} bytes"
+            seen = "no such file" if info.size is None else f"another version, of {info.size:,} bytes,"
             raise ClusterNSError(
-                f"{file.source.path}: the machine {platform.node()} has {seen} there, or another version than the "
-                f"{file.source.size:,} bytes that were listed. Leave the corpus as it is while it is read; where "
-                "several machines read it, put it on a disk that all of them see, or in an object store."
+                f"{file.source.path}: it had {file.source.size:,} bytes when it was listed, but the machine "
+                f"{platform.node()} has {seen} there.",
+                "Leave the corpus as it is while it is read; where several machines read it, put it on a disk that all "
+                "of them see, or in an object store.",
             )

@@ -26,7 +26,7 @@ from clusterns_ray.launch.ray_cluster import check_ray_directory, cluster_capaci
 ATTEMPTS = 4
 """How many workers may end over the same part. Ray Data itself gives a part to another worker without end."""
 
-GO_ON = "The same command goes on from the parts that are done."
+GO_ON = "The same command continues from the parts that are done."
 
 
 def prepare(config: Config, on_event: OnEvent = lambda event: None, *, workers: int = 0) -> Prepared:
@@ -50,7 +50,11 @@ def prepare(config: Config, on_event: OnEvent = lambda event: None, *, workers: 
 
 
 def tokenise_on_ray(job: TokenJob, on_event: OnEvent, workers: int) -> tuple[dict[str, Any], bool]:
-    """The manifest of a job's token store, which is made, unless it is there (then True)."""
+    """Make a job's token store on Ray workers unless it exists.
+
+    Returns:
+        Its manifest, and whether it existed.
+    """
     found = _stored(job)
     if found is not None:
         return found, True
@@ -58,8 +62,8 @@ def tokenise_on_ray(job: TokenJob, on_event: OnEvent, workers: int) -> tuple[dic
         check_free(job.cache.local / job.name)
     files, note = PartFiles(job), notes_to(on_event)
     refusal = ClusterNSError(
-        f"{str(files.records.local)!r} is being written by another process. Let it finish, or end it; then give the "
-        "same command."
+        f"{str(files.records.local)!r} is being written by another process. Let it finish, or stop it; then run "
+        "the same command."
     )
     parts: list[TokenPart] = []
     rows = 0
@@ -107,7 +111,7 @@ def _on_workers(files: PartFiles, workers: int) -> Generator[TokenPart | None]:
                 raise result
             if result is not None and files.lacks(result):
                 raise ClusterNSError(
-                    f"A worker wrote {result.files[0]['name']}, and this process does not see it in "
+                    f"A worker wrote {result.files[0]['name']}, but this process does not see it in "
                     f"{files.files.address!r}.",
                     "Put runtime.storage_path (or data.cache_dir) on a disk that all machines share, or in an object "
                     "store: s3://BUCKET/PREFIX.",
@@ -124,8 +128,8 @@ def _task(files: PartFiles) -> Callable[[dict[str, Any]], dict[str, Any]]:
     def work(number: int) -> TokenPart | None:
         if files.begin(number, command) > ATTEMPTS:
             raise ClusterNSError(
-                f"{ATTEMPTS} workers ended one after the other over part {number + 1} of {len(files.job.parts)}.",
-                f"Is there memory enough on the nodes? {GO_ON}",
+                f"Part {number + 1} of {len(files.job.parts)} failed: {ATTEMPTS} workers died while making it.",
+                f"Check that the nodes have enough memory. {GO_ON}",
             )
         return files.make_likely(number)
 

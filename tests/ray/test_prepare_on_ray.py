@@ -144,7 +144,7 @@ def test_what_a_worker_raises_and_a_part_that_ends_all_of_them(environment, tmp_
     assert lines[0] == "> ClusterNSError A worker failed: KeyError: 'a bug'", said
     assert lines[1] == "> ConfigError not here", said
     assert lines[2].startswith("> ClusterNSError A worker wrote tokens-00002.arrow, and this process does not see it")
-    assert lines[3].startswith("> ClusterNSError 4 workers ended one after the other over part 2 of 3.")
+    assert lines[3].startswith("> ClusterNSError Part 2 of 3 failed: 4 workers died while making it.")
 
 
 @pytest.mark.nightly

@@ -126,9 +126,9 @@ def test_a_temporary_directory_too_long_for_sockets_is_refused(monkeypatch: pyte
     arguments = ["encode", "bert", "c.yaml", "-o", "o.parquet", "--workers", "1"]
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 2 and "RAY_TMPDIR=$(mktemp" in result.stderr and "o.parquet" not in result.stderr
-    monkeypatch.setenv("RAY_TMPDIR", "/tmp/rXXXXXX")
+    monkeypatch.setenv("RAY_TMPDIR", "/scratch/rXXXXXX")
     cluster.check_ray_directory()
-    monkeypatch.setenv("RAY_TMPDIR", "/tmp/" + "ü" * 30)
+    monkeypatch.setenv("RAY_TMPDIR", "/scratch/" + "ü" * 30)
     with pytest.raises(ConfigError, match=r"^RAY_TMPDIR is"):
         cluster.check_ray_directory()
     monkeypatch.setenv("RAY_ADDRESS", "host:6379")

@@ -251,7 +251,8 @@ def test_a_machine_that_does_not_see_the_corpus_says_so(tokenizer: Any, tmp_path
     path.write_text("alpha\n" * 5)
     job = job_of([path], tokenizer, tmp_path / "cache", 100)
     path.write_text("alpha\n" * 6)
-    with pytest.raises(ClusterNSError, match=r"a\.txt: the machine .* another version .* a disk that all of them see"):
+    seen = r"a\.txt: it had 30 bytes .* the machine .* another version, of 36 bytes, .* a disk that all of them see"
+    with pytest.raises(ClusterNSError, match=seen):
         PartFiles(job).make_likely(0)
     path.unlink()
     with pytest.raises(ClusterNSError, match=r"has no such file there") as raised:
